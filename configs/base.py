@@ -1,0 +1,106 @@
+"""Every field of a config, with its unit and source; the data sets; what all methods share.
+
+A method's config is a file of its own beside this one: it calls ``get_config(data)`` and states differences
+only. ``data`` is the argument behind the colon of ``--config=configs/at.py:cifar10_lt``.
+
+A section with a ``name`` (data, model, head, loss, objective, schedule) is a function of the library and its keyword
+arguments: the other keys of the section are passed to it. A name of the form ``module:function`` is
+imported, so a function of yours can stand there.
+"""
+
+from ml_collections import ConfigDict
+
+DATA_SETS = ("digits_lt", "cifar10_lt", "cifar100_lt")
+
+
+def get_config(data: str) -> ConfigDict:
+    """Plain adversarial training (AT) of a linear head on one of ``DATA_SETS``."""
+    if data not in DATA_SETS:
+        raise ValueError(f"unknown data set {data!r}; known: {', '.join(DATA_SETS)}")
+    config = ConfigDict()
+    config.method = "AT"  # what tables and reports call it
+    config.seed = 0  # initial weights, example order, augmentation, attack noise
+
+    # Which images. RoBal section 5.1: exponential profile, n_min / n_max = 0.02 (CIFAR-10), 0.1 (CIFAR-100).
+    config.data = ConfigDict()
+    config.data.name = data
+    config.data.ratio = {"cifar10_lt": 0.02, "cifar100_lt": 0.1, "digits_lt": 0.05}[
+        data
+    ]  # n_min / n_max, in (0, 1]
+    config.data.profile = "exp"  # 'exp' or 'step'
+    config.data.seed = 0  # of the subset; 0 is the paper's, whatever the training seed
+    if data != "digits_lt":
+        config.data.path = ""  # a TFDS folder or an .npz file; '' is TFDS's default folder
+
+    # WideResNet-34-10, RoBal section 5.1.
+    config.model = ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
+    config.head = ConfigDict({"name": "linear"})
+    config.loss = ConfigDict({"name": "cross_entropy"})
+    config.objective = ConfigDict({"name": "pgd_at"})
+
+    # L-infinity ball around images in [0, 1]: 0.031 and 0.0078, not 8/255 and 2/255 (released code).
+    config.threat = ConfigDict({"epsilon": 0.031})
+    config.attack = ConfigDict()  # inside of training
+    config.attack.steps = 5
+    config.attack.step_size = 0.0078
+    config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
+    config.attack.logit_scale = 1.0  # the attack ascends CE of this times the model's logits
+
+    config.optimizer = ConfigDict({"momentum": 0.9, "weight_decay": 2e-4, "clip_norm": 0.0})  # 0: no clipping
+    config.schedule = ConfigDict()
+    config.schedule.name = "released"  # compounds the decay in every epoch after a milestone; or 'paper'
+    config.schedule.lr = 0.1
+    config.schedule.milestones = (60, 75)  # epochs, counted from 1
+    config.schedule.decay = 0.1
+    config.schedule.warmup = 0  # epochs
+
+    config.train = ConfigDict()
+    config.train.epochs = 80
+    config.train.batch_size = 64  # the last incomplete batch of an epoch is dropped
+    config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling)
+    config.train.crop_flip = True  # random crop from a zero border of 4, horizontal flip
+    config.train.steps_per_dispatch = 100  # steps that run on the device between two looks from the host
+    config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end
+    config.train.keep_checkpoints = 3  # the newest ones
+    config.train.precision = "default"  # of matrix products: on a GPU 'default' may be TF32
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 500
+    config.evaluation.seed = 0  # of the attacks' random starts
+    config.evaluation.epsilon = config.threat.get_ref("epsilon")
+    config.evaluation.step_size = 0.0078
+    config.evaluation.logit_scale = 1.0  # the model's logits are multiplied by it ...
+    config.evaluation.tau_p = 0.0  # ... and tau_p * log prior is subtracted (logit adjustment after training)
+    config.evaluation.head_classes = 0  # number of classes called head; 0: a third of them
+    config.evaluation.tail_classes = 0
+    config.evaluation.precision = "highest"  # robust accuracy is only believed in full float32
+
+    if data == "digits_lt":
+        _digits(config)
+    return config
+
+
+def _digits(config: ConfigDict) -> None:
+    """8x8 digits: a problem for two CPU cores in which the tail is as fragile as in the large ones.
+
+    Different digits are at least 0.4375 apart in L-infinity, so epsilon = 0.1 leaves every label true.
+    """
+    config.data.head = 104  # images of the largest class
+    config.data.test_per_class = 70
+    config.data.seed = config.get_ref("seed")  # which digit is the head class, and which images are taken
+    config.model = ConfigDict({"name": "small_cnn"})
+    config.threat.epsilon = 0.1
+    config.attack.steps = 7
+    config.attack.step_size = 0.025  # epsilon / 4
+    config.attack.start = "uniform"
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.clip_norm = 1.0
+    config.schedule.name = "paper"
+    config.schedule.lr = 0.05
+    config.schedule.milestones = (45, 55)
+    config.schedule.warmup = 3
+    config.train.epochs = 60
+    config.train.crop_flip = False
+    config.train.checkpoint_epochs = 10
+    config.evaluation.batch_size = 350
+    config.evaluation.step_size = 0.0125  # epsilon / 8

@@ -1,0 +1,92 @@
+"""Downloads CIFAR-10 or CIFAR-100 with TFDS and stores it so that it can be read without TensorFlow.
+
+    python experiments/prepare_data.py --dataset=cifar10 --data_dir=DIR
+
+Nothing else in this repository touches the network. A second run finds its work done.
+"""
+
+import importlib.util
+import pathlib
+import socket
+import sys
+import urllib.request
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+
+from robal_jax.errors import InputError
+from robal_jax.sources import find_tfds, has_array_record, one_line, tfds_folder
+
+_DATASET = flags.DEFINE_enum("dataset", "cifar10", ["cifar10", "cifar100"], "What to download.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "TFDS data folder; by default TFDS_DATA_DIR, or else ~/tensorflow_datasets."
+)
+_FILE_FORMAT = flags.DEFINE_enum(
+    "file_format", "array_record", ["array_record"], "The format that needs no TensorFlow to be read."
+)
+
+HOST = "www.cs.toronto.edu"
+
+
+def check_host(seconds: float = 5.0) -> None:
+    """Tries to reach the download host, because TFDS itself retries for minutes before it gives up.
+
+    Behind a proxy a direct connection says nothing, so the check is left out there.
+
+    Raises:
+        InputError: the host cannot be reached.
+    """
+    if urllib.request.getproxies().keys() & {"https", "all"}:
+        return
+    try:
+        socket.create_connection((HOST, 443), timeout=seconds).close()
+    except OSError as error:
+        raise InputError(
+            f"cannot reach {HOST}:443 ({one_line(error)}); set https_proxy, or run this on a machine with "
+            f"network access and copy its --data_dir, or use an .npz file with --config.data.path=FILE.npz"
+        ) from error
+
+
+def prepare(name: str, data_dir: str, file_format: str) -> str:
+    """Downloads and prepares a data set unless that is done already; returns what to tell the user.
+
+    Raises:
+        InputError: TensorFlow is missing, the host cannot be reached, the download fails, or the
+            folder holds the data in another format.
+    """
+    root = tfds_folder(data_dir)
+    folder = find_tfds(name, data_dir)
+    if folder and has_array_record(folder):
+        return f"{name} is already prepared in {folder}"
+    if folder:
+        raise InputError(
+            f"{folder} holds {name} in another format than {file_format}; give another --data_dir"
+        )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise InputError(
+            "preparing data needs TensorFlow, reading them does not: pip install 'robal_jax[data]'"
+        )
+    check_host()
+    import tensorflow_datasets as tfds
+
+    try:
+        tfds.builder(name, data_dir=root, file_format=file_format).download_and_prepare()
+    except Exception as error:  # requests, TFDS and TensorFlow each have their own
+        raise InputError(f"could not prepare {name} in {root} ({one_line(error)}); run it again") from error
+    return f"{name} is prepared; train on it with --config.data.path={root}"
+
+
+def main(argv: list[str]) -> None:
+    """Runs prepare() with the flags; exit status 2 and one line on stderr where it cannot."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        print(prepare(_DATASET.value, _DATA_DIR.value, _FILE_FORMAT.value))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,27 @@
+"""Train: python experiments/train.py --config=configs/METHOD.py:DATA --workdir=DIR [--config.FIELD=VALUE ...]."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from robal_jax import cli
+from robal_jax.errors import InputError
+
+
+def main(arguments: list[str]) -> None:
+    """Flags to config and workdir; everything else is robal_jax.train.train."""
+    texts = {"config": "config file and data set, configs/at.py:digits_lt", "workdir": "folder of the run"}
+    values, overrides = cli.parse(arguments, texts, __doc__)
+    for name, value in values.items():
+        if not value:
+            raise InputError(f"--{name} is missing; usage: {__doc__}")
+    config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
+
+    from robal_jax.train import train  # after the cheap checks: it imports JAX
+
+    train(config, pathlib.Path(values["workdir"]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

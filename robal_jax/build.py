@@ -1,0 +1,330 @@
+"""From a config to plain functions and values: the only module that reads config fields.
+
+A section with a ``name`` stands for a function of one of the library's tables (``LOSSES``, ``HEADS``, ...), or of the
+user's own where the name has the form ``module:function``; the section's other keys are its keyword
+arguments. Everything is checked here, before any long work starts.
+"""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from robal_jax import attacks, classifiers, losses, models, objectives, sources, state
+from robal_jax.data import SAMPLERS, Dataset
+from robal_jax.errors import InputError
+from robal_jax.models import Model
+
+
+def call(
+    kind: str, table: Mapping[str, Callable[..., Any]], section: ConfigDict, **given: Any
+) -> Callable[..., Any]:
+    """The function that a section names, with the section's other keys and what it wants of ``given`` bound.
+
+    Args:
+      kind: what the section is, for messages.
+      table: the library's functions by name.
+      section: ``name`` and keyword arguments.
+      **given: values that come from elsewhere (class counts, say); only those that the function has a
+        parameter for are bound.
+
+    Returns:
+      A ``functools.partial``.
+
+    Raises:
+      InputError: no such name, or keyword arguments that the function does not take.
+    """
+    options = dict(section)
+    name = options.pop("name")
+    if ":" in name:
+        function = _import(kind, name)
+    elif name in table:
+        function = table[name]
+    else:
+        raise InputError(
+            f"unknown {kind} {name!r}; known: {', '.join(table)}, or your own as 'module:function'"
+        )
+    parameters = inspect.signature(function).parameters
+    unknown = sorted(set(options) - set(parameters))
+    if unknown:
+        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(parameters)}")
+    bound = {key: value for key, value in given.items() if key in parameters and key not in options}
+    return functools.partial(function, **options, **bound)
+
+
+def _import(kind: str, name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot import the {kind} {name!r}: {error}") from error
+
+
+def _require(condition: bool, field: str, value: Any, must: str) -> None:
+    if not condition:
+        raise InputError(f"config.{field} is {value}; it must be {must}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Ranges of the fields that no function checks by itself.
+
+    Raises:
+      InputError: names the field, its value and what it must be.
+    """
+    positive = (
+        "threat.epsilon", "attack.steps", "attack.step_size", "attack.logit_scale", "schedule.lr",
+        "train.epochs", "train.batch_size", "train.steps_per_dispatch", "train.checkpoint_epochs",
+        "train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon", "evaluation.step_size",
+        "evaluation.logit_scale",
+    )  # fmt: skip
+    for field in positive:
+        section, key = field.split(".")
+        _require(config[section][key] > 0, field, config[section][key], "> 0")
+    for field, known in (("attack.start", attacks.STARTS), ("train.sampler", SAMPLERS)):
+        section, key = field.split(".")
+        value = config[section][key]
+        _require(value in known, field, repr(value), f"one of {', '.join(known)}")
+    for section in ("train", "evaluation"):
+        known = ("default", "high", "highest")
+        value = config[section].precision
+        _require(value in known, f"{section}.precision", repr(value), f"one of {', '.join(known)}")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as JSON, keys sorted."""
+    return json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True) + "\n"
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+      InputError: the folder holds none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no run in {workdir}: it has no config.json; train first, or correct --workdir"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """What a second run on one workdir would do differently, as lines ``field: this, there``.
+
+    The section ``evaluation`` does not change what is trained, and neither does where the data lies: the
+    data itself is compared by its digest.
+    """
+    flat = [_flatten(json.loads(c.to_json())) for c in (config, other)]
+    ignored = ("evaluation.", "data.path", "train.keep_checkpoints")
+    return [
+        f"{key}: {flat[0].get(key)!r} here, {flat[1].get(key)!r} there"
+        for key in sorted({*flat[0], *flat[1]})
+        if flat[0].get(key) != flat[1].get(key) and not key.startswith(ignored)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def dataset(config: ConfigDict) -> Dataset:
+    """The long-tailed training set and the balanced test set, on the host."""
+    return call("data set", sources.SOURCES, config.data)()
+
+
+def model(config: ConfigDict, num_classes: int, *, precision: str, axis_name: str | None = None) -> Model:
+    """The network of ``config.model`` and ``config.head`` as functions."""
+    on_cpu = jax.default_backend() == "cpu"
+    backbone = call(
+        "model",
+        models.BACKBONES,
+        config.model,
+        convolution=models.loop_convolution if on_cpu else models.convolution,
+        precision=None if precision == "default" else precision,
+        axis_name=axis_name,
+    )
+    head = call("head", classifiers.HEADS, config.head, num_classes=num_classes)
+    return models.functional(models.Network(backbone(), head()))
+
+
+def _scaled(attack: attacks.Attack, scale: float) -> attacks.Attack:
+    """The attack on a model whose logits are multiplied by ``scale``."""
+    return lambda logits_fn, *batch: attack(lambda images: scale * logits_fn(images), *batch)
+
+
+def training_attack(config: ConfigDict) -> attacks.Attack:
+    """The inner maximisation: PGD on cross entropy."""
+    attack = functools.partial(
+        attacks.pgd,
+        threat=attacks.ThreatModel(config.threat.epsilon),
+        steps=config.attack.steps,
+        step_size=config.attack.step_size,
+        start=attacks.STARTS[config.attack.start],
+    )
+    return _scaled(attack, config.attack.logit_scale)
+
+
+def objective(config: ConfigDict, class_counts: np.ndarray) -> objectives.Objective:
+    """What a step minimises, with its attack and loss bound."""
+    loss = call("loss", losses.LOSSES, config.loss, class_counts=class_counts)
+    return call(
+        "objective", objectives.OBJECTIVES, config.objective, attack=training_attack(config), loss=loss
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """All that the training loop needs.
+
+    Attributes:
+      data: the images.
+      model: the network.
+      objective: ``(model, params, stats, images, labels, keys) -> (loss, Outcome)``.
+      optimizer: of the parameters.
+      schedule: learning rate of a step.
+      seed: of everything random.
+      sampler: a name of ``data.SAMPLERS``.
+      crop_flip: whether images are augmented.
+      batch_size: images a step.
+      steps_per_epoch: the last incomplete batch is dropped.
+      epochs: how many.
+      steps_per_dispatch: largest number of steps that one call of the compiled function makes.
+      checkpoint_epochs: epochs between checkpoints.
+      keep_checkpoints: how many of the newest stay.
+    """
+
+    data: Dataset
+    model: Model
+    objective: objectives.Objective
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    seed: int
+    sampler: str
+    crop_flip: bool
+    batch_size: int
+    steps_per_epoch: int
+    epochs: int
+    steps_per_dispatch: int
+    checkpoint_epochs: int
+    keep_checkpoints: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+
+def training(config: ConfigDict, *, axis_name: str | None = None) -> Training:
+    """Builds everything that a training run needs, and checks it.
+
+    Raises:
+      InputError: a field of the config, or the data, cannot be used.
+    """
+    validate(config)
+    data = dataset(config)
+    counts = data.class_counts
+    epoch_size = len(SAMPLERS[config.train.sampler](data.train_labels, config.seed, 0))
+    steps_per_epoch = epoch_size // config.train.batch_size
+    if not steps_per_epoch:
+        raise InputError(
+            f"config.train.batch_size is {config.train.batch_size}, but an epoch has only {epoch_size} images"
+        )
+    rates = call("schedule", state.SCHEDULES, config.schedule)(epochs=config.train.epochs)
+    schedule = state.per_step(rates, steps_per_epoch)
+    return Training(
+        data=data,
+        model=model(config, len(counts), precision=config.train.precision, axis_name=axis_name),
+        objective=objective(config, counts),
+        optimizer=state.sgd(schedule, **config.optimizer),
+        schedule=schedule,
+        seed=config.seed,
+        sampler=config.train.sampler,
+        crop_flip=config.train.crop_flip,
+        batch_size=config.train.batch_size,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.train.epochs,
+        steps_per_dispatch=min(config.train.steps_per_dispatch, steps_per_epoch),
+        checkpoint_epochs=config.train.checkpoint_epochs,
+        keep_checkpoints=config.train.keep_checkpoints,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """All that the evaluation loop needs.
+
+    Attributes:
+      training: what made the checkpoint; gives the data and the structure of the state.
+      predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
+      threat: what the attacks may do.
+      step_size: of the iterated attacks.
+      batch_size: images a call.
+      seed: of the attacks' starts.
+      groups: ``head_classes`` and ``tail_classes``, 0 for a third.
+      about: what reports say of method, data and attack.
+    """
+
+    training: Training
+    predict: Callable[..., Any]
+    threat: attacks.ThreatModel
+    step_size: float
+    batch_size: int
+    seed: int
+    groups: dict[str, int]
+    about: dict[str, Any]
+
+
+def evaluation(config: ConfigDict) -> Evaluation:
+    """Builds everything that an evaluation needs, and checks it.
+
+    Raises:
+      InputError: a field of the config, or the data, cannot be used.
+    """
+    parts, settings = training(config), config.evaluation
+    data, counts = parts.data, parts.data.class_counts
+    network = model(config, len(counts), precision=settings.precision)
+
+    def predict(params: Any, stats: Any, images: Any) -> Any:
+        logits = settings.logit_scale * network.predict(params, stats, images)
+        return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
+
+    return Evaluation(
+        training=parts,
+        predict=predict,
+        threat=attacks.ThreatModel(settings.epsilon),
+        step_size=settings.step_size,
+        batch_size=min(settings.batch_size, len(data.test_labels)),
+        seed=settings.seed,
+        groups={"head_classes": settings.head_classes, "tail_classes": settings.tail_classes},
+        about={
+            "method": config.method,
+            "seed": config.seed,
+            "dataset": config.data.name,
+            "imbalance": f"{config.data.profile}, ratio {config.data.ratio:g} (IR {1 / config.data.ratio:g})",
+            "class_names": list(data.class_names),
+            "norm": "L-infinity",
+            "epsilon": settings.epsilon,
+            "step_size": settings.step_size,
+            "start": "x + U(-epsilon, epsilon); FGSM: x",
+            "logit_scale": settings.logit_scale,
+            "prior_adjustment": f"logits - {settings.tau_p:g} log prior" if settings.tau_p else "none",
+            "evaluation_seed": settings.seed,
+            "precision": settings.precision,
+        },
+    )

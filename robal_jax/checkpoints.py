@@ -1,0 +1,190 @@
+"""Checkpoints: written by Orbax, asynchronously, each with a digest that is verified when it is read.
+
+Orbax writes a checkpoint under a temporary name and renames it when complete, so a killed process leaves
+none half written. It does not notice a bit that changed on the disk afterwards; the sha256 over all arrays
+that stands in the checkpoint's metadata does. The state is the same on every device, so what is saved are
+host copies: a checkpoint can be read whatever the devices it was made on.
+
+This is the only module that knows Orbax.
+"""
+
+import hashlib
+import pathlib
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import chex
+import flax.serialization
+import flax.traverse_util
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from robal_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint cannot be read, or is not what was written."""
+
+
+def digest(tree: chex.ArrayTree) -> str:
+    """Sha256 of all arrays of a tree: names, types, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, array in sorted(_flat(_host(tree)).items()):
+        sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def _host(tree: chex.ArrayTree) -> dict[str, Any]:
+    """Nested dictionaries of NumPy arrays, whatever containers the tree is made of."""
+    return jax.tree.map(np.asarray, flax.serialization.to_state_dict(jax.device_get(tree)))
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def restore(path: pathlib.Path, like: T) -> tuple[T, str]:
+    """Reads one checkpoint and verifies it.
+
+    Args:
+      path: the checkpoint's own folder.
+      like: a tree of the same structure, shapes and types.
+
+    Returns:
+      The tree (NumPy arrays in the containers of ``like``), and its sha256.
+
+    Raises:
+      DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
+      InputError: it is a checkpoint of something else: a name, shape or type differs.
+    """
+    path = path.absolute()
+    try:
+        metadata = ocp.metadata(path)
+        written = (metadata.custom_metadata or {})["sha256"]
+        found = _flat(metadata.metadata)
+    except Exception as error:  # Orbax and TensorStore raise whatever their layers raise
+        raise DamagedCheckpointError(_first_line(error)) from error
+    wanted = {k: v for k, v in _flat(flax.serialization.to_state_dict(like)).items() if hasattr(v, "shape")}
+    for name in sorted({*wanted, *found}):
+        have, want = (
+            f"{tree[name].dtype}{list(tree[name].shape)}" if name in tree else "nothing"
+            for tree in (found, wanted)
+        )
+        if have != want:
+            raise InputError(
+                f"checkpoint {path} is of another model: it has {have} for {name} where the config's "
+                f"model has {want}; evaluate it with the config it was trained with"
+            )
+    try:
+        tree = ocp.load(path)
+    except Exception as error:
+        raise DamagedCheckpointError(_first_line(error)) from error
+    read = digest(tree)
+    if read != written:
+        raise DamagedCheckpointError(f"its sha256 is {read[:12]}…, but {written[:12]}… was written")
+    return flax.serialization.from_state_dict(like, _with_empty(tree, like)), read
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _with_empty(tree: dict[str, Any], like: Any) -> dict[str, Any]:
+    """Puts back the empty containers (an optimiser's parts without state) that a checkpoint leaves out."""
+    keep = {"keep_empty_nodes": True}
+    full = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(like), **keep)
+    full.update(flax.traverse_util.flatten_dict(tree))
+    return flax.traverse_util.unflatten_dict(full)
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def restore_latest(
+    folder: pathlib.Path, like: T, *, on_damage: Callable[[pathlib.Path, str], None]
+) -> tuple[T, pathlib.Path, str] | None:
+    """Reads the newest checkpoint that is whole.
+
+    Args:
+      folder: holds one folder a step.
+      like: see :func:`restore`.
+      on_damage: told of each damaged checkpoint that was passed over, and why.
+
+    Returns:
+      The tree, the checkpoint's folder and its sha256; None where there is no checkpoint at all.
+
+    Raises:
+      InputError: there are checkpoints, but all are damaged, or the newest whole one is of another model.
+    """
+    found = steps(folder)
+    for step in reversed(found):
+        path = folder / str(step)
+        try:
+            state, sha256 = restore(path, like)
+            return state, path, sha256
+        except DamagedCheckpointError as error:
+            on_damage(path, str(error))
+    if found:
+        raise InputError(
+            f"every checkpoint in {folder} is damaged; move the folder away to start from step 0"
+        )
+    return None
+
+
+class Saver:
+    """Writes checkpoints in the background, keeping the newest ones; a context manager."""
+
+    def __init__(self, folder: pathlib.Path, keep: int) -> None:
+        self._folder = folder.absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
+        """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256."""
+        self.wait()
+        host = _host(state)
+        sha256 = digest(host)
+        self._pending = self._checkpointer.save_async(
+            step, host, force=True, custom_metadata={"sha256": sha256}
+        )
+        return self._folder / str(step), sha256
+
+    def wait(self) -> None:
+        """Waits until what was started is on the disk.
+
+        Raises:
+          InputError: it could not be written; the checkpoints before it are untouched.
+        """
+        try:
+            if self._pending is not None:
+                self._pending.result()
+        except Exception as error:
+            raise InputError(
+                f"could not write a checkpoint to {self._folder}: {_first_line(error)}"
+            ) from error
+        finally:
+            self._pending = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()

@@ -1,0 +1,372 @@
+"""Networks in flax.linen, and the functions that the rest of the library knows them by.
+
+Images are ``[B, H, W, C]`` in [0, 1]; a backbone gives features ``[B, D]``; :class:`Network` puts a head
+on it. :func:`functional` turns a module into a :class:`Model`, plain functions of arrays::
+
+    model = functional(Network(WideResNet(depth=34, widen=10), CosineHead(num_classes=10)))
+    params, stats = model.init(key, images)
+    logits = model.predict(params, stats, images)         # running batch-norm statistics
+    logits, moments = model.train(params, stats, images)  # this batch's statistics
+
+A training pass does not touch the running statistics: it returns the batch's moments, and
+:func:`update_statistics` applies them. So an objective gets the update order of the released code
+(adversarial, natural, natural, adversarial) from two passes instead of four.
+
+Module names follow the released PyTorch code with ``_`` for ``.``; ``torch_import`` relies on it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch: PyTorch's convention and default
+BATCH_NORM_EPSILON = 1e-5
+
+Precision = str | lax.Precision | None
+
+Convolution = Callable[[chex.Array, chex.Array, int, Precision], chex.Array]
+"""``(images [B, H, W, C], kernel [k, k, C, O], stride, precision)`` to ``[B, H', W', O]``, padded by k // 2."""
+
+
+def convolution(x: chex.Array, kernel: chex.Array, stride: int, precision: Precision) -> chex.Array:
+    """``lax``'s convolution, zero-padded by half the kernel on every side (as PyTorch pads, unlike 'SAME')."""
+    return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], precision, strides=stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def loop_convolution(x: chex.Array, kernel: chex.Array, stride: int, precision: Precision) -> chex.Array:
+    """:func:`convolution` whose gradients stay fast inside a compiled loop on the CPU.
+
+    XLA's CPU compiler does not rewrite the gradients of a convolution into its own layout when they stand
+    inside a while loop, and they run several times slower there (jax-ml/jax#12868). Here both gradients
+    are themselves NHWC convolutions. Forward-mode differentiation is not supported.
+    """
+    return convolution(x, kernel, stride, precision)
+
+
+def _nhwc(
+    x: chex.Array,
+    kernel: chex.Array,
+    padding: list[tuple[int, int]],
+    precision: Precision,
+    *,
+    strides: int = 1,
+    lhs_dilation: int = 1,
+    rhs_dilation: int = 1,
+) -> chex.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        padding,
+        (lhs_dilation, lhs_dilation),
+        (rhs_dilation, rhs_dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+def _loop_convolution_forward(
+    x: chex.Array, kernel: chex.Array, stride: int, precision: Precision
+) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
+    return convolution(x, kernel, stride, precision), (x, kernel)
+
+
+def _loop_convolution_backward(
+    stride: int, precision: Precision, saved: tuple[chex.Array, chex.Array], dy: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+    x, kernel = saved
+    dx_padding, dw_padding = [], []
+    for n, m, k in zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True):
+        low, dilated = k // 2, (m - 1) * stride + 1
+        dx_padding.append((k - 1 - low, n - dilated + low))
+        dw_padding.append((low, k - 1 + dilated - n - low))
+    # dx: dy, dilated by the stride, by the kernel flipped in space with its channel axes exchanged.
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    dx = _nhwc(dy, flipped, dx_padding, precision, lhs_dilation=stride)
+    # dw: x with batch and channel axes exchanged, by dy dilated by the stride.
+    x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
+    dw = _nhwc(x, dy, dw_padding, precision, rhs_dilation=stride)
+    return dx, dw.transpose(1, 2, 0, 3)
+
+
+loop_convolution.defvjp(_loop_convolution_forward, _loop_convolution_backward)
+
+
+class Conv(nn.Module):
+    """Square convolution without bias; N(0, sqrt(2 / (k * k * out))) at initialisation, as released."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    convolution: Convolution = convolution
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """``[B, H, W, C]`` to ``[B, H', W', features]``."""
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        kernel = self.param("kernel", init, (self.size, self.size, x.shape[-1], self.features))
+        return self.convolution(x, kernel, self.stride, self.precision)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all but the last axis, with PyTorch's statistics.
+
+    ``y = (x - mean) / sqrt(var + 1e-5) * scale + bias``
+
+    Evaluation uses the running ``mean`` and ``var`` of the collection ``batch_stats``. Training uses the
+    batch's own and *leaves them in* ``batch_stats`` (mutable): the batch's mean and its unbiased variance,
+    for :func:`update_statistics`. The variance that normalises is the biased one, as in PyTorch.
+
+    Attributes:
+      axis_name: mapped axis over which the batch is spread, if any; the statistics are then the whole
+        batch's, so that a run does not depend on the number of devices.
+    """
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
+        """``[..., C]`` to the same shape."""
+        width, axes = x.shape[-1:], tuple(range(x.ndim - 1))
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        mean, var = running_mean.value, running_var.value
+        if train and not self.is_initializing():
+            mean, count = x.mean(axes), x.size // x.shape[-1]
+            if self.axis_name is not None:
+                mean, count = lax.pmean(mean, self.axis_name), count * lax.axis_size(self.axis_name)
+            var = jnp.square(x - _last(mean, x)).mean(axes)
+            if self.axis_name is not None:
+                var = lax.pmean(var, self.axis_name)
+            running_mean.value, running_var.value = mean, var * (count / (count - 1))
+        factor = lax.rsqrt(var + BATCH_NORM_EPSILON) * scale
+        return (x - _last(mean, x)) * _last(factor, x) + _last(bias, x)
+
+
+def _last(vector: chex.Array, like: chex.Array) -> chex.Array:
+    """``[C]`` with leading axes of size 1, to go with ``[..., C]``."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]) -> chex.ArrayTree:
+    """Running batch-norm statistics after several training passes, in their order.
+
+    ``r <- 0.9 * r + 0.1 * m`` for each ``m`` in ``moments``
+
+    Args:
+      stats: running means and variances ``r``.
+      moments: what each training pass left: batch means and unbiased variances. A pass may stand in it
+        more than once: the released RoBal step runs four passes of which only two are distinct.
+
+    Returns:
+      The new running statistics.
+    """
+    keep, new = 1.0 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM
+    for moment in moments:
+        stats = jax.tree.map(lambda r, m: keep * r + new * m, stats, moment)
+    return stats
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of a wide ResNet: BN, ReLU, 3x3, BN, ReLU, 3x3, and the shortcut."""
+
+    features: int
+    stride: int
+    activation: Callable[[chex.Array], chex.Array]
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
+        """``[B, H, W, C]`` to ``[B, H / stride, W / stride, features]``."""
+        y = self.activation(self.norm(name="bn1")(x, train))
+        if x.shape[-1] != self.features:
+            # The projection starts from the activated input, not from x.
+            x = self.conv(self.features, 1, self.stride, name="convShortcut")(y)
+        y = self.conv(self.features, 3, self.stride, name="conv1")(y)
+        y = self.activation(self.norm(name="bn2")(y, train))
+        return x + self.conv(self.features, 3, name="conv2")(y)
+
+
+class WideResNet(nn.Module):
+    """WideResNet-depth-widen; features ``[B, 64 * widen]``.
+
+    Source: Zagoruyko and Komodakis (BMVC 2016), as in RoBal's released code.
+
+    Attributes:
+      depth: 6 * n + 4 for n blocks a stage.
+      widen: width factor of the three stages of 16, 32 and 64 channels.
+      activation: inside the blocks; the one before pooling is always ReLU.
+      convolution: which implementation, see :func:`loop_convolution`.
+      precision: of the convolutions' products, as in ``jax.lax``.
+      axis_name: see :class:`BatchNorm`.
+    """
+
+    depth: int = 34
+    widen: int = 10
+    activation: Callable[[chex.Array], chex.Array] = nn.relu
+    convolution: Convolution = convolution
+    precision: Precision = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
+        """Images ``[B, H, W, C]`` to features ``[B, 64 * widen]``."""
+        blocks, rest = divmod(self.depth - 4, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"a WideResNet's depth is 6 n + 4 with n at least 1, not {self.depth}")
+        conv = partial(Conv, convolution=self.convolution, precision=self.precision)
+        norm = partial(BatchNorm, axis_name=self.axis_name)
+        x = conv(16, name="conv1")(x)
+        for stage, width in enumerate((16, 32, 64)):
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                x = WideBlock(
+                    width * self.widen,
+                    stride,
+                    self.activation,
+                    conv,
+                    norm,
+                    name=f"block{stage + 1}_layer_{i}",
+                )(x, train)
+        x = nn.relu(norm(name="bn1")(x, train))
+        return x.mean((1, 2))
+
+
+class BasicBlock(nn.Module):
+    """Post-activation block: 3x3, BN, ReLU, 3x3, BN, add, ReLU."""
+
+    features: int
+    stride: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
+        """``[B, H, W, C]`` to ``[B, H / stride, W / stride, features]``."""
+        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, train))
+        y = self.norm(name="bn2")(self.conv(self.features, 3, name="conv2")(y), train)
+        if x.shape != y.shape:
+            x = self.conv(self.features, 1, self.stride, name="shortcut_0")(x)
+            x = self.norm(name="shortcut_1")(x, train)
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with the CIFAR stem (3x3, stride 1, no pooling); features ``[B, 512]``.
+
+    Source: He et al. (CVPR 2016), in the CIFAR form that follow-up work on RoBal uses.
+
+    Attributes:
+      convolution: which implementation, see :func:`loop_convolution`.
+      precision: of the convolutions' products, as in ``jax.lax``.
+      axis_name: see :class:`BatchNorm`.
+    """
+
+    convolution: Convolution = convolution
+    precision: Precision = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
+        """Images ``[B, H, W, C]`` to features ``[B, 512]``."""
+        conv = partial(Conv, convolution=self.convolution, precision=self.precision)
+        norm = partial(BatchNorm, axis_name=self.axis_name)
+        x = nn.relu(norm(name="bn1")(conv(64, name="conv1")(x), train))
+        for stage, width in enumerate((64, 128, 256, 512)):
+            for i in range(2):
+                stride = 2 if stage > 0 and i == 0 else 1
+                x = BasicBlock(width, stride, conv, norm, name=f"layer{stage + 1}_{i}")(x, train)
+        return x.mean((1, 2))
+
+
+class SmallCNN(nn.Module):
+    """Three convolutions and a linear layer for 8x8 and 28x28 images; features ``[B, width]``.
+
+    The features are taken *before* a ReLU: a cosine head on rectified features of a small net collapses
+    to one class, because a feature vector whose units all died has no direction.
+
+    Attributes:
+      channels: of the three convolutions; the second and the third halve the image.
+      width: ``D``, number of features.
+      convolution: which implementation, see :func:`loop_convolution`.
+      precision: of the convolutions' products, as in ``jax.lax``.
+      axis_name: see :class:`BatchNorm`.
+    """
+
+    channels: tuple[int, int, int] = (16, 32, 64)
+    width: int = 64
+    convolution: Convolution = convolution
+    precision: Precision = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
+        """Images ``[B, H, W, C]`` to features ``[B, width]``."""
+        for i, channels in enumerate(self.channels):
+            conv = Conv(channels, 3, min(i + 1, 2), self.convolution, self.precision, name=f"conv{i + 1}")
+            x = nn.relu(BatchNorm(self.axis_name, name=f"bn{i + 1}")(conv(x), train))
+        return nn.Dense(self.width, precision=self.precision, name="fc")(x.reshape(x.shape[0], -1))
+
+
+class Network(nn.Module):
+    """A backbone and a head."""
+
+    backbone: nn.Module
+    classifier: nn.Module
+
+    def __call__(self, images: chex.Array, train: bool) -> chex.Array:
+        """Images ``[B, H, W, C]`` to logits ``[B, K]``."""
+        return self.classifier(self.backbone(images, train))
+
+
+class Model(NamedTuple):
+    """A network as functions of arrays.
+
+    Attributes:
+      init: ``(key, images) -> (params, stats)``; of the images only the shape matters.
+      predict: ``(params, stats, images) -> logits``, with running statistics: what is attacked and evaluated.
+      train: ``(params, stats, images) -> (logits, moments)``, with the batch's own statistics.
+    """
+
+    init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
+    predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
+    train: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], tuple[chex.Array, chex.ArrayTree]]
+
+
+def functional(network: nn.Module) -> Model:
+    """The :class:`Model` of a linen module with call signature ``(images, train)``."""
+
+    def init(key: chex.PRNGKey, images: chex.Array) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        variables = network.init(key, images, train=False)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
+        return network.apply({"params": params, "batch_stats": stats}, images, train=False)
+
+    def train(
+        params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
+    ) -> tuple[chex.Array, chex.ArrayTree]:
+        variables: dict[str, Any] = {"params": params, "batch_stats": stats}
+        logits, moments = network.apply(variables, images, train=True, mutable=["batch_stats"])
+        return logits, moments.get("batch_stats", {})
+
+    return Model(init, predict, train)
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "wide_resnet": WideResNet,
+    "resnet18": ResNet18,
+    "small_cnn": SmallCNN,
+}

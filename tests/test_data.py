@@ -1,0 +1,281 @@
+"""Long-tailed subsets, samplers and augmentation (robal_jax.data)."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robal_jax import data
+from robal_jax.errors import InputError
+
+CASES = [
+    (name, profile, ratio)
+    for name in ("cifar10", "cifar100")
+    for profile, ratio in (("exp", 0.1), ("exp", 0.02), ("exp", 0.01), ("step", 0.02))
+]
+
+
+crop_flip = jax.jit(data.random_crop_flip, static_argnums=2)
+
+
+def n_max_and_classes(name):
+    return (5000, 10) if name == "cifar10" else (500, 100)
+
+
+# ---------------------------------------------------------------- long-tailed counts and indices
+
+
+def test_counts_of_the_main_setting():
+    counts = data.long_tailed_counts(5000, 10, 0.02, "exp")
+    assert counts.tolist() == [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
+    assert counts.dtype == np.int64
+    assert data.long_tailed_counts(500, 100, 0.1, "exp").sum() == 19573
+
+
+def test_counts_of_the_step_profile():
+    assert data.long_tailed_counts(50, 5, 0.1, "step").tolist() == [50, 50, 5, 5, 5]
+
+
+def test_ratio_one_is_balanced():
+    for profile in data.PROFILES:
+        assert data.long_tailed_counts(7, 4, 1, profile).tolist() == [7] * 4
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan")])
+def test_ratio_out_of_range(ratio):
+    with pytest.raises(InputError, match=r"ratio .* is outside \(0, 1\]"):
+        data.long_tailed_counts(100, 10, ratio)
+
+
+def test_unknown_profile_lists_the_known():
+    with pytest.raises(InputError, match="unknown long-tail profile 'linear'; choose one of exp, step"):
+        data.long_tailed_counts(100, 10, 0.1, "linear")
+
+
+@pytest.mark.parametrize(("n_max", "num_classes"), [(0, 10), (10, 1)])
+def test_too_small_a_set(n_max, num_classes):
+    with pytest.raises(InputError, match="head of 1 image or more and 2 classes or more"):
+        data.long_tailed_counts(n_max, num_classes, 0.1)
+
+
+@pytest.mark.parametrize("n_max", [49, 50, 104, 5000])
+@pytest.mark.parametrize("profile", list(data.PROFILES))
+def test_empty_class_names_the_smallest_ratio_that_works(n_max, profile):
+    with pytest.raises(InputError, match=r"leaves class \d without an image") as caught:
+        data.long_tailed_counts(n_max, 10, 0.5 / n_max, profile)
+    smallest = float(str(caught.value).rsplit(" ", 1)[1])
+    assert data.long_tailed_counts(n_max, 10, smallest, profile).min() == 1
+    with pytest.raises(InputError):
+        data.long_tailed_counts(n_max, 10, smallest * (1 - 1e-9), profile)
+
+
+def test_indices_have_the_counts_and_the_class_order():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 30))
+    counts = np.array([30, 11, 4, 1])
+    indices = data.long_tailed_indices(labels, counts)
+    assert labels[indices].tolist() == np.repeat(np.arange(4), counts).tolist()
+    assert len(set(indices.tolist())) == len(indices)
+    assert np.array_equal(indices, data.long_tailed_indices(labels, counts, seed=0))
+    assert not np.array_equal(indices, data.long_tailed_indices(labels, counts, seed=1))
+
+
+def test_indices_of_a_class_that_is_too_small():
+    with pytest.raises(InputError, match="class 1 has 2 images but the long-tailed set asks for 3"):
+        data.long_tailed_indices(np.array([0, 0, 0, 1, 1]), np.array([3, 3]))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "profile", "ratio"), CASES)
+def test_counts_match_the_released_code(golden, name, profile, ratio):
+    counts = data.long_tailed_counts(*n_max_and_classes(name), ratio, profile)
+    assert counts.tolist() == golden("longtail")[f"counts/{name}/{profile}/{ratio}"].tolist()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("labels", ["synth", "real"])
+@pytest.mark.parametrize(("name", "profile", "ratio"), CASES)
+def test_indices_match_the_released_code(golden, name, profile, ratio, labels):
+    numbers = golden("longtail")
+    counts = data.long_tailed_counts(*n_max_and_classes(name), ratio, profile)
+    indices = data.long_tailed_indices(numbers[f"labels/{labels}/{name}"], counts)
+    assert np.array_equal(indices, numbers[f"indices/{labels}/{name}/{profile}/{ratio}"])
+
+
+# ---------------------------------------------------------------- sampling orders
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("labels", ["synth", "real"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_class_aware_order_matches_the_released_sampler(golden, name, labels):
+    numbers = golden("longtail")
+    expected = numbers[f"sampler/{labels}/{name}/class_aware_first"]
+    length = int(numbers[f"sampler/{labels}/{name}/class_aware_len"])
+    full = numbers[f"labels/{labels}/{name}"]
+    # The ratio of the recorded runs is the data set's main setting.
+    ratio = 0.02 if name == "cifar10" else 0.1
+    counts = data.long_tailed_counts(*n_max_and_classes(name), ratio, "exp")
+    order = data.class_aware_order(full[data.long_tailed_indices(full, counts)], random.Random(0))
+    assert len(order) == length
+    assert np.array_equal(order[: len(expected)], expected)
+
+
+def test_class_aware_order_visits_classes_and_images_in_rounds():
+    labels = np.repeat(np.arange(3), [6, 2, 1])
+    order = data.class_aware_order(labels, random.Random(5))
+    assert order.dtype == np.int32
+    assert len(order) == 6 * 3
+    assert all(sorted(labels[order[i : i + 3]]) == [0, 1, 2] for i in range(0, 18, 3))
+    drawn = order[labels[order] == 1].reshape(3, 2)
+    assert np.array_equal(np.sort(drawn, axis=1), np.tile([6, 7], (3, 1)))
+    assert sorted(order[labels[order] == 0].tolist()) == list(range(6))
+
+
+def test_class_aware_order_needs_every_class():
+    with pytest.raises(InputError, match="class 1 has no image"):
+        data.class_aware_order(np.array([0, 2]), random.Random(0))
+
+
+def test_uniform_order_is_a_fixed_permutation():
+    order = data.uniform_order(8, seed=3, epoch=2)
+    assert order.dtype == np.int32
+    assert order.tolist() == [6, 5, 0, 7, 2, 1, 3, 4]
+    assert sorted(data.uniform_order(1000, 0, 0).tolist()) == list(range(1000))
+
+
+@pytest.mark.parametrize("sampler", list(data.SAMPLERS))
+def test_epoch_order_depends_on_seed_and_epoch_only(sampler):
+    labels = np.repeat(np.arange(3), [20, 10, 5]).astype(np.int32)
+    order = data.epoch_order(sampler, labels, 1, 2)
+    assert order.dtype == np.int32
+    random.seed(99)
+    np.random.seed(99)
+    assert np.array_equal(order, data.epoch_order(sampler, labels, 1, 2))
+    others = [data.epoch_order(sampler, labels, *se) for se in ((1, 3), (2, 2), (2, 1))]
+    assert all(not np.array_equal(order, other) for other in others)
+    one, other = data.epoch_order(sampler, labels, 1, 23), data.epoch_order(sampler, labels, 12, 3)
+    assert not np.array_equal(one, other)
+
+
+def test_unknown_sampler_lists_the_known():
+    with pytest.raises(InputError, match="unknown sampler 'sqrt'; choose one of uniform, class_aware"):
+        data.epoch_order("sqrt", np.array([0, 1]), 0, 0)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("pixel_max", [16, 255])
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jax.jit(f, static_argnums=1)])
+def test_to_float_is_the_correctly_rounded_quotient(pixel_max, wrap):
+    pixels = np.arange(pixel_max + 1, dtype=np.uint8)
+    floats = wrap(data.to_float)(pixels, pixel_max)
+    assert floats.dtype == jnp.float32
+    assert np.array_equal(floats, pixels.astype(np.float32) / np.float32(pixel_max))
+
+
+def test_to_float_in_double_precision():
+    pixels = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    with jax.enable_x64(True):
+        floats = data.to_float(pixels, 255)
+    assert floats.dtype == jnp.float64
+    assert np.array_equal(floats, pixels / 255)
+
+
+def all_crops(image, padding):
+    """Every possible result of the augmentation, by plain slicing."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            crop = padded[top : top + height, left : left + width]
+            yield (top, left, False), crop
+            yield (top, left, True), crop[:, ::-1]
+
+
+def test_crop_and_flip_draws_every_case_evenly():
+    image = np.random.default_rng(0).integers(1, 256, (6, 5, 2), dtype=np.uint8)
+    draws = 1800
+    keys = jax.random.split(jax.random.key(0), draws)
+    out = np.asarray(crop_flip(keys, np.tile(image, (draws, 1, 1, 1)), 1))
+    assert out.dtype == np.uint8
+    assert out.shape == (draws, 6, 5, 2)
+    cases = {crop.tobytes(): case for case, crop in all_crops(image, 1)}
+    assert len(cases) == 18
+    found = [cases[one.tobytes()] for one in out]  # KeyError: not a crop of the padded image
+    times = [found.count(case) for case in cases.values()]
+    assert min(times) > 65  # 100 expected, standard deviation 9.7
+    assert max(times) < 135
+
+
+def test_default_padding_is_four():
+    images = np.full((400, 8, 8, 1), 9, np.uint8)
+    out = np.asarray(crop_flip(jax.random.split(jax.random.key(1), 400), images))
+    empty_rows = (out == 0).all(axis=(2, 3)).sum(axis=1)
+    assert set(empty_rows.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_crop_and_flip_depends_on_the_own_key_only():
+    images = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
+    keys = jax.random.split(jax.random.key(7), 6)
+    whole = crop_flip(keys, images)
+    assert whole.dtype == jnp.float32
+    assert np.array_equal(whole[4:], crop_flip(keys[4:], images[4:]))
+    assert np.array_equal(whole[::-1], crop_flip(keys[::-1], images[::-1]))
+
+
+def test_without_padding_only_flips_are_left():
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), dtype=np.uint8)
+    out = np.asarray(crop_flip(jax.random.split(jax.random.key(0), 40), images, 0))
+    kept = (out == images).all(axis=(1, 2, 3))
+    assert np.array_equal(out[~kept], images[~kept][:, :, ::-1])
+    assert 0 < kept.sum() < 40
+
+
+# ---------------------------------------------------------------- check_dataset
+
+
+def small_dataset(**changes):
+    dataset = data.Dataset(
+        train_images=np.zeros((5, 4, 4, 1), np.uint8),
+        train_labels=np.array([0, 0, 0, 1, 2], np.int32),
+        test_images=np.zeros((3, 4, 4, 1), np.uint8),
+        test_labels=np.array([2, 1, 0], np.int32),
+        pixel_max=16,
+        class_names=("a", "b", "c"),
+    )
+    return dataset._replace(**changes)
+
+
+def test_good_dataset_passes():
+    dataset = small_dataset()
+    assert data.check_dataset(dataset) is dataset
+    assert dataset.class_counts.tolist() == [3, 1, 1]
+    assert dataset.class_counts.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": np.zeros((5, 4, 4, 1), np.float32)}, "train images must be uint8"),
+        ({"test_images": np.zeros((3, 4, 4), np.uint8)}, r"test images must be uint8 \[N, H, W, C\]"),
+        ({"train_labels": np.array([0, 0, 0, 1, 2], np.int64)}, r"train labels must be int32 \[5\]"),
+        ({"train_labels": np.array([0, 0, 1, 2], np.int32)}, r"train labels must be int32 \[5\]"),
+        ({"train_labels": np.array([0, 0, 3, 1, 2], np.int32)}, r"train set: labels 0..3 found"),
+        ({"test_labels": np.array([-1, 0, 1], np.int32)}, r"test set: labels -1..1 found.* 0..2"),
+        ({"train_labels": np.array([0, 0, 0, 1, 1], np.int32)}, "train set: class 2 has no image"),
+        ({"test_labels": np.array([2, 2, 0], np.int32)}, "test set: class 1 has no image"),
+        (
+            {"test_images": np.zeros((0, 4, 4, 1), np.uint8), "test_labels": np.zeros(0, np.int32)},
+            "test set: class 0 has no image",
+        ),
+        ({"test_images": np.zeros((3, 5, 4, 1), np.uint8)}, "train and test images differ in shape"),
+        ({"train_images": np.full((5, 4, 4, 1), 17, np.uint8)}, "pixels up to 17, above pixel_max 16"),
+    ],
+)
+def test_bad_dataset(changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        data.check_dataset(small_dataset(**changes))
+    assert "\n" not in str(caught.value)

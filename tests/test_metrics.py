@@ -1,0 +1,250 @@
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+
+from robal_jax import metrics
+from robal_jax.errors import InputError
+
+
+def random_case(num_classes, n, seed=0):
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.arange(n) % num_classes)
+    predictions = np.where(generator.random(n) < 0.5, labels, generator.integers(0, num_classes, n))
+    return labels, predictions
+
+
+def test_confusion_matrix_has_true_classes_in_rows():
+    result = metrics.confusion_matrix([0, 0, 1, 2], [0, 2, 1, 0], 3)
+    assert result.dtype == np.int64
+    np.testing.assert_array_equal(result, [[1, 0, 1], [0, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_confusion_matrix_refuses_classes_out_of_range(bad):
+    with pytest.raises(InputError, match=r"\[0, 3\)"):
+        metrics.confusion_matrix([0, 1], [0, bad], 3)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_precision_recall_f_equal_scikit_learn(num_classes):
+    labels, predictions = random_case(num_classes, 700)
+    # Class 1 is never predicted, class 0 has no test image: both zero divisions occur.
+    predictions[predictions == 1] = 0
+    labels[labels == 0] = 1
+    confusion = metrics.confusion_matrix(labels, predictions, num_classes)
+    np.testing.assert_array_equal(
+        confusion, sklearn_confusion(labels, predictions, labels=range(num_classes))
+    )
+    expected = precision_recall_fscore_support(
+        labels, predictions, labels=range(num_classes), zero_division=0
+    )
+    result = metrics.precision_recall_f(confusion)
+    np.testing.assert_allclose(result, expected[:3], rtol=1e-14)
+
+
+def test_precision_recall_f_keep_leading_axes():
+    confusions = np.random.default_rng(0).integers(0, 5, (2, 3, 4, 4))
+    batched = np.stack(metrics.precision_recall_f(confusions))
+    for index in np.ndindex(2, 3):
+        single = metrics.precision_recall_f(confusions[index])
+        np.testing.assert_array_equal(batched[(slice(None), *index)], single)
+
+
+@pytest.mark.parametrize(("num_classes", "sizes"), [(10, [3, 4, 3]), (100, [33, 34, 33]), (3, [1, 1, 1])])
+def test_groups_are_thirds_by_default(num_classes, sizes):
+    groups = metrics.class_groups(np.arange(num_classes, 0, -1))
+    assert list(groups) == ["head", "medium", "tail"]
+    assert [len(classes) for classes in groups.values()] == sizes
+    np.testing.assert_array_equal(np.concatenate(list(groups.values())), np.arange(num_classes))
+
+
+def test_groups_follow_counts_and_break_ties_by_label():
+    groups = metrics.class_groups([5, 9, 5, 1, 9], head_classes=2, tail_classes=2)
+    assert {name: classes.tolist() for name, classes in groups.items()} == {
+        "head": [1, 4],
+        "medium": [0],
+        "tail": [2, 3],
+    }
+
+
+def test_empty_groups_are_left_out():
+    assert list(metrics.class_groups([4, 2])) == ["medium"]
+    assert list(metrics.class_groups([4, 2], 1, 1)) == ["head", "tail"]
+
+
+@pytest.mark.parametrize("sizes", [(-1, 0), (0, -1), (3, 3), (5, 0)])
+def test_groups_refuse_impossible_sizes(sizes):
+    with pytest.raises(InputError):
+        metrics.class_groups([5, 4, 3, 2, 1], *sizes)
+
+
+def test_groups_of_ten_are_means():
+    np.testing.assert_allclose(metrics.groups_of_ten(np.arange(100)), 4.5 + 10 * np.arange(10))
+
+
+def test_wilson_interval_of_known_cases():
+    np.testing.assert_allclose(metrics.wilson_interval(8, 10), (0.4902, 0.9433), atol=5e-5)
+    # At 0 of n the bounds are 0 and z^2 / (n + z^2).
+    z2 = metrics.Z95**2
+    np.testing.assert_allclose(metrics.wilson_interval(0, 50), (0, z2 / (50 + z2)), atol=1e-15)
+    np.testing.assert_allclose(metrics.wilson_interval(50, 50), (50 / (50 + z2), 1), atol=1e-15)
+
+
+def test_wilson_interval_contains_the_share():
+    total = np.arange(1, 60)[:, None]
+    successes = np.minimum(np.arange(60), total)
+    low, high = metrics.wilson_interval(successes, total)
+    assert np.all((low >= 0) & (low <= successes / total) & (successes / total <= high) & (high <= 1))
+
+
+def test_bootstrap_interval_is_reproducible_and_brackets_the_value():
+    confusion = metrics.confusion_matrix(*random_case(10, 2000), 10)
+    interval = metrics.bootstrap_interval(confusion)
+    np.testing.assert_array_equal(interval, metrics.bootstrap_interval(confusion))
+    assert not np.array_equal(interval, metrics.bootstrap_interval(confusion, seed=1))
+    value = np.mean(metrics.precision_recall_f(confusion), axis=-1)
+    assert np.all((interval[:, 0] < value) & (value < interval[:, 1]))
+
+
+def test_bootstrap_interval_of_a_perfect_classifier_is_a_point():
+    np.testing.assert_array_equal(metrics.bootstrap_interval(np.diag([4, 5, 6])), np.ones((3, 2)))
+
+
+def test_bootstrap_interval_does_not_depend_on_the_chunks(monkeypatch):
+    confusion = metrics.confusion_matrix(*random_case(5, 300), 5)
+    whole = metrics.bootstrap_interval(confusion, resamples=101)
+    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 25 * 7)
+    np.testing.assert_array_equal(metrics.bootstrap_interval(confusion, resamples=101), whole)
+
+
+def test_bootstrap_interval_covers_the_truth():
+    # The true macro figures are those of the shares; 95 % intervals of 200 data sets should hold them.
+    shares = np.array([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.3, 0.5]])
+    truth = np.mean(metrics.precision_recall_f(shares), axis=-1)
+    draws = np.random.default_rng(0).multinomial(200, shares, size=(200, 3))
+    intervals = np.stack(
+        [metrics.bootstrap_interval(draw, resamples=300, seed=i) for i, draw in enumerate(draws)]
+    )
+    covered = np.mean((intervals[..., 0] <= truth) & (truth <= intervals[..., 1]), axis=0)
+    # Two standard errors of a coverage over 200 data sets are 0.03; 300 resamples cost a little more.
+    assert np.all((covered > 0.90) & (covered <= 0.99)), covered
+
+
+def test_paired_difference_by_hand():
+    first = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool)
+    second = np.array([1, 1, 0, 1, 1, 1, 0, 0], bool)
+    # b = 3 gained, c = 1 lost, n = 8: center 2 / 10, half width z sqrt(5 - 4 / 10) / 10.
+    half = metrics.Z95 * np.sqrt(4.6) / 10
+    expected = {"value": 0.25, "low": 0.2 - half, "high": 0.2 + half}
+    assert metrics.paired_difference(first, second) == pytest.approx(expected)
+    mirrored = metrics.paired_difference(second, first)
+    assert mirrored["value"] == -0.25
+    assert mirrored["low"] == pytest.approx(-expected["high"])
+
+
+def test_worst_case_takes_the_first_wrong_prediction():
+    labels = np.array([0, 1, 2, 3])
+    predictions = {
+        "clean": np.array([0, 1, 2, 0]),
+        "a": np.array([0, 2, 2, 3]),
+        "b": np.array([0, 3, 1, 1]),
+    }
+    np.testing.assert_array_equal(metrics.worst_case(labels, predictions), [0, 2, 1, 0])
+
+
+def test_summary_of_a_case_worked_by_hand():
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    predictions = {
+        "clean": np.array([0, 0, 0, 1, 1, 1, 2, 0]),
+        "attack": np.array([0, 0, 1, 0, 1, 2, 0, 2]),
+    }
+    summary = metrics.summarize(labels, predictions, [9, 5, 1])
+    assert summary["class_counts"] == [9, 5, 1]
+    assert summary["groups"] == {"head": [0], "medium": [1], "tail": [2]}
+    assert list(summary["conditions"]) == ["clean", "attack", "worst"]
+
+    values = {
+        name: {key: entry["value"] for key, entry in figures.items() if "value" in entry}
+        for name, figures in summary["conditions"].items()
+    }
+    assert values["clean"]["accuracy"] == 6 / 8
+    # The attack breaks three images and repairs two that were wrong when clean.
+    assert values["attack"]["accuracy"] == 5 / 8
+    assert values["attack"]["natural_error"] == 2 / 8
+    assert values["attack"]["boundary_error"] == 3 / 8
+    assert values["attack"]["robust_accuracy"] == 3 / 8
+    assert values["worst"]["accuracy"] == values["worst"]["robust_accuracy"] == 3 / 8
+    assert values["attack"]["head"] == 3 / 4
+    assert values["attack"]["medium"] == values["attack"]["tail"] == 1 / 2
+    assert values["attack"]["recall"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 2) / 3)
+    assert values["attack"]["precision"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 2) / 3)
+    per_class = summary["conditions"]["clean"]["per_class"]
+    assert per_class["support"] == [4, 2, 2]
+    assert per_class["precision"] == pytest.approx([3 / 4, 2 / 3, 1])
+    assert [entry["value"] for entry in per_class["recall"]] == [3 / 4, 1, 1 / 2]
+    assert per_class["recall"][1]["low"] < 1  # 2 of 2 is no certainty
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_summary_is_consistent(num_classes):
+    labels, clean = random_case(num_classes, 40 * num_classes)
+    predictions = {"clean": clean, "weak": random_case(num_classes, len(labels), 1)[1], "strong": 0 * labels}
+    summary = metrics.summarize(labels, predictions, np.arange(num_classes, 0, -1))
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    for name, condition in summary["conditions"].items():
+        parts = ("natural_error", "boundary_error", "robust_accuracy")
+        assert sum(condition[part]["value"] for part in parts) == pytest.approx(1)
+        assert condition["accuracy"]["value"] >= condition["robust_accuracy"]["value"]
+        assert ("groups_of_ten" in condition) == (num_classes == 100)
+        for key in ("accuracy", *summary["groups"], *parts):
+            assert 0 <= condition[key]["low"] <= condition[key]["value"] <= condition[key]["high"] <= 1
+        if name in predictions:
+            expected = balanced_accuracy_score(labels, predictions[name])
+            assert condition["balanced_accuracy"]["value"] == pytest.approx(expected)
+        sizes = [np.isin(labels, classes).sum() for classes in summary["groups"].values()]
+        shares = [condition[group]["value"] for group in summary["groups"]]
+        assert np.average(shares, weights=sizes) == pytest.approx(condition["accuracy"]["value"])
+    worst = summary["conditions"]["worst"]["accuracy"]["value"]
+    assert worst <= min(entry["accuracy"]["value"] for entry in summary["conditions"].values())
+
+
+def test_summary_refuses_a_class_without_test_images():
+    with pytest.raises(InputError, match="no image of class 1"):
+        metrics.summarize(np.array([0, 2]), {"clean": np.array([0, 2])}, [3, 2, 1])
+
+
+@pytest.mark.parametrize("names", [[], ["pgd_20", "clean"], ["clean", "worst"]])
+def test_summary_refuses_other_conditions(names):
+    labels = np.array([0, 1])
+    with pytest.raises(ValueError, match="must start with 'clean'"):
+        metrics.summarize(labels, dict.fromkeys(names, labels), [2, 1])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", ["random10", "random100", "missing_pred", "missing_both", "ties"])
+def test_metrics_equal_the_released_code(golden, case):
+    arrays = golden("metrics")
+    outputs, labels = arrays[f"{case}/outputs"], arrays[f"{case}/labels"]
+    predictions = outputs.argmax(-1)
+    confusion = metrics.confusion_matrix(labels, predictions, outputs.shape[1])
+    accuracy = metrics.share(labels == predictions)["value"]
+    assert accuracy == arrays[f"{case}/accuracy"] == np.trace(confusion) / confusion.sum()
+
+    per_class = dict(
+        zip(("precision", "recall", "f_score"), metrics.precision_recall_f(confusion), strict=True)
+    )
+    # The released code drops classes that neither labels nor predictions name; ours keep their place.
+    present = np.union1d(labels, predictions)
+    for key, values in per_class.items():
+        np.testing.assert_allclose(values[present], arrays[f"{case}/{key}"], rtol=1e-14, atol=0)
+    np.testing.assert_array_equal(confusion.sum(-1)[present], arrays[f"{case}/true_sum"])
+    means = [values[present].mean() for values in per_class.values()]
+    np.testing.assert_allclose(means, arrays[f"{case}/mean_prf"], rtol=1e-14)
+    if outputs.shape[1] >= 100:
+        # There the groups are sums over ten classes, here means.
+        for key, values in per_class.items():
+            sums = 10 * metrics.groups_of_ten(values)
+            np.testing.assert_allclose(sums, arrays[f"{case}/g_{key}"], rtol=1e-14)
