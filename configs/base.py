@@ -3,30 +3,27 @@
 A method's config is a file of its own beside this one: it calls ``get_config(data)`` and states differences
 only. ``data`` is the argument behind the colon of ``--config=configs/at.py:cifar10_lt``.
 
-A section with a ``name`` (data, model, head, loss, objective, schedule) is a function of the library and its keyword
-arguments: the other keys of the section are passed to it. A name of the form ``module:function`` is
-imported, so a function of yours can stand there.
+A section with a ``name`` (data, model, head, loss, objective, schedule) is a function of the library and
+its keyword arguments: the other keys of the section are passed to it. A name of the form
+``module:function`` is imported, so a function of yours can stand there.
 """
 
 from ml_collections import ConfigDict
 
-DATA_SETS = ("digits_lt", "cifar10_lt", "cifar100_lt")
+RATIOS = {"digits_lt": 0.05, "cifar10_lt": 0.02, "cifar100_lt": 0.1}
 
 
 def get_config(data: str) -> ConfigDict:
-    """Plain adversarial training (AT) of a linear head on one of ``DATA_SETS``."""
-    if data not in DATA_SETS:
-        raise ValueError(f"unknown data set {data!r}; known: {', '.join(DATA_SETS)}")
+    """Plain adversarial training (AT) of a linear head on one of the data sets of ``RATIOS``."""
+    if data not in RATIOS:
+        raise ValueError(f"unknown data set {data!r}; known: {', '.join(RATIOS)}")
     config = ConfigDict()
     config.method = "AT"  # what tables and reports call it
     config.seed = 0  # initial weights, example order, augmentation, attack noise
 
     # Which images. RoBal section 5.1: exponential profile, n_min / n_max = 0.02 (CIFAR-10), 0.1 (CIFAR-100).
-    config.data = ConfigDict()
-    config.data.name = data
-    config.data.ratio = {"cifar10_lt": 0.02, "cifar100_lt": 0.1, "digits_lt": 0.05}[
-        data
-    ]  # n_min / n_max, in (0, 1]
+    config.data = ConfigDict({"name": data})
+    config.data.ratio = RATIOS[data]  # n_min / n_max, in (0, 1]
     config.data.profile = "exp"  # 'exp' or 'step'
     config.data.seed = 0  # of the subset; 0 is the paper's, whatever the training seed
     if data != "digits_lt":

@@ -1,6 +1,6 @@
 """RoBal-N: cosine classifier, margin-adjusted loss with uniform margin, KL regulariser, prior adjustment.
 
-RoBal table 2 (WideResNet-34-10, last epoch; CIFAR-10 evaluated at scale 10 with tau_p = 0.1, CIFAR-100 with 1.5):
+RoBal table 2 (WideResNet-34-10, last epoch; evaluated at scale 10 with tau_p = 0.1, CIFAR-100 1.5):
 
     python experiments/train.py --config=configs/robal_n.py:cifar10_lt --workdir=runs/cifar10/robal_n
 
@@ -8,7 +8,7 @@ RoBal table 2 (WideResNet-34-10, last epoch; CIFAR-10 evaluated at scale 10 with
     CIFAR-100-LT IR 10    clean 51.63   PGD-20 19.01   CW-20 19.42
 
 The head gives cosines (scale 1); the loss scales them by 10, the inner attack and the regulariser see them
-unscaled, as in the released code.
+unscaled, as in the released code. On the digits the attack sees them scaled by 10.
 """
 
 from configs import base

@@ -1,4 +1,4 @@
-"""Evaluate: python experiments/evaluate.py --workdir=DIR [--checkpoint=DIR] [--config.evaluation.FIELD=VALUE ...]."""
+"""Evaluate: python experiments/evaluate.py --workdir=DIR [--checkpoint=DIR] [--config.KEY=VALUE]."""
 
 import pathlib
 import sys
@@ -17,9 +17,12 @@ def main(arguments: list[str]) -> None:
     }
     values, overrides = cli.parse(arguments, texts, __doc__)
     checkpoint = pathlib.Path(values["checkpoint"]).absolute() if values["checkpoint"] else None
-    if not values["workdir"] and checkpoint is None:
+    if values["workdir"]:
+        workdir = pathlib.Path(values["workdir"])
+    elif checkpoint is not None:
+        workdir = checkpoint.parents[1]  # workdir/checkpoints/STEP
+    else:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
-    workdir = pathlib.Path(values["workdir"]) if values["workdir"] else checkpoint.parents[1]
 
     from robal_jax.build import read_config
     from robal_jax.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""Train: python experiments/train.py --config=configs/METHOD.py:DATA --workdir=DIR [--config.FIELD=VALUE ...]."""
+"""Train: python experiments/train.py --config=configs/METHOD.py:DATA --workdir=DIR [--config.KEY=VALUE]."""
 
 import pathlib
 import sys

@@ -1,8 +1,8 @@
 """From a config to plain functions and values: the only module that reads config fields.
 
-A section with a ``name`` stands for a function of one of the library's tables (``LOSSES``, ``HEADS``, ...), or of the
-user's own where the name has the form ``module:function``; the section's other keys are its keyword
-arguments. Everything is checked here, before any long work starts.
+A section with a ``name`` stands for a function of one of the library's tables (``LOSSES``, ``HEADS``, ...),
+or of the user's own where the name has the form ``module:function``; the section's other keys are its
+keyword arguments. Everything is checked here, before any long work starts.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from robal_jax import attacks, classifiers, losses, models, objectives, sources,
 from robal_jax.data import SAMPLERS, Dataset
 from robal_jax.errors import InputError
 from robal_jax.models import Model
+
+PRECISIONS = ("default", "high", "highest")
 
 
 def call(
@@ -94,9 +96,8 @@ def validate(config: ConfigDict) -> None:
         value = config[section][key]
         _require(value in known, field, repr(value), f"one of {', '.join(known)}")
     for section in ("train", "evaluation"):
-        known = ("default", "high", "highest")
         value = config[section].precision
-        _require(value in known, f"{section}.precision", repr(value), f"one of {', '.join(known)}")
+        _require(value in PRECISIONS, f"{section}.precision", repr(value), f"one of {', '.join(PRECISIONS)}")
 
 
 def to_json(config: ConfigDict) -> str:

@@ -56,7 +56,7 @@ def cosine_logits(
     Returns:
       ``z [B, K]``, within ``[-s, s]`` where ``eta = 1``.
 
-    Source: RoBal (Wu et al., CVPR 2021), the scale-invariant classifier; eta and gamma as in its released code.
+    Source: RoBal (Wu et al., CVPR 2021), scale-invariant classifier; eta and gamma as released.
     """
     feature_norm = jnp.linalg.norm(features, axis=-1, keepdims=True) ** eta
     weight_norm = (gamma + jnp.linalg.norm(weight, axis=-1, keepdims=True)) ** eta

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -195,9 +196,13 @@ def _outcomes(
             if done < total and (stop or time.monotonic() - saved > SAVE_SECONDS):
                 saved = time.monotonic()
                 arrays = {name: np.concatenate(parts) for name, parts in outcomes.items()}
-                with logs.replacing(partial_file) as file:
-                    np.savez(file, settings=settings, done=done, **arrays)
+                _save(partial_file, {"settings": np.array(settings), "done": np.array(done), **arrays})
     return {name: np.concatenate(parts) for name, parts in outcomes.items()}
+
+
+def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    with logs.replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def _read_partial(path: pathlib.Path, settings: str) -> tuple[int, dict[str, list[np.ndarray]]]:
@@ -238,8 +243,9 @@ def _report(
     data = job.training.data
     predictions = {condition: outcomes[f"pred_{condition}"] for condition in CONDITIONS}
     kept = {name: values for name, values in outcomes.items() if name.startswith(("pred_", "distance_"))}
-    with logs.replacing(folder / "examples.npz") as file:
-        np.savez(file, labels=data.test_labels, ids=np.arange(len(data.test_labels)), **kept)
+    _save(
+        folder / "examples.npz", {"labels": data.test_labels, "ids": np.arange(len(data.test_labels)), **kept}
+    )
     summary = metrics.summarize(data.test_labels, predictions, data.class_counts, **job.groups)
     reporting.write_report(folder, summary, meta)
     (folder / "partial.npz").unlink(missing_ok=True)

@@ -31,11 +31,11 @@ BATCH_NORM_EPSILON = 1e-5
 Precision = str | lax.Precision | None
 
 Convolution = Callable[[chex.Array, chex.Array, int, Precision], chex.Array]
-"""``(images [B, H, W, C], kernel [k, k, C, O], stride, precision)`` to ``[B, H', W', O]``, padded by k // 2."""
+"""``(x [B, H, W, C], kernel [k, k, C, O], stride, precision)`` to ``[B, H', W', O]``, padded by k // 2."""
 
 
 def convolution(x: chex.Array, kernel: chex.Array, stride: int, precision: Precision) -> chex.Array:
-    """``lax``'s convolution, zero-padded by half the kernel on every side (as PyTorch pads, unlike 'SAME')."""
+    """Convolution zero-padded by half the kernel on every side: PyTorch's way, not that of 'SAME'."""
     return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], precision, strides=stride)
 
 

@@ -112,7 +112,7 @@ def robal(
 ) -> tuple[chex.Array, Outcome]:
     """RoBal: a long-tail loss on the attack's images and a regulariser between both predictions.
 
-    ``mean_b [beta_adv * l(z(x'), y) + beta_nat * CE(z(x), y) + beta_reg * KL(p(x) || p(x')) ]``, p = softmax z
+    ``mean_b [beta_adv * l(z(x'), y) + beta_nat * CE(z(x), y) + beta_reg * KL(p(x) || p(x'))]``, p = softmax z
 
     The regulariser and the natural term see the model's own logits, the cosines unscaled where the head's
     scale is 1; gradients flow through both predictions.

@@ -1,22 +1,49 @@
-"""Fixtures that several test files share."""
+"""Strict JAX for every test, and the fixtures that several test files share."""
 
 import os
 import pathlib
+import sys
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
 import numpy as np
 import pytest
 
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="session")
-def golden():
-    """Numbers of the released code by file name; skips where they are not at hand."""
-    default = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden"
-    folder = pathlib.Path(os.environ.get("ROBAL_GOLDEN_DIR", default))
+def golden_dir():
+    """Folder of the numbers made by the released code; skips where it is not at hand."""
+    folder = pathlib.Path(os.environ.get("ROBAL_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}; set ROBAL_GOLDEN_DIR to that of the released code's numbers")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(golden_dir):
+    """``golden(name)``: one file of that folder, arrays by name; skips where it is missing."""
 
     def load(name):
-        file = folder / f"{name}.npz"
+        file = golden_dir / f"{name}.npz"
         if not file.is_file():
             pytest.skip(f"no {file}; set ROBAL_GOLDEN_DIR to the folder of the released code's numbers")
         return np.load(file)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def recipe(golden_dir):
+    """The module ``recipe`` of that folder: rebuilds the weights and inputs behind the numbers."""
+    sys.path.insert(0, str(golden_dir))
+    sys.dont_write_bytecode = True
+    try:
+        import recipe
+    finally:
+        sys.path.remove(str(golden_dir))
+    return recipe
