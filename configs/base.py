@@ -41,7 +41,6 @@ def get_config(data: str) -> ConfigDict:
     config.attack.steps = 5
     config.attack.step_size = 0.0078
     config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
-    config.attack.logit_scale = 1.0  # the attack ascends CE of this times the model's logits
 
     config.optimizer = ConfigDict({"momentum": 0.9, "weight_decay": 2e-4, "clip_norm": 0.0})  # 0: no clipping
     config.schedule = ConfigDict()

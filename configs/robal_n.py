@@ -8,7 +8,7 @@ RoBal table 2 (WideResNet-34-10, last epoch; evaluated at scale 10 with tau_p = 
     CIFAR-100-LT IR 10    clean 51.63   PGD-20 19.01   CW-20 19.42
 
 The head gives cosines (scale 1); the loss scales them by 10, the inner attack and the regulariser see them
-unscaled, as in the released code. On the digits the attack sees them scaled by 10.
+unscaled, as in the released code.
 """
 
 from configs import base
@@ -34,6 +34,4 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     if data == "cifar100_lt":
         config.objective.beta_reg = 3.0
         config.evaluation.tau_p = 1.5
-    if data == "digits_lt":
-        config.attack.logit_scale = 10.0
     return config

@@ -83,7 +83,7 @@ def validate(config: ConfigDict) -> None:
       InputError: names the field, its value and what it must be.
     """
     positive = (
-        "threat.epsilon", "attack.steps", "attack.step_size", "attack.logit_scale", "schedule.lr",
+        "threat.epsilon", "attack.steps", "attack.step_size", "schedule.lr",
         "train.epochs", "train.batch_size", "train.steps_per_dispatch", "train.checkpoint_epochs",
         "train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon", "evaluation.step_size",
         "evaluation.logit_scale",
@@ -164,21 +164,15 @@ def model(config: ConfigDict, num_classes: int, *, precision: str, axis_name: st
     return models.functional(models.Network(backbone(), head()))
 
 
-def _scaled(attack: attacks.Attack, scale: float) -> attacks.Attack:
-    """The attack on a model whose logits are multiplied by ``scale``."""
-    return lambda logits_fn, *batch: attack(lambda images: scale * logits_fn(images), *batch)
-
-
 def training_attack(config: ConfigDict) -> attacks.Attack:
     """The inner maximisation: PGD on cross entropy."""
-    attack = functools.partial(
+    return functools.partial(
         attacks.pgd,
         threat=attacks.ThreatModel(config.threat.epsilon),
         steps=config.attack.steps,
         step_size=config.attack.step_size,
         start=attacks.STARTS[config.attack.start],
     )
-    return _scaled(attack, config.attack.logit_scale)
 
 
 def objective(config: ConfigDict, class_counts: np.ndarray) -> objectives.Objective:

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from robal_jax import attacks, build, checkpoints, logs, metrics, reporting
 from robal_jax.data import to_float
@@ -125,7 +124,13 @@ def evaluate(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-        about = {**job.about, "checkpoint": str(path), "checkpoint_sha256": sha256}
+        data = job.training.data
+        about = {
+            **job.about,
+            "checkpoint": str(path),
+            "checkpoint_sha256": sha256,
+            "test_set_sha256": checkpoints.digest({"images": data.test_images, "labels": data.test_labels}),
+        }
         outcomes = _outcomes(job, state, folder / "partial.npz", about, stop)
         if stop:
             say(f"stopped; the same command goes on from {folder / 'partial.npz'}")
@@ -133,7 +138,7 @@ def evaluate(
         _check(outcomes, job.threat)
         meta = {
             **about,
-            "n": len(job.training.data.test_labels),
+            "n": len(data.test_labels),
             "main_attack": MAIN_ATTACK,
             "versions": {k: v for k, v in versions().items() if k != "device"},
             "device": versions()["device"],
@@ -250,5 +255,5 @@ def _report(
     reporting.write_report(folder, summary, meta)
     (folder / "partial.npz").unlink(missing_ok=True)
     say(f"{meta['method']} on {meta['dataset']}, checkpoint {meta['checkpoint']}")
-    reporting.evaluation_table(summary, Console())
+    reporting.evaluation_table(summary, reporting.terminal())
     say(f"report {folder / 'report.md'}")

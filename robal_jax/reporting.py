@@ -1,4 +1,4 @@
-"""What becomes of an evaluation: tables on the terminal, files, figures, comparisons of runs.
+"""What becomes of an evaluation: a table on the terminal, files, figures.
 
 A *summary* is what `metrics.summarize` returns. *meta* says what was evaluated; `write_report` lists its
 keys. Conditions ('clean', 'fgsm', ...) are taken from the summary, never assumed, but for the first, 'clean',
@@ -6,11 +6,8 @@ and the last, 'worst'.
 """
 
 import csv
-import dataclasses
 import io
 import json
-import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MultipleLocator, NullFormatter, ScalarFormatter
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from robal_jax import metrics
 from robal_jax.errors import InputError
 
 # Order and names of the known keys of meta in the report.
@@ -49,8 +44,6 @@ _META_LABELS = {
     "date": "Date",
 }
 _META_ELSEWHERE = ("class_names",)
-# Runs may be compared only if these agree.
-_PROTOCOL = ("dataset", "norm", "epsilon", "steps", "step_size", "start")
 
 # Okabe and Ito's colours: told apart in every common form of colour blindness.
 _BLUE, _ORANGE, _GREEN, _GRAY = "#0072B2", "#D55E00", "#009E73", "#D9D9D9"
@@ -78,6 +71,12 @@ def display_name(condition: str) -> str:
     return condition.upper().replace("_", "-")
 
 
+def terminal() -> Console:
+    """Where tables go: as wide as the terminal is, 100 columns where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
 def evaluation_table(summary: Mapping[str, Any], console: Console) -> None:
     """Print one row per condition, in percent; `write_report` has the intervals of all columns.
 
@@ -86,22 +85,15 @@ def evaluation_table(summary: Mapping[str, Any], console: Console) -> None:
         console: where to print.
     """
     groups = list(summary["groups"])
-    figures = ("balanced_accuracy", *groups, "precision", "f_score", "natural_error", "boundary_error")
+    figures = (*groups, "balanced_accuracy", "f_score", "natural_error", "boundary_error")
+    headers = (*map(str.capitalize, groups), "Balanced", "Macro F", "Nat. err.", "Bound. err.")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Percent of test images [95 % interval]")
     table.add_column("Condition", no_wrap=True)
-    headers = (
-        "Bal. acc.",
-        *map(str.capitalize, groups),
-        "Macro prec.",
-        "Macro F",
-        "Nat. error",
-        "Bound. error",
-    )
     for header in ("Accuracy", *headers):
-        table.add_column(header.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        table.add_column(header, justify="right", no_wrap=True)
     for name, condition in summary["conditions"].items():
         cells = [_percent(condition[figure]) for figure in figures]
-        table.add_row(display_name(name), _with_interval(condition["accuracy"]), *cells)
+        table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)
 
 
@@ -179,7 +171,7 @@ def per_class_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Fig
     counts_axes.set_ylabel("Training images of the class (log scale)")
 
     styles = ((-0.25, _BLUE, "o"), (0.0, _ORANGE, "s"), (0.25, _GREEN, "v"))
-    for name, (shift, color, marker) in zip(_headline(meta), styles, strict=False):
+    for name, (shift, color, marker) in zip(headline(meta), styles, strict=False):
         recall = summary["conditions"][name]["per_class"]["recall"]
         _errorbar(
             axes,
@@ -277,7 +269,7 @@ def _title(meta: Mapping[str, Any]) -> str:
     return f"{meta['method']} on {meta['dataset']}"
 
 
-def _headline(meta: Mapping[str, Any]) -> list[str]:
+def headline(meta: Mapping[str, Any]) -> list[str]:
     """The conditions to see at a glance; the main attack may itself be 'clean' or 'worst'."""
     return list(dict.fromkeys(("clean", meta["main_attack"], "worst")))
 
@@ -319,7 +311,7 @@ def _per_class_csv(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
 def _report(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     conditions, groups = summary["conditions"], summary["groups"]
     attacked = {name: condition for name, condition in conditions.items() if name != "clean"}
-    shown = _headline(meta)
+    shown = headline(meta)
     known = [key for key in _META_LABELS if key in meta]
     others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
 
@@ -328,7 +320,7 @@ def _report(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
         return _markdown(
             ("Condition", *figures.values()),
             (
-                (display_name(name), *(_with_interval(row[key]) for key in figures))
+                (display_name(name), *(with_interval(row[key]) for key in figures))
                 for name, row in rows.items()
             ),
         )
@@ -341,7 +333,7 @@ def _report(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
         f"# {_title(meta)}",
         "## What was evaluated",
         _markdown(
-            ("Setting", "Value"), ((_META_LABELS.get(key, key), _value(meta[key])) for key in known + others)
+            ("Setting", "Value"), ((_META_LABELS.get(key, key), printed(meta[key])) for key in known + others)
         ),
         "## All conditions",
         "Percent, with 95 % intervals. Macro recall is the balanced accuracy.",
@@ -415,12 +407,12 @@ def _markdown(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join((line(header), "|" + " --- |" * len(header), *map(line, rows)))
 
 
-def _value(value: Any) -> str:
+def printed(value: Any) -> str:
     """Print a value of meta on one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(entry)}" for key, entry in value.items())
+        return ", ".join(f"{key} {printed(entry)}" for key, entry in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(printed, value))
     if isinstance(value, float):
         return f"{value:.6g}"
     return "none" if value is None else str(value)
@@ -430,222 +422,7 @@ def _percent(figure: Mapping[str, float]) -> str:
     return f"{100 * figure['value']:.1f}"
 
 
-def _with_interval(figure: Mapping[str, float], sign: str = "", space: str = " ") -> str:
+def with_interval(figure: Mapping[str, float], sign: str = "", space: str = " ") -> str:
+    """A figure with its interval, in percent: '70.1 [66.7, 73.4]'."""
     value, low, high = (format(100 * figure[key], f"{sign}.1f") for key in ("value", "low", "high"))
     return f"{value}{space}[{low}, {high}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """An evaluated model: what `write_report` and the evaluation left in its folder.
-
-    Attributes:
-        meta: see `write_report`.
-        summary: see `metrics.summarize`.
-        examples: 'labels' [n], 'ids' [n] of the test images, 'pred_<condition>' [n] and more, by name.
-    """
-
-    meta: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    examples: Mapping[str, np.ndarray]
-
-    @property
-    def predictions(self) -> dict[str, np.ndarray]:
-        """Predicted classes [n] by condition, 'worst' last."""
-        attacks = {
-            name: self.examples[f"pred_{name}"] for name in self.summary["conditions"] if name != "worst"
-        }
-        return {**attacks, "worst": metrics.worst_case(self.examples["labels"], attacks)}
-
-
-def load_run(workdir: Path) -> Run:
-    """Read evaluation/results.json and evaluation/examples.npz of a run.
-
-    Args:
-        workdir: folder of the run.
-
-    Returns:
-        The run.
-
-    Raises:
-        InputError: a file is missing or unreadable.
-    """
-    folder = workdir / "evaluation"
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        with np.load(folder / "examples.npz") as file:
-            examples = dict(file)
-        run = Run(results["meta"], results["summary"], examples)
-        examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
-    except FileNotFoundError as error:
-        raise InputError(f"{workdir} has not been evaluated: {error.filename} is missing.") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"The evaluation in {folder} is damaged; evaluate the run again.") from error
-    return run
-
-
-def load_runs(workdirs: Sequence[str]) -> dict[str, Run]:
-    """Read several runs and name them.
-
-    Args:
-        workdirs: folders of the runs.
-
-    Returns:
-        The runs in that order, by method (and seed, if they differ) where that is unique, else by folder.
-
-    Raises:
-        InputError: no run, the same folder twice, or a run that cannot be read.
-    """
-    if len(set(workdirs)) < max(1, len(workdirs)):
-        raise InputError("Name at least one workdir, and none twice.")
-    runs = [load_run(Path(workdir)) for workdir in workdirs]
-    methods = [str(run.meta["method"]) for run in runs]
-    with_seeds = [f"{method}, seed {run.meta.get('seed')}" for method, run in zip(methods, runs, strict=True)]
-    for names in (methods, with_seeds):
-        if len(set(names)) == len(runs):
-            return dict(zip(names, runs, strict=True))
-    return dict(zip(workdirs, runs, strict=True))
-
-
-def comparison(
-    runs: Mapping[str, Run], conditions: Sequence[str]
-) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Compare runs that were evaluated on the same test images with the first of them.
-
-    Differences are paired, image by image (see `metrics.paired_difference`): far narrower than two separate
-    intervals suggest.
-
-    Args:
-        runs: runs by name.
-        conditions: names of conditions to compare.
-
-    Returns:
-        {run: {condition: {'all' | group: FIGURE}}} with FIGURE as in `metrics.summarize`; those
-        of the runs after the first have a 'difference' to the first, itself a FIGURE in [-1, 1].
-
-    Raises:
-        InputError: the runs differ in test images, class groups, conditions or threat model, or a condition
-            was not evaluated.
-    """
-    reference_name, reference = next(iter(runs.items()))
-    for name, run in runs.items():
-        _check_comparable(reference_name, reference, name, run)
-    for condition in conditions:
-        if condition not in reference.summary["conditions"]:
-            raise InputError(f"Condition '{condition}' was not evaluated for {reference_name}.")
-
-    labels = reference.examples["labels"]
-    members = {"all": np.ones(len(labels), bool)}
-    members |= {group: np.isin(labels, classes) for group, classes in reference.summary["groups"].items()}
-    right = {
-        name: {condition: run.predictions[condition] == labels for condition in conditions}
-        for name, run in runs.items()
-    }
-
-    def entry(name: str, condition: str, member: np.ndarray) -> dict[str, Any]:
-        hits = right[name][condition][member]
-        result: dict[str, Any] = metrics.share(hits)
-        if name != reference_name:
-            base = right[reference_name][condition][member]
-            result["difference"] = metrics.paired_difference(base, hits)
-        return result
-
-    return {
-        name: {
-            condition: {group: entry(name, condition, member) for group, member in members.items()}
-            for condition in conditions
-        }
-        for name in runs
-    }
-
-
-def _check_comparable(reference_name: str, reference: Run, name: str, run: Run) -> None:
-    if any(not np.array_equal(reference.examples[key], run.examples[key]) for key in ("labels", "ids")):
-        raise InputError(f"{name} and {reference_name} were evaluated on different test images.")
-    if reference.summary["groups"] != run.summary["groups"]:
-        raise InputError(f"{name} and {reference_name} divide the classes into different groups.")
-    if set(reference.summary["conditions"]) != set(run.summary["conditions"]):
-        raise InputError(f"{name} and {reference_name} were evaluated under different conditions.")
-    for key in _PROTOCOL:
-        if reference.meta.get(key) != run.meta.get(key):
-            raise InputError(
-                f"{name} and {reference_name} differ in {key}: "
-                f"{_value(run.meta.get(key))} and {_value(reference.meta.get(key))}."
-            )
-
-
-def print_comparison(runs: Mapping[str, Run], console: Console, *, by_method: bool = False) -> None:
-    """Print clean, main-attack and worst-case accuracy of runs, and their differences to the first.
-
-    Args:
-        runs: runs by name.
-        console: where to print.
-        by_method: average the runs of a method over its seeds (mean and standard deviation), and pair each
-            with the run of the first method that has the same seed.
-
-    Raises:
-        InputError: runs that cannot be compared, or with by_method two runs of one method and seed.
-    """
-    first = next(iter(runs.values()))
-    conditions = _headline(first.meta)
-    results = comparison(runs, conditions)
-    # Row -> {seed: run}; runs that stand for themselves all share the key None, so that they pair up.
-    rows: dict[str, dict[Any, str]] = _by_method(runs) if by_method else {name: {None: name} for name in runs}
-    (reference, reference_runs), *others = rows.items()
-
-    groups = ["all", *first.summary["groups"]]
-    accuracy = _comparison_table(
-        "Accuracy in percent" + (" (mean ± standard deviation over seeds)" if by_method else ""), groups
-    )
-    difference = _comparison_table(
-        f"Difference to {escape(reference)} in points, paired [95 % interval]", groups
-    )
-    for condition in conditions:
-        title = display_name(condition)
-        for row, members in rows.items():
-            entries = [results[name][condition] for name in members.values()]
-            accuracy.add_row(
-                title, escape(row), *(_mean_and_spread([e[group] for e in entries]) for group in groups)
-            )
-        for row, members in others:
-            for seed, name in members.items():
-                if seed in reference_runs:
-                    partner = reference_runs[seed]
-                    pair = {key: runs[key] for key in (partner, name)}
-                    entry = comparison(pair, [condition])[name][condition]
-                    label = f"{row}, seed {seed}" if by_method else row
-                    # On two lines, so that the table fits into 100 columns.
-                    cells = (_with_interval(entry[group]["difference"], "+", "\n") for group in groups)
-                    difference.add_row(title, escape(label), *cells)
-        for table in (accuracy, difference):
-            table.add_section()
-    console.print(accuracy)
-    if difference.row_count:
-        console.print(difference)
-
-
-def _by_method(runs: Mapping[str, Run]) -> dict[str, dict[Any, str]]:
-    """Names of the runs by method and seed."""
-    keys = {name: (str(run.meta["method"]), run.meta.get("seed")) for name, run in runs.items()}
-    (method, seed), count = Counter(keys.values()).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"{count} of the runs have method {method} and seed {seed}; name only one of them.")
-    table: dict[str, dict[Any, str]] = {}
-    for name, (method, seed) in keys.items():
-        table.setdefault(method, {})[seed] = name
-    return table
-
-
-def _comparison_table(title: str, groups: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    table.add_column("Condition", no_wrap=True)
-    table.add_column("Run")
-    for group in groups:
-        table.add_column(group.capitalize(), justify="right", no_wrap=True)
-    return table
-
-
-def _mean_and_spread(figures: Sequence[Mapping[str, float]]) -> str:
-    values = [100 * figure["value"] for figure in figures]
-    mean = f"{np.mean(values):.1f}"
-    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean

@@ -1,0 +1,143 @@
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from rich.console import Console
+from test_reporting import META, fake_evaluation
+
+from robal_jax import comparison, metrics
+from robal_jax.errors import InputError
+
+
+def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, **meta):
+    truth, predictions = fake_evaluation(seed=seed, strength=strength)
+    truth = truth if labels is None else labels
+    predictions = {name: predictions[name] for name in conditions or predictions}
+    summary = metrics.summarize(truth, predictions, np.arange(20, 10, -1))
+    results = {"meta": {**META, "seed": seed, **meta}, "summary": summary}
+    (workdir / "evaluation").mkdir(parents=True)
+    (workdir / "evaluation" / "results.json").write_text(json.dumps(results))
+    arrays = {f"pred_{name}": prediction for name, prediction in predictions.items()}
+    np.savez(workdir / "evaluation" / "examples.npz", labels=truth, ids=np.arange(len(truth)), **arrays)
+    return str(workdir)
+
+
+def printed(runs):
+    buffer = io.StringIO()
+    comparison.print_comparison(runs, Console(file=buffer, width=100))
+    return buffer.getvalue()
+
+
+def compare(*arguments):
+    command = [sys.executable, str(ROOT / "experiments" / "compare.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_difference_is_paired(tmp_path):
+    first, second = comparison.load_runs(
+        [save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")]
+    )
+    for condition in ("clean", "pgd_20", "worst"):
+        for group in ("all", "head", "medium", "tail"):
+            shares = [comparison.share_right(run, condition, group)["value"] for run in (first, second)]
+            summary = second.summary["conditions"][condition]
+            assert shares[1] == summary["accuracy" if group == "all" else group]["value"]
+            found = comparison.difference(second, first, condition, group)
+            assert found["value"] == pytest.approx(shares[1] - shares[0])
+    # The runs share most of their noise, so pairing must beat the sum of the two intervals.
+    found = comparison.difference(second, first, "pgd_20", "all")
+    alone = comparison.share_right(second, "pgd_20", "all")
+    assert found["high"] - found["low"] < 0.8 * (alone["high"] - alone["low"])
+
+
+def test_runs_of_a_method_are_averaged_and_paired_by_seed(tmp_path):
+    runs = comparison.load_runs(
+        [
+            save_run(tmp_path / f"{method}{seed}", seed=seed, strength=strength, method=method)
+            for method, strength, seeds in (("A", 1.0, (0, 1)), ("B", 0.5, (1, 2)))
+            for seed in seeds
+        ]
+    )
+    text = printed(runs)
+    accuracies = [100 * run.summary["conditions"]["clean"]["accuracy"]["value"] for run in runs[:2]]
+    assert f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}" in text
+    differences = text[text.index("Difference to A") :]
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    # Only seed 1 has a partner in A.
+    assert differences.count("seed 1") == 3
+    assert "seed 2" not in differences
+
+
+def test_comparison_of_one_run_has_no_differences(tmp_path):
+    text = printed(comparison.load_runs([save_run(tmp_path / "a", method="RoBal [ours]")]))
+    assert "RoBal [ours]" in text  # brackets are no markup
+    assert "Accuracy in percent" in text
+    assert "Difference" not in text
+
+
+def test_runs_with_equal_methods_and_seeds_are_named_by_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        save_run(tmp_path / name)
+    text = printed(comparison.load_runs(["first", "second"]))
+    assert "Difference to first" in text
+    assert "second" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_set_sha256": "1"}, "differ in test_set_sha256"),
+        ({"conditions": ["clean", "pgd_20"]}, "different conditions"),
+        ({"epsilon": 0.1}, "differ in epsilon: 0.1 and 0.031"),
+    ],
+)
+def test_difference_refuses_runs_that_do_not_match(tmp_path, change, message):
+    first, second = comparison.load_runs(
+        [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", **change)]
+    )
+    with pytest.raises(InputError, match=message):
+        comparison.difference(second, first, "clean", "all")
+
+
+def test_difference_refuses_other_groups(tmp_path):
+    run = comparison.load_runs([save_run(tmp_path / "a")])[0]
+    moved = comparison.Run("moved", run.meta, {**run.summary, "groups": {"head": [0]}}, run.examples)
+    with pytest.raises(InputError, match="different groups"):
+        comparison.difference(moved, run, "clean", "all")
+
+
+def test_load_runs_refuses_what_it_cannot_read(tmp_path):
+    workdir = save_run(tmp_path / "a")
+    for names in ([], [workdir, workdir]):
+        with pytest.raises(InputError, match="at least one workdir"):
+            comparison.load_runs(names)
+    with pytest.raises(InputError, match="has not been evaluated"):
+        comparison.load_runs([str(tmp_path / "none")])
+    folder = tmp_path / "a" / "evaluation"
+    for name, content in (
+        ("examples.npz", "junk"),
+        ("examples.npz", ""),
+        ("results.json", "[]"),
+        ("results.json", "{"),
+    ):
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match="is damaged"):
+            comparison.load_runs([workdir])
+
+
+def test_compare_script(tmp_path):
+    first, second = save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")
+    done = compare(f"--workdirs={first},{second}")
+    assert done.returncode == 0, done.stderr
+    assert "Difference to RoBal in points" in done.stdout
+    for arguments in ((), ("--workdirs=" + str(tmp_path / "none"),), (f"--workdirs={first}", "extra")):
+        done = compare(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
