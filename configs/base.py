@@ -52,12 +52,14 @@ def get_config(data: str) -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.epochs = 80
+    config.train.max_steps = 0  # end after so many steps, for a trial; 0: no such limit
     config.train.batch_size = 64  # the last incomplete batch of an epoch is dropped
     config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling)
     config.train.crop_flip = True  # random crop from a zero border of 4, horizontal flip
     config.train.steps_per_dispatch = 100  # steps that run on the device between two looks from the host
     config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end
     config.train.keep_checkpoints = 3  # the newest ones
+    config.train.layout = "jit"  # how several devices are used: 'jit' or 'pmap'; the numbers are the same
     config.train.precision = "default"  # of matrix products: on a GPU 'default' may be TF32
 
     config.evaluation = ConfigDict()

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import attacks, classifiers, losses, models, objectives, sources, state
+from robal_jax import attacks, classifiers, losses, models, objectives, parallel, sources, state
 from robal_jax.data import SAMPLERS, Dataset
 from robal_jax.errors import InputError
 from robal_jax.models import Model
@@ -91,13 +91,17 @@ def validate(config: ConfigDict) -> None:
     for field in positive:
         section, key = field.split(".")
         _require(config[section][key] > 0, field, config[section][key], "> 0")
-    for field, known in (("attack.start", attacks.STARTS), ("train.sampler", SAMPLERS)):
+    names: dict[str, Any] = {
+        "attack.start": attacks.STARTS,
+        "train.sampler": SAMPLERS,
+        "train.layout": parallel.LAYOUTS,
+        "train.precision": PRECISIONS,
+        "evaluation.precision": PRECISIONS,
+    }
+    for field, known in names.items():
         section, key = field.split(".")
         value = config[section][key]
         _require(value in known, field, repr(value), f"one of {', '.join(known)}")
-    for section in ("train", "evaluation"):
-        value = config[section].precision
-        _require(value in PRECISIONS, f"{section}.precision", repr(value), f"one of {', '.join(PRECISIONS)}")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -198,7 +202,9 @@ class Training:
       crop_flip: whether images are augmented.
       batch_size: images a step.
       steps_per_epoch: the last incomplete batch is dropped.
-      epochs: how many.
+      total_steps: of the whole run.
+      layout: a name of ``parallel.LAYOUTS``.
+      axis_name: mapped axis over which the batch is spread, if the layout has one.
       steps_per_dispatch: largest number of steps that one call of the compiled function makes.
       checkpoint_epochs: epochs between checkpoints.
       keep_checkpoints: how many of the newest stay.
@@ -214,18 +220,15 @@ class Training:
     crop_flip: bool
     batch_size: int
     steps_per_epoch: int
-    epochs: int
+    total_steps: int
+    layout: str
+    axis_name: str | None
     steps_per_dispatch: int
     checkpoint_epochs: int
     keep_checkpoints: int
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_per_epoch * self.epochs
 
-
-def training(config: ConfigDict, *, axis_name: str | None = None) -> Training:
+def training(config: ConfigDict) -> Training:
     """Builds everything that a training run needs, and checks it.
 
     Raises:
@@ -240,6 +243,13 @@ def training(config: ConfigDict, *, axis_name: str | None = None) -> Training:
         raise InputError(
             f"config.train.batch_size is {config.train.batch_size}, but an epoch has only {epoch_size} images"
         )
+    total_steps = steps_per_epoch * config.train.epochs
+    if config.train.batch_size % jax.local_device_count():
+        raise InputError(
+            f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of the number of "
+            f"devices, {jax.local_device_count()}"
+        )
+    axis_name = parallel.AXIS if config.train.layout == "pmap" else None
     rates = call("schedule", state.SCHEDULES, config.schedule)(epochs=config.train.epochs)
     schedule = state.per_step(rates, steps_per_epoch)
     return Training(
@@ -253,7 +263,9 @@ def training(config: ConfigDict, *, axis_name: str | None = None) -> Training:
         crop_flip=config.train.crop_flip,
         batch_size=config.train.batch_size,
         steps_per_epoch=steps_per_epoch,
-        epochs=config.train.epochs,
+        total_steps=min(total_steps, config.train.max_steps or total_steps),
+        layout=config.train.layout,
+        axis_name=axis_name,
         steps_per_dispatch=min(config.train.steps_per_dispatch, steps_per_epoch),
         checkpoint_epochs=config.train.checkpoint_epochs,
         keep_checkpoints=config.train.keep_checkpoints,

@@ -40,7 +40,7 @@ def cosine_logits(
 ) -> chex.Array:
     """Scale-invariant classifier with normalised features and weights.
 
-    ``z_i = s * <f / ||f||^eta, W_i / (gamma + ||W_i||)^eta>``
+    ``z_i = s * <f / ||f||^eta, W_i / (gamma + ||W_i||^eta)>``
 
     With ``eta = 1`` and ``gamma = 0`` this is ``s`` times the cosine. ``gamma > 0`` keeps a little of the
     weight's norm, so that a class whose weight is small also gets small logits. A feature vector of norm 0
@@ -59,7 +59,7 @@ def cosine_logits(
     Source: RoBal (Wu et al., CVPR 2021), scale-invariant classifier; eta and gamma as released.
     """
     feature_norm = jnp.linalg.norm(features, axis=-1, keepdims=True) ** eta
-    weight_norm = (gamma + jnp.linalg.norm(weight, axis=-1, keepdims=True)) ** eta
+    weight_norm = gamma + jnp.linalg.norm(weight, axis=-1, keepdims=True) ** eta
     return scale * ((features / feature_norm) @ (weight / weight_norm).T)
 
 

@@ -24,7 +24,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 import robal_jax
-from robal_jax import build, checkpoints, logs
+from robal_jax import build, checkpoints, logs, parallel
 from robal_jax.data import epoch_order, random_crop_flip, to_float
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.models import Model, update_statistics
@@ -90,7 +90,7 @@ def train_step(
         stats=update_statistics(state.stats, outcome.moments),
         opt_state=opt_state,
     )
-    return new_state, {**metrics, "grad_norm": optax.global_norm(gradients)}
+    return new_state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
 
 
 class DeviceData(NamedTuple):
@@ -158,20 +158,26 @@ def initial_state(job: build.Training) -> TrainState:
 
 
 def compiled_chunk(job: build.Training) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
-    """:func:`train_chunk` for one device, compiled once; the state that goes in is given up."""
-    step_fn = partial(train_step, model=job.model, objective=job.objective, optimizer=job.optimizer)
+    """:func:`train_chunk` over all devices of this process, compiled once."""
+    step_fn = partial(
+        train_step,
+        model=job.model,
+        objective=job.objective,
+        optimizer=job.optimizer,
+        axis_name=job.axis_name,
+    )
     chunk = partial(train_chunk, step_fn=step_fn, pixel_max=job.data.pixel_max, crop_flip=job.crop_flip)
-    return jax.jit(chunk, donate_argnums=0)
+    return parallel.LAYOUTS[job.layout](chunk, jax.local_devices())
 
 
 def chunk_ids(job: build.Training, step: int) -> tuple[np.ndarray, int]:
-    """The images of the steps from ``step`` on, at most to the end of the epoch or of a chunk.
+    """The images of the steps from ``step`` on, to the end of a chunk, of the epoch or of the run.
 
     Returns:
       Ids ``[steps_per_dispatch, B]``, of which the first ``count`` rows are meant, and ``count``.
     """
     epoch, offset = divmod(step, job.steps_per_epoch)
-    count = min(job.steps_per_dispatch, job.steps_per_epoch - offset)
+    count = min(job.steps_per_dispatch, job.steps_per_epoch - offset, job.total_steps - step)
     order = epoch_order(job.sampler, job.data.train_labels, job.seed, epoch)
     ids = np.zeros((job.steps_per_dispatch, job.batch_size), np.int32)
     first = offset * job.batch_size

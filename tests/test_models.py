@@ -1,0 +1,213 @@
+"""Layers against NumPy, sizes of the networks, running statistics (robal_jax.models)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robal_jax import models
+from robal_jax.classifiers import CosineHead, LinearHead
+
+
+def arrays_like(tree, seed):
+    """Random arrays of the shapes of a tree, all positive, so that they can be variances too."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.RandomState(seed)
+    return structure.unflatten([jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32) for x in leaves])
+
+
+# ---------------------------------------------------------------- batch norm
+
+
+def test_batch_norm():
+    x = (3 * np.random.RandomState(0).randn(8, 3, 5, 4) + 1).astype(np.float32)
+    layer = models.BatchNorm()
+    fresh = layer.init(jax.random.key(0), x, False)
+    np.testing.assert_array_equal(fresh["batch_stats"]["mean"], np.zeros(4))
+    np.testing.assert_array_equal(fresh["batch_stats"]["var"], np.ones(4))
+    variables = arrays_like(fresh, 0)
+    scale, bias = variables["params"]["scale"], variables["params"]["bias"]
+
+    def normalised(mean, var):
+        mean, var = np.float64(mean), np.float64(var)
+        return (np.float64(x) - mean) / np.sqrt(var + 1e-5) * np.float64(scale) + np.float64(bias)
+
+    rows = np.float64(x).reshape(-1, 4)
+    running = variables["batch_stats"]
+    predicted = layer.apply(variables, x, False)
+    np.testing.assert_allclose(predicted, normalised(running["mean"], running["var"]), atol=1e-5)
+
+    trained, left = layer.apply(variables, x, True, mutable=["batch_stats"])
+    np.testing.assert_allclose(trained, normalised(rows.mean(0), rows.var(0)), atol=1e-5)
+    np.testing.assert_allclose(left["batch_stats"]["mean"], rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(left["batch_stats"]["var"], rows.var(0, ddof=1), rtol=1e-5)  # unbiased
+
+
+def test_update_statistics():
+    r, a, n = (arrays_like({"bn": {"mean": jnp.zeros(5), "var": jnp.zeros(5)}}, seed) for seed in range(3))
+    found = models.update_statistics(r, (a, n, n, a))
+    for part in ("mean", "var"):
+        r_, a_, n_ = (np.float64(tree["bn"][part]) for tree in (r, a, n))
+        expected = 0.9**4 * r_ + 0.1 * (0.9**3 * a_ + 0.9**2 * n_ + 0.9 * n_ + a_)
+        np.testing.assert_allclose(found["bn"][part], expected, rtol=1e-6)
+    np.testing.assert_array_equal(models.update_statistics(r, ())["bn"]["mean"], r["bn"]["mean"])
+
+
+def test_statistics_of_a_batch_that_is_spread():
+    """Two halves under an axis name give what the whole batch gives."""
+    images = jnp.asarray(np.random.RandomState(0).rand(8, 8, 8, 1), jnp.float32)
+    whole = models.functional(models.Network(models.SmallCNN((4, 4, 4), 8), LinearHead(3)))
+    spread = models.functional(
+        models.Network(models.SmallCNN((4, 4, 4), 8, axis_name="devices"), LinearHead(3))
+    )
+    params, stats = jax.jit(whole.init)(jax.random.key(0), images)
+    logits, moments = jax.jit(whole.train)(params, stats, images)
+    mapped = jax.vmap(partial(spread.train, params, stats), axis_name="devices")
+    logits_2, moments_2 = jax.jit(mapped)(images.reshape(2, 4, 8, 8, 1))
+    # A mean of two means against one mean: float32 rounding through three layers.
+    np.testing.assert_allclose(logits_2.reshape(8, 3), logits, atol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y, rtol=1e-5, atol=1e-6), moments_2, moments)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[1]), moments_2)
+    alone = jax.jit(whole.train)(params, stats, images[:4])[0]
+    assert np.abs(alone - logits[:4]).max() > 1e-3  # the axis name matters
+
+
+# ---------------------------------------------------------------- convolutions
+
+
+def numpy_convolution(x, kernel, stride):
+    k = kernel.shape[0]
+    x = np.pad(np.float64(x), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    rows = [
+        [
+            np.einsum("bhwc,hwco->bo", x[:, top : top + k, left : left + k], np.float64(kernel))
+            for left in range(0, x.shape[2] - k + 1, stride)
+        ]
+        for top in range(0, x.shape[1] - k + 1, stride)
+    ]
+    return np.array(rows).transpose(2, 0, 1, 3)
+
+
+SIZES = [
+    # height, width, kernel, stride
+    (8, 8, 1, 1), (8, 8, 3, 1), (8, 8, 3, 2), (7, 7, 3, 2), (8, 8, 1, 2),
+    (7, 7, 1, 2), (5, 9, 3, 1), (9, 6, 3, 2), (9, 9, 5, 3), (8, 10, 5, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("height", "width", "size", "stride"), SIZES)
+def test_convolutions(height, width, size, stride):
+    rng = np.random.RandomState(0)
+    x = jnp.asarray(rng.randn(2, height, width, 3), jnp.float32)
+    kernel = jnp.asarray(rng.randn(size, size, 3, 4), jnp.float32)
+    out, pullback = jax.vjp(lambda x, kernel: models.convolution(x, kernel, stride, "highest"), x, kernel)
+    np.testing.assert_allclose(out, numpy_convolution(x, kernel, stride), atol=1e-4)
+    found, pullback_2 = jax.vjp(
+        lambda x, kernel: models.loop_convolution(x, kernel, stride, "highest"), x, kernel
+    )
+    np.testing.assert_array_equal(found, out)
+    dy = jnp.asarray(rng.randn(*out.shape), jnp.float32)
+    for expected, gradient in zip(pullback(dy), pullback_2(dy), strict=True):
+        # Sums of up to 2 * 10 * 10 products near 1, in another order: 200 * 2^-24 at worst.
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- networks
+
+
+def wide_resnet_size(depth, widen):
+    """Parameters counted from the architecture: convolutions without bias, two a channel of batch norm."""
+    total, before = 3 * 16 * 9, 16
+    for width in (16 * widen, 32 * widen, 64 * widen):
+        for block in range((depth - 4) // 6):
+            inputs = before if block == 0 else width
+            total += 2 * inputs + 9 * inputs * width + 2 * width + 9 * width * width
+            total += inputs * width if inputs != width else 0
+        before = width
+    return total + 2 * before
+
+
+def resnet18_size():
+    total, before = 3 * 64 * 9 + 2 * 64, 64
+    for width in (64, 128, 256, 512):
+        for inputs in (before, width):
+            total += 9 * inputs * width + 9 * width * width + 4 * width
+            total += inputs * width + 2 * width if inputs != width else 0
+        before = width
+    return total
+
+
+def cnn_size(pixels_left):
+    convolutions = 9 * (1 * 16 + 16 * 32 + 32 * 64) + 2 * (16 + 32 + 64)
+    return convolutions + 64 * pixels_left * 64 + 64
+
+
+NETWORKS = [
+    # backbone, image shape, features, parameters without the head
+    (models.WideResNet(34, 10), (32, 32, 3), 640, wide_resnet_size(34, 10)),
+    (models.WideResNet(10, 2), (32, 32, 3), 128, wide_resnet_size(10, 2)),
+    (models.WideResNet(10, 1), (32, 32, 3), 64, wide_resnet_size(10, 1)),
+    (models.ResNet18(), (32, 32, 3), 512, resnet18_size()),
+    (models.SmallCNN(), (8, 8, 1), 64, cnn_size(2 * 2)),
+    (models.SmallCNN(), (28, 28, 1), 64, cnn_size(7 * 7)),
+]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape", "width", "size"), NETWORKS, ids=[f"{type(n[0]).__name__}-{n[3]}" for n in NETWORKS]
+)
+def test_networks(backbone, shape, width, size):
+    """Shapes and sizes only, without computing anything."""
+    model = models.functional(models.Network(backbone, LinearHead(10)))
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    params, stats = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert sum(x.size for x in jax.tree.leaves(params["backbone"])) == size
+    assert params["classifier"]["weight"].shape == (10, width)
+    assert jax.eval_shape(model.predict, params, stats, images).shape == (2, 10)
+    logits, moments = jax.eval_shape(model.train, params, stats, images)
+    assert logits.shape == (2, 10)
+    assert jax.tree.map(jnp.shape, moments) == jax.tree.map(jnp.shape, stats)
+
+
+def test_sizes_that_are_known():
+    """With the 10-class linear layer, as counted in the released code."""
+    assert wide_resnet_size(34, 10) + 640 * 10 + 10 == 46_160_474
+    assert resnet18_size() + 512 * 10 + 10 == 11_173_962
+
+
+@pytest.mark.parametrize("depth", [4, 9, 33, -2])
+def test_depth_of_a_wide_resnet(depth):
+    model = models.functional(models.Network(models.WideResNet(depth, 1), LinearHead(10)))
+    with pytest.raises(ValueError, match=rf"6 n \+ 4 with n at least 1, not {depth}"):
+        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+
+
+def test_training_and_prediction():
+    """A training pass leaves moments and changes nothing; loop_convolution is the same network."""
+    images = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 1), jnp.float32)
+    plain, loop = (
+        models.functional(models.Network(models.SmallCNN((4, 4, 4), 8, convolution=c), CosineHead(3)))
+        for c in (models.convolution, models.loop_convolution)
+    )
+    init, predict = jax.jit(plain.init), jax.jit(plain.predict)
+    params, stats = init(jax.random.key(0), images)
+    again, _ = init(jax.random.key(0), jnp.ones_like(images))
+    jax.tree.map(np.testing.assert_array_equal, params, again)  # of the images only the shape matters
+
+    logits, moments = jax.jit(plain.train)(params, stats, images)
+    assert np.abs(logits - predict(params, stats, images)).max() > 1e-3
+    np.testing.assert_allclose(jax.jit(loop.train)(params, stats, images)[0], logits, atol=1e-6)
+    # With this batch's own moments as running statistics, only unbiased against biased variance differs.
+    np.testing.assert_allclose(predict(params, moments, images), logits, atol=0.05)
+    # One image is predicted alike alone and in a batch.
+    np.testing.assert_allclose(
+        predict(params, stats, images[:1]), predict(params, stats, images)[:1], atol=1e-6
+    )
+
+
+def test_initial_convolution_is_he_normal_by_outputs():
+    params = models.Conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 32)))["params"]
+    # 18,432 draws: standard error of the deviation is 0.5 %.
+    assert float(params["kernel"].std()) == pytest.approx(np.sqrt(2 / (3 * 3 * 64)), rel=0.03)

@@ -1,0 +1,333 @@
+"""Whole training runs: the same numbers again, after interruptions, and after damage (robal_jax.train)."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from robal_jax import build, checkpoints, cli, logs, sources, train
+from robal_jax.errors import DivergedError, InputError
+
+# Five steps an epoch in chunks of two: the last chunk of an epoch is shorter.
+SETTINGS = ("train.epochs=3", "train.steps_per_dispatch=2", "train.checkpoint_epochs=1", "attack.steps=1")
+
+
+def tiny_config(*overrides):
+    config = cli.load_config("configs/robal_n.py:digits_lt")
+    with config.unlocked():
+        config.model.channels, config.model.width = (4, 4, 4), 16
+    return cli.apply_overrides(config, [f"--config.{override}" for override in (*SETTINGS, *overrides)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilations_are_kept(tmp_path_factory):
+    """Runs of one config trace anew, but XLA compiles them once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compilations"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+def run(workdir, *overrides):
+    """Trains; the checkpoint's folder, its sha256 and all that was said."""
+    said = []
+    path = train.train(tiny_config(*overrides), workdir, say=said.append)
+    words = said[-1].split()
+    assert words[:3] == ["checkpoint", str(path), "sha256"]
+    return path, words[3], said
+
+
+def rows(workdir):
+    """Lines of metrics.jsonl without the speed, which no two runs share."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("images_per_second") > 0 for line in lines)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted, and its sha256. Not to be written to."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    _, sha256, _ = run(workdir)
+    return workdir, sha256
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def newest(workdir):
+    folder = workdir / "checkpoints"
+    return folder / str(checkpoints.steps(folder)[-1])
+
+
+# ---------------------------------------------------------------- an undisturbed run
+
+
+def test_two_runs_are_the_same(finished, tmp_path):
+    workdir, sha256 = finished
+    _, again, _ = run(tmp_path)
+    assert again == sha256
+    assert rows(tmp_path) == rows(workdir)
+
+
+def test_what_a_run_leaves(finished):
+    workdir, sha256 = finished
+    assert [row["step"] for row in rows(workdir)] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    assert [row["epoch"] for row in rows(workdir)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert checkpoints.steps(workdir / "checkpoints") == [5, 10, 15]
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert (workdir / "config.json").read_text() == build.to_json(tiny_config())
+    state, path, read = checkpoints.restore_latest(
+        workdir / "checkpoints", train.initial_state(build.training(tiny_config())), on_damage=pytest.fail
+    )
+    assert (path.name, read) == ("15", sha256)
+    assert int(state.step) == 15
+    # It learns: cross entropy at chance is log 10, and the loss's scale of 10 starts above that.
+    assert rows(workdir)[-1]["loss"] < 0.8 * rows(workdir)[0]["loss"]
+
+
+def test_another_seed_is_another_run(finished):
+    job, other = (build.training(tiny_config(*overrides)) for overrides in ((), ("seed=1",)))
+    assert checkpoints.digest(train.initial_state(job)) != checkpoints.digest(train.initial_state(other))
+    assert not np.array_equal(train.chunk_ids(job, 0)[0], train.chunk_ids(other, 0)[0])
+
+
+def test_one_compilation_serves_the_whole_run(monkeypatch, tmp_path):
+    original, kept = train.compiled_chunk, []
+    monkeypatch.setattr(train, "compiled_chunk", lambda job: kept.append(original(job)) or kept[-1])
+    run(tmp_path)
+    assert [chunk._cache_size() for chunk in kept] == [1]
+
+
+def test_steps_of_a_dispatch_change_nothing(finished, tmp_path):
+    workdir, sha256 = finished
+    _, again, _ = run(tmp_path, "train.steps_per_dispatch=100")  # a whole epoch, 5 steps
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10, 15]
+    assert again == sha256
+    for chunks, epoch in zip(np.reshape(rows(workdir), (3, 3)), rows(tmp_path), strict=True):
+        mean = sum(row["loss"] * steps for row, steps in zip(chunks, (2, 2, 1), strict=True)) / 5
+        assert epoch["loss"] == pytest.approx(mean, rel=1e-6)  # a sum of five in float32
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "class_aware"])
+def test_chunks_cover_an_epoch_once(sampler):
+    job = build.training(tiny_config(f"train.sampler={sampler}", "train.batch_size=48"))
+    assert job.steps_per_epoch % job.steps_per_dispatch  # the last chunk is shorter
+    for epoch in (0, 1):
+        step, end, seen = epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch, []
+        while step < end:
+            ids, count = train.chunk_ids(job, step)
+            assert ids.shape == (job.steps_per_dispatch, 48)
+            seen.extend(ids[:count].ravel())
+            step += count
+        assert step == end  # no chunk reaches into the next epoch
+        order = train.epoch_order(sampler, job.data.train_labels, job.seed, epoch)
+        assert seen == order[: len(seen)].tolist()
+        assert len(order) - len(seen) < 48
+        if sampler == "uniform":
+            assert len(set(seen)) == len(seen)
+
+
+def test_chunks_do_not_depend_on_where_they_start():
+    job = build.training(tiny_config())
+    rows_of = {step: train.chunk_ids(job, step)[0][0].tolist() for step in range(10)}
+    for step in (0, 2, 5, 7):
+        assert train.chunk_ids(job, step)[0][1].tolist() == rows_of[step + 1]
+
+
+def test_example_keys_are_all_different():
+    key, positions = jax.random.key(0), np.arange(8)
+    keys = [jax.random.key_data(train.example_keys(key, step, positions)) for step in range(3)]
+    assert len({row.tobytes() for row in np.concatenate(keys)}) == 24
+    part = jax.random.key_data(train.example_keys(key, 1, positions[4:]))
+    np.testing.assert_array_equal(part, keys[1][4:])  # whatever device they are on
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+class KilledError(BaseException):
+    """Stands for a process that ends at once."""
+
+
+def interrupt(monkeypatch, at, how):
+    """Calls ``how`` after so many looks at the run, once."""
+    original, looks = logs.Meter.update, []
+
+    def update(self, done, note=""):
+        looks.append(done)
+        original(self, done, note)
+        if len(looks) == at:
+            how()
+
+    monkeypatch.setattr(logs.Meter, "update", update)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill():
+    raise KilledError
+
+
+@pytest.mark.parametrize(("look", "step"), [(1, 2), (4, 7), (6, 10)])
+def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        interrupt(patched, look, terminate)
+        path, _, said = run(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert path.name == str(step)
+    assert f"stopped at step {step} of 15" in said[-2]
+    assert rows(tmp_path)[-1]["step"] == step
+    _, sha256, said = run(tmp_path)
+    assert said[0].startswith(f"going on from step {step} of 15")
+    assert sha256 == finished[1]
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        interrupt(patched, 8, kill)
+        run(tmp_path)
+    assert rows(tmp_path)[-1]["step"] == 14
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "ep')  # a killed process may leave part of a line
+    _, sha256, said = run(tmp_path)
+    assert said[0].startswith("going on from step 10 of 15")
+    assert sha256 == finished[1]
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def test_finished_run_returns_at_once(finished, copy, monkeypatch):
+    monkeypatch.setattr(train, "train_chunk", lambda *_, **__: pytest.fail("made a step"))
+    before = rows(copy)
+    path, sha256, said = run(copy, "evaluation.seed=3", "train.keep_checkpoints=5")  # change no training
+    assert path == newest(copy)
+    assert sha256 == finished[1]
+    assert said[0].startswith("going on from step 15 of 15")
+    assert rows(copy) == before
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=1", "seed: 1 here, 0 there"),
+        ("data.ratio=0.1", "data.ratio: 0.1 here, 0.05 there"),
+        ("train.epochs=4", "train.epochs: 4 here, 3 there"),
+        ("head.gamma=0.5", "head.gamma: 0.5 here, 0.03125 there"),
+    ],
+)
+def test_another_config_is_refused(copy, override, named):
+    before = (copy / "config.json").read_text()
+    with pytest.raises(InputError) as raised:
+        run(copy, override)
+    assert named in str(raised.value)
+    assert (copy / "config.json").read_text() == before
+    assert checkpoints.steps(copy / "checkpoints") == [5, 10, 15]
+
+
+def test_other_data_are_refused(copy, monkeypatch):
+    original = sources.SOURCES["digits_lt"]
+
+    def one_pixel_changed(seed=0, **keywords):
+        data = original(seed=seed, **keywords)
+        data.train_images[0, 0, 0, 0] ^= 1
+        return data
+
+    def changed(ratio=0.05, profile="exp", head=104, test_per_class=70, seed=0):
+        return one_pixel_changed(
+            seed, ratio=ratio, profile=profile, head=head, test_per_class=test_per_class
+        )
+
+    monkeypatch.setitem(sources.SOURCES, "digits_lt", changed)
+    with pytest.raises(InputError, match=r"data: sha256 \w+… here, \w+… there"):
+        run(copy)
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("versions.json", "{}")])
+def test_damaged_workdir_is_refused(copy, name, content):
+    (copy / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name} cannot be read"):
+        run(copy)
+
+
+def test_checkpoints_without_config_are_refused(copy):
+    (copy / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has checkpoints but no config\.json"):
+        run(copy)
+
+
+# ---------------------------------------------------------------- divergence and damage
+
+
+def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
+    # From epoch 2 on the rate is 1e30 times as large: step 6 ruins the weights, step 7 sees it.
+    blows_up = ("schedule.milestones=(2,)", "schedule.decay=1e30", "optimizer.clip_norm=0.0")
+    with pytest.raises(DivergedError) as raised:
+        run(tmp_path, *blows_up)
+    assert "not finite at step 7 (epoch 2)" in str(raised.value)
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / '5'}" in str(raised.value)
+    assert checkpoints.steps(tmp_path / "checkpoints") == [5]
+    assert rows(tmp_path)[-1]["step"] == 5
+    state, _ = checkpoints.restore(
+        tmp_path / "checkpoints" / "5", train.initial_state(build.training(tiny_config(*blows_up)))
+    )
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def biggest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder):
+    path = biggest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+    path = biggest_file(folder)
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty])
+def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
+    damage(newest(copy))
+    _, sha256, said = run(copy)
+    assert f"checkpoint {copy / 'checkpoints' / '15'} is damaged" in said[0]
+    assert said[1].startswith("going on from step 10 of 15")
+    assert sha256 == finished[1]
+    assert rows(copy) == rows(finished[0])
+    assert len(list((copy / "damaged").iterdir())) == 1  # kept for who wants to look
+
+
+def test_all_checkpoints_damaged(copy):
+    for folder in (copy / "checkpoints").iterdir():
+        empty(folder)
+    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
+        run(copy)
