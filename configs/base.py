@@ -3,7 +3,7 @@
 A method's config is a file of its own beside this one: it calls ``get_config(data)`` and states differences
 only. ``data`` is the argument behind the colon of ``--config=configs/at.py:cifar10_lt``.
 
-A section with a ``name`` (data, model, head, loss, objective, schedule) is a function of the library and
+A section with a ``name`` (data, model, head, loss, ...) is a function of the library and
 its keyword arguments: the other keys of the section are passed to it. A name of the form
 ``module:function`` is imported, so a function of yours can stand there.
 """
@@ -42,7 +42,8 @@ def get_config(data: str) -> ConfigDict:
     config.attack.step_size = 0.0078
     config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
 
-    config.optimizer = ConfigDict({"momentum": 0.9, "weight_decay": 2e-4, "clip_norm": 0.0})  # 0: no clipping
+    config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
+    config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     config.schedule = ConfigDict()
     config.schedule.name = "released"  # compounds the decay in every epoch after a milestone; or 'paper'
     config.schedule.lr = 0.1
@@ -65,7 +66,7 @@ def get_config(data: str) -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 500
     config.evaluation.seed = 0  # of the attacks' random starts
-    config.evaluation.epsilon = config.threat.get_ref("epsilon")
+    config.evaluation.epsilon = config.threat.get_oneway_ref("epsilon")
     config.evaluation.step_size = 0.0078
     config.evaluation.logit_scale = 1.0  # the model's logits are multiplied by it ...
     config.evaluation.tau_p = 0.0  # ... and tau_p * log prior is subtracted (logit adjustment after training)
@@ -85,7 +86,9 @@ def _digits(config: ConfigDict) -> None:
     """
     config.data.head = 104  # images of the largest class
     config.data.test_per_class = 70
-    config.data.seed = config.get_ref("seed")  # which digit is the head class, and which images are taken
+    config.data.seed = config.get_oneway_ref(
+        "seed"
+    )  # which digit is the head class, and which images are taken
     config.model = ConfigDict({"name": "small_cnn"})
     config.threat.epsilon = 0.1
     config.attack.steps = 7

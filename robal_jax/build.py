@@ -10,8 +10,9 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,12 +20,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import attacks, classifiers, losses, models, objectives, parallel, sources, state
+from robal_jax import attacks, classifiers, losses, metrics, models, objectives, parallel, sources, state
 from robal_jax.data import SAMPLERS, Dataset
 from robal_jax.errors import InputError
 from robal_jax.models import Model
-
-PRECISIONS = ("default", "high", "highest")
 
 
 def call(
@@ -59,8 +58,17 @@ def call(
     unknown = sorted(set(options) - set(parameters))
     if unknown:
         raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(parameters)}")
-    bound = {key: value for key, value in given.items() if key in parameters and key not in options}
-    return functools.partial(function, **options, **bound)
+    bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
+    for key, parameter in parameters.items():
+        if (
+            parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default is parameter.empty
+            and key not in bound
+        ):
+            raise InputError(
+                f"{kind} {name!r} needs {key!r}; set config.{kind.replace(' ', '_')}.{key} in the config file"
+            )
+    return functools.partial(function, **bound)
 
 
 def _import(kind: str, name: str) -> Callable[..., Any]:
@@ -71,37 +79,52 @@ def _import(kind: str, name: str) -> Callable[..., Any]:
         raise InputError(f"cannot import the {kind} {name!r}: {error}") from error
 
 
-def _require(condition: bool, field: str, value: Any, must: str) -> None:
-    if not condition:
-        raise InputError(f"config.{field} is {value}; it must be {must}")
+POSITIVE = "> 0", lambda value: value > 0
+NOT_NEGATIVE = ">= 0", lambda value: value >= 0
+SEED = "in 0..2^32-1", lambda value: 0 <= value < 2**32
+
+
+def _one_of(names: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(names)}", lambda value: value in names
+
+
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": SEED,
+    "data.seed": SEED,
+    "evaluation.seed": SEED,
+    **dict.fromkeys(
+        ("threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale"), POSITIVE
+    ),
+    **dict.fromkeys(("schedule.lr", "schedule.decay", "train.epochs", "train.batch_size"), POSITIVE),
+    **dict.fromkeys(("train.steps_per_dispatch", "train.checkpoint_epochs"), POSITIVE),
+    **dict.fromkeys(("train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon"), POSITIVE),
+    **dict.fromkeys(("evaluation.step_size", "evaluation.logit_scale"), POSITIVE),
+    **dict.fromkeys(("schedule.warmup", "train.max_steps", "optimizer.clip_norm"), NOT_NEGATIVE),
+    **dict.fromkeys(("optimizer.momentum", "optimizer.weight_decay"), NOT_NEGATIVE),
+    "schedule.milestones": ("epochs", lambda value: all(isinstance(epoch, int) for epoch in value)),
+    "attack.start": _one_of(attacks.STARTS),
+    "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
+    "train.sampler": _one_of(SAMPLERS),
+    "train.layout": _one_of(parallel.LAYOUTS),
+    "train.precision": _one_of(("default", "high", "highest")),
+    "evaluation.precision": _one_of(("default", "high", "highest")),
+}
+"""What fields must be, where a config has them."""
 
 
 def validate(config: ConfigDict) -> None:
-    """Ranges of the fields that no function checks by itself.
+    """Checks ``RANGES``, and that every number is finite.
 
     Raises:
       InputError: names the field, its value and what it must be.
     """
-    positive = (
-        "threat.epsilon", "attack.steps", "attack.step_size", "schedule.lr",
-        "train.epochs", "train.batch_size", "train.steps_per_dispatch", "train.checkpoint_epochs",
-        "train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon", "evaluation.step_size",
-        "evaluation.logit_scale",
-    )  # fmt: skip
-    for field in positive:
-        section, key = field.split(".")
-        _require(config[section][key] > 0, field, config[section][key], "> 0")
-    names: dict[str, Any] = {
-        "attack.start": attacks.STARTS,
-        "train.sampler": SAMPLERS,
-        "train.layout": parallel.LAYOUTS,
-        "train.precision": PRECISIONS,
-        "evaluation.precision": PRECISIONS,
-    }
-    for field, known in names.items():
-        section, key = field.split(".")
-        value = config[section][key]
-        _require(value in known, field, repr(value), f"one of {', '.join(known)}")
+    fields = _flatten(config.to_dict())
+    for field, (must, holds) in RANGES.items():
+        if field in fields and not holds(fields[field]):
+            raise InputError(f"config.{field} is {fields[field]!r}; it must be {must}")
+    for field, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.{field} is {value!r}; it must be finite")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -161,11 +184,14 @@ def model(config: ConfigDict, num_classes: int, *, precision: str, axis_name: st
         models.BACKBONES,
         config.model,
         convolution=models.loop_convolution if on_cpu else models.convolution,
-        precision=None if precision == "default" else precision,
         axis_name=axis_name,
     )
     head = call("head", classifiers.HEADS, config.head, num_classes=num_classes)
-    return models.functional(models.Network(backbone(), head()))
+    try:
+        network = models.Network(backbone(), head())
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from error
+    return models.functional(network, precision=None if precision == "default" else precision)
 
 
 def training_attack(config: ConfigDict) -> attacks.Attack:
@@ -249,6 +275,8 @@ def training(config: ConfigDict) -> Training:
             f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of the number of "
             f"devices, {jax.local_device_count()}"
         )
+    # Training does not need the groups, but an evaluation that is sure to fail should fail now.
+    metrics.class_groups(counts, config.evaluation.head_classes, config.evaluation.tail_classes)
     axis_name = parallel.AXIS if config.train.layout == "pmap" else None
     rates = call("schedule", state.SCHEDULES, config.schedule)(epochs=config.train.epochs)
     schedule = state.per_step(rates, steps_per_epoch)
@@ -256,7 +284,7 @@ def training(config: ConfigDict) -> Training:
         data=data,
         model=model(config, len(counts), precision=config.train.precision, axis_name=axis_name),
         objective=objective(config, counts),
-        optimizer=state.sgd(schedule, **config.optimizer),
+        optimizer=call("optimizer", state.OPTIMIZERS, config.optimizer, schedule=schedule)(),
         schedule=schedule,
         seed=config.seed,
         sampler=config.train.sampler,

@@ -9,6 +9,7 @@ This is the only module that knows Orbax.
 """
 
 import hashlib
+import json
 import pathlib
 import types
 from collections.abc import Callable
@@ -21,9 +22,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from robal_jax import logs
 from robal_jax.errors import InputError
 
 T = TypeVar("T")
+
+FILES = "files.json"  # beside Orbax's own files: their digests
 
 
 class DamagedCheckpointError(Exception):
@@ -64,9 +68,12 @@ def restore(path: pathlib.Path, like: T) -> tuple[T, str]:
     """
     path = path.absolute()
     try:
+        _verify_files(path)
         metadata = ocp.metadata(path)
         written = (metadata.custom_metadata or {})["sha256"]
         found = _flat(metadata.metadata)
+    except DamagedCheckpointError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise whatever their layers raise
         raise DamagedCheckpointError(_first_line(error)) from error
     wanted = {k: v for k, v in _flat(flax.serialization.to_state_dict(like)).items() if hasattr(v, "shape")}
@@ -88,6 +95,23 @@ def restore(path: pathlib.Path, like: T) -> tuple[T, str]:
     if read != written:
         raise DamagedCheckpointError(f"its sha256 is {read[:12]}…, but {written[:12]}… was written")
     return flax.serialization.from_state_dict(like, _with_empty(tree, like)), read
+
+
+def _file_digests(path: pathlib.Path) -> dict[str, str]:
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != FILES)
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _verify_files(path: pathlib.Path) -> None:
+    """Compares the files with their digests, so that TensorStore never has to read a damaged one.
+
+    A process that was killed just after a save leaves no list of them; the arrays' own digest then decides.
+    """
+    if (path / FILES).exists():
+        written, found = json.loads((path / FILES).read_text()), _file_digests(path)
+        changed = sorted(name for name in written if found.get(name) != written[name])
+        if changed:
+            raise DamagedCheckpointError(f"{changed[0]} is not what was written")
 
 
 def _first_line(error: Exception) -> str:
@@ -150,17 +174,17 @@ class Saver:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        self._pending: Any = None
+        self._pending: tuple[Any, pathlib.Path] | None = None
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
         """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256."""
         self.wait()
         host = _host(state)
         sha256 = digest(host)
-        self._pending = self._checkpointer.save_async(
-            step, host, force=True, custom_metadata={"sha256": sha256}
-        )
-        return self._folder / str(step), sha256
+        saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
+        path = self._folder / str(step)
+        self._pending = saving, path
+        return path, sha256
 
     def wait(self) -> None:
         """Waits until what was started is on the disk.
@@ -170,7 +194,9 @@ class Saver:
         """
         try:
             if self._pending is not None:
-                self._pending.result()
+                saving, path = self._pending
+                saving.result()
+                logs.replace(path / FILES, json.dumps(_file_digests(path)).encode())
         except Exception as error:
             raise InputError(
                 f"could not write a checkpoint to {self._folder}: {_first_line(error)}"

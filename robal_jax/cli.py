@@ -107,10 +107,10 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
             raise InputError(f"unknown config key {key!r}; nearest: {near[0]!r}")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        "config", config, lock_config=True, flag_values=values, sys_argv=["", *overrides]
-    )
     try:
+        config_flags.DEFINE_config_dict(
+            "config", config, lock_config=True, flag_values=values, sys_argv=["", *overrides]
+        )
         rest = values(["", *overrides])[1:]
     except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         raise InputError(str(error)) from error

@@ -151,7 +151,7 @@ def evaluate(
 def _restore(
     job: build.Evaluation, workdir: pathlib.Path, checkpoint: pathlib.Path | None, say: Callable[[str], None]
 ) -> tuple[TrainState, pathlib.Path, str]:
-    like = jax.eval_shape(lambda: initial_state(job.training))
+    like = jax.eval_shape(partial(initial_state, job.training))
     if checkpoint is None:
         found = checkpoints.restore_latest(
             workdir / "checkpoints",
@@ -213,13 +213,13 @@ def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
 def _read_partial(path: pathlib.Path, settings: str) -> tuple[int, dict[str, list[np.ndarray]]]:
     """What an interrupted evaluation of the same checkpoint with the same settings had done."""
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile):
+        with path.open("rb") as file, np.load(file) as content:
+            arrays = dict(content)
+        if str(arrays.pop("settings")) != settings:
+            return 0, {}
+        return int(arrays.pop("done")), {name: [values] for name, values in arrays.items()}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return 0, {}
-    if str(arrays.pop("settings", "")) != settings:
-        return 0, {}
-    return int(arrays.pop("done")), {name: [values] for name, values in arrays.items()}
 
 
 def _check(outcomes: dict[str, np.ndarray], threat: attacks.ThreatModel) -> None:

@@ -101,7 +101,9 @@ def class_groups(
     head = head_classes or len(counts) // 3
     tail = tail_classes or len(counts) // 3
     if head + tail > len(counts):
-        raise InputError(f"A head of {head} and a tail of {tail} do not fit into {len(counts)} classes.")
+        raise InputError(
+            f"head_classes {head} and tail_classes {tail} do not fit into {len(counts)} classes."
+        )
     order = np.argsort(-counts, kind="stable")
     parts = np.split(order, [head, len(counts) - tail])
     return {name: part for name, part in zip(("head", "medium", "tail"), parts, strict=True) if len(part)}

@@ -28,33 +28,31 @@ from jax import lax
 BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch: PyTorch's convention and default
 BATCH_NORM_EPSILON = 1e-5
 
-Precision = str | lax.Precision | None
-
-Convolution = Callable[[chex.Array, chex.Array, int, Precision], chex.Array]
-"""``(x [B, H, W, C], kernel [k, k, C, O], stride, precision)`` to ``[B, H', W', O]``, padded by k // 2."""
+Convolution = Callable[[chex.Array, chex.Array, int], chex.Array]
+"""``(x [B, H, W, C], kernel [k, k, C, O], stride)`` to ``[B, H', W', O]``, padded by k // 2."""
 
 
-def convolution(x: chex.Array, kernel: chex.Array, stride: int, precision: Precision) -> chex.Array:
+def convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     """Convolution zero-padded by half the kernel on every side: PyTorch's way, not that of 'SAME'."""
-    return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], precision, strides=stride)
+    return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], strides=stride)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def loop_convolution(x: chex.Array, kernel: chex.Array, stride: int, precision: Precision) -> chex.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def loop_convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     """:func:`convolution` whose gradients stay fast inside a compiled loop on the CPU.
 
     XLA's CPU compiler does not rewrite the gradients of a convolution into its own layout when they stand
     inside a while loop, and they run several times slower there (jax-ml/jax#12868). Here both gradients
-    are themselves NHWC convolutions. Forward-mode differentiation is not supported.
+    are themselves NHWC convolutions. For the CPU only, where precision has no meaning; forward-mode
+    differentiation is not supported.
     """
-    return convolution(x, kernel, stride, precision)
+    return convolution(x, kernel, stride)
 
 
 def _nhwc(
     x: chex.Array,
     kernel: chex.Array,
     padding: list[tuple[int, int]],
-    precision: Precision,
     *,
     strides: int = 1,
     lhs_dilation: int = 1,
@@ -68,18 +66,17 @@ def _nhwc(
         (lhs_dilation, lhs_dilation),
         (rhs_dilation, rhs_dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
     )
 
 
 def _loop_convolution_forward(
-    x: chex.Array, kernel: chex.Array, stride: int, precision: Precision
+    x: chex.Array, kernel: chex.Array, stride: int
 ) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
-    return convolution(x, kernel, stride, precision), (x, kernel)
+    return convolution(x, kernel, stride), (x, kernel)
 
 
 def _loop_convolution_backward(
-    stride: int, precision: Precision, saved: tuple[chex.Array, chex.Array], dy: chex.Array
+    stride: int, saved: tuple[chex.Array, chex.Array], dy: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
     x, kernel = saved
     dx_padding, dw_padding = [], []
@@ -89,10 +86,10 @@ def _loop_convolution_backward(
         dw_padding.append((low, k - 1 + dilated - n - low))
     # dx: dy, dilated by the stride, by the kernel flipped in space with its channel axes exchanged.
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    dx = _nhwc(dy, flipped, dx_padding, precision, lhs_dilation=stride)
+    dx = _nhwc(dy, flipped, dx_padding, lhs_dilation=stride)
     # dw: x with batch and channel axes exchanged, by dy dilated by the stride.
     x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
-    dw = _nhwc(x, dy, dw_padding, precision, rhs_dilation=stride)
+    dw = _nhwc(x, dy, dw_padding, rhs_dilation=stride)
     return dx, dw.transpose(1, 2, 0, 3)
 
 
@@ -106,14 +103,13 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     convolution: Convolution = convolution
-    precision: Precision = None
 
     @nn.compact
     def __call__(self, x: chex.Array) -> chex.Array:
         """``[B, H, W, C]`` to ``[B, H', W', features]``."""
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         kernel = self.param("kernel", init, (self.size, self.size, x.shape[-1], self.features))
-        return self.convolution(x, kernel, self.stride, self.precision)
+        return self.convolution(x, kernel, self.stride)
 
 
 class BatchNorm(nn.Module):
@@ -208,7 +204,6 @@ class WideResNet(nn.Module):
       widen: width factor of the three stages of 16, 32 and 64 channels.
       activation: inside the blocks; the one before pooling is always ReLU.
       convolution: which implementation, see :func:`loop_convolution`.
-      precision: of the convolutions' products, as in ``jax.lax``.
       axis_name: see :class:`BatchNorm`.
     """
 
@@ -216,16 +211,18 @@ class WideResNet(nn.Module):
     widen: int = 10
     activation: Callable[[chex.Array], chex.Array] = nn.relu
     convolution: Convolution = convolution
-    precision: Precision = None
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise ValueError(f"a WideResNet's depth is 6 n + 4 with n at least 1, not {self.depth}")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """Images ``[B, H, W, C]`` to features ``[B, 64 * widen]``."""
-        blocks, rest = divmod(self.depth - 4, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"a WideResNet's depth is 6 n + 4 with n at least 1, not {self.depth}")
-        conv = partial(Conv, convolution=self.convolution, precision=self.precision)
+        blocks = (self.depth - 4) // 6
+        conv = partial(Conv, convolution=self.convolution)
         norm = partial(BatchNorm, axis_name=self.axis_name)
         x = conv(16, name="conv1")(x)
         for stage, width in enumerate((16, 32, 64)):
@@ -270,18 +267,16 @@ class ResNet18(nn.Module):
 
     Attributes:
       convolution: which implementation, see :func:`loop_convolution`.
-      precision: of the convolutions' products, as in ``jax.lax``.
       axis_name: see :class:`BatchNorm`.
     """
 
     convolution: Convolution = convolution
-    precision: Precision = None
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """Images ``[B, H, W, C]`` to features ``[B, 512]``."""
-        conv = partial(Conv, convolution=self.convolution, precision=self.precision)
+        conv = partial(Conv, convolution=self.convolution)
         norm = partial(BatchNorm, axis_name=self.axis_name)
         x = nn.relu(norm(name="bn1")(conv(64, name="conv1")(x), train))
         for stage, width in enumerate((64, 128, 256, 512)):
@@ -301,23 +296,21 @@ class SmallCNN(nn.Module):
       channels: of the three convolutions; the second and the third halve the image.
       width: ``D``, number of features.
       convolution: which implementation, see :func:`loop_convolution`.
-      precision: of the convolutions' products, as in ``jax.lax``.
       axis_name: see :class:`BatchNorm`.
     """
 
     channels: tuple[int, int, int] = (16, 32, 64)
     width: int = 64
     convolution: Convolution = convolution
-    precision: Precision = None
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """Images ``[B, H, W, C]`` to features ``[B, width]``."""
         for i, channels in enumerate(self.channels):
-            conv = Conv(channels, 3, min(i + 1, 2), self.convolution, self.precision, name=f"conv{i + 1}")
+            conv = Conv(channels, 3, min(i + 1, 2), self.convolution, name=f"conv{i + 1}")
             x = nn.relu(BatchNorm(self.axis_name, name=f"bn{i + 1}")(conv(x), train))
-        return nn.Dense(self.width, precision=self.precision, name="fc")(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.width, name="fc")(x.reshape(x.shape[0], -1))
 
 
 class Network(nn.Module):
@@ -345,21 +338,32 @@ class Model(NamedTuple):
     train: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], tuple[chex.Array, chex.ArrayTree]]
 
 
-def functional(network: nn.Module) -> Model:
-    """The :class:`Model` of a linen module with call signature ``(images, train)``."""
+def functional(network: nn.Module, *, precision: str | None = None) -> Model:
+    """The :class:`Model` of a linen module with call signature ``(images, train)``.
+
+    Args:
+      network: the module.
+      precision: of all matrix products and convolutions, 'high' or 'highest'; None is the accelerator's
+        default, which may be TF32 on a GPU and bfloat16 on a TPU.
+
+    Returns:
+      Its functions.
+    """
 
     def init(key: chex.PRNGKey, images: chex.Array) -> tuple[chex.ArrayTree, chex.ArrayTree]:
         variables = network.init(key, images, train=False)
         return variables["params"], variables.get("batch_stats", {})
 
     def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
-        return network.apply({"params": params, "batch_stats": stats}, images, train=False)
+        with jax.default_matmul_precision(precision):
+            return network.apply({"params": params, "batch_stats": stats}, images, train=False)
 
     def train(
         params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
     ) -> tuple[chex.Array, chex.ArrayTree]:
         variables: dict[str, Any] = {"params": params, "batch_stats": stats}
-        logits, moments = network.apply(variables, images, train=True, mutable=["batch_stats"])
+        with jax.default_matmul_precision(precision):
+            logits, moments = network.apply(variables, images, train=True, mutable=["batch_stats"])
         return logits, moments.get("batch_stats", {})
 
     return Model(init, predict, train)

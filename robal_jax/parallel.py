@@ -27,6 +27,15 @@ Chunk = Callable[..., tuple[TrainState, dict[str, chex.Array]]]
 """``(state, data, ids [T, B], count, key, positions [B]) -> (state, sums)``."""
 
 
+def _sharding(devices: list[jax.Device], *spec: str | None) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(*spec))
+
+
+def replicate(tree: chex.ArrayTree, devices: list[jax.Device]) -> chex.ArrayTree:
+    """The tree with a copy on every device, placed as a compiled chunk returns it (so it is not retraced)."""
+    return jax.device_put(tree, _sharding(devices))
+
+
 def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
     """The chunk compiled for a batch split over ``devices``; the state that goes in is given up.
 
@@ -37,10 +46,7 @@ def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
     Returns:
       A chunk that takes whole batches.
     """
-    mesh = Mesh(np.array(devices), (AXIS,))
-    everywhere, by_column, by_row = (
-        NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), (None, AXIS), (AXIS,))
-    )
+    everywhere, by_column, by_row = (_sharding(devices, *spec) for spec in ((), (None, AXIS), (AXIS,)))
     inputs = (everywhere, everywhere, by_column, everywhere, everywhere, by_row)
     return jax.jit(chunk, donate_argnums=0, in_shardings=inputs, out_shardings=everywhere)
 

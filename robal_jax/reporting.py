@@ -39,6 +39,9 @@ _META_LABELS = {
     "checkpoint": "Checkpoint",
     "checkpoint_sha256": "Checkpoint SHA-256",
     "seed": "Seed",
+    "evaluation_seed": "Seed of the attacks",
+    "precision": "Precision of products",
+    "test_set_sha256": "Test set SHA-256",
     "versions": "Versions",
     "device": "Device",
     "date": "Date",
@@ -309,94 +312,100 @@ def _per_class_csv(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
 
 
 def _report(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    conditions, groups = summary["conditions"], summary["groups"]
-    attacked = {name: condition for name, condition in conditions.items() if name != "clean"}
-    shown = headline(meta)
     known = [key for key in _META_LABELS if key in meta]
     others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
-
-    def by_condition(figures: Mapping[str, str], rows: Mapping[str, Any]) -> str:
-        """Table of figures (key: heading) with intervals, a row per condition."""
-        return _markdown(
-            ("Condition", *figures.values()),
-            (
-                (display_name(name), *(with_interval(row[key]) for key in figures))
-                for name, row in rows.items()
-            ),
-        )
-
-    def count_range(classes: Sequence[int]) -> str:
-        counts = [summary["class_counts"][k] for k in classes]
-        return f"{min(counts)} to {max(counts)}"
-
+    settings = ((_META_LABELS.get(key, key), printed(meta[key])) for key in known + others)
     parts = [
         f"# {_title(meta)}",
         "## What was evaluated",
-        _markdown(
-            ("Setting", "Value"), ((_META_LABELS.get(key, key), printed(meta[key])) for key in known + others)
-        ),
+        _markdown(("Setting", "Value"), settings),
+        *_condition_section(summary["conditions"]),
+        *_group_section(summary),
+        *_class_section(summary, meta),
+        "## How to read this",
+        _READING_NOTE,
+    ]
+    return "\n\n".join(parts)
+
+
+def _by_condition(figures: Mapping[str, str], conditions: Mapping[str, Any]) -> str:
+    """Table of figures (key: heading) with intervals, a row per condition."""
+    rows = (
+        (display_name(name), *(with_interval(row[key]) for key in figures))
+        for name, row in conditions.items()
+    )
+    return _markdown(("Condition", *figures.values()), rows)
+
+
+def _condition_section(conditions: Mapping[str, Any]) -> list[str]:
+    accuracies = {
+        "accuracy": "Accuracy",
+        "balanced_accuracy": "Balanced accuracy",
+        "precision": "Macro precision",
+        "f_score": "Macro F-score",
+    }
+    errors = {
+        "natural_error": "Natural error",
+        "boundary_error": "Boundary error",
+        "robust_accuracy": "Right on both",
+    }
+    return [
         "## All conditions",
         "Percent, with 95 % intervals. Macro recall is the balanced accuracy.",
-        by_condition(
-            {
-                "accuracy": "Accuracy",
-                "balanced_accuracy": "Balanced accuracy",
-                "precision": "Macro precision",
-                "f_score": "Macro F-score",
-            },
-            conditions,
-        ),
+        _by_condition(accuracies, conditions),
         "Natural error + boundary error + right on both = 100 %.",
-        by_condition(
-            {
-                "natural_error": "Natural error",
-                "boundary_error": "Boundary error",
-                "robust_accuracy": "Right on both",
-            },
-            attacked,
-        ),
+        _by_condition(errors, {name: row for name, row in conditions.items() if name != "clean"}),
         "![Robust accuracy by attack](attacks.png)",
+    ]
+
+
+def _group_section(summary: Mapping[str, Any]) -> list[str]:
+    conditions, groups, counts = summary["conditions"], summary["groups"], summary["class_counts"]
+
+    def count_range(classes: Sequence[int]) -> str:
+        return f"{min(counts[k] for k in classes)} to {max(counts[k] for k in classes)}"
+
+    parts = [
         "## Head, medium and tail classes",
         "Accuracy in percent over the test images of the group, with 95 % intervals.",
         _markdown(
             ("Group", "Classes", "Training images per class"),
             ((name, len(classes), count_range(classes)) for name, classes in groups.items()),
         ),
-        by_condition({name: name.capitalize() for name in groups}, conditions),
+        _by_condition({name: name.capitalize() for name in groups}, conditions),
     ]
     if "groups_of_ten" in conditions["clean"]:
+        rows = (
+            (display_name(name), *(f"{100 * mean:.1f}" for mean in condition["groups_of_ten"]))
+            for name, condition in conditions.items()
+        )
         parts += [
             "## Ten groups of consecutive classes",
             "Mean recall of the classes in percent, from the first tenth of the class indices to the last.",
-            _markdown(
-                ("Condition", *range(1, 11)),
-                (
-                    (display_name(name), *(f"{100 * mean:.1f}" for mean in condition["groups_of_ten"]))
-                    for name, condition in conditions.items()
-                ),
-            ),
+            _markdown(("Condition", *range(1, 11)), rows),
         ]
-    parts += [
+    return parts
+
+
+def _class_section(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
+    conditions, shown = summary["conditions"], headline(meta)
+    support = conditions["clean"]["per_class"]["support"]
+    rows = (
+        (
+            index,
+            _class_name(meta, index),
+            count,
+            support[index],
+            *(_percent(conditions[name]["per_class"]["recall"][index]) for name in shown),
+        )
+        for index, count in enumerate(summary["class_counts"])
+    )
+    return [
         "## Classes",
         "![Accuracy by class](per_class.png)",
         "Accuracy in percent; all conditions, intervals, precision and F-score are in per_class.csv.",
-        _markdown(
-            ("Class", "Name", "Training images", "Test images", *map(display_name, shown)),
-            (
-                (
-                    index,
-                    _class_name(meta, index),
-                    count,
-                    conditions["clean"]["per_class"]["support"][index],
-                    *(_percent(conditions[name]["per_class"]["recall"][index]) for name in shown),
-                )
-                for index, count in enumerate(summary["class_counts"])
-            ),
-        ),
-        "## How to read this",
-        _READING_NOTE,
+        _markdown(("Class", "Name", "Training images", "Test images", *map(display_name, shown)), rows),
     ]
-    return "\n\n".join(parts)
 
 
 def _markdown(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:

@@ -109,3 +109,6 @@ def sgd(
         optax.trace(decay=momentum),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd}

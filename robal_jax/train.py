@@ -258,14 +258,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
     with logs.stop_signals() as stop:
         job = build.training(config)
         prepare_workdir(config, job, workdir)
-        state = initial_state(job)
         found = checkpoints.restore_latest(
-            workdir / "checkpoints", state, on_damage=partial(_set_aside, workdir, say)
+            workdir / "checkpoints",
+            jax.eval_shape(partial(initial_state, job)),
+            on_damage=partial(_set_aside, workdir, say),
         )
         if found is not None:
-            state, path, _ = found
-            say(f"going on from step {int(state.step)} of {job.total_steps} ({path})")
-        path, sha256 = _run(job, workdir, jax.device_put(state), found and found[1:], stop)
+            state, *_ = found
+            say(f"going on from step {int(state.step)} of {job.total_steps} ({found[1]})")
+        else:
+            state = jax.jit(partial(initial_state, job))()
+        path, sha256 = _run(job, workdir, state, found and found[1:], stop)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command goes on from there")
         say(f"checkpoint {path} sha256 {sha256}")
@@ -281,9 +284,10 @@ def _run(
 ) -> tuple[pathlib.Path, str]:
     """Steps from ``state`` to the end or a stop; ``newest`` and the result: a checkpoint and its sha256."""
     step, total = int(state.step), job.total_steps
-    chunk, key = compiled_chunk(job), jax.random.key(job.seed)
-    data = jax.device_put(DeviceData(job.data.train_images, job.data.train_labels))
-    positions = jnp.arange(job.batch_size)
+    chunk = compiled_chunk(job)
+    data = DeviceData(job.data.train_images, job.data.train_labels)
+    key, positions = jax.random.key(job.seed), jnp.arange(job.batch_size)
+    state, data, key = parallel.replicate((state, data, key), jax.local_devices())
     with (
         checkpoints.Saver(workdir / "checkpoints", job.keep_checkpoints) as saver,
         logs.Scalars(workdir, step) as scalars,

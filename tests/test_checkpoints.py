@@ -37,7 +37,9 @@ def save(folder, *states, keep=10, first=1):
 
 def latest(folder, like, damaged=None):
     return checkpoints.restore_latest(
-        folder, like, on_damage=lambda path, why: (pytest.fail(why) if damaged is None else damaged.append((path, why)))
+        folder,
+        like,
+        on_damage=lambda path, why: pytest.fail(why) if damaged is None else damaged.append((path, why)),
     )
 
 
@@ -98,12 +100,11 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        (tree(width=4), r"has float32\[3\] for params/layer/bias where .* has float32\[4\]|"
-                        r"has float32\[3\] for opt_state/\S+/bias where .* has float32\[4\]"),
+        (tree(width=4), r"has float32\[3\] for opt_state/\S+/bias where .* has float32\[4\]"),
         (tree(dtype=np.float16), r"has float32\[4, 3\] for \S+/weight where .* has float16\[4, 3\]"),
-        (TrainState(np.int32(0), tree().params, {}, tree().opt_state), r"for stats/bytes where .* has nothing"),
+        (tree().replace(stats={}), r"for stats/bytes where .* has nothing"),
         (
-            TrainState(np.int32(0), {**tree().params, "new": np.ones(2)}, tree().stats, tree().opt_state),
+            tree().replace(params={**tree().params, "new": np.ones(2)}),
             r"has nothing for params/new where .* has float64\[2\]",
         ),
     ],
@@ -129,7 +130,7 @@ def flip_a_bit(folder):
 
 def truncate(folder):
     path = biggest_file(folder)
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def empty(folder):
@@ -166,6 +167,7 @@ def test_wrong_values_that_can_be_read_are_noticed(tmp_path):
     (first, _), (second, _) = save(tmp_path, tree(1), tree(2))
     shutil.rmtree(second / "state")
     shutil.copytree(first / "state", second / "state")
+    (second / checkpoints.FILES).unlink()  # as after a kill between a save and the list of its files
     with pytest.raises(checkpoints.DamagedCheckpointError, match=r"its sha256 is \w+…, but \w+… was written"):
         checkpoints.restore(second, tree())
 
@@ -173,7 +175,7 @@ def test_wrong_values_that_can_be_read_are_noticed(tmp_path):
 def test_all_damaged(tmp_path):
     for path, _ in save(tmp_path, tree(1), tree(2)):
         empty(path)
-    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged"):
         latest(tmp_path, tree(), [])
 
 
@@ -193,7 +195,7 @@ def test_failed_write(tmp_path):
             def result(self):
                 raise OSError(28, "No space left on device")
 
-        saver._pending = Failing()
+        saver._pending = Failing(), tmp_path
         with pytest.raises(InputError, match=r"could not write a checkpoint to .*No space left"):
             saver.wait()
     assert int(latest(tmp_path / "run", tree())[0].step) == 1

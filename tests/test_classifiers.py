@@ -19,7 +19,7 @@ def numpy_cosine(features, weight, scale, gamma, eta):
     for b, f in enumerate(np.float64(features)):
         for k, w in enumerate(np.float64(weight)):
             f_norm, w_norm = np.sqrt((f * f).sum()), np.sqrt((w * w).sum())
-            logits[b, k] = scale * (f / f_norm**eta) @ (w / (gamma + w_norm) ** eta)
+            logits[b, k] = scale * (f / f_norm**eta) @ (w / (gamma + w_norm**eta))
     return logits
 
 

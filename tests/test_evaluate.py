@@ -88,7 +88,7 @@ def test_files(evaluated):
 
 def test_accuracies_can_be_computed_again(evaluated):
     saved = examples(evaluated / "evaluation")
-    results = json.loads((evaluated / "evaluation" / "results.json").read_text())
+    results = json.loads((evaluated / "evaluation" / "results.json").read_text())["summary"]
     labels, worst = saved["labels"], np.ones(TEST_IMAGES, bool)
     for condition in evaluate.CONDITIONS:
         hits = saved[f"pred_{condition}"] == labels
@@ -114,9 +114,7 @@ def test_predictions_are_those_of_the_model(evaluated):
     data = job.training.data
     images = jnp.asarray(np.float32(data.test_images) / np.float32(16))
     predict = jax.jit(lambda x: job.predict(state.params, state.stats, x))
-    cosines = np.float64(
-        jax.jit(job.training.model.predict)(state.params, state.stats, images)
-    )
+    cosines = np.float64(jax.jit(job.training.model.predict)(state.params, state.stats, images))
     prior = np.log(data.class_counts / data.class_counts.sum())
     np.testing.assert_allclose(predict(images), 10.0 * cosines - 0.1 * prior, atol=1e-4)
     saved = examples(evaluated / "evaluation")

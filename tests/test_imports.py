@@ -14,7 +14,17 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # A module imports from layers above its own line only. A new module needs a place here.
 LAYERS = (
     {"errors", "losses", "models", "state", "logs"},
-    {"attacks", "classifiers", "metrics", "data", "checkpoints", "reporting", "cli", "torch_import"},
+    {
+        "attacks",
+        "classifiers",
+        "metrics",
+        "data",
+        "checkpoints",
+        "reporting",
+        "cli",
+        "torch_import",
+        "parallel",
+    },
     {"objectives", "sources", "comparison"},
     {"build"},
     {"train"},
@@ -130,7 +140,9 @@ def test_the_command_line_starts_without_jax():
 @pytest.mark.parametrize("name", MODULES)
 def test_functions_are_short(name):
     functions = [
-        node for node in ast.walk(tree(MODULES[name])) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        node
+        for node in ast.walk(tree(MODULES[name]))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno + 1 > 80}
     assert not long

@@ -59,9 +59,10 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys):
             command(workdir), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         # Every second kill comes as soon as a save is seen under way, from a random epoch on.
-        wait_for(process, lambda w=workdir, e=generator.randrange(12): lines(w / "metrics.jsonl") > e)
+        epoch = generator.randrange(12)
+        wait_for(process, lambda log=workdir / "metrics.jsonl", epoch=epoch: lines(log) > epoch)
         if i % 2:
-            wait_for(process, lambda w=workdir: saving(w))
+            wait_for(process, lambda workdir=workdir: saving(workdir))
         else:
             time.sleep(generator.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
@@ -70,6 +71,4 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys):
         assert finish(workdir, env) == expected
     assert early  # some kill must have come before the end
     with capsys.disabled():
-        print(
-            f"\n{KILLS} kills, {early} before the end, {in_save} during a save: all ended with {expected[:12]}…"
-        )
+        print(f"\n{KILLS} kills, {early} before the end, {in_save} during a save: all ended with {expected}")

@@ -22,7 +22,7 @@ def random_labels(seed):
     return np.random.RandomState(seed).randint(0, K, B).astype(np.int32)
 
 
-# ---------------------------------------------------------------- the equations in float64, one element at a time
+# ---------------------------------------------------------------- the equations in float64
 
 
 def softmax(row):
@@ -189,4 +189,4 @@ def test_kl_divergence_under_vmap():
 
 
 def test_table_of_losses():
-    assert losses.LOSSES == {"cross_entropy": losses.cross_entropy, "robal": losses.robal}
+    assert {"cross_entropy": losses.cross_entropy, "robal": losses.robal} == losses.LOSSES

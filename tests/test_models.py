@@ -1,5 +1,6 @@
 """Layers against NumPy, sizes of the networks, running statistics (robal_jax.models)."""
 
+import re
 from functools import partial
 
 import jax
@@ -102,11 +103,9 @@ def test_convolutions(height, width, size, stride):
     rng = np.random.RandomState(0)
     x = jnp.asarray(rng.randn(2, height, width, 3), jnp.float32)
     kernel = jnp.asarray(rng.randn(size, size, 3, 4), jnp.float32)
-    out, pullback = jax.vjp(lambda x, kernel: models.convolution(x, kernel, stride, "highest"), x, kernel)
+    out, pullback = jax.vjp(lambda x, kernel: models.convolution(x, kernel, stride), x, kernel)
     np.testing.assert_allclose(out, numpy_convolution(x, kernel, stride), atol=1e-4)
-    found, pullback_2 = jax.vjp(
-        lambda x, kernel: models.loop_convolution(x, kernel, stride, "highest"), x, kernel
-    )
+    found, pullback_2 = jax.vjp(lambda x, kernel: models.loop_convolution(x, kernel, stride), x, kernel)
     np.testing.assert_array_equal(found, out)
     dy = jnp.asarray(rng.randn(*out.shape), jnp.float32)
     for expected, gradient in zip(pullback(dy), pullback_2(dy), strict=True):
@@ -179,9 +178,8 @@ def test_sizes_that_are_known():
 
 @pytest.mark.parametrize("depth", [4, 9, 33, -2])
 def test_depth_of_a_wide_resnet(depth):
-    model = models.functional(models.Network(models.WideResNet(depth, 1), LinearHead(10)))
     with pytest.raises(ValueError, match=rf"6 n \+ 4 with n at least 1, not {depth}"):
-        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+        models.WideResNet(depth, 1)
 
 
 def test_training_and_prediction():
@@ -211,3 +209,14 @@ def test_initial_convolution_is_he_normal_by_outputs():
     params = models.Conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 32)))["params"]
     # 18,432 draws: standard error of the deviation is 0.5 %.
     assert float(params["kernel"].std()) == pytest.approx(np.sqrt(2 / (3 * 3 * 64)), rel=0.03)
+
+
+def test_precision_reaches_every_product_and_its_gradients():
+    network = models.Network(models.WideResNet(10, 1), CosineHead(10))
+    model = models.functional(network, precision="highest")
+    images = jnp.ones((2, 32, 32, 3))
+    params, stats = model.init(jax.random.key(0), images)
+    program = str(jax.make_jaxpr(jax.grad(lambda x: model.predict(params, stats, x).sum()))(images))
+    products = program.count("conv_general_dilated[") + program.count("dot_general[")
+    assert products == 2 * (9 + 1)  # nine convolutions, one matrix product, and the gradient of each
+    assert len(re.findall(r"precision=\(?Precision.HIGHEST", program)) == products

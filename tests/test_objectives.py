@@ -177,4 +177,4 @@ def test_differentiable_with_a_real_attack(name):
 
 
 def test_table_of_objectives():
-    assert objectives.OBJECTIVES == {"pgd_at": objectives.pgd_at, "robal": objectives.robal}
+    assert {"pgd_at": objectives.pgd_at, "robal": objectives.robal} == objectives.OBJECTIVES

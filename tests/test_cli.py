@@ -1,0 +1,363 @@
+"""What a user may get wrong gives one line that says what to do (robal_jax.cli and experiments)."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from robal_jax import build, checkpoints, cli, evaluate, train
+from robal_jax.errors import DivergedError, InputError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DIGITS, CIFAR = "configs/robal_n.py:digits_lt", "configs/robal_n.py:cifar10_lt"
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    """What is not refused would train for minutes."""
+    monkeypatch.setattr(train, "_run", lambda *_: pytest.fail("the input was accepted"))
+    monkeypatch.setattr(evaluate, "_outcomes", lambda *_: pytest.fail("the input was accepted"))
+
+
+def refused(message, function, *arguments, **keywords):
+    """Calls a function that must refuse with one line that matches."""
+    with pytest.raises(InputError, match=message) as raised:
+        function(*arguments, **keywords)
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+def start(workdir, *overrides, spec=DIGITS, change=None):
+    """What experiments/train.py does; ``change`` edits a config as a user's own file would."""
+    config = cli.load_config(spec)
+    if change is not None:
+        with config.unlocked():
+            change(config)
+    train.train(cli.apply_overrides(config, [f"--config.{override}" for override in overrides]), workdir)
+
+
+# ---------------------------------------------------------------- flags and config files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["junk"], "unexpected argument 'junk'; arguments have the form --name=value"),
+        (["--workdir=a", "seed=3"], "unexpected argument 'seed=3'"),
+        (["--wordkir=a"], "Unknown command line flag 'wordkir'"),
+        (["--workdir"], "Missing value for flag"),
+    ],
+)
+def test_flags(arguments, message):
+    refused(message, cli.parse, arguments, {"workdir": "a folder"}, "usage")
+
+
+def test_flags_and_overrides_are_told_apart():
+    values, overrides = cli.parse(
+        ["--workdir=a=b", "--config.seed=3", "--config=x.py:y"], {"workdir": "", "config": ""}, "usage"
+    )
+    assert values == {"workdir": "a=b", "config": "x.py:y"}
+    assert overrides == ["--config.seed=3"]
+    assert cli.apply_overrides(cli.load_config(DIGITS), overrides).seed == 3
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(["--help"], {"workdir": "a folder"}, "how to use it")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == "how to use it\n  --workdir: a folder\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("configs/robal_m.py:digits_lt", "no config file configs/robal_m.py; nearest there: robal_"),
+        ("configs/xyz:digits_lt", "no config file configs/xyz; in configs: at.py, base.py"),
+        ("nowhere/at.py", "no config file nowhere/at.py; in nowhere: nothing"),
+        ("configs/at.py:imagenet", "unknown data set 'imagenet'; known: digits_lt, cifar10_lt, cifar100_lt"),
+        ("configs/robal_n.py:imagenet", "unknown data set 'imagenet'; known: digits_lt"),
+        ("README.md", "README.md"),
+    ],
+)
+def test_config_files(spec, message):
+    refused(message, cli.load_config, spec)
+
+
+def test_config_file_without_get_config(tmp_path):
+    (tmp_path / "mine.py").write_text("config = {}\n")
+    refused("has no attribute 'get_config'", cli.load_config, str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.sed=3", "unknown config key 'sed'; nearest: 'seed'"),
+        ("--config.schedule.lrr=3", r"unknown config key 'schedule.lrr'; nearest: 'schedule\.lr'"),
+        ("--config.head=3", "unknown config key 'head'"),
+        ("--config.train.epochs=many", "train.epochs"),
+        ("--config.train.batch_size=1.5", "train.batch_size"),
+        ("--config.train.crop_flip=maybe", "train.crop_flip"),
+        ("--config.schedule.lr=fast", "schedule.lr"),
+        ("--config.schedule.milestones=x", "schedule.milestones"),
+    ],
+)
+def test_overrides(override, message):
+    refused(message, cli.apply_overrides, cli.load_config(DIGITS), [override])
+
+
+FOLLOWERS = {"seed": {"data.seed"}, "threat.epsilon": {"evaluation.epsilon"}}
+
+
+@pytest.mark.parametrize("key", ["seed", "data.seed", "threat.epsilon", "evaluation.epsilon", "attack.steps"])
+def test_an_override_changes_its_own_field(key):
+    """And those that are documented to follow it, but not those it follows."""
+    before = build._flatten(cli.load_config(DIGITS).to_dict())
+    after = build._flatten(cli.apply_overrides(cli.load_config(DIGITS), [f"--config.{key}=9"]).to_dict())
+    changed = {name for name, value in after.items() if value != before[name]}
+    assert changed == {key} | FOLLOWERS.get(key, set())
+
+
+# ---------------------------------------------------------------- values that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed"),
+        ("seed=99999999999", "seed"),
+        ("schedule.lr=nan", r"config\.schedule\.lr is nan; it must be > 0"),
+        ("schedule.lr=-0.1", r"config\.schedule\.lr is -0\.1"),
+        ("optimizer.momentum=nan", r"momentum"),
+        ("objective.beta_reg=nan", r"beta_reg"),
+        ("threat.epsilon=0", r"config\.threat\.epsilon is 0\.0; it must be > 0"),
+        ("threat.epsilon=-0.1", r"config\.threat\.epsilon is -0\.1"),
+        ("evaluation.epsilon=nan", r"epsilon is nan; it must be > 0"),
+        ("evaluation.tau_p=nan", r"tau_p"),
+        ("evaluation.head_classes=20", r"head_classes"),
+        ("attack.steps=0", r"config\.attack\.steps is 0; it must be > 0"),
+        ("train.epochs=0", r"config\.train\.epochs is 0; it must be > 0"),
+        ("train.batch_size=0", r"config\.train\.batch_size is 0; it must be > 0"),
+        ("train.batch_size=352", r"batch_size is 352, but an epoch has only 351 images"),
+        ("train.sampler=all", "'all'; it must be one of uniform, class_aware"),
+        ("train.precision=half", "'half'; it must be one of default, high, highest"),
+        ("attack.start=zero", "'zero'; it must be one of clean, uniform"),
+        ("data.ratio=0", r"imbalance ratio 0\.0 is outside \(0, 1\]"),
+        ("data.ratio=1.5", r"imbalance ratio 1\.5 is outside \(0, 1\]"),
+        ("data.ratio=0.001", r"leaves class \d without an image .* smallest ratio that works is"),
+        ("data.profile=linear", "unknown long-tail profile 'linear'"),
+        ("data.head=105", "lower head or test_per_class"),
+        ("data.name=mnist", "unknown data set 'mnist'; known: digits_lt, cifar10_lt, cifar100_lt"),
+        ("model.name=vit", "unknown model 'vit'; known: wide_resnet, resnet18, small_cnn"),
+        ("head.name=mlp", "unknown head 'mlp'; known: linear, cosine"),
+        ("loss.name=focal", "unknown loss 'focal'; known: cross_entropy, robal"),
+        ("objective.name=trades", "unknown objective 'trades'; known: pgd_at, robal"),
+        ("schedule.name=cosine", "unknown schedule 'cosine'; known: paper, released"),
+        ("loss.name=nowhere:f", "cannot import the loss 'nowhere:f'"),
+        ("loss.name=robal_jax.losses:focal", "cannot import the loss 'robal_jax.losses:focal'"),
+        ("objective.batch_norm_order=both", "batch_norm_order"),
+    ],
+)
+def test_values(tmp_path, override, message):
+    refused(message, start, tmp_path / "run", override)
+    assert not (tmp_path / "run").exists(), "something was written"
+
+
+def keyword(section, name, value):
+    return lambda config: config[section].update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; it takes: num_classes, scale"),
+        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; it takes: cosines, labels"),
+        ("objective", "beta", 1.0, "objective 'robal' takes no 'beta'; it takes: "),
+        ("model", "depth", 34, "model 'small_cnn' takes no 'depth'"),
+        ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),
+        ("schedule", "gamma", 1.0, "schedule 'paper' takes no 'gamma'"),
+        ("optimizer", "nesterov", True, "nesterov"),
+    ],
+)
+def test_keywords_that_a_function_does_not_take(tmp_path, section, name, value, message):
+    refused(message, start, tmp_path, change=keyword(section, name, value))
+
+
+def test_keywords_that_a_function_needs(tmp_path):
+    refused("scale", start, tmp_path, "loss.name=robal", spec="configs/at.py:digits_lt")
+
+
+def test_depth_of_a_wide_resnet(tmp_path):
+    def change(config):
+        config.model = {"name": "wide_resnet", "depth": 35, "widen": 1}
+
+    refused("depth", start, tmp_path, change=change)
+
+
+# ---------------------------------------------------------------- data and folders
+
+
+def npz(path, images=None, labels=None, **changes):
+    """A CIFAR file of two images a class; ``None`` leaves an array out."""
+    labels = np.repeat(np.arange(10), 2) if labels is None else labels
+    images = np.zeros((len(labels), 32, 32, 3), np.uint8) if images is None else images
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(path, **{key: value for key, value in {**arrays, **changes}.items() if value is not None})
+
+
+BLACK = np.zeros((20, 32, 32, 3), np.float32)
+DATA = [
+    ({"images": BLACK + 2}, r"train_images: images outside \[0,1\]: found \[2, 2\]"),
+    ({"images": BLACK - 1}, r"train_images: images outside \[0,1\]: found \[-1, -1\]"),
+    ({"images": BLACK * np.nan}, r"images outside \[0,1\]"),
+    ({"images": BLACK[:, :28]}, r"train_images must be \[N, 32, 32, 3\], found \[20, 28, 32, 3\]"),
+    ({"labels": np.repeat(np.arange(1, 11), 2)}, r"labels 1\.\.10 found, but 10 classes need labels 0\.\.9"),
+    ({"labels": np.repeat(np.arange(-1, 9), 2)}, r"labels -1\.\.8 found"),
+    ({"labels": np.minimum(np.arange(20) // 2, 8)}, "class 9 has no image; every class needs at least one"),
+    ({"labels": np.arange(20) / 2}, "train_labels must be 20 integers"),
+    ({"test_labels": None}, "lacks test_labels; it holds"),
+    ({}, "class 0 has 2 images but the long-tailed set asks for 5"),  # n_max
+]
+
+
+@pytest.mark.parametrize(("content", "message"), DATA)
+def test_data(tmp_path, content, message):
+    npz(tmp_path / "cifar.npz", **content)
+    n_max = 2 if content else 5
+
+    def change(config):
+        config.data.n_max = n_max
+
+    path = f"data.path={tmp_path / 'cifar.npz'}"
+    refused(message, start, tmp_path / "run", path, "data.ratio=1", spec=CIFAR, change=change)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_damaged_data(tmp_path, damage):
+    path = tmp_path / "cifar.npz"
+    npz(path)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 1000 if damage == "truncated" else 0])
+    message = f"no file {path}" if damage == "missing" else f"cannot read {path}"
+    refused(message, start, tmp_path / "run", f"data.path={path}", spec=CIFAR)
+
+
+def test_no_data(tmp_path):
+    message = refused("cifar10 not found", start, tmp_path, f"data.path={tmp_path}", spec=CIFAR)
+    assert "experiments/prepare_data.py --dataset=cifar10" in message
+
+
+def test_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("cannot make workdir .*: Not a directory", start, tmp_path / "file" / "run")
+    refused("cannot make workdir .*: File exists", start, tmp_path / "file")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def saved_run(workdir, spec=DIGITS):
+    """A workdir as training leaves it, with a checkpoint of zeros; the checkpoint's folder."""
+    config = cli.load_config(spec)
+    job = build.training(config)
+    train.prepare_workdir(config, job, workdir)
+    shapes = jax.eval_shape(lambda: train.initial_state(job))
+    with checkpoints.Saver(workdir / "checkpoints", 3) as saver:
+        return saver.save(5, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))[0]
+
+
+def evaluate_run(workdir, **keywords):
+    evaluate.evaluate(build.read_config(workdir), workdir, **keywords)
+
+
+def test_no_run_to_evaluate(tmp_path):
+    refused(r"no run in .*: it has no config\.json; train first", evaluate_run, tmp_path)
+
+
+def test_no_checkpoint_to_evaluate(tmp_path):
+    config = cli.load_config(DIGITS)
+    refused("no checkpoint in .*; train first", evaluate.evaluate, config, tmp_path)
+    missing = tmp_path / "checkpoints" / "7"
+    refused(f"no checkpoint {missing}", evaluate.evaluate, config, tmp_path, checkpoint=missing)
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    path = saved_run(tmp_path / "robal")
+    saved_run(tmp_path / "at", "configs/at.py:digits_lt")
+    refused("is of another model: it has nothing for .*bias", evaluate_run, tmp_path / "at", checkpoint=path)
+
+
+def test_damaged_checkpoint(tmp_path):
+    path = saved_run(tmp_path)
+    (path / "_CHECKPOINT_METADATA").unlink()
+    refused(
+        "checkpoint .* is damaged .*; name another with --checkpoint", evaluate_run, tmp_path, checkpoint=path
+    )
+    refused("every checkpoint in .* is damaged", evaluate_run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override", ["evaluation.epsilon=0", "evaluation.epsilon=-1", "evaluation.batch_size=0"]
+)
+def test_evaluation_settings(tmp_path, override):
+    saved_run(tmp_path)
+    config = cli.apply_overrides(build.read_config(tmp_path), [f"--config.{override}"])
+    refused(f"config.{override.split('=')[0]} is", evaluate.evaluate, config, tmp_path)
+
+
+# ---------------------------------------------------------------- whole processes
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(InputError("two\nlines"), 2), (DivergedError("two\n  lines"), 3)]
+)
+def test_errors_become_one_line_and_a_status(capsys, error, status):
+    def main(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert stopped.value.code == status
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def script(name, *arguments):
+    return subprocess.run(
+        [sys.executable, f"experiments/{name}.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", (), "--config is missing; usage: Train"),
+        ("train", ("--config=configs/at.py", "--workdir=x", "--config.sed=1"), "nearest: 'seed'"),
+        ("train", ("--config=configs/at.py", "--workdir=setup.cfg/run"), "cannot make workdir setup.cfg/run"),
+        ("evaluate", (), "--workdir is missing; usage: Evaluate"),
+        ("evaluate", ("--workdir=nowhere",), "no run in nowhere"),
+    ],
+)
+def test_scripts_print_one_line(name, arguments, message):
+    result = script(name, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_script_says_one_line_of_a_damaged_checkpoint(tmp_path):
+    path = saved_run(tmp_path)
+    for file in (path / "state" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[:10])
+    result = script("evaluate", f"--checkpoint={path}")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: checkpoint ")
+    assert len(result.stderr.splitlines()) == 1, result.stderr
