@@ -101,7 +101,6 @@ def test_config_file_without_get_config(tmp_path):
         ("--config.train.batch_size=1.5", "train.batch_size"),
         ("--config.train.crop_flip=maybe", "train.crop_flip"),
         ("--config.schedule.lr=fast", "schedule.lr"),
-        ("--config.schedule.milestones=x", "schedule.milestones"),
     ],
 )
 def test_overrides(override, message):
@@ -129,6 +128,7 @@ def test_an_override_changes_its_own_field(key):
         ("seed=-1", "seed"),
         ("seed=99999999999", "seed"),
         ("schedule.lr=nan", r"config\.schedule\.lr is nan; it must be > 0"),
+        ("schedule.milestones=x", r"config\.schedule\.milestones is \('x',\); it must be epochs"),
         ("schedule.lr=-0.1", r"config\.schedule\.lr is -0\.1"),
         ("optimizer.momentum=nan", r"momentum"),
         ("objective.beta_reg=nan", r"beta_reg"),
