@@ -59,15 +59,10 @@ def call(
     if unknown:
         raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(parameters)}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
-    for key, parameter in parameters.items():
-        if (
-            parameter.kind is parameter.KEYWORD_ONLY
-            and parameter.default is parameter.empty
-            and key not in bound
-        ):
-            raise InputError(
-                f"{kind} {name!r} needs {key!r}; set config.{kind.replace(' ', '_')}.{key} in the config file"
-            )
+    needed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    missing = [key for key in needed if key not in bound]
+    if missing:
+        raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")
     return functools.partial(function, **bound)
 
 
@@ -88,19 +83,21 @@ def _one_of(names: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(names)}", lambda value: value in names
 
 
+_POSITIVE_FIELDS = (
+    "threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale",
+    "schedule.lr", "schedule.decay", "train.epochs", "train.batch_size", "train.steps_per_dispatch",
+    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon",
+    "evaluation.step_size", "evaluation.logit_scale",
+)  # fmt: skip
+_NOT_NEGATIVE_FIELDS = (
+    "schedule.warmup", "train.max_steps",
+    "optimizer.clip_norm", "optimizer.momentum", "optimizer.weight_decay",
+)  # fmt: skip
+
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "seed": SEED,
-    "data.seed": SEED,
-    "evaluation.seed": SEED,
-    **dict.fromkeys(
-        ("threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale"), POSITIVE
-    ),
-    **dict.fromkeys(("schedule.lr", "schedule.decay", "train.epochs", "train.batch_size"), POSITIVE),
-    **dict.fromkeys(("train.steps_per_dispatch", "train.checkpoint_epochs"), POSITIVE),
-    **dict.fromkeys(("train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon"), POSITIVE),
-    **dict.fromkeys(("evaluation.step_size", "evaluation.logit_scale"), POSITIVE),
-    **dict.fromkeys(("schedule.warmup", "train.max_steps", "optimizer.clip_norm"), NOT_NEGATIVE),
-    **dict.fromkeys(("optimizer.momentum", "optimizer.weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("seed", "data.seed", "evaluation.seed"), SEED),
+    **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
+    **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     "schedule.milestones": ("epochs", lambda value: all(isinstance(epoch, int) for epoch in value)),
     "attack.start": _one_of(attacks.STARTS),
     "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
