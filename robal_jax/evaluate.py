@@ -132,7 +132,7 @@ def evaluate(
             "test_set_sha256": checkpoints.digest({"images": data.test_images, "labels": data.test_labels}),
         }
         outcomes = _outcomes(job, state, folder / "partial.npz", about, stop)
-        if stop:
+        if outcomes is None:
             say(f"stopped; the same command goes on from {folder / 'partial.npz'}")
             return folder
         _check(outcomes, job.threat)
@@ -176,8 +176,11 @@ def _restore(
 
 def _outcomes(
     job: build.Evaluation, state: TrainState, partial_file: pathlib.Path, about: dict, stop: logs.Stop
-) -> dict[str, np.ndarray]:
-    """Outcomes of all test images, ``{field_condition: [n]}``; saved now and then to ``partial_file``."""
+) -> dict[str, np.ndarray] | None:
+    """Outcomes of all test images, ``{field_condition: [n]}``, or None if stopped before the end.
+
+    What is done is saved to ``partial_file`` now and then, and at a stop.
+    """
     data, total = job.training.data, len(job.training.data.test_labels)
     step = compiled_step(job)
     images, labels, params, stats = jax.device_put(
@@ -202,6 +205,8 @@ def _outcomes(
                 saved = time.monotonic()
                 arrays = {name: np.concatenate(parts) for name, parts in outcomes.items()}
                 _save(partial_file, {"settings": np.array(settings), "done": np.array(done), **arrays})
+    if done < total:
+        return None
     return {name: np.concatenate(parts) for name, parts in outcomes.items()}
 
 
