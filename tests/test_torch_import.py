@@ -19,7 +19,7 @@ NETWORKS = {
 
 
 def shapes(network):
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), float)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     return jax.eval_shape(models.functional(network).init, jax.random.key(0), images)
 
 
