@@ -13,7 +13,7 @@ from robal_jax.reporting import terminal
 def main(arguments: list[str]) -> None:
     """Flags to runs; everything else is robal_jax.comparison."""
     texts = {"workdirs": "folders of evaluated runs, separated by commas; the first is the reference"}
-    values, _ = cli.parse(arguments, texts, __doc__)
+    values = cli.parse(arguments, texts, __doc__)
     print_comparison(load_runs([name for name in values["workdirs"].split(",") if name]), terminal())
 
 

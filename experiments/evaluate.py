@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> None:
         "workdir": "folder of the run; its config is used",
         "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
     }
-    values, overrides = cli.parse(arguments, texts, __doc__)
+    arguments, overrides = cli.split_overrides(arguments)
+    values = cli.parse(arguments, texts, __doc__)
     checkpoint = pathlib.Path(values["checkpoint"]).absolute() if values["checkpoint"] else None
     if values["workdir"]:
         workdir = pathlib.Path(values["workdir"])

@@ -13,19 +13,12 @@ import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app, flags
-
+from robal_jax import cli
 from robal_jax.errors import InputError
 from robal_jax.sources import find_tfds, has_array_record, one_line, tfds_folder
 
-_DATASET = flags.DEFINE_enum("dataset", "cifar10", ["cifar10", "cifar100"], "What to download.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "TFDS data folder; by default TFDS_DATA_DIR, or else ~/tensorflow_datasets."
-)
-_FILE_FORMAT = flags.DEFINE_enum(
-    "file_format", "array_record", ["array_record"], "The format that needs no TensorFlow to be read."
-)
-
+DATA_SETS = ("cifar10", "cifar100")
+FILE_FORMAT = "array_record"  # the one that needs no TensorFlow to be read
 HOST = "www.cs.toronto.edu"
 
 
@@ -48,7 +41,7 @@ def check_host(seconds: float = 5.0) -> None:
         ) from error
 
 
-def prepare(name: str, data_dir: str, file_format: str) -> str:
+def prepare(name: str, data_dir: str) -> str:
     """Downloads and prepares a data set unless that is done already; returns what to tell the user.
 
     Raises:
@@ -61,7 +54,7 @@ def prepare(name: str, data_dir: str, file_format: str) -> str:
         return f"{name} is already prepared in {folder}"
     if folder:
         raise InputError(
-            f"{folder} holds {name} in another format than {file_format}; give another --data_dir"
+            f"{folder} holds {name} in another format than {FILE_FORMAT}; give another --data_dir"
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(
@@ -71,22 +64,23 @@ def prepare(name: str, data_dir: str, file_format: str) -> str:
     import tensorflow_datasets as tfds
 
     try:
-        tfds.builder(name, data_dir=root, file_format=file_format).download_and_prepare()
+        tfds.builder(name, data_dir=root, file_format=FILE_FORMAT).download_and_prepare()
     except Exception as error:  # requests, TFDS and TensorFlow each have their own
         raise InputError(f"could not prepare {name} in {root} ({one_line(error)}); run it again") from error
     return f"{name} is prepared; train on it with --config.data.path={root}"
 
 
-def main(argv: list[str]) -> None:
-    """Runs prepare() with the flags; exit status 2 and one line on stderr where it cannot."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
-        print(prepare(_DATASET.value, _DATA_DIR.value, _FILE_FORMAT.value))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str]) -> None:
+    """Flags to prepare()."""
+    texts = {
+        "dataset": " or ".join(DATA_SETS),
+        "data_dir": "TFDS data folder; by default TFDS_DATA_DIR, or else ~/tensorflow_datasets",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    if values["dataset"] not in DATA_SETS:
+        raise InputError(f"--dataset is {values['dataset']!r}; it must be {texts['dataset']}")
+    print(prepare(values["dataset"], values["data_dir"]))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -12,7 +12,8 @@ from robal_jax.errors import InputError
 def main(arguments: list[str]) -> None:
     """Flags to config and workdir; everything else is robal_jax.train.train."""
     texts = {"config": "config file and data set, configs/at.py:digits_lt", "workdir": "folder of the run"}
-    values, overrides = cli.parse(arguments, texts, __doc__)
+    arguments, overrides = cli.split_overrides(arguments)
+    values = cli.parse(arguments, texts, __doc__)
     for name, value in values.items():
         if not value:
             raise InputError(f"--{name} is missing; usage: {__doc__}")

@@ -34,27 +34,32 @@ def run(main: Callable[[list[str]], None]) -> None:
     sys.exit(status)
 
 
-def parse(arguments: Sequence[str], texts: dict[str, str], usage: str) -> tuple[dict[str, str], list[str]]:
-    """Splits a command line into a script's own flags and the overrides ``--config.field=value``.
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts the overrides ``--config.field=value`` from the other arguments; returns others, overrides."""
+    overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
+    return [argument for argument in arguments if argument not in overrides], overrides
+
+
+def parse(arguments: Sequence[str], texts: dict[str, str], usage: str) -> dict[str, str]:
+    """A script's own flags.
 
     Args:
-      arguments: without the program's name.
+      arguments: without the program's name and without overrides.
       texts: name of each flag to what ``--help`` says of it; all are strings.
       usage: first lines of ``--help``.
 
     Returns:
-      The flags' values ('' where not given), and the overrides.
+      The flags' values, '' where not given.
 
     Raises:
       InputError: an unknown flag, or an argument that is no flag.
     """
-    overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
     values = flags.FlagValues()
     for name, text in texts.items():
         flags.DEFINE_string(name, "", text, flag_values=values)
     flags.DEFINE_bool("help", False, "this text", flag_values=values)
     try:
-        rest = values(["", *(argument for argument in arguments if argument not in overrides)])[1:]
+        rest = values(["", *arguments])[1:]
     except flags.Error as error:
         raise InputError(str(error)) from error
     if values["help"].value:
@@ -64,7 +69,7 @@ def parse(arguments: Sequence[str], texts: dict[str, str], usage: str) -> tuple[
         sys.exit(0)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; arguments have the form --name=value")
-    return {name: str(values[name].value) for name in texts}, overrides
+    return {name: str(values[name].value) for name in texts}
 
 
 def load_config(spec: str) -> ConfigDict:

@@ -56,9 +56,8 @@ def test_flags(arguments, message):
 
 
 def test_flags_and_overrides_are_told_apart():
-    values, overrides = cli.parse(
-        ["--workdir=a=b", "--config.seed=3", "--config=x.py:y"], {"workdir": "", "config": ""}, "usage"
-    )
+    rest, overrides = cli.split_overrides(["--workdir=a=b", "--config.seed=3", "--config=x.py:y"])
+    values = cli.parse(rest, {"workdir": "", "config": ""}, "usage")
     assert values == {"workdir": "a=b", "config": "x.py:y"}
     assert overrides == ["--config.seed=3"]
     assert cli.apply_overrides(cli.load_config(DIGITS), overrides).seed == 3

@@ -486,7 +486,7 @@ def direct_network(monkeypatch, script):
 
 
 def test_prepare_does_nothing_twice(script, tfds_dir):
-    assert "already prepared in" in script.prepare("cifar10", str(tfds_dir), "array_record")
+    assert "already prepared in" in script.prepare("cifar10", str(tfds_dir))
 
 
 def test_prepare_does_not_add_to_another_format(script, tmp_path):
@@ -494,13 +494,13 @@ def test_prepare_does_not_add_to_another_format(script, tmp_path):
     for file in folder.glob("*.array_record*"):
         file.unlink()
     with pytest.raises(InputError, match="in another format than array_record; give another --data_dir"):
-        script.prepare("cifar10", str(tmp_path), "array_record")
+        script.prepare("cifar10", str(tmp_path))
 
 
 def test_prepare_without_tensorflow(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs TensorFlow.*: pip install 'robal_jax\[data\]'"):
-        script.prepare("cifar10", str(tmp_path), "array_record")
+        script.prepare("cifar10", str(tmp_path))
 
 
 def test_prepare_without_network_says_so_at_once(script, tmp_path, monkeypatch, direct_network):
@@ -509,7 +509,7 @@ def test_prepare_without_network_says_so_at_once(script, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(script.socket, "create_connection", unreachable)
     with pytest.raises(InputError, match=r"cannot reach www\.cs\.toronto\.edu:443 .*; set https_proxy, or"):
-        script.prepare("cifar10", str(tmp_path), "array_record")
+        script.prepare("cifar10", str(tmp_path))
     monkeypatch.setattr(script.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     script.check_host()  # behind a proxy nothing is tried
 
@@ -526,12 +526,12 @@ def test_prepare_downloads_with_tfds(script, tmp_path, monkeypatch, direct_netwo
                 raise ConnectionError("reset\nby peer")
 
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: built.append((args, kwargs)) or Builder())
-    told = script.prepare("cifar100", str(tmp_path), "array_record")
+    told = script.prepare("cifar100", str(tmp_path))
     assert direct_network == [(("www.cs.toronto.edu", 443), 5.0)]
     assert built == [(("cifar100",), {"data_dir": tmp_path, "file_format": "array_record"}), "prepared"]
     assert f"--config.data.path={tmp_path}" in told
     with pytest.raises(InputError, match=r"could not prepare cifar100 .*ConnectionError: reset by peer"):
-        script.prepare("cifar100", str(tmp_path), "array_record")
+        script.prepare("cifar100", str(tmp_path))
 
 
 def test_prepare_exit_status(tmp_path):
@@ -539,7 +539,7 @@ def test_prepare_exit_status(tmp_path):
     for file in tmp_path.glob("*/*/*.array_record*"):
         file.unlink()
     done = subprocess.run(
-        [sys.executable, "experiments/prepare_data.py", f"--data_dir={tmp_path}"],
+        [sys.executable, "experiments/prepare_data.py", "--dataset=cifar10", f"--data_dir={tmp_path}"],
         cwd=REPO,
         capture_output=True,
         text=True,

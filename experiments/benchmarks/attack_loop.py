@@ -31,7 +31,7 @@ STEPS, THREAT, STEP_SIZE = 5, ThreatModel(0.031), 0.0078
 def main(arguments: list[str]) -> None:
     """Times the three, prints medians and ratios."""
     texts = {"batch": "images, 32", "repeats": "timed calls of each, 5"}
-    values, _ = cli.parse(arguments, texts, __doc__)
+    values = cli.parse(arguments, texts, __doc__)
     batch, repeats = int(values["batch"] or 32), int(values["repeats"] or 5)
     images = jax.random.uniform(jax.random.key(0), (batch, 32, 32, 3))
     labels = jnp.zeros(batch, jnp.int32)
