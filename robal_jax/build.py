@@ -57,7 +57,10 @@ def call(
     parameters = inspect.signature(function).parameters
     unknown = sorted(set(options) - set(parameters))
     if unknown:
-        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(parameters)}")
+        takes = [
+            key for key in parameters if key not in ("parent", "name")
+        ]  # flax adds these to a module's own
+        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(takes)}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
     needed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     missing = [key for key in needed if key not in bound]
