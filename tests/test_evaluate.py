@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from robal_jax import attacks, build, checkpoints, cli, evaluate, logs, train
 from robal_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 
 FILES = {"results.json", "examples.npz", "report.md", "per_class.csv", "per_class.png", "attacks.png"}
 EPSILON, TEST_IMAGES = 0.1, 700
@@ -20,24 +21,8 @@ EPSILON, TEST_IMAGES = 0.1, 700
 SETTINGS = ("train.epochs=3", "train.steps_per_dispatch=2", "train.checkpoint_epochs=1", "attack.steps=1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilations_are_kept(tmp_path_factory):
-    """Evaluations of one config trace anew, but XLA compiles them once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compilations"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
-
-
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+def evaluated(tmp_path_factory, compilations_are_kept):
     """A short run and its evaluation. Not to be written to."""
     config = cli.load_config("configs/robal_n.py:digits_lt")
     with config.unlocked():

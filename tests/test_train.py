@@ -8,10 +8,12 @@ import signal
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from test_checkpoints import empty, flip_a_bit, truncate
 
 from robal_jax import build, checkpoints, cli, logs, sources, train
 from robal_jax.errors import DivergedError, InputError
+
+pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 
 # Five steps an epoch in chunks of two: the last chunk of an epoch is shorter.
 SETTINGS = ("train.epochs=3", "train.steps_per_dispatch=2", "train.checkpoint_epochs=1", "attack.steps=1")
@@ -22,22 +24,6 @@ def tiny_config(*overrides):
     with config.unlocked():
         config.model.channels, config.model.width = (4, 4, 4), 16
     return cli.apply_overrides(config, [f"--config.{override}" for override in (*SETTINGS, *overrides)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations_are_kept(tmp_path_factory):
-    """Runs of one config trace anew, but XLA compiles them once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compilations"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
 
 
 def run(workdir, *overrides):
@@ -290,27 +276,6 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
         tmp_path / "checkpoints" / "5", train.initial_state(build.training(tiny_config(*blows_up)))
     )
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
-
-
-def biggest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip_a_bit(folder):
-    path = biggest_file(folder)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(folder):
-    path = biggest_file(folder)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty])
