@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from parity import Reference
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -48,6 +49,21 @@ def recipe(golden_dir):
     finally:
         sys.path.remove(str(golden_dir))
     return recipe
+
+
+@pytest.fixture(scope="session")
+def reference(golden, request):
+    """The released code's numbers and the tally of what was compared with them."""
+    reference = Reference(golden)
+    request.config.pluginmanager.register(reference)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def float64():
+    """JAX computes in float64."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,85 @@
+"""What the parity tests share: the released code's numbers, and the tally of what was compared with them.
+
+Our numbers are held against those that the released PyTorch code made, in float64. The folder of the
+released code's numbers says what each array is (README.md); a table of what was compared and how well it
+agrees is printed at the end (``pytest -m parity``). The error of an array is
+``max |ours - theirs| / max |theirs|``; of an array of checksums, one row per tensor, the worst row's.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robal_jax import attacks, models, torch_import
+
+# One function, or one pass through a network and its gradient: float64 rounding (1e-16) grows by the number
+# of summands and layers to 1e-15 .. 1e-12. A wrong constant (an epsilon, a biased variance) shows at 1e-5.
+SINGLE = 1e-9
+# Three training steps: a step multiplies the rounding by lr * curvature, about 10 to 100 times.
+TRAINED = 1e-6
+
+BACKBONE = models.WideResNet(10, 1, convolution=models.loop_convolution)  # of the attacked, trained networks
+EPSILON, STEP = 0.031, 0.0078
+THREAT = attacks.ThreatModel(EPSILON)
+
+
+class Reference:
+    """The files of the released code's numbers, and the tally of what was compared with them."""
+
+    def __init__(self, load):
+        self.load = functools.cache(lambda name: dict(load(name)))
+        self.files = collections.defaultdict(lambda: {"compared": set(), "input": set()})
+        self.groups = collections.defaultdict(dict)
+
+    def __call__(self, file, key):
+        """An array that we read."""
+        self.files[file]["input"].add(key)
+        return self.load(file)[key]
+
+    def check(self, group, file, key, ours, bound=SINGLE, rows=..., theirs=None):
+        """Compares an array that we make; ``theirs`` if it is not the stored one but follows from it."""
+        theirs = self.load(file)[key][rows] if theirs is None else theirs
+        theirs, ours = np.asarray(theirs, float), np.asarray(ours, float)
+        assert ours.shape == theirs.shape, key
+        per_row = "checksum" in key and theirs.ndim == 2
+        size = np.abs(theirs).max(axis=1, keepdims=True) if per_row else np.abs(theirs).max()
+        error = np.max(np.abs(ours - theirs) / np.where(size > 0, size, 1.0))
+        self.files[file]["compared"].add(key)
+        self.groups[group][f"{file}:{key}"] = error
+        assert error <= bound, f"{file}:{key}: {error:.1e} > {bound:.0e}"
+
+    def pytest_terminal_summary(self, terminalreporter):
+        """The table; pytest calls this at the end (in one process: workers of pytest-xdist print nothing)."""
+        say = terminalreporter.write_line
+        terminalreporter.section("parity with the released code, float64")
+        say(f"{'group':<32}{'arrays':>8}{'largest relative error':>24}")
+        for group, errors in self.groups.items():
+            worst = max(errors, key=errors.get)
+            say(f"{group:<32}{len(errors):>8}{errors[worst]:>24.1e}  {worst}")
+        for file, seen in self.files.items():
+            total, compared = len(self.load(file)), len(seen["compared"])
+            inputs = len(seen["input"] - seen["compared"])
+            untouched = total - compared - inputs
+            say(f"{file}: {total} arrays, {compared} compared, {inputs} only read, {untouched} not touched")
+
+
+def nhwc(x):
+    return jnp.asarray(np.moveaxis(np.asarray(x, float), -3, -1))
+
+
+def nchw(x):
+    return np.moveaxis(np.asarray(x), -1, -3)
+
+
+def imported(recipe, name, model, prefixes=None):
+    """Parameters and statistics of one of the released code's networks, float64."""
+    like = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), float))
+    weights = {key: np.asarray(value, float) for key, value in recipe.net_state(name).items()}
+    return torch_import.from_state_dict(weights, *like, prefixes)
+
+
+def checksums(recipe, arrays, names):
+    return np.stack([recipe.checksum(arrays[name]) for name in names])
