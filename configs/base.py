@@ -36,14 +36,16 @@ def get_config(data: str) -> ConfigDict:
     config.objective = ConfigDict({"name": "pgd_at"})
 
     # L-infinity ball around images in [0, 1]: 0.031 and 0.0078, not 8/255 and 2/255 (released code).
-    config.threat = ConfigDict({"epsilon": 0.031})
+    config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
     config.attack = ConfigDict()  # inside of training
+    config.attack.loss = ConfigDict({"name": "cross_entropy"})  # what it maximises, on the head's own logits
     config.attack.steps = 5
     config.attack.step_size = 0.0078
     config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
+    config.optimizer.trainable = ""  # how the names of the trained parameters begin ('classifier'); '': all
     config.schedule = ConfigDict()
     config.schedule.name = "released"  # compounds the decay in every epoch after a milestone; or 'paper'
     config.schedule.lr = 0.1
@@ -55,7 +57,8 @@ def get_config(data: str) -> ConfigDict:
     config.train.epochs = 80
     config.train.max_steps = 0  # end after so many steps, for a trial; 0: no such limit
     config.train.batch_size = 64  # the last incomplete batch of an epoch is dropped
-    config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling)
+    config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed': both in turn
+    config.train.start_from = ""  # fine-tune a run's newest checkpoint, or one checkpoint; '': random weights
     config.train.crop_flip = True  # random crop from a zero border of 4, horizontal flip
     config.train.steps_per_dispatch = 100  # steps that run on the device between two looks from the host
     config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end
@@ -70,12 +73,25 @@ def get_config(data: str) -> ConfigDict:
     config.evaluation.step_size = 0.0078
     config.evaluation.logit_scale = 1.0  # the model's logits are multiplied by it ...
     config.evaluation.tau_p = 0.0  # ... and tau_p * log prior is subtracted (logit adjustment after training)
+    config.evaluation.head = ConfigDict({"name": ""})  # stands in for the trained head; '': that one itself
     config.evaluation.head_classes = 0  # number of classes called head; 0: a third of them
     config.evaluation.tail_classes = 0
     config.evaluation.precision = "highest"  # robust accuracy is only believed in full float32
 
     if data == "digits_lt":
         _digits(config)
+    return config
+
+
+def fine_tuned(data: str, sampler: str, trainable: str) -> ConfigDict:
+    """One epoch from the weights of plain AT on, at the first rate; ten on the digits, of five steps each."""
+    config = get_config(data)
+    config.train.start_from = f"runs/{data}/at"
+    config.train.sampler = sampler
+    config.train.epochs = 10 if data == "digits_lt" else 1
+    config.optimizer.trainable = trainable
+    config.schedule.milestones = ()
+    config.schedule.warmup = 0
     return config
 
 

@@ -2,7 +2,7 @@
 
 RoBal table 2 (WideResNet-34-10, last epoch; evaluated at scale 10 with tau_p = 0.1, CIFAR-100 1.5):
 
-    python experiments/train.py --config=configs/robal_n.py:cifar10_lt --workdir=runs/cifar10/robal_n
+    python experiments/train.py --config=configs/robal_n.py:cifar10_lt --workdir=runs/cifar10_lt/robal_n
 
     CIFAR-10-LT IR 50     clean 75.52   PGD-20 33.50   CW-20 33.68
     CIFAR-100-LT IR 10    clean 51.63   PGD-20 19.01   CW-20 19.42
@@ -27,7 +27,14 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     config.head = base.ConfigDict({"name": "cosine", "scale": 1.0, "gamma": 1 / 32, "eta": 1.0})
     config.loss = base.ConfigDict({"name": "robal", **_LOSS[data]})
     config.objective = base.ConfigDict(
-        {"name": "robal", "beta_adv": 1.0, "beta_nat": 0.0, "beta_reg": 6.0, "batch_norm_order": "released"}
+        {
+            "name": "regularised",
+            "regulariser": "kl",
+            "beta_adv": 1.0,
+            "beta_nat": 0.0,
+            "beta_reg": 6.0,
+            "batch_norm_order": "released",
+        }
     )
     config.evaluation.logit_scale = 10.0
     config.evaluation.tau_p = 0.1

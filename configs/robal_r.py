@@ -2,7 +2,7 @@
 
 RoBal table 2 (WideResNet-34-10, last epoch):
 
-    python experiments/train.py --config=configs/robal_r.py:cifar10_lt --workdir=runs/cifar10/robal_r
+    python experiments/train.py --config=configs/robal_r.py:cifar10_lt --workdir=runs/cifar10_lt/robal_r
 
     CIFAR-10-LT IR 50     clean 74.51   PGD-20 33.87   CW-20 34.12
     CIFAR-100-LT IR 10    clean 50.38   PGD-20 19.48   CW-20 20.16

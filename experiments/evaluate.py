@@ -1,4 +1,7 @@
-"""Evaluate: python experiments/evaluate.py --workdir=DIR [--checkpoint=DIR] [--config.KEY=VALUE]."""
+"""Evaluate: python experiments/evaluate.py --workdir=DIR [--config=FILE] [--config.KEY=VALUE].
+
+--config=configs/tau_norm.py:cifar10_lt applies an inference-time method to a run that was trained without it.
+"""
 
 import pathlib
 import sys
@@ -13,6 +16,8 @@ def main(arguments: list[str]) -> None:
     """Flags to config, workdir and checkpoint; everything else is robal_jax.evaluate.evaluate."""
     texts = {
         "workdir": "folder of the run; its config is used",
+        "config": "another config, of which the section evaluation is used instead",
+        "folder": "gets the results; by default WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD",
         "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
     }
     arguments, overrides = cli.split_overrides(arguments)
@@ -25,10 +30,15 @@ def main(arguments: list[str]) -> None:
     else:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
-    from robal_jax.build import read_config
+    from robal_jax.build import read_config, with_evaluation_of
     from robal_jax.evaluate import evaluate
 
-    evaluate(cli.apply_overrides(read_config(workdir), overrides), workdir, checkpoint=checkpoint)
+    config = read_config(workdir)
+    folder = pathlib.Path(values["folder"]) if values["folder"] else None
+    if values["config"]:
+        config = with_evaluation_of(config, cli.load_config(values["config"]))
+        folder = folder or workdir / f"evaluation-{pathlib.Path(values['config'].partition(':')[0]).stem}"
+    evaluate(cli.apply_overrides(config, overrides), workdir, checkpoint=checkpoint, folder=folder)
 
 
 if __name__ == "__main__":

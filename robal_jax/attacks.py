@@ -31,34 +31,63 @@ Attack = Callable[[LogitsFn, chex.PRNGKey, chex.Array, chex.Array], chex.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ThreatModel:
-    """The images that an adversary may show instead of ``x``: ``||x' - x||_inf <= epsilon``, in bounds.
+    """The images that an adversary may show instead of ``x``: ``||x' - x|| <= epsilon``, in bounds.
 
     Attributes:
       epsilon: radius, > 0, in units of the image.
+      norm: a key of ``NORMS``.
       lower: smallest pixel value.
       upper: largest pixel value.
     """
 
     epsilon: float
+    norm: str = "linf"
     lower: float = 0.0
     upper: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be > 0, not {self.epsilon}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
 
     def project(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
-        """Nearest allowed images: first into the ball around ``images``, then into the bounds."""
-        candidates = jnp.clip(candidates, images - self.epsilon, images + self.epsilon)
+        """Allowed images near the candidates: in the ball around ``images`` and in the bounds."""
+        if self.norm == "l2":
+            # Into the bounds first: what is then shortened stays within them, as they are convex.
+            delta = jnp.clip(candidates, self.lower, self.upper) - images
+            size = _l2(delta)
+            candidates = images + delta * jnp.minimum(1.0, self.epsilon / jnp.where(size > 0, size, 1.0))
+        else:
+            candidates = jnp.clip(candidates, images - self.epsilon, images + self.epsilon)
         return jnp.clip(candidates, self.lower, self.upper)
 
     def ascent_direction(self, gradient: chex.Array) -> chex.Array:
-        """Direction of steepest ascent in this norm: the sign, 0 where the gradient is 0."""
+        """Direction of steepest ascent in this norm, of length 1: the sign, or the unit vector; 0 for 0."""
+        if self.norm == "l2":
+            # Scaled first: the squares of a saturated softmax's gradient would all be 0.
+            largest = jnp.abs(gradient).max(_per_image(gradient), keepdims=True)
+            gradient = gradient / jnp.where(largest > 0, largest, 1.0)
+            size = _l2(gradient)
+            return gradient / jnp.where(size > 0, size, 1.0)
         return jnp.sign(gradient)
 
     def distance(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
-        """``||x' - x||_inf`` of each image, ``[B]``."""
-        return jnp.max(jnp.abs(candidates - images), axis=tuple(range(1, images.ndim)))
+        """``||x' - x||`` of each image, ``[B]``."""
+        delta = candidates - images
+        return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(_per_image(delta))
+
+
+NORMS = {"linf": "L-infinity", "l2": "L2"}
+
+
+def _per_image(images: chex.Array) -> tuple[int, ...]:
+    return tuple(range(1, images.ndim))
+
+
+def _l2(images: chex.Array) -> chex.Array:
+    """Euclidean norm of each image, ``[B, 1, ..., 1]``."""
+    return jnp.sqrt(jnp.sum(jnp.square(images), axis=_per_image(images), keepdims=True))
 
 
 def negative_margin(logits: chex.Array, labels: chex.Array, *, confidence: float = 50.0) -> chex.Array:
@@ -95,12 +124,17 @@ def clean_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> ch
 
 
 def uniform_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
-    """``x + U(-epsilon, epsilon)``: what evaluation uses."""
+    """Uniform in the ball, ``x + U(-epsilon, epsilon)`` in L-infinity: what evaluation uses."""
+    if threat.norm == "l2":
+        key, radius_key = jax.random.split(key)
+        noise = jax.random.normal(key, image.shape, image.dtype)
+        radius = jax.random.uniform(radius_key, (), image.dtype) ** (1 / image.size)
+        return image + threat.epsilon * radius * noise / jnp.linalg.norm(noise.reshape(-1))
     return image + jax.random.uniform(key, image.shape, image.dtype, -threat.epsilon, threat.epsilon)
 
 
 def one_sided_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
-    """``x + epsilon * U[0, 1)``: never below the image; what RoBal's released training does."""
+    """``x + epsilon * U[0, 1)``: never below the image; what RoBal's released training does (L-infinity)."""
     return image + threat.epsilon * jax.random.uniform(key, image.shape, image.dtype)
 
 
@@ -157,13 +191,12 @@ def pgd_path(
     """
     images, start = jax.lax.stop_gradient((images, start))
     gradient_fn = jax.grad(lambda x: loss(logits_fn(x), labels).sum())
-    per_image = tuple(range(1, images.ndim))
 
     def step(_: chex.Array, carry: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array]:
         x, direction = carry
         gradient = gradient_fn(x)
         if momentum:
-            size = jnp.mean(jnp.abs(gradient), axis=per_image, keepdims=True)
+            size = jnp.mean(jnp.abs(gradient), axis=_per_image(gradient), keepdims=True)
             # An image whose gradient vanished keeps its momentum instead of turning into NaN.
             gradient = gradient / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
             gradient = direction = momentum * direction + gradient
@@ -228,3 +261,62 @@ def pgd(
         loss=loss,
         momentum=momentum,
     )[0]
+
+
+def shortest_adversarial(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    attack: Attack,
+    threat: ThreatModel,
+    max_epsilon: float,
+    search_steps: int = 10,
+) -> tuple[chex.Array, chex.Array]:
+    """Adversarial images on the decision boundary: a fixed attack's direction, and bisection along it.
+
+    With ``delta = attack(x) - x`` and ``u = delta / ||delta||`` it looks for the smallest ``eta`` at which
+    ``x + eta * u`` is misclassified: in ``[0, ||delta||]`` where the attack succeeded, otherwise in
+    ``[||delta||, max_epsilon]``.
+
+    Args:
+      logits_fn: the model.
+      keys: ``[B]``, one key an image.
+      images: ``x [B, H, W, C]`` within the threat model's bounds.
+      labels: ``[B]``.
+      attack: gives the direction.
+      threat: its norm and bounds; its epsilon is the attack's.
+      max_epsilon: where the search ends.
+      search_steps: number of halvings.
+
+    Returns:
+      The images ``[B, H, W, C]`` and their lengths ``eta [B]``, ``max_epsilon`` where none was found.
+
+    Source: AN-PGD of MMA training (Ding et al., ICLR 2020, algorithm 2).
+    """
+    delta = attack(logits_fn, keys, images, labels) - images
+    length = threat.distance(images + delta, images)
+    unit = delta / _like_images(jnp.where(length > 0, length, 1.0), images)
+
+    def at(eta: chex.Array) -> chex.Array:
+        return jnp.clip(images + _like_images(eta, images) * unit, threat.lower, threat.upper)
+
+    def fooled(eta: chex.Array) -> chex.Array:
+        return jnp.argmax(logits_fn(at(eta)), axis=-1) != labels
+
+    def halve(_: chex.Array, bracket: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array]:
+        low, high = bracket
+        middle = (low + high) / 2
+        success = fooled(middle)
+        return jnp.where(success, low, middle), jnp.where(success, middle, high)
+
+    success = fooled(length)
+    bracket = jnp.where(success, 0.0, length), jnp.where(success, length, max_epsilon)
+    _, eta = jax.lax.fori_loop(0, search_steps, halve, bracket)
+    return jax.lax.stop_gradient((at(eta), eta))
+
+
+def _like_images(values: chex.Array, images: chex.Array) -> chex.Array:
+    """``[B]`` with axes of size 1 behind, to go with ``[B, H, W, C]``."""
+    return values.reshape(-1, *(1 for _ in _per_image(images)))

@@ -25,6 +25,9 @@ from robal_jax.data import SAMPLERS, Dataset
 from robal_jax.errors import InputError
 from robal_jax.models import Model
 
+# What a function may ask for that is known only when a step is made.
+LATE = ("epoch",)
+
 
 def call(
     kind: str, table: Mapping[str, Callable[..., Any]], section: ConfigDict, **given: Any
@@ -34,7 +37,7 @@ def call(
     Args:
       kind: what the section is, for messages.
       table: the library's functions by name.
-      section: ``name`` and keyword arguments.
+      section: ``name`` and keyword arguments; one that is a section itself is built the same way.
       **given: values that come from elsewhere (class counts, say); only those that the function has a
         parameter for are bound.
 
@@ -44,8 +47,12 @@ def call(
     Raises:
       InputError: no such name, or keyword arguments that the function does not take.
     """
-    options = dict(section)
-    name = options.pop("name")
+    name = section.name
+    options = {
+        key: call(kind, table, value, **given) if isinstance(value, ConfigDict) else value
+        for key, value in section.items()
+        if key != "name"
+    }
     if ":" in name:
         function = _import(kind, name)
     elif name in table:
@@ -63,7 +70,7 @@ def call(
         raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(takes)}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
     needed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    missing = [key for key in needed if key not in bound]
+    missing = [key for key in needed if key not in bound and key not in LATE]
     if missing:
         raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")
     return functools.partial(function, **bound)
@@ -102,8 +109,11 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     "schedule.milestones": ("epochs", lambda value: all(isinstance(epoch, int) for epoch in value)),
+    "threat.norm": _one_of(attacks.NORMS),
     "attack.start": _one_of(attacks.STARTS),
+    "head.bias": _one_of(classifiers.BIASES),
     "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
+    "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
     "train.layout": _one_of(parallel.LAYOUTS),
     "train.precision": _one_of(("default", "high", "highest")),
@@ -149,14 +159,22 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
+def with_evaluation_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """A run's config with the method's name and the section ``evaluation`` of another config."""
+    combined, resolved = config.copy_and_resolve_references(), other.copy_and_resolve_references()
+    with combined.unlocked():
+        combined.method, combined.evaluation = resolved.method, resolved.evaluation
+    return combined.lock()
+
+
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """What a second run on one workdir would do differently, as lines ``field: this, there``.
 
-    The section ``evaluation`` does not change what is trained, and neither does where the data lies: the
-    data itself is compared by its digest.
+    The method's name and the section ``evaluation`` do not change what is trained, and neither does where the
+    data lies: the data itself is compared by its digest.
     """
     flat = [_flatten(json.loads(c.to_json())) for c in (config, other)]
-    ignored = ("evaluation.", "data.path", "train.keep_checkpoints")
+    ignored = ("method", "evaluation.", "data.path", "train.keep_checkpoints")
     return [
         f"{key}: {flat[0].get(key)!r} here, {flat[1].get(key)!r} there"
         for key in sorted({*flat[0], *flat[1]})
@@ -176,8 +194,15 @@ def dataset(config: ConfigDict) -> Dataset:
     return call("data set", sources.SOURCES, config.data)()
 
 
-def model(config: ConfigDict, num_classes: int, *, precision: str, axis_name: str | None = None) -> Model:
-    """The network of ``config.model`` and ``config.head`` as functions."""
+def model(
+    config: ConfigDict,
+    class_counts: np.ndarray,
+    *,
+    head: ConfigDict | None = None,
+    precision: str,
+    axis_name: str | None = None,
+) -> Model:
+    """The network of ``config.model`` with ``head``, by default ``config.head``, as functions."""
     on_cpu = jax.default_backend() == "cpu"
     backbone = call(
         "model",
@@ -186,31 +211,56 @@ def model(config: ConfigDict, num_classes: int, *, precision: str, axis_name: st
         convolution=models.loop_convolution if on_cpu else models.convolution,
         axis_name=axis_name,
     )
-    head = call("head", classifiers.HEADS, config.head, num_classes=num_classes)
+    classifier = call(
+        "head",
+        classifiers.HEADS,
+        config.head if head is None else head,
+        num_classes=len(class_counts),
+        class_counts=tuple(int(count) for count in class_counts),
+        axis_name=axis_name,
+    )
     try:
-        network = models.Network(backbone(), head())
+        network = models.Network(backbone(), classifier())
     except ValueError as error:
         raise InputError(f"config.model: {error}") from error
     return models.functional(network, precision=None if precision == "default" else precision)
 
 
-def training_attack(config: ConfigDict) -> attacks.Attack:
-    """The inner maximisation: PGD on cross entropy."""
-    return functools.partial(
+def objective(
+    config: ConfigDict, class_counts: np.ndarray, axis_name: str | None = None
+) -> objectives.Objective:
+    """What a step minimises, with its attack and loss bound."""
+    threat = attacks.ThreatModel(config.threat.epsilon, config.threat.norm)
+    given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
+    loss = call("loss", losses.LOSSES, config.loss, **given)
+    attack = functools.partial(
         attacks.pgd,
-        threat=attacks.ThreatModel(config.threat.epsilon),
+        threat=threat,
         steps=config.attack.steps,
         step_size=config.attack.step_size,
         start=attacks.STARTS[config.attack.start],
+        loss=call("loss", losses.LOSSES, config.attack.loss, **given),
+    )
+    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
+    if "loss" not in inspect.signature(function).parameters and config.loss.name != "cross_entropy":
+        raise InputError(
+            f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
+            f"{config.loss.name!r}; set config.loss to cross_entropy"
+        )
+    if "epoch" not in inspect.signature(loss).parameters:
+        return function
+    return lambda model, params, stats, batch: function(
+        model, params, stats, batch, loss=functools.partial(loss, epoch=batch.epoch)
     )
 
 
-def objective(config: ConfigDict, class_counts: np.ndarray) -> objectives.Objective:
-    """What a step minimises, with its attack and loss bound."""
-    loss = call("loss", losses.LOSSES, config.loss, class_counts=class_counts)
-    return call(
-        "objective", objectives.OBJECTIVES, config.objective, attack=training_attack(config), loss=loss
-    )
+def optimizer(
+    config: ConfigDict, steps_per_epoch: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of ``config.optimizer``, and the learning rate of each step by ``config.schedule``."""
+    rates = call("schedule", state.SCHEDULES, config.schedule)(epochs=config.train.epochs)
+    schedule = state.per_step(rates, steps_per_epoch)
+    return call("optimizer", state.OPTIMIZERS, config.optimizer, schedule=schedule)(), schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +270,11 @@ class Training:
     Attributes:
       data: the images.
       model: the network.
-      objective: ``(model, params, stats, images, labels, keys) -> (loss, Outcome)``.
+      objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
       schedule: learning rate of a step.
       seed: of everything random.
+      start_from: a run's folder, or a checkpoint's, whose weights are fine-tuned; '' for random ones.
       sampler: a name of ``data.SAMPLERS``.
       crop_flip: whether images are augmented.
       batch_size: images a step.
@@ -242,6 +293,7 @@ class Training:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     seed: int
+    start_from: str
     sampler: str
     crop_flip: bool
     batch_size: int
@@ -278,15 +330,15 @@ def training(config: ConfigDict) -> Training:
     # Training does not need the groups, but an evaluation that is sure to fail should fail now.
     metrics.class_groups(counts, config.evaluation.head_classes, config.evaluation.tail_classes)
     axis_name = parallel.AXIS if config.train.layout == "pmap" else None
-    rates = call("schedule", state.SCHEDULES, config.schedule)(epochs=config.train.epochs)
-    schedule = state.per_step(rates, steps_per_epoch)
+    optimise, schedule = optimizer(config, steps_per_epoch)
     return Training(
         data=data,
-        model=model(config, len(counts), precision=config.train.precision, axis_name=axis_name),
-        objective=objective(config, counts),
-        optimizer=call("optimizer", state.OPTIMIZERS, config.optimizer, schedule=schedule)(),
+        model=model(config, counts, precision=config.train.precision, axis_name=axis_name),
+        objective=objective(config, counts, axis_name),
+        optimizer=optimise,
         schedule=schedule,
         seed=config.seed,
+        start_from=config.train.start_from,
         sampler=config.train.sampler,
         crop_flip=config.train.crop_flip,
         batch_size=config.train.batch_size,
@@ -333,7 +385,9 @@ def evaluation(config: ConfigDict) -> Evaluation:
     """
     parts, settings = training(config), config.evaluation
     data, counts = parts.data, parts.data.class_counts
-    network = model(config, len(counts), precision=settings.precision)
+    head = settings.head if settings.head.name else config.head
+    network = model(config, counts, head=head, precision=settings.precision)
+    _check_same_variables(config, head, parts.model, network, data.test_images[:1])
 
     def predict(params: Any, stats: Any, images: Any) -> Any:
         logits = settings.logit_scale * network.predict(params, stats, images)
@@ -342,7 +396,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
     return Evaluation(
         training=parts,
         predict=predict,
-        threat=attacks.ThreatModel(settings.epsilon),
+        threat=attacks.ThreatModel(settings.epsilon, config.threat.norm),
         step_size=settings.step_size,
         batch_size=min(settings.batch_size, len(data.test_labels)),
         seed=settings.seed,
@@ -353,7 +407,8 @@ def evaluation(config: ConfigDict) -> Evaluation:
             "dataset": config.data.name,
             "imbalance": f"{config.data.profile}, ratio {config.data.ratio:g} (IR {1 / config.data.ratio:g})",
             "class_names": list(data.class_names),
-            "norm": "L-infinity",
+            "head": ", ".join(f"{key} {value}" for key, value in head.items()),
+            "norm": attacks.NORMS[config.threat.norm],
             "epsilon": settings.epsilon,
             "step_size": settings.step_size,
             "start": "x + U(-epsilon, epsilon); FGSM: x",
@@ -363,3 +418,24 @@ def evaluation(config: ConfigDict) -> Evaluation:
             "precision": settings.precision,
         },
     )
+
+
+def _check_same_variables(
+    config: ConfigDict, head: ConfigDict, trained: Model, evaluated: Model, images: np.ndarray
+) -> None:
+    """Refuses a head for the evaluation that the trained network has not the variables for."""
+    have, want = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(images.shape, float))
+            )
+        }
+        for model in (trained, evaluated)
+    )
+    if have != want:
+        names = sorted(name for name, _ in set(have.items()) ^ set(want.items()))
+        raise InputError(
+            f"config.evaluation.head {head.name!r} cannot stand in for the trained head "
+            f"{config.head.name!r}: they differ in {', '.join(names)}"
+        )

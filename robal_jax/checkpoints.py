@@ -66,16 +66,8 @@ def restore(path: pathlib.Path, like: T) -> tuple[T, str]:
       DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
       InputError: it is a checkpoint of something else: a name, shape or type differs.
     """
-    path = path.absolute()
-    try:
-        _verify_files(path)
-        metadata = ocp.metadata(path)
-        written = (metadata.custom_metadata or {})["sha256"]
-        found = _flat(metadata.metadata)
-    except DamagedCheckpointError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise whatever their layers raise
-        raise DamagedCheckpointError(_first_line(error)) from error
+    tree, sha256 = read(path)
+    found = _flat(tree)
     wanted = {k: v for k, v in _flat(flax.serialization.to_state_dict(like)).items() if hasattr(v, "shape")}
     for name in sorted({*wanted, *found}):
         have, want = (
@@ -87,14 +79,50 @@ def restore(path: pathlib.Path, like: T) -> tuple[T, str]:
                 f"checkpoint {path} is of another model: it has {have} for {name} where the config's "
                 f"model has {want}; evaluate it with the config it was trained with"
             )
+    return flax.serialization.from_state_dict(like, _with_empty(tree, like)), sha256
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """Reads all arrays of one checkpoint, whatever it is of, and verifies them.
+
+    Args:
+      path: the checkpoint's own folder.
+
+    Returns:
+      Nested dictionaries of NumPy arrays, and their sha256.
+
+    Raises:
+      DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
+    """
+    path = path.absolute()
     try:
+        _verify_files(path)
+        written = (ocp.metadata(path).custom_metadata or {})["sha256"]
         tree = ocp.load(path)
-    except Exception as error:
+    except DamagedCheckpointError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever their layers raise
         raise DamagedCheckpointError(_first_line(error)) from error
-    read = digest(tree)
-    if read != written:
-        raise DamagedCheckpointError(f"its sha256 is {read[:12]}…, but {written[:12]}… was written")
-    return flax.serialization.from_state_dict(like, _with_empty(tree, like)), read
+    found = digest(tree)
+    if found != written:
+        raise DamagedCheckpointError(f"its sha256 is {found[:12]}…, but {written[:12]}… was written")
+    return tree, found
+
+
+def read_latest(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], str]:
+    """:func:`read` of a run's newest checkpoint, or of the one checkpoint that the folder is.
+
+    Raises:
+      InputError: there is no checkpoint, or it is damaged.
+    """
+    found = steps(folder / "checkpoints")
+    path = folder / "checkpoints" / str(found[-1]) if found else folder
+    if not path.is_dir() or (not found and not path.name.isdigit()):
+        raise InputError(f"no run or checkpoint {folder}; train it first, or name another")
+    try:
+        return (path, *read(path))
+    except DamagedCheckpointError as error:
+        raise InputError(f"checkpoint {path} is damaged ({error}); name another") from error
 
 
 def _file_digests(path: pathlib.Path) -> dict[str, str]:

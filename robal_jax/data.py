@@ -178,9 +178,15 @@ def _class_aware_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return class_aware_order(labels, random.Random(f"{seed}/{epoch}"))
 
 
+def _mixed_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    uniform, class_aware = _uniform_epoch(labels, seed, epoch), _class_aware_epoch(labels, seed, epoch)
+    return np.stack([uniform, class_aware[: len(uniform)]], axis=1).reshape(-1)
+
+
 SAMPLERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
     "uniform": _uniform_epoch,
     "class_aware": _class_aware_epoch,
+    "mixed": _mixed_epoch,
 }
 
 
@@ -188,7 +194,8 @@ def epoch_order(sampler: str, labels: np.ndarray, seed: int, epoch: int) -> np.n
     """The order in which an epoch visits the train images, a function of its arguments only.
 
     Args:
-        sampler: 'uniform' (each image once) or 'class_aware' (each class equally often).
+        sampler: 'uniform' (each image once), 'class_aware' (each class equally often), or 'mixed' (draws of
+            both in turn, 2 N in all, as the released sampler of that name).
         labels: int32 [N].
         seed: training seed, >= 0.
         epoch: epoch number, >= 0.

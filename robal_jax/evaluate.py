@@ -100,14 +100,16 @@ def evaluate(
     workdir: pathlib.Path,
     *,
     checkpoint: pathlib.Path | None = None,
+    folder: pathlib.Path | None = None,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
     """Evaluates a checkpoint on the whole test set and writes the report; goes on where it was interrupted.
 
     Args:
       config: of the run, with the evaluation's settings.
-      workdir: of the run; results go to ``workdir/evaluation``.
+      workdir: of the run.
       checkpoint: one checkpoint's folder; the newest that is whole if None.
+      folder: gets the results; ``workdir/evaluation`` if None.
       say: told, in lines, what a person should know.
 
     Returns:
@@ -119,7 +121,7 @@ def evaluate(
     with logs.stop_signals() as stop:
         job = build.evaluation(config)
         state, path, sha256 = _restore(job, workdir, checkpoint, say)
-        folder = workdir / "evaluation"
+        folder = workdir / "evaluation" if folder is None else folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

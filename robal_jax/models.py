@@ -154,22 +154,35 @@ def _last(vector: chex.Array, like: chex.Array) -> chex.Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]) -> chex.ArrayTree:
-    """Running batch-norm statistics after several training passes, in their order.
+# How a training pass's moment m changes the running value r, by the name of the array: r <- a * r + b * m.
+FOLDS = {
+    "mean": (1.0 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM),
+    "var": (1.0 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM),
+    "direction": (0.9, 1.0),  # TDE's: a sum that forgets, not a mean; released
+    "bias": (1.0, 0.0),  # frozen
+}
 
-    ``r <- 0.9 * r + 0.1 * m`` for each ``m`` in ``moments``
+
+def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]) -> chex.ArrayTree:
+    """Running statistics after several training passes, in their order.
+
+    ``r <- a * r + b * m`` for each ``m`` in ``moments``; (a, b) is (0.9, 0.1) for batch norm, see ``FOLDS``
 
     Args:
-      stats: running means and variances ``r``.
+      stats: running means and variances ``r``, and what a head keeps there.
       moments: what each training pass left: batch means and unbiased variances. A pass may stand in it
         more than once: the released RoBal step runs four passes of which only two are distinct.
 
     Returns:
       The new running statistics.
     """
-    keep, new = 1.0 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM
+
+    def fold(path: tuple[jax.tree_util.DictKey, ...], r: chex.Array, m: chex.Array) -> chex.Array:
+        keep, new = FOLDS[path[-1].key]
+        return keep * r + new * m
+
     for moment in moments:
-        stats = jax.tree.map(lambda r, m: keep * r + new * m, stats, moment)
+        stats = jax.tree_util.tree_map_with_path(fold, stats, moment)
     return stats
 
 
@@ -321,7 +334,7 @@ class Network(nn.Module):
 
     def __call__(self, images: chex.Array, train: bool) -> chex.Array:
         """Images ``[B, H, W, C]`` to logits ``[B, K]``."""
-        return self.classifier(self.backbone(images, train))
+        return self.classifier(self.backbone(images, train), train)
 
 
 class Model(NamedTuple):

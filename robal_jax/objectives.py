@@ -2,15 +2,20 @@
 
 An objective is a function ::
 
-    objective(model, params, stats, images, labels, keys) -> (loss, Outcome)
+    objective(model, params, stats, batch) -> (loss, Outcome)
 
-of a :class:`~robal_jax.models.Model`, its parameters and running statistics, a batch in [0, 1] and one key an
-image. It makes its own adversarial images, runs its training passes, and says in which order their
-batch-norm moments are to be applied. Everything else it needs (attack, loss, weights) is closed over by
-keyword. The step that differentiates it, updates and counts is the same for all, in ``train``.
+of a :class:`~robal_jax.models.Model`, its parameters and running statistics, and a :class:`Batch`. It makes
+its own adversarial images, runs its training passes, and says in which order their moments are applied.
+Everything else it needs (attack, loss, weights) is closed over by keyword. The step that differentiates it,
+updates and counts is the same for all, in ``train``.
+
+Of the arguments below, ``model``, ``params`` and ``stats`` are the network, its parameters and its running
+statistics (what the attack sees); ``attack`` makes ``x'`` and ``loss`` is per example, ``l(z, y)``; ``p`` is
+``softmax(z)``. All means are over the batch ``x [B, H, W, C]``, ``y [B]``.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -18,15 +23,31 @@ import jax
 import jax.numpy as jnp
 
 from robal_jax import losses
-from robal_jax.attacks import Attack
+from robal_jax.attacks import Attack, LogitsFn, ThreatModel, shortest_adversarial
 from robal_jax.models import Model
+
+
+class Batch(NamedTuple):
+    """What a step sees.
+
+    Attributes:
+      images: ``[B, H, W, C]`` in [0, 1]; this device's part of the batch.
+      labels: ``[B]``, integers in ``0..K-1``.
+      keys: ``[B]``, one key an image.
+      epoch: number of the epoch, counted from 1, for what changes during training.
+    """
+
+    images: chex.Array
+    labels: chex.Array
+    keys: chex.PRNGKey
+    epoch: chex.Numeric
 
 
 class Outcome(NamedTuple):
     """What an objective returns beside its loss.
 
     Attributes:
-      moments: batch-norm moments of the training passes, in the order in which they are applied.
+      moments: of the training passes (batch norm's and the head's), in the order in which they are applied.
       metrics: named scalars, means over the batch.
     """
 
@@ -34,9 +55,10 @@ class Outcome(NamedTuple):
     metrics: dict[str, chex.Array]
 
 
-Objective = Callable[..., tuple[chex.Array, Outcome]]
+Objective = Callable[[Model, chex.ArrayTree, chex.ArrayTree, Batch], tuple[chex.Array, Outcome]]
 
-BATCH_NORM_ORDERS = {"released": ("adv", "nat", "nat", "adv"), "each_pass_once": ("adv", "nat")}
+# Order of the training passes: what the released code runs, or each distinct pass once.
+BATCH_NORM_ORDERS = ("released", "each_pass_once")
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
@@ -44,114 +66,340 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
-def adversarial_images(
-    attack: Attack,
-    model: Model,
-    params: chex.ArrayTree,
-    stats: chex.ArrayTree,
-    images: chex.Array,
-    labels: chex.Array,
-    keys: chex.PRNGKey,
-) -> chex.Array:
-    """The attack's images against the current model with running statistics; no gradient flows through."""
+def as_attacked(model: Model, params: chex.ArrayTree, stats: chex.ArrayTree) -> LogitsFn:
+    """The current model with running statistics; no gradient flows back to it."""
     # Stopped here and not only at the attack's end: the loop inside must not be differentiated at all.
     params, stats = jax.lax.stop_gradient((params, stats))
-    return attack(lambda x: model.predict(params, stats, x), keys, images, labels)
+    return lambda images: model.predict(params, stats, images)
+
+
+def adversarial_images(
+    attack: Attack, model: Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch
+) -> chex.Array:
+    """The attack's images against the current model."""
+    return attack(as_attacked(model, params, stats), batch.keys, batch.images, batch.labels)
+
+
+def plain(
+    model: Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch, *, loss: losses.Loss
+) -> tuple[chex.Array, Outcome]:
+    """Training without an adversary: ``mean l(z(x), y)``; one pass."""
+    logits, moments = model.train(params, stats, batch.images)
+    metrics = {"nat_accuracy": accuracy(logits, batch.labels)}
+    return loss(logits, batch.labels).mean(), Outcome((moments,), metrics)
 
 
 def pgd_at(
     model: Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
-    images: chex.Array,
-    labels: chex.Array,
-    keys: chex.PRNGKey,
+    batch: Batch,
     *,
     attack: Attack,
     loss: losses.Loss,
 ) -> tuple[chex.Array, Outcome]:
-    """Adversarial training: any loss on the attack's images.
+    """Adversarial training: any loss on the attack's images, ``mean l(z(x'), y)``; one pass.
 
-    ``mean_b l(z(x'_b), y_b)``
-
-    Args:
-      model: the network.
-      params: its parameters.
-      stats: its running statistics; the attack sees these.
-      images: ``x [B, H, W, C]`` in [0, 1].
-      labels: ``y [B]``.
-      keys: ``[B]``.
-      attack: makes ``x'``.
-      loss: per example.
-
-    Returns:
-      The loss, and one set of moments.
-
-    Source: Madry et al. (ICLR 2018); RoBal's baseline AT.
+    Source: Madry et al. (ICLR 2018); RoBal's baseline AT. What the attack maximises is the attack's affair:
+    with a long-tail loss there too it is the released mode 'inner_loss'.
     """
-    adversarial = adversarial_images(attack, model, params, stats, images, labels, keys)
+    adversarial = adversarial_images(attack, model, params, stats, batch)
     logits, moments = model.train(params, stats, adversarial)
-    value = loss(logits, labels).mean()
-    return value, Outcome((moments,), {"adv_accuracy": accuracy(logits, labels)})
+    metrics = {"adv_accuracy": accuracy(logits, batch.labels)}
+    return loss(logits, batch.labels).mean(), Outcome((moments,), metrics)
 
 
-def robal(
+def kl_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
+    """``mean KL(p(x) || p(x'))``: RoBal's."""
+    del axis_name
+    return losses.kl_divergence(nat, adv).mean()
+
+
+def alp_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
+    """``||p(x') - p(x)|| / B``, the norm over the whole batch: adversarial logit pairing of probabilities."""
+    return _norm_over_size(jax.nn.softmax(adv) - jax.nn.softmax(nat), axis_name)
+
+
+def alp_logits_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
+    """``||z(x') - z(x)|| / B``, the norm over the whole batch: adversarial logit pairing."""
+    return _norm_over_size(adv - nat, axis_name)
+
+
+def norm_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
+    """``||z(x)|| / B``, the norm over the whole batch: small natural logits."""
+    del adv
+    return _norm_over_size(nat, axis_name)
+
+
+def _norm_over_size(x: chex.Array, axis_name: str | None) -> chex.Array:
+    """``||x|| / B`` over all devices' parts of a batch; its gradient at 0 is 0."""
+    total, size = jnp.sum(jnp.square(x)), x.shape[0]
+    if axis_name is not None:
+        total, size = jax.lax.psum(total, axis_name), size * jax.lax.axis_size(axis_name)
+    return jnp.sqrt(jnp.maximum(total, jnp.finfo(total.dtype).tiny)) / size
+
+
+# Each with the training passes that the released code makes for it, after one of x' and one of x.
+REGULARISERS: dict[str, tuple[Callable[..., chex.Array], tuple[str, ...]]] = {
+    "kl": (kl_regulariser, ("nat", "adv")),
+    "alp": (alp_regulariser, ("nat", "adv")),
+    "alp_logits": (alp_logits_regulariser, ("nat", "adv")),
+    "norm": (norm_regulariser, ("nat",)),
+}
+
+
+def regularised(
     model: Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
-    images: chex.Array,
-    labels: chex.Array,
-    keys: chex.PRNGKey,
+    batch: Batch,
     *,
     attack: Attack,
     loss: losses.Loss,
+    regulariser: str = "kl",
     beta_adv: float = 1.0,
     beta_nat: float = 0.0,
     beta_reg: float = 6.0,
     batch_norm_order: str = "released",
+    axis_name: str | None = None,
 ) -> tuple[chex.Array, Outcome]:
     """RoBal: a long-tail loss on the attack's images and a regulariser between both predictions.
 
-    ``mean_b [beta_adv * l(z(x'), y) + beta_nat * CE(z(x), y) + beta_reg * KL(p(x) || p(x'))]``, p = softmax z
+    ``mean [beta_adv * l(z(x'), y) + beta_nat * CE(z(x), y)] + beta_reg * R(z(x), z(x'))``
 
     The regulariser and the natural term see the model's own logits, the cosines unscaled where the head's
     scale is 1; gradients flow through both predictions.
 
     Args:
-      model: the network.
-      params: its parameters.
-      stats: its running statistics; the attack sees these.
-      images: ``x [B, H, W, C]`` in [0, 1].
-      labels: ``y [B]``.
-      keys: ``[B]``.
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
       attack: makes ``x'``.
-      loss: ``l``, per example.
+      loss: ``l``.
+      regulariser: ``R``, a key of ``REGULARISERS``.
       beta_adv: weight of the adversarial term.
       beta_nat: weight of the natural cross entropy.
       beta_reg: weight of the regulariser.
-      batch_norm_order: a key of ``BATCH_NORM_ORDERS``. 'released': the order of the four passes that the
-        released code runs (adv, nat, nat, adv); 'each_pass_once': adv, nat. Both take two passes here.
+      batch_norm_order: 'released': adv, nat, and then the regulariser's passes; 'each_pass_once': adv, nat.
+        Both take two passes here.
+      axis_name: mapped axis over which the batch is spread, if any.
 
     Returns:
       The loss, and the moments in that order.
 
-    Source: RoBal (Wu et al., CVPR 2021); order of the passes: its released code.
+    Source: RoBal (Wu et al., CVPR 2021), and the other regularisers of its released code.
     """
-    adversarial = adversarial_images(attack, model, params, stats, images, labels, keys)
-    logits_adv, moments_adv = model.train(params, stats, adversarial)
-    logits_nat, moments_nat = model.train(params, stats, images)
-    margin_loss = loss(logits_adv, labels).mean()
-    natural_loss = losses.cross_entropy(logits_nat, labels).mean()
-    regulariser = losses.kl_divergence(logits_nat, logits_adv).mean()
-    value = beta_adv * margin_loss + beta_nat * natural_loss + beta_reg * regulariser
+    adversarial = adversarial_images(attack, model, params, stats, batch)
+    adv, moments_adv = model.train(params, stats, adversarial)
+    nat, moments_nat = model.train(params, stats, batch.images)
+    function, more_passes = REGULARISERS[regulariser]
+    adv_loss = loss(adv, batch.labels).mean()
+    nat_loss = losses.cross_entropy(nat, batch.labels).mean()
+    distance = function(nat, adv, axis_name=axis_name)
+    value = beta_adv * adv_loss + beta_nat * nat_loss + beta_reg * distance
+    passes = ("adv", "nat", *(more_passes if batch_norm_order == "released" else ()))
     moments = {"adv": moments_adv, "nat": moments_nat}
-    metrics = {
-        "adv_accuracy": accuracy(logits_adv, labels),
-        "nat_accuracy": accuracy(logits_nat, labels),
-        "adv_loss": margin_loss,
-        "regulariser": regulariser,
-    }
-    return value, Outcome(tuple(moments[name] for name in BATCH_NORM_ORDERS[batch_norm_order]), metrics)
+    metrics = {**_accuracies(nat, adv, batch), "adv_loss": adv_loss, "regulariser": distance}
+    return value, Outcome(tuple(moments[name] for name in passes), metrics)
 
 
-OBJECTIVES: dict[str, Objective] = {"pgd_at": pgd_at, "robal": robal}
+def _accuracies(nat: chex.Array, adv: chex.Array, batch: Batch) -> dict[str, chex.Array]:
+    return {"adv_accuracy": accuracy(adv, batch.labels), "nat_accuracy": accuracy(nat, batch.labels)}
+
+
+def trades(
+    model: Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    attack: Callable[..., chex.Array],
+    loss: losses.Loss,
+    beta: float = 6.0,
+    batch_norm_order: str = "released",
+) -> tuple[chex.Array, Outcome]:
+    """TRADES: a natural loss and the divergence between both predictions.
+
+    ``mean [l(z(x), y) + beta * KL(p(x) || p(x'))]``
+
+    The attack maximises the divergence, whatever loss it was built with, so its start must not be ``x``.
+
+    Args:
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
+      attack: makes ``x'``; takes ``loss``.
+      loss: ``l``; cross entropy in the paper.
+      beta: weight of the divergence.
+      batch_norm_order: 'released': nat, adv, nat; 'each_pass_once': nat, adv.
+
+    Returns:
+      The loss, and the moments in that order.
+
+    Source: Zhang et al. (ICML 2019), equation 5 and algorithm 1.
+    """
+    expected = as_attacked(model, params, stats)(batch.images)
+    diverging = partial(attack, loss=lambda z, _: losses.kl_divergence(expected, z))
+    adversarial = adversarial_images(diverging, model, params, stats, batch)
+    nat, moments_nat = model.train(params, stats, batch.images)
+    adv, moments_adv = model.train(params, stats, adversarial)
+    divergence = losses.kl_divergence(nat, adv).mean()
+    value = loss(nat, batch.labels).mean() + beta * divergence
+    once = (moments_nat, moments_adv)
+    moments = (*once, moments_nat) if batch_norm_order == "released" else once
+    return value, Outcome(moments, {**_accuracies(nat, adv, batch), "regulariser": divergence})
+
+
+def mart(
+    model: Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    attack: Attack,
+    beta: float = 5.0,
+) -> tuple[chex.Array, Outcome]:
+    """MART: a margin on adversarial images, and the divergence where the natural image is misclassified.
+
+    ``mean [-log p_y(x') - log(1 - max_{k != y} p_k(x')) + beta * KL(p(x) || p(x')) * (1 - p_y(x))]``
+
+    The released RoBal code has a regulariser of this name that cannot run; this is MART's own.
+
+    Args:
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
+      attack: makes ``x'``.
+      beta: weight of the second term, lambda in the paper.
+
+    Returns:
+      The loss, and the moments of the passes nat, adv.
+
+    Source: Wang et al. (ICLR 2020), equations 8 to 11.
+    """
+    adversarial = adversarial_images(attack, model, params, stats, batch)
+    nat, moments_nat = model.train(params, stats, batch.images)
+    adv, moments_adv = model.train(params, stats, adversarial)
+    missed = -jnp.expm1(-losses.cross_entropy(nat, batch.labels))  # 1 - p_y
+    divergence = (losses.kl_divergence(nat, adv) * missed).mean()
+    value = losses.boosted_cross_entropy(adv, batch.labels).mean() + beta * divergence
+    metrics = {**_accuracies(nat, adv, batch), "regulariser": divergence}
+    return value, Outcome((moments_nat, moments_adv), metrics)
+
+
+def mixing_weights(keys: chex.PRNGKey, dtype: chex.ArrayDType) -> chex.Array:
+    """One uniform number in [0, 1) an image, ``[B]``, from a stream of its own beside the attack's."""
+    # fold_in of a small number would be what split gives to the attack.
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2**32 - 1), (), dtype))(keys)
+
+
+def avmixup(
+    model: Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    attack: Attack,
+    gamma: float = 2.0,
+    nat_confidence: float = 1.0,
+    vertex_confidence: float = 0.1,
+) -> tuple[chex.Array, Outcome]:
+    """Adversarial vertex mixup: images and soft labels between the image and a point beyond the attack's.
+
+    ``v = x + gamma * (x' - x)``;  ``x^ = clip(a * x + (1 - a) * v, 0, 1)``, ``a ~ U[0, 1)`` per image;
+    ``mean CE(z(x^), smoothed(y, a * c_nat + (1 - a) * c_vertex))``
+
+    Args:
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
+      attack: makes ``x'``.
+      gamma: how far the vertex ``v`` lies.
+      nat_confidence: ``c_nat``, probability of the true class at the image.
+      vertex_confidence: ``c_vertex``, at the vertex.
+
+    Returns:
+      The loss, and the moments of the one pass.
+
+    Source: Lee et al. (CVPR 2020), as in RoBal's released code.
+    """
+    adversarial = adversarial_images(attack, model, params, stats, batch)
+    alpha = mixing_weights(batch.keys, adversarial.dtype)
+    part = alpha.reshape(-1, *(1 for _ in batch.images.shape[1:]))
+    vertex = batch.images + gamma * (adversarial - batch.images)
+    mixed = jnp.clip(part * batch.images + (1 - part) * vertex, 0.0, 1.0)
+    confidence = alpha * nat_confidence + (1 - alpha) * vertex_confidence
+    logits, moments = model.train(params, stats, mixed)
+    value = losses.smoothed_cross_entropy(logits, batch.labels, confidence=confidence).mean()
+    return value, Outcome((moments,), {"mixed_accuracy": accuracy(logits, batch.labels)})
+
+
+def mma(
+    model: Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    attack: Attack,
+    threat: ThreatModel,
+    loss: losses.Loss,
+    max_epsilon: float,
+    nat_weight: float = 1 / 3,
+    search_steps: int = 10,
+) -> tuple[chex.Array, Outcome]:
+    """MMA: each image pushed from its own decision boundary, until it is ``max_epsilon`` away.
+
+    ``w * mean l(z(x), y) + (1 - w) * mean m_b``, where ``m_b`` is ``l(z(x), y)`` of a misclassified image;
+    otherwise ``l(z(x + delta), y)`` at the shortest successful ``delta`` found, or 0 if that is longer than
+    ``max_epsilon``
+
+    The paper starts an image's search from the length that it found an epoch before; here every search starts
+    from the attack's own epsilon, so that a step remains a function of its batch.
+
+    Args:
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
+      attack: gives the direction in which the boundary is searched; the paper's maximises the soft logit
+        margin.
+      threat: norm and bounds.
+      loss: ``l``; cross entropy in the paper.
+      max_epsilon: ``d_max``, the margin beyond which an image is left alone.
+      nat_weight: ``w``.
+      search_steps: halvings of the interval in which the boundary lies.
+
+    Returns:
+      The loss, and the moments of the passes boundary, nat.
+
+    Source: Ding et al. (ICLR 2020), algorithms 1 and 2, equation 12.
+    """
+    logits_fn, (images, labels, keys, _) = as_attacked(model, params, stats), batch
+    boundary, length = shortest_adversarial(
+        logits_fn, keys, images, labels, attack=attack, threat=threat, max_epsilon=1.05 * max_epsilon,
+        search_steps=search_steps,
+    )  # fmt: skip
+    right = jnp.argmax(logits_fn(images), axis=-1) == labels
+    length = jnp.where(right, length, 0.0)
+    shown = jnp.where(right.reshape(-1, *(1 for _ in images.shape[1:])), boundary, images)
+    near, moments_near = model.train(params, stats, shown)
+    nat, moments_nat = model.train(params, stats, batch.images)
+    near_loss = jnp.where(length < max_epsilon, loss(near, labels), 0.0).mean()
+    value = nat_weight * loss(nat, labels).mean() + (1 - nat_weight) * near_loss
+    metrics = {"nat_accuracy": accuracy(nat, labels), "margin": length.mean()}
+    return value, Outcome((moments_near, moments_nat), metrics)
+
+
+OBJECTIVES: dict[str, Callable[..., tuple[chex.Array, Outcome]]] = {
+    "plain": plain,
+    "pgd_at": pgd_at,
+    "regularised": regularised,
+    "trades": trades,
+    "mart": mart,
+    "avmixup": avmixup,
+    "mma": mma,
+}

@@ -1,13 +1,17 @@
 """What training carries from step to step, and how a step changes it: state, schedules, optimiser."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import chex
 import flax.struct
+import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from robal_jax.errors import InputError
 
 
 @flax.struct.dataclass
@@ -87,7 +91,12 @@ def per_step(rates: np.ndarray, steps_per_epoch: int) -> optax.Schedule:
 
 
 def sgd(
-    schedule: optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 2e-4, clip_norm: float = 0.0
+    schedule: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 2e-4,
+    clip_norm: float = 0.0,
+    trainable: str = "",
 ) -> optax.GradientTransformation:
     """SGD with momentum and with weight decay on every parameter, in PyTorch's order.
 
@@ -98,17 +107,40 @@ def sgd(
       momentum: of ``v``.
       weight_decay: on batch norm and biases too, as in the released code.
       clip_norm: largest global norm of the loss's gradient, before weight decay; 0 does not clip.
+      trainable: a regular expression that the names of the trained parameters (``classifier/weight``) begin
+        with; the others stay as they are. '' trains all.
 
     Returns:
       The optimiser.
     """
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return optax.chain(
+    update = optax.chain(
         *clip,
         optax.add_decayed_weights(weight_decay),
         optax.trace(decay=momentum),
         optax.scale_by_learning_rate(schedule),
     )
+    if not trainable:
+        return update
+    parts = {True: update, False: optax.set_to_zero()}
+    return optax.partition(parts, functools.partial(_begins_with, trainable))
+
+
+def _begins_with(pattern: str, params: chex.ArrayTree) -> chex.ArrayTree:
+    """Whether each parameter's name begins with the pattern."""
+    names = flax.traverse_util.flatten_dict(params, sep="/")
+    try:
+        chosen = {name: bool(re.match(pattern, name)) for name in names}
+    except re.error as error:
+        raise InputError(
+            f"config.optimizer.trainable {pattern!r} is no regular expression: {error}"
+        ) from error
+    if not any(chosen.values()):
+        raise InputError(
+            f"config.optimizer.trainable {pattern!r} is the beginning of no parameter's name; "
+            f"there are {', '.join(names)}"
+        )
+    return flax.traverse_util.unflatten_dict(chosen, sep="/")
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd}

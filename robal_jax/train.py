@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from ml_collections import ConfigDict
 
@@ -28,7 +29,7 @@ from robal_jax import build, checkpoints, logs, parallel
 from robal_jax.data import epoch_order, random_crop_flip, to_float
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.models import Model, update_statistics
-from robal_jax.objectives import Objective
+from robal_jax.objectives import Batch, Objective
 from robal_jax.state import TrainState
 
 
@@ -51,9 +52,7 @@ def example_keys(key: chex.PRNGKey, step: chex.Numeric, positions: chex.Array) -
 
 def train_step(
     state: TrainState,
-    images: chex.Array,
-    labels: chex.Array,
-    keys: chex.PRNGKey,
+    batch: Batch,
     *,
     model: Model,
     objective: Objective,
@@ -64,9 +63,7 @@ def train_step(
 
     Args:
       state: before it.
-      images: ``[B, H, W, C]`` in [0, 1]; this device's part of the batch.
-      labels: ``[B]``.
-      keys: ``[B]``, for the objective.
+      batch: what it sees; this device's part.
       model: the network.
       objective: what is minimised.
       optimizer: how.
@@ -77,7 +74,7 @@ def train_step(
     """
 
     def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Any]:
-        return objective(model, params, state.stats, images, labels, keys)
+        return objective(model, params, state.stats, batch)
 
     (loss, outcome), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     metrics = {"loss": loss, **outcome.metrics}
@@ -109,6 +106,7 @@ def train_chunk(
     positions: chex.Array,
     *,
     step_fn: Callable[..., tuple[TrainState, dict[str, chex.Array]]],
+    steps_per_epoch: int,
     pixel_max: int,
     crop_flip: bool,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
@@ -121,7 +119,8 @@ def train_chunk(
       count: how many of the ``T`` steps to make; not static, so one compilation serves any number.
       key: of the run.
       positions: ``[B]``, positions of these images in the whole batch.
-      step_fn: ``(state, images, labels, keys) -> (state, metrics)``.
+      step_fn: ``(state, batch) -> (state, metrics)``.
+      steps_per_epoch: to count the epochs.
       pixel_max: pixel value that stands for 1.
       crop_flip: whether to augment.
 
@@ -134,7 +133,8 @@ def train_chunk(
         images, labels = data.images[ids[i]], data.labels[ids[i]]
         if crop_flip:
             images = random_crop_flip(keys[:, 0], images)
-        return step_fn(state, to_float(images, pixel_max), labels, keys[:, 1])
+        epoch = state.step // steps_per_epoch + 1
+        return step_fn(state, Batch(to_float(images, pixel_max), labels, keys[:, 1], epoch))
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, state, sums, _ = carry
@@ -157,6 +157,30 @@ def initial_state(job: build.Training) -> TrainState:
     return TrainState(jnp.int32(0), params, stats, job.optimizer.init(params))
 
 
+def fine_tuned_state(job: build.Training, say: Callable[[str], None]) -> TrainState:
+    """:func:`initial_state` with the weights and statistics of the run or checkpoint ``job.start_from``.
+
+    What the checkpoint lacks (a scale that the new head learns) keeps its initial value.
+
+    Raises:
+      InputError: there is no such checkpoint, or it has arrays that the model has no place for.
+    """
+    path, arrays, sha256 = checkpoints.read_latest(pathlib.Path(job.start_from))
+    state = jax.jit(partial(initial_state, job))()
+    ours = flatten_dict({"params": state.params, "stats": state.stats}, sep="/")
+    theirs = flatten_dict({"params": arrays["params"], "stats": arrays.get("stats", {})}, sep="/")
+    for name, array in theirs.items():
+        if name not in ours or ours[name].shape != array.shape:
+            raise InputError(
+                f"config.train.start_from: checkpoint {path} has {name} {array.shape}, which does not fit "
+                "the model; it must be of the same backbone and of a head with parameters of the same names"
+            )
+    kept = sorted(set(ours) - set(theirs))
+    say(f"starting from {path} sha256 {sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))
+    merged = unflatten_dict({**ours, **theirs}, sep="/")
+    return state.replace(params=merged["params"], stats=merged.get("stats", {}))
+
+
 def compiled_chunk(job: build.Training) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
     """:func:`train_chunk` over all devices of this process, compiled once."""
     step_fn = partial(
@@ -166,7 +190,13 @@ def compiled_chunk(job: build.Training) -> Callable[..., tuple[TrainState, dict[
         optimizer=job.optimizer,
         axis_name=job.axis_name,
     )
-    chunk = partial(train_chunk, step_fn=step_fn, pixel_max=job.data.pixel_max, crop_flip=job.crop_flip)
+    chunk = partial(
+        train_chunk,
+        step_fn=step_fn,
+        steps_per_epoch=job.steps_per_epoch,
+        pixel_max=job.data.pixel_max,
+        crop_flip=job.crop_flip,
+    )
     return parallel.LAYOUTS[job.layout](chunk, jax.local_devices())
 
 
@@ -256,18 +286,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
       DivergedError: a loss or gradient was not finite; the last good checkpoint is kept.
     """
     with logs.stop_signals() as stop:
-        job = build.training(config)
+        job, folder = build.training(config), workdir / "checkpoints"
+        like = jax.eval_shape(partial(initial_state, job))
+        # Made before anything is written: weights to start from may be missing.
+        first = fine_tuned_state(job, say) if job.start_from and not checkpoints.steps(folder) else None
         prepare_workdir(config, job, workdir)
-        found = checkpoints.restore_latest(
-            workdir / "checkpoints",
-            jax.eval_shape(partial(initial_state, job)),
-            on_damage=partial(_set_aside, workdir, say),
-        )
+        found = checkpoints.restore_latest(folder, like, on_damage=partial(_set_aside, workdir, say))
         if found is not None:
             state, *_ = found
             say(f"going on from step {int(state.step)} of {job.total_steps} ({found[1]})")
         else:
-            state = jax.jit(partial(initial_state, job))()
+            state = first or jax.jit(partial(initial_state, job))()
         path, sha256 = _run(job, workdir, state, found and found[1:], stop)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command goes on from there")

@@ -11,19 +11,27 @@ import pytest
 from robal_jax import attacks, losses
 
 EPSILON = 0.1
-THREAT = attacks.ThreatModel(EPSILON)
-# x + e is rounded once to float32 (half an ulp of a number below 2: 2^-24), e itself by far less.
-ROUNDING = 2.0**-23
 SHAPE = (4, 4, 2)
 SIZE = 32
+THREATS = {"linf": attacks.ThreatModel(EPSILON), "l2": attacks.ThreatModel(EPSILON, "l2")}
+THREAT = THREATS["linf"]
+each_norm = pytest.mark.parametrize("norm", THREATS)
+# x + e is rounded once to float32 (half an ulp of a number below 2: 2^-24), e itself by far less. A vector of
+# 32 such roundings is at most sqrt(32), 6, times as long.
+ROUNDING = 2.0**-23
+ROUNDINGS = {"linf": ROUNDING, "l2": 6 * ROUNDING}
 
 # Ten steps of a quarter of the radius cross the whole ball, from wherever the attack starts.
 STEPS = {"steps": 10, "step_size": EPSILON / 4}
 ATTACKS = {
-    "fgsm": partial(attacks.pgd, steps=1, step_size=EPSILON, start=attacks.clean_start),
-    **{f"pgd_{name}": partial(attacks.pgd, **STEPS, start=start) for name, start in attacks.STARTS.items()},
-    "mim": partial(attacks.pgd, **STEPS, momentum=1.0),
-    "cw": partial(attacks.pgd, **STEPS, loss=attacks.negative_margin),
+    "linf fgsm": partial(attacks.pgd, steps=1, step_size=EPSILON, start=attacks.clean_start),
+    **{
+        f"linf pgd {name}": partial(attacks.pgd, **STEPS, start=start)
+        for name, start in attacks.STARTS.items()
+    },
+    "linf mim": partial(attacks.pgd, **STEPS, momentum=1.0),
+    "linf cw": partial(attacks.pgd, **STEPS, loss=attacks.negative_margin),
+    "l2 pgd uniform": partial(attacks.pgd, **STEPS),
 }
 each_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -47,8 +55,13 @@ def batch(count=6, seed=0):
 @functools.cache
 def attacked(name):
     """An attack of two classes, compiled, and what it makes of the batch."""
-    attack = jax.jit(partial(ATTACKS[name], linear_model()[0], threat=THREAT))
+    attack = jax.jit(partial(ATTACKS[name], linear_model()[0], threat=THREATS[name.split()[0]]))
     return attack, attack(*batch())
+
+
+def distances(norm, found, images):
+    delta = (np.float64(found) - np.float64(images)).reshape(len(images), -1)
+    return np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
 
 
 # ---------------------------------------------------------------- what holds for all
@@ -59,29 +72,32 @@ def test_invariants(name):
     logits_fn, _ = linear_model()
     keys, images, labels = batch()
     attack, found = attacked(name)
+    norm = name.split()[0]
+    threat, rounding = THREATS[norm], ROUNDINGS[norm]
 
     assert found.shape == images.shape
     assert found.dtype == images.dtype == jnp.float32
-    distance = np.abs(np.float64(found) - np.float64(images))
-    assert distance.max() <= EPSILON + ROUNDING
-    assert distance.max() >= EPSILON - ROUNDING  # the ball is used to its edge
+    distance = distances(norm, found, images)
+    assert distance.max() <= EPSILON + rounding
+    assert distance.max() >= EPSILON - rounding  # the ball is used to its edge
     assert found.min() >= 0
     assert found.max() <= 1
-    np.testing.assert_allclose(THREAT.distance(found, images), distance.max((1, 2, 3)), atol=ROUNDING)
+    np.testing.assert_allclose(threat.distance(found, images), distance, atol=rounding)
     before = losses.cross_entropy(logits_fn(images), labels)
     after = losses.cross_entropy(logits_fn(found), labels)
     assert (after > before).all()
 
     np.testing.assert_array_equal(attack(keys, images, labels), found, "not deterministic")
-    eager = ATTACKS[name](logits_fn, keys, images, labels, threat=THREAT)
-    np.testing.assert_array_equal(eager, found, "jit changes the result")
+    eager = ATTACKS[name](logits_fn, keys, images, labels, threat=threat)
+    # Signs hide the order of sums, lengths do not.
+    np.testing.assert_allclose(eager, found, atol=0 if norm == "linf" else rounding, rtol=0)
     halves = [attack(keys[part], images[part], labels[part]) for part in (slice(0, 3), slice(3, 6))]
     np.testing.assert_array_equal(np.concatenate(halves), found, "the batch around an image matters")
     gradient = jax.jit(jax.grad(lambda x: attack(keys, x, labels).sum()))(images)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(images), "a gradient flows back")
 
 
-@each_attack
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name.startswith("linf")])
 def test_linear_model_is_attacked_to_the_corner(name):
     _, weight = linear_model()
     _, images, labels = batch()
@@ -92,10 +108,26 @@ def test_linear_model_is_attacked_to_the_corner(name):
     np.testing.assert_array_equal(found, corner)
 
 
-@pytest.mark.parametrize("name", ["uniform", "one_sided", "gaussian"])
-def test_random_starts_depend_on_the_key_alone(name):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_linear_model_is_attacked_along_its_weights_in_l2(steps):
+    logits_fn, weight = linear_model()
+    keys, images, labels = batch()
+    images = 0.25 + 0.5 * images  # no pixel meets a bound
+    found = attacks.pgd(
+        logits_fn, keys, images, labels,
+        threat=THREATS["l2"], steps=steps, step_size=EPSILON, start=attacks.clean_start,
+    )  # fmt: skip
+    towards = weight[:, 1 - np.asarray(labels)] - weight[:, np.asarray(labels)]
+    unit = (towards / np.linalg.norm(towards, axis=0)).T.reshape(images.shape)
+    np.testing.assert_allclose(found, images + EPSILON * unit, atol=4 * ROUNDING)  # of each step
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("uniform", "linf"), ("uniform", "l2"), ("one_sided", "linf"), ("gaussian", "linf")]
+)
+def test_random_starts_depend_on_the_key_alone(name, norm):
     keys, images, _ = batch()
-    start = jax.jit(partial(attacks.starting_points, attacks.STARTS[name], threat=THREAT))
+    start = jax.jit(partial(attacks.starting_points, attacks.STARTS[name], threat=THREATS[norm]))
     noise = np.asarray(start(keys, images) - images)
     assert len({row.tobytes() for row in noise}) == len(noise), "images share their noise"
     np.testing.assert_array_equal(start(keys[::-1], images[::-1])[::-1] - images, noise)
@@ -119,11 +151,24 @@ def test_ranges_of_the_starts():
     assert noise["gaussian"].std() == pytest.approx(0.001, rel=0.05)
 
 
+def test_uniform_start_fills_the_l2_ball():
+    keys, images = jax.random.split(jax.random.key(1), 400), jnp.zeros((400, *SHAPE))
+    start = jax.jit(partial(attacks.starting_points, attacks.uniform_start, threat=THREATS["l2"]))
+    noise = np.float64(start(keys, images)).reshape(400, SIZE)
+    volume = (np.linalg.norm(noise, axis=1) / EPSILON) ** SIZE  # of the ball inside of the point
+    assert volume.max() <= 1 + SIZE * ROUNDINGS["l2"] / EPSILON
+    deviation = 4 / np.sqrt(400)  # four standard errors of the mean, per standard deviation of one draw
+    assert abs(volume.mean() - 1 / 2) < deviation / np.sqrt(12)
+    assert abs((volume**2).mean() - 1 / 3) < deviation * np.sqrt(4 / 45)
+    assert np.abs(noise.mean(0)).max() < deviation * EPSILON / np.sqrt(SIZE)
+
+
 # ---------------------------------------------------------------- against a loop in NumPy
 
 
-def numpy_pgd(start, images, labels, weight, steps, step_size, momentum, bounds):
+def numpy_pgd(start, images, labels, weight, steps, step_size, momentum, norm, bounds):
     """PGD and MIM on the cross entropy of a linear model, in float64."""
+    images = np.float64(images)
     x, direction = np.float64(start), np.zeros_like(np.float64(start))
     for _ in range(steps):
         logits = x.reshape(len(x), -1) @ np.float64(weight)
@@ -133,32 +178,42 @@ def numpy_pgd(start, images, labels, weight, steps, step_size, momentum, bounds)
         gradient = (p @ np.float64(weight).T).reshape(x.shape)
         size = np.abs(gradient).mean((1, 2, 3), keepdims=True)
         direction = momentum * direction + gradient / size
-        x = x + step_size * np.sign(direction if momentum else gradient)
-        x = np.clip(np.clip(x, images - EPSILON, images + EPSILON), *bounds)
+        ascent = direction if momentum else gradient
+        if norm == "linf":
+            x = np.clip(x + step_size * np.sign(ascent), images - EPSILON, images + EPSILON)
+            x = np.clip(x, *bounds)
+        else:
+            length = np.linalg.norm(ascent.reshape(len(x), -1), axis=1).reshape(-1, 1, 1, 1)
+            delta = np.clip(x + step_size * ascent / length, *bounds) - images
+            length = np.linalg.norm(delta.reshape(len(x), -1), axis=1).reshape(-1, 1, 1, 1)
+            x = images + delta * np.minimum(1, EPSILON / length)
     return x
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.2, 0.7)])
-def test_against_numpy(momentum, bounds):
+@pytest.mark.parametrize(
+    ("norm", "momentum"), [("linf", 0.0), ("linf", 0.5), ("linf", 1.0), ("l2", 0.0), ("l2", 1.0)]
+)
+def test_against_numpy(norm, momentum, bounds):
     # Weights of both signs in every class: the gradient changes its direction on the way.
     weight = np.random.RandomState(3).randn(SIZE, 4).astype(np.float32)
     _, images, labels = batch()
     images = jnp.clip(images, *bounds)
     start = images + 0.05 * np.sign(np.random.RandomState(4).randn(*images.shape)).astype(np.float32)
     settings = {"steps": 7, "step_size": 0.021, "momentum": momentum}
-    expected = numpy_pgd(start, np.asarray(images), np.asarray(labels), weight, **settings, bounds=bounds)
+    limits = {"norm": norm, "bounds": bounds}
+    expected = numpy_pgd(start, np.asarray(images), np.asarray(labels), weight, **settings, **limits)
     found = attacks.pgd_path(
         lambda x: x.reshape(len(x), -1) @ jnp.asarray(weight),
         start,
         images,
         labels,
-        threat=attacks.ThreatModel(EPSILON, *bounds),
+        threat=attacks.ThreatModel(EPSILON, norm, *bounds),
         **{**settings, "steps": (7,)},
     )[0]
     np.testing.assert_allclose(found, expected, atol=1e-6)  # 7 additions in float32
     assert np.abs(found - images).max() > 0.02  # and not all at the edge of the ball
-    assert (np.abs(found - images) < EPSILON - 0.001).any()
+    assert norm == "l2" or (np.abs(found - images) < EPSILON - 0.001).any()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
@@ -202,11 +257,68 @@ def test_radius_must_be_positive(epsilon):
         attacks.ThreatModel(epsilon)
 
 
+def test_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="norm must be one of linf, l2, not 'l1'"):
+        attacks.ThreatModel(0.1, "l1")
+
+
 def test_project():
-    threat = attacks.ThreatModel(0.25, 0.0, 1.0)
+    threat = attacks.ThreatModel(0.25)
     images = jnp.array([0.5, 0.5, 0.5, 0.0, 1.0, 0.125])
     candidates = jnp.array([0.5, 2.0, -2.0, -0.1, 1.1, 0.0])
     np.testing.assert_array_equal(threat.project(candidates, images), [0.5, 0.75, 0.25, 0.0, 1.0, 0.0])
+
+
+L2_PROJECTIONS = [  # image, candidate, projection into the ball of radius 1/4
+    ([0.5, 0.5], [0.8, 0.9], [0.65, 0.7]),
+    ([0.5, 0.5], [0.35, 0.3], [0.35, 0.3]),  # on the sphere
+    ([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]),
+    ([1.0, 0.5], [9.0, 0.6], [1.0, 0.6]),  # the bounds bring it into the ball
+    ([1.0, 0.5], [9.0, 1.5], [1.0, 0.75]),
+]
+
+
+@pytest.mark.parametrize(("image", "candidate", "expected"), L2_PROJECTIONS)
+def test_project_in_l2(image, candidate, expected):
+    image, candidate = (jnp.array(x).reshape(1, 2, 1, 1) for x in (image, candidate))
+    found = attacks.ThreatModel(0.25, "l2").project(candidate, image)
+    np.testing.assert_allclose(found.reshape(-1), expected, atol=ROUNDING)
+
+
+@each_norm
+def test_projections_are_allowed_and_allowed_images_stay(norm):
+    rng, threat = np.random.RandomState(0), THREATS[norm]
+    _, images, _ = batch(60)
+    size = 10.0 ** rng.uniform(-4, 1, (60, 1, 1, 1))  # from far inside to far outside
+    candidates = jnp.asarray(images + size * rng.randn(*images.shape), jnp.float32)
+    found = threat.project(candidates, images)
+    rounding = ROUNDINGS[norm]
+    distance = distances(norm, found, images)
+    assert distance.max() <= EPSILON + rounding
+    assert (distance < EPSILON / 2).any()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    np.testing.assert_allclose(threat.project(found, images), found, atol=rounding)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-21, 1e-30, 1e25])
+@each_norm
+def test_ascent_direction_has_length_1_whatever_the_gradient_s(norm, scale):
+    gradient = np.random.RandomState(0).randn(3, *SHAPE).astype(np.float32) * np.float32(scale)
+    gradient[1] = 0.0
+    found = THREATS[norm].ascent_direction(jnp.asarray(gradient))
+    np.testing.assert_allclose(distances(norm, found, np.zeros_like(found)), [1, 0, 1], atol=ROUNDINGS[norm])
+    flat = np.float64(gradient).reshape(3, -1) / scale
+    dual = np.abs(flat).sum(1) if norm == "linf" else np.linalg.norm(flat, axis=1)
+    ascent = (np.float64(found).reshape(3, -1) * flat).sum(1)  # the most that a step of length 1 can gain
+    np.testing.assert_allclose(ascent, dual, rtol=1e-5)
+
+
+def test_distance():
+    images = np.zeros((2, 2, 1, 1), np.float32)
+    candidates = np.array([[3.0, -4.0], [0.0, 0.5]], np.float32).reshape(images.shape)
+    for norm, expected in (("linf", [4.0, 0.5]), ("l2", [5.0, 0.5])):
+        np.testing.assert_array_equal(THREATS[norm].distance(candidates, images), expected)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 50.0])
@@ -231,3 +343,74 @@ def test_negative_margin_has_a_gradient_where_cross_entropy_has_none():
     ]
     np.testing.assert_array_equal(gradients[0], [[0, 0, 0]])
     np.testing.assert_array_equal(gradients[1], [[-1, 1, 0]])
+
+
+# ---------------------------------------------------------------- shortest_adversarial
+
+
+LENGTH, MAX_LENGTH = 0.1, 0.3  # of the attack, and of the search
+# Distances to the boundary: misclassified; within the attack's length; beyond it; beyond the search.
+TRUE_LENGTHS = np.array([-0.05, 0.003, 0.07, 0.11, 0.29, 0.31, 0.45])
+
+
+def at_known_distances(norm):
+    """A linear model, and images whose steepest way to its boundary meets no bound of the pixels."""
+    _, weight = linear_model()
+    labels = np.arange(len(TRUE_LENGTHS)) % 2
+    towards = (weight[:, 1 - labels] - weight[:, labels]).T
+    # The best step of length 1 is the sign or the unit vector.
+    step = np.sign(towards) if norm == "linf" else towards / np.linalg.norm(towards, axis=1, keepdims=True)
+    images = (0.5 - TRUE_LENGTHS[:, None] * step).reshape(-1, *SHAPE)
+    assert 0.01 < images.min() < images.max() < 0.99
+    logits_fn = lambda x: (x.reshape(len(x), -1) - 0.5) @ weight  # noqa: E731
+    return logits_fn, jnp.asarray(images, jnp.float32), jnp.asarray(labels), step.reshape(images.shape)
+
+
+@each_norm
+def test_shortest_adversarial_finds_the_boundary(norm):
+    logits_fn, images, labels, step = at_known_distances(norm)
+    threat, traces = attacks.ThreatModel(LENGTH, norm), []
+
+    @partial(jax.jit, static_argnames="search_steps")
+    def search(keys, images, labels, search_steps):
+        def counted(x):
+            traces.append(x)
+            return logits_fn(x)
+
+        attack = partial(attacks.pgd, threat=threat, steps=1, step_size=LENGTH, start=attacks.clean_start)
+        return attacks.shortest_adversarial(
+            counted, keys, images, labels,
+            attack=attack, threat=threat, max_epsilon=MAX_LENGTH, search_steps=search_steps,
+        )  # fmt: skip
+
+    keys = jax.random.split(jax.random.key(0), len(images))
+    made = []
+    for search_steps in (4, 14):
+        found, lengths = map(np.asarray, search(keys, images, labels, search_steps=search_steps))
+        rounding = 10 * ROUNDING  # of the image, of the attack's length, and of 32 products in a logit
+        interval = np.where(TRUE_LENGTHS < LENGTH, LENGTH, MAX_LENGTH - LENGTH) / 2**search_steps
+        expected = np.clip(TRUE_LENGTHS, 0, MAX_LENGTH)
+        assert (lengths >= expected - rounding).all()
+        assert (lengths <= expected + interval + rounding).all()
+        np.testing.assert_allclose(lengths[TRUE_LENGTHS > MAX_LENGTH], MAX_LENGTH, rtol=1e-6)
+        np.testing.assert_allclose(found, images + lengths.reshape(-1, 1, 1, 1) * step, atol=rounding)
+        fooled = np.asarray(logits_fn(found)).argmax(1) != labels
+        np.testing.assert_array_equal(fooled, TRUE_LENGTHS < MAX_LENGTH)
+        made.append(len(traces))
+    assert made[1] == 2 * made[0], "the search is unrolled"
+    search(keys, images[::-1], labels[::-1], search_steps=14)
+    assert search._cache_size() == 2
+    gradient = jax.grad(lambda x: sum(y.sum() for y in search(keys, x, labels, search_steps=14)))(images)
+    np.testing.assert_array_equal(gradient, jnp.zeros_like(images), "a gradient flows back")
+
+
+def test_shortest_adversarial_stays_in_bounds_and_finds_nothing_without_a_gradient():
+    keys, images, labels = batch()
+    constant = lambda x: jnp.eye(2)[labels]  # noqa: E731
+    search = partial(attacks.shortest_adversarial, threat=THREAT, max_epsilon=2.0)
+    for name in ("linf pgd clean", "linf pgd uniform"):
+        attack = partial(ATTACKS[name], threat=THREAT)
+        found, lengths = search(constant, keys, images, labels, attack=attack)
+        np.testing.assert_array_equal(lengths, 2.0)
+        assert found.min() >= 0
+        assert found.max() <= 1

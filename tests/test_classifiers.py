@@ -1,17 +1,23 @@
 """Heads against NumPy, their invariances and initialisation (robal_jax.classifiers)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import classifiers
+from robal_jax import classifiers, models
 
 B, D, K = 4, 64, 7
 RNG = np.random.RandomState(0)
 FEATURES = RNG.randn(B, D).astype(np.float32)
 WEIGHT = (0.1 * RNG.randn(K, D)).astype(np.float32)
 BIAS = RNG.randn(K).astype(np.float32)
+CLASS_SCALE = RNG.uniform(0.5, 2.0, K).astype(np.float32)
+DIRECTION = RNG.randn(D).astype(np.float32)
+ARRAYS = {"weight": WEIGHT, "bias": BIAS, "class_scale": CLASS_SCALE, "direction": DIRECTION}
+COUNTS = (64, 32, 16, 8, 4, 2, 1)
 
 
 def numpy_cosine(features, weight, scale, gamma, eta):
@@ -66,20 +72,86 @@ def test_a_feature_vector_without_direction_is_not_hidden():
     assert np.isnan(classifiers.cosine_logits(0 * FEATURES, WEIGHT)).all()
 
 
+def numpy_heads():
+    """Head, settings, expected logits of a training pass and of an evaluation (None: the same), float64."""
+    f, w, b, s, d = (np.float64(x) for x in (FEATURES, WEIGHT, BIAS, CLASS_SCALE, DIRECTION))
+    n = np.array(COUNTS)
+    units = np.stack([row / np.sqrt((row * row).sum()) for row in f])
+    norms = np.array([np.sqrt((row * row).sum()) for row in w])
+    freed = np.stack([u - 0.1 * (u @ d) / np.sqrt(d @ d) * d for u in units])
+    moving = {"scale": 16.0, "gamma": 1 / 32}
+    cosine = numpy_cosine(f, w, 16.0, 1 / 32, 1.0)
+    cdt, norm = {"class_counts": COUNTS, "tau": 0.5}, {"tau": 0.5, "temperature": 2.0}
+    return [
+        ("linear", {}, f @ w.T + b, None),
+        ("linear", {"bias": "none"}, f @ w.T, None),
+        ("linear", {"bias": "frozen"}, f @ w.T + b, None),
+        ("linear", {"bias": "prior", "class_counts": COUNTS}, f @ w.T + b, None),
+        ("class_temperature", cdt, (f @ w.T + b) / np.sqrt(64 / n), f @ w.T + b),
+        ("class_temperature", cdt | {"bias": "none"}, f @ w.T / np.sqrt(64 / n), f @ w.T),
+        ("class_temperature", cdt | {"posthoc": True}, (f @ w.T + b) / np.sqrt(n), None),
+        ("cosine", {"scale": 3.0, "gamma": 0.1, "eta": 0.5}, numpy_cosine(f, w, 3.0, 0.1, 0.5), None),
+        ("tau_norm", {}, f @ w.T / norms, None),
+        ("tau_norm", norm, f @ w.T / np.sqrt(norms) / 2, None),
+        ("tau_norm", norm | {"use_bias": True}, (f @ w.T / np.sqrt(norms) + b) / 2, None),
+        ("tau_norm", norm | {"learn_scale": True}, f @ w.T / np.sqrt(norms) / 2 * s, None),
+        ("tau_norm", {"tau": 0.0, "learn_scale": True, "use_bias": True}, f @ w.T * s + b, None),
+        ("tau_norm", {"unit_features": True}, units @ w.T / norms, None),
+        ("tde", moving, cosine, None),
+        ("tde", moving | {"alpha": 0.1}, cosine, 16.0 * freed @ w.T / (1 / 32 + norms)),
+    ]
+
+
+def with_arrays(head, arrays):
+    """The head's variables, from arrays by name."""
+    like = jax.eval_shape(lambda x: head.init(jax.random.key(0), x, False), FEATURES)
+    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[path[-1].key]), like)
+
+
 @pytest.mark.parametrize(
-    ("head", "shapes"),
-    [
-        (classifiers.LinearHead(K), {"weight": (K, D), "bias": (K,)}),
-        (classifiers.CosineHead(K), {"weight": (K, D)}),
-    ],
-    ids=["linear", "cosine"],
+    ("kind", "settings", "trained", "evaluated"),
+    [pytest.param(*row, id=f"{row[0]}-{'-'.join(row[1])}") for row in numpy_heads()],
 )
-def test_initialisation(head, shapes):
-    init = jax.jit(jax.vmap(lambda key: head.init(key, jnp.asarray(FEATURES))))
-    params = init(jax.random.split(jax.random.key(0), 200))["params"]
-    assert {name: value.shape[1:] for name, value in params.items()} == shapes
+def test_heads(kind, settings, trained, evaluated):
+    head = classifiers.HEADS[kind](K, **settings)
+    variables = with_arrays(head, ARRAYS)
+    for train, expected in (True, trained), (False, trained if evaluated is None else evaluated):
+        logits, left = head.apply(variables, jnp.asarray(FEATURES), train, mutable=["batch_stats"])
+        # float32 sums of 64 products: 64 * 2^-24 = 4e-6 of the largest logit.
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+        for name, value in left.get("batch_stats", {}).items():
+            if (name, train) != ("direction", True):
+                np.testing.assert_array_equal(value, ARRAYS[name])
+
+
+MATRIX, VECTOR = {"weight": (K, D)}, {"bias": (K,)}
+CONSTANTS = {"class_scale": 1.0, "direction": 0.0}
+INITIAL = [
+    # head, parameters, statistics
+    (classifiers.LinearHead(K), MATRIX | VECTOR, {}),
+    (classifiers.LinearHead(K, bias="none"), MATRIX, {}),
+    (classifiers.LinearHead(K, bias="frozen"), MATRIX, VECTOR),
+    (classifiers.TemperatureHead(K, COUNTS), MATRIX | VECTOR, {}),
+    (classifiers.CosineHead(K), MATRIX, {}),
+    (classifiers.TauNormHead(K), MATRIX | VECTOR, {}),
+    (classifiers.TauNormHead(K, learn_scale=True), MATRIX | VECTOR | {"class_scale": (K,)}, {}),
+    (classifiers.TDEHead(K), MATRIX, {"direction": (D,)}),
+]
+
+
+@pytest.mark.parametrize(("head", "params", "stats"), INITIAL)
+def test_initialisation(head, params, stats):
+    init = jax.jit(jax.vmap(lambda key: head.init(key, jnp.asarray(FEATURES), True)))
+    variables = init(jax.random.split(jax.random.key(0), 200))
+    found = {"batch_stats": {}} | variables
+    shapes = {kind: {name: value.shape[1:] for name, value in found[kind].items()} for kind in found}
+    assert shapes == {"params": params, "batch_stats": stats}
     bound = 1 / np.sqrt(D)
-    for value in params.values():  # 1,400 draws or more: U(-bound, bound)
+    for name, value in (found["params"] | found["batch_stats"]).items():
+        if name in CONSTANTS:
+            assert (value == CONSTANTS[name]).all()
+            continue
+        # 1,400 draws or more: U(-bound, bound)
         assert np.abs(value).max() <= bound
         assert value.max() > 0.98 * bound
         assert value.min() < -0.98 * bound
@@ -88,28 +160,98 @@ def test_initialisation(head, shapes):
         assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.06)
 
 
-def test_bias_is_not_a_column_of_the_weight():
-    params = classifiers.LinearHead(K).init(jax.random.key(0), jnp.asarray(FEATURES))["params"]
-    assert not any(np.array_equal(column, params["bias"]) for column in params["weight"].T)
+@pytest.mark.parametrize("bias", ["trained", "frozen"])
+def test_bias_is_not_a_column_of_the_weight(bias):
+    variables = classifiers.LinearHead(K, bias=bias).init(jax.random.key(0), jnp.asarray(FEATURES), False)
+    (drawn,) = (tree["bias"] for tree in variables.values() if "bias" in tree)
+    assert not any(np.array_equal(column, drawn) for column in variables["params"]["weight"].T)
 
 
-def test_heads_apply_the_functions():
-    key, features = jax.random.key(1), jnp.asarray(FEATURES)
-    linear = classifiers.HEADS["linear"](K)
-    params = linear.init(key, features)
-    np.testing.assert_array_equal(
-        linear.apply(params, features), classifiers.linear_logits(features, **params["params"])
-    )
-    cosine = classifiers.HEADS["cosine"](K, scale=3.0, gamma=0.1, eta=0.5)
-    params = cosine.init(key, features)
-    np.testing.assert_array_equal(
-        cosine.apply(params, features),
-        classifiers.cosine_logits(features, params["params"]["weight"], scale=3.0, gamma=0.1, eta=0.5),
-    )
+def test_prior_bias_gives_the_frequencies():
+    head = classifiers.LinearHead(K, COUNTS, bias="prior")
+    params = head.init(jax.random.key(0), jnp.asarray(FEATURES), False)["params"]
+    np.testing.assert_allclose(jax.nn.sigmoid(params["bias"]), np.array(COUNTS) / sum(COUNTS), rtol=1e-5)
+
+
+def test_frozen_bias_stays():
+    model = models.functional(classifiers.LinearHead(K, bias="frozen"))
+    params, stats = model.init(jax.random.key(0), jnp.asarray(FEATURES))
+
+    def loss(params):
+        logits, moments = model.train(params, stats, FEATURES)
+        return (logits**2).sum(), moments
+
+    gradients, moments = jax.grad(loss, has_aux=True)(params)
+    assert list(gradients) == ["weight"]
+    after = models.update_statistics(stats, (moments,) * 4)
+    np.testing.assert_array_equal(after["bias"], stats["bias"])
+
+
+@pytest.mark.parametrize("head", [classifiers.LinearHead, classifiers.TemperatureHead])
+def test_a_bias_that_there_is_not(head):
+    with pytest.raises(ValueError, match="'zero'; it must be one of trained, prior, frozen, none"):
+        head(K, bias="zero")
+
+
+def test_no_gradient_flows_through_the_norm_of_tau_norm():
+    cotangent = RNG.randn(B, K)
+    found = jax.grad(
+        lambda w: (classifiers.tau_norm_logits(FEATURES, w, tau=0.5, temperature=2.0) * cotangent).sum()
+    )(WEIGHT)
+    norms = np.linalg.norm(np.float64(WEIGHT), axis=-1, keepdims=True)
+    # float32 sums of B products
+    np.testing.assert_allclose(found, cotangent.T @ FEATURES / np.sqrt(norms) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_tde_without_a_direction_is_the_cosine():
+    def tde(features, weight):
+        direction = jnp.zeros(D)
+        return classifiers.tde_logits(features, weight, direction, scale=16.0, gamma=0.1, alpha=0.1)
+
+    expected, pullback = jax.vjp(partial(classifiers.cosine_logits, scale=16.0, gamma=0.1), FEATURES, WEIGHT)
+    found, pullback_2 = jax.vjp(tde, FEATURES, WEIGHT)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    for gradient, expected in zip(pullback_2(found), pullback(found), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_direction_of_tde_is_a_sum_that_forgets():
+    model = models.functional(classifiers.TDEHead(K))
+    params, stats = model.init(jax.random.key(0), jnp.asarray(FEATURES))
+    expected = np.zeros(D)
+    for features in FEATURES, 3 * FEATURES[:2] + 1:
+        _, moments = model.train(params, stats, jnp.asarray(features))
+        stats = models.update_statistics(stats, (moments,))
+        norms = np.linalg.norm(np.float64(features), axis=-1, keepdims=True)
+        expected = 0.9 * expected + np.mean(features / norms, axis=0)
+    np.testing.assert_allclose(stats["direction"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_stand_in_for_a_trained_one():
+    """A checkpoint of the linear head, evaluated by others, and one of the cosine head by TDE."""
+    features = jnp.asarray(FEATURES)
+    linear = classifiers.LinearHead(K)
+    variables = linear.init(jax.random.key(1), features, False)
+    trained = linear.apply(variables, features, False)
+    stand_ins = [
+        (classifiers.TauNormHead(K, tau=0.0, use_bias=True), trained),
+        (classifiers.TauNormHead(K), classifiers.tau_norm_logits(features, variables["params"]["weight"])),
+        (classifiers.TemperatureHead(K, COUNTS), trained),
+        (classifiers.TemperatureHead(K, COUNTS, tau=0.5, posthoc=True), trained / np.sqrt(COUNTS)[None, :]),
+    ]
+    for head, expected in stand_ins:
+        np.testing.assert_allclose(head.apply(variables, features, False), expected, rtol=1e-6, atol=1e-6)
+
+    cosine = classifiers.CosineHead(K, scale=16.0, gamma=1 / 32)
+    variables = cosine.init(jax.random.key(1), features, False)
+    tde = classifiers.TDEHead(K, alpha=0.1)
+    stats = tde.init(jax.random.key(0), features, False)["batch_stats"]
+    found = tde.apply(variables | {"batch_stats": stats}, features, False)
+    np.testing.assert_allclose(found, cosine.apply(variables, features, False), rtol=1e-6, atol=1e-6)
 
 
 def test_adjust_for_prior():
-    counts = np.array([64, 32, 16, 8, 4, 2, 1])
+    counts = np.array(COUNTS)
     logits = RNG.randn(B, K).astype(np.float32)
     expected = logits - 1.5 * np.log(counts / counts.sum())
     np.testing.assert_allclose(

@@ -74,7 +74,7 @@ def test_help(capsys):
     ("spec", "message"),
     [
         ("configs/robal_m.py:digits_lt", "no config file configs/robal_m.py; nearest there: robal_"),
-        ("configs/xyz:digits_lt", "no config file configs/xyz; in configs: at.py, base.py"),
+        ("configs/xyz:digits_lt", "no config file configs/xyz; in configs: alp.py, at.py, avmixup.py"),
         ("nowhere/at.py", "no config file nowhere/at.py; in nowhere: nothing"),
         ("configs/at.py:imagenet", "unknown data set 'imagenet'; known: digits_lt, cifar10_lt, cifar100_lt"),
         ("configs/robal_n.py:imagenet", "unknown data set 'imagenet'; known: digits_lt"),
@@ -150,13 +150,20 @@ def test_an_override_changes_its_own_field(key):
         ("data.head=105", "lower head or test_per_class"),
         ("data.name=mnist", "unknown data set 'mnist'; known: digits_lt, cifar10_lt, cifar100_lt"),
         ("model.name=vit", "unknown model 'vit'; known: wide_resnet, resnet18, small_cnn"),
-        ("head.name=mlp", "unknown head 'mlp'; known: linear, cosine"),
-        ("loss.name=focal", "unknown loss 'focal'; known: cross_entropy, robal"),
-        ("objective.name=trades", "unknown objective 'trades'; known: pgd_at, robal"),
+        ("head.name=mlp", "unknown head 'mlp'; known: linear, cosine, class_temperature, tau_norm, tde"),
+        ("loss.name=hinge", "unknown loss 'hinge'; known: cross_entropy, "),
+        ("objective.name=trade", "unknown objective 'trade'; known: plain, pgd_at, regularised, trades"),
         ("schedule.name=cosine", "unknown schedule 'cosine'; known: paper, released"),
         ("loss.name=nowhere:f", "cannot import the loss 'nowhere:f'"),
-        ("loss.name=robal_jax.losses:focal", "cannot import the loss 'robal_jax.losses:focal'"),
+        ("loss.name=robal_jax.losses:hinge", "cannot import the loss 'robal_jax.losses:hinge'"),
         ("objective.batch_norm_order=both", "batch_norm_order"),
+        ("objective.regulariser=l1", "'l1'; it must be one of kl, alp, alp_logits, norm"),
+        ("threat.norm=l1", "'l1'; it must be one of linf, l2"),
+        ("train.start_from=nowhere", "no run or checkpoint nowhere; train it first"),
+        (
+            "optimizer.trainable=head",
+            "'head' is the beginning of no parameter's name; there are .*classifier/",
+        ),
     ],
 )
 def test_values(tmp_path, override, message):
@@ -173,7 +180,7 @@ def keyword(section, name, value):
     [
         ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; it takes: num_classes, scale"),
         ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; it takes: cosines, labels"),
-        ("objective", "beta", 1.0, "objective 'robal' takes no 'beta'; it takes: "),
+        ("objective", "beta", 1.0, "objective 'regularised' takes no 'beta'; it takes: "),
         ("model", "depth", 34, "model 'small_cnn' takes no 'depth'"),
         ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),
         ("schedule", "gamma", 1.0, "schedule 'paper' takes no 'gamma'"),

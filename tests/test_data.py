@@ -103,6 +103,15 @@ def test_indices_match_the_released_code(golden, name, profile, ratio, labels):
     assert np.array_equal(indices, numbers[f"indices/{labels}/{name}/{profile}/{ratio}"])
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("existing_ratio", [0.1, 0.5])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_counts_of_a_smaller_balanced_set_match_the_released_code(golden, name, existing_ratio):
+    n_max, num_classes = n_max_and_classes(name)
+    counts = data.long_tailed_counts(int(n_max * existing_ratio), num_classes, 1.0)
+    assert counts.tolist() == golden("longtail")[f"counts_small/{name}/{existing_ratio}"].tolist()
+
+
 # ---------------------------------------------------------------- sampling orders
 
 
@@ -145,6 +154,18 @@ def test_uniform_order_is_a_fixed_permutation():
     assert sorted(data.uniform_order(1000, 0, 0).tolist()) == list(range(1000))
 
 
+def test_mixed_order_draws_from_both_samplers_in_turn():
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(3), [41, 15, 4])).astype(np.int32)
+    order = data.epoch_order("mixed", labels, 1, 2)
+    assert order.dtype == np.int32
+    assert len(order) == 2 * 60
+    even, odd = order[::2], order[1::2]
+    assert sorted(even.tolist()) == list(range(60))
+    assert np.bincount(labels[odd]).tolist() == [20, 20, 20]  # 60 draws are 20 rounds of 3 classes
+    assert np.array_equal(even, data.epoch_order("uniform", labels, 1, 2))
+    assert np.array_equal(odd, data.epoch_order("class_aware", labels, 1, 2)[:60])
+
+
 @pytest.mark.parametrize("sampler", list(data.SAMPLERS))
 def test_epoch_order_depends_on_seed_and_epoch_only(sampler):
     labels = np.repeat(np.arange(3), [20, 10, 5]).astype(np.int32)
@@ -160,7 +181,7 @@ def test_epoch_order_depends_on_seed_and_epoch_only(sampler):
 
 
 def test_unknown_sampler_lists_the_known():
-    with pytest.raises(InputError, match="unknown sampler 'sqrt'; choose one of uniform, class_aware"):
+    with pytest.raises(InputError, match="unknown sampler 'sqrt'; choose one of uniform, class_aware, mixed"):
         data.epoch_order("sqrt", np.array([0, 1]), 0, 0)
 
 

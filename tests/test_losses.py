@@ -14,12 +14,12 @@ B, K = 6, 5
 COUNTS = np.array([100, 40, 16, 6, 2])
 
 
-def random_logits(seed, size=3.0):
-    return (size * np.random.RandomState(seed).randn(B, K)).astype(np.float32)
+def random_logits(seed, size=3.0, classes=K):
+    return (size * np.random.RandomState(seed).randn(B, classes)).astype(np.float32)
 
 
-def random_labels(seed):
-    return np.random.RandomState(seed).randint(0, K, B).astype(np.int32)
+def random_labels(seed, classes=K):
+    return np.random.RandomState(seed).randint(0, classes, B).astype(np.int32)
 
 
 # ---------------------------------------------------------------- the equations in float64
@@ -52,10 +52,137 @@ def numpy_margin_adjusted(cosines, labels, margins, biases, scale):
 def numpy_kl(logits, other):
     return np.array(
         [
-            np.sum(p * (np.log(p) - np.log(q + 1e-12)))
+            np.sum(p * (np.log(p) - np.log(q)))
             for p, q in zip(map(softmax, logits), map(softmax, other), strict=True)
         ]
     )
+
+
+def numpy_effective_number_weights(counts, beta):
+    weights = np.array([(1 - beta) / (1 - beta ** float(n)) for n in counts])
+    return weights / weights.mean()
+
+
+def numpy_ldam_margins(counts, max_margin, exponent, inverse=False):
+    margins = np.array([float(n) ** (exponent if inverse else -exponent) for n in counts])
+    return max_margin * margins / max(margins)
+
+
+def numpy_binary(row, y, gamma):
+    """Focal terms of one example, one per class."""
+    q = 1 / (1 + np.exp(-np.where(np.arange(len(row)) == y, 1, -1) * np.float64(row)))
+    return -((1 - q) ** gamma) * np.log(q)
+
+
+def numpy_smoothed(row, y, confidence):
+    target = np.full(len(row), (1 - confidence) / (len(row) - 1))
+    target[y] = confidence
+    return -np.sum(target * np.log(softmax(row)))
+
+
+def numpy_binary_softmax(row, y):
+    p = softmax(row)
+    return -np.log(np.where(np.arange(len(row)) == y, p, 1 - p))
+
+
+def numpy_focal_softmax(row, y, gamma):
+    p = softmax(row)[y]
+    return 0.5 * (1 - p) ** gamma * -np.log(p)
+
+
+def numpy_soft_margin(row, y):
+    return np.log(np.sum(np.exp(np.delete(np.float64(row), y)))) - row[y]
+
+
+def numpy_boosted(row, y):
+    p = softmax(row)
+    return -np.log(p[y]) - np.log(1 - max(np.delete(p, y)))
+
+
+def numpy_inverse_ldam(row, y, margins):
+    """As the released code writes it: the margin added to all wrong logits."""
+    return -np.log(softmax(np.float64(row) + margins[y] * (np.arange(len(row)) != y))[y])
+
+
+def each(one, **options):
+    """A loss of one example made one of a batch."""
+    return lambda logits, labels: np.array(
+        [np.mean(one(row, y, **options)) for row, y in zip(logits, labels, strict=True)]
+    )
+
+
+def cases(counts):
+    """By name: our loss with everything bound, and the same from its equation in NumPy."""
+    classes, column = len(counts), np.linspace(0.5, 2.0, len(counts))
+    bind = functools.partial(functools.partial, class_counts=counts)
+    balance = numpy_effective_number_weights(counts, 0.99)
+    margins = numpy_ldam_margins(counts, 0.5, 0.25)
+    inverse = numpy_ldam_margins(counts, 0.4, 0.5, inverse=True)
+    temperatures = np.array([(max(counts) / n) ** 0.3 for n in counts])
+    zeros = np.zeros(classes)
+    return {
+        "smoothed": (
+            functools.partial(losses.smoothed_cross_entropy, confidence=0.8),
+            each(numpy_smoothed, confidence=0.8),
+        ),
+        "binary": (losses.binary_cross_entropy, each(numpy_binary, gamma=0)),
+        "binary_cold": (
+            functools.partial(losses.binary_cross_entropy, temperature=2.0),
+            lambda z, y: 2 * each(numpy_binary, gamma=0)(z / 2, y),
+        ),
+        "binary_columns": (
+            functools.partial(losses.binary_cross_entropy, class_weights=column),
+            each(lambda row, y: column * numpy_binary(row, y, 0)),
+        ),
+        "focal": (losses.focal, lambda z, y: classes * each(numpy_binary, gamma=2)(z, y)),
+        "focal_columns": (
+            functools.partial(losses.focal, gamma=1.5, class_weights=column),
+            each(lambda row, y: classes * column * numpy_binary(row, y, 1.5)),
+        ),
+        "focal_softmax": (losses.focal_softmax, each(numpy_focal_softmax, gamma=2)),
+        "focal_softmax_weighted": (
+            functools.partial(losses.focal_softmax, class_weights=np.full(classes, 2.0)),
+            each(lambda row, y: 0.5 * (1 - softmax(row)[y] ** 2) ** 2 * -2 * np.log(softmax(row)[y])),
+        ),
+        "soft_margin": (losses.soft_logit_margin, each(numpy_soft_margin)),
+        "boosted": (losses.boosted_cross_entropy, each(numpy_boosted)),
+        "balanced_focal": (
+            bind(losses.class_balanced_focal, beta=0.99, gamma=1.0, alpha=0.5),
+            each(lambda row, y: 0.5 * balance[y] * classes * numpy_binary(row, y, 1)),
+        ),
+        "balanced_sigmoid": (
+            bind(losses.class_balanced_sigmoid, beta=0.99),
+            each(lambda row, y: balance[y] * numpy_binary(row, y, 0)),
+        ),
+        "balanced_softmax": (
+            bind(losses.class_balanced_softmax, beta=0.99, alpha=2.0, class_weights=column),
+            each(lambda row, y: 2 * balance[y] * column * numpy_binary_softmax(row, y)),
+        ),
+        "class_temperature": (
+            bind(losses.class_temperature, tau=0.3),
+            lambda z, y: numpy_cross_entropy(z / temperatures, y),
+        ),
+        "logit_adjustment": (
+            bind(losses.logit_adjustment, tau=1.2),
+            lambda z, y: numpy_cross_entropy(z + numpy_biases(counts, 1.2), y),
+        ),
+        "uniform_margin": (
+            functools.partial(losses.uniform_margin, margin=0.2, scale=4.0),
+            lambda z, y: numpy_margin_adjusted(z, y, zeros + 0.2, zeros, 4.0),
+        ),
+        "ldam": (
+            bind(losses.ldam, scale=4.0),
+            lambda z, y: numpy_margin_adjusted(z, y, margins, zeros, 4.0),
+        ),
+        "ldam_inverse": (
+            bind(losses.ldam, max_margin=0.4, exponent=0.5, inverse=True),
+            each(numpy_inverse_ldam, margins=inverse),
+        ),
+        "deferred": (
+            bind(losses.deferred, base=losses.focal_softmax, epoch=50, reweight=False, max_margin=0.5),
+            lambda z, y: each(numpy_focal_softmax, gamma=2)(z - margins * np.eye(classes)[y], y),
+        ),
+    }
 
 
 ROBAL = {"scale": 10.0, "margin": 0.1, "tau_m": 0.3, "tau_b": 1.5}
@@ -134,20 +261,170 @@ def test_kl_divergence(seed):
 
 def test_kl_divergence_of_equal_predictions_is_zero():
     logits = random_logits(0)
-    # log p and log(p + 1e-12) are two roundings of numbers up to about 15.
+    # Both logarithms are roundings of numbers up to about 15.
     np.testing.assert_allclose(losses.kl_divergence(logits, logits + 1.0), 0.0, atol=1e-5)
 
 
 def test_kl_divergence_is_finite_where_a_prediction_underflows():
     sure, other_sure = np.float32([[200.0, 0.0]]), np.float32([[0.0, 200.0]])
     value = losses.kl_divergence(sure, other_sure)
-    np.testing.assert_allclose(value, -np.log(1e-12), rtol=1e-5)
+    np.testing.assert_allclose(value, 200.0, rtol=1e-5)
     for argument in (0, 1):
         gradient = jax.grad(lambda *z: losses.kl_divergence(*z).sum(), argument)(sure, other_sure)
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("counts", [COUNTS, np.array([30, 3])], ids=["five_classes", "two_classes"])
+@pytest.mark.parametrize("name", cases(COUNTS))
+def test_equations(name, counts):
+    loss, expected = cases(counts)[name]
+    logits, labels = random_logits(0, classes=len(counts)), random_labels(0, len(counts))
+    np.testing.assert_allclose(loss(logits, labels), expected(logits, labels), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", *cases(COUNTS)])
+def test_finite_for_large_logits(name):
+    loss = losses.cross_entropy if name == "cross_entropy" else cases(COUNTS)[name][0]
+    logits = np.float32(1e3) * np.array([[1, -1, -1, 0, -1], [-1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], np.float32)
+    logits, labels = np.repeat(logits, K, axis=0), np.tile(np.arange(K), 3)  # each label with each row
+    value, gradient = jax.value_and_grad(lambda z: loss(z, labels).sum())(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "label", "expected"),
+    [
+        (losses.focal, 1, 2000.0),  # two binary problems, each solved wrongly by 1000
+        (losses.focal_softmax, 1, 1000.0),
+        (losses.soft_logit_margin, 0, -2000.0),
+        (losses.boosted_cross_entropy, 0, 0.0),
+        (losses.boosted_cross_entropy, 1, 4000.0),
+        (functools.partial(losses.class_balanced_softmax, class_counts=np.array([7, 7])), 1, 100.0),
+    ],
+)
+def test_values_of_large_logits(loss, label, expected):
+    value = loss(np.array([[1000.0, -1000.0]], np.float32), np.array([label]))
+    np.testing.assert_allclose(value, [expected], rtol=1e-6)
+
+
+def test_boosted_cross_entropy_tells_near_certainties_apart():
+    # 1 - p of the wrong class is exp(-20), less than float32 resolves next to 1.
+    value = losses.boosted_cross_entropy(np.array([[20.0, 0.0]], np.float32), np.array([1]))
+    np.testing.assert_allclose(value, [40.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.9999])
+def test_effective_number_weights(beta):
+    counts = np.array([5000, 700, 100])
+    found = losses.effective_number_weights(counts, beta=beta)
+    expected = numpy_effective_number_weights(counts, beta)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(found), 3, rtol=1e-6)
+
+
+def test_effective_number_weights_of_extreme_beta():
+    np.testing.assert_array_equal(losses.effective_number_weights(COUNTS, beta=0.0), np.ones(K))
+    found = losses.effective_number_weights(COUNTS, beta=1 - 1e-9)
+    np.testing.assert_allclose(found * COUNTS, K / np.sum(1 / COUNTS), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("inverse", "largest"), [(False, K - 1), (True, 0)])
+def test_ldam_margins(inverse, largest):
+    found = losses.ldam_margins(COUNTS, max_margin=0.4, exponent=0.5, inverse=inverse)
+    np.testing.assert_allclose(found, numpy_ldam_margins(COUNTS, 0.4, 0.5, inverse), rtol=1e-6)
+    assert float(found[largest]) == pytest.approx(0.4)
+    assert np.argmax(found) == largest
+
+
+def test_temperatures():
+    np.testing.assert_allclose(losses.temperatures(np.array([16, 4, 1]), tau=0.5), [1, 2, 4], rtol=1e-6)
+    np.testing.assert_array_equal(losses.temperatures(COUNTS, tau=0.0), np.ones(K))
+
+
+def test_smoothing_by_one_confidence_per_example():
+    logits, labels, confidence = (
+        random_logits(0),
+        random_labels(0),
+        np.linspace(0.1, 1.0, B, dtype=np.float32),
+    )
+    found = losses.smoothed_cross_entropy(logits, labels, confidence=confidence)
+    expected = [numpy_smoothed(*example) for example in zip(logits, labels, confidence, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+TAKES_WEIGHTS = {
+    "cross_entropy": losses.cross_entropy,
+    "uniform_margin": functools.partial(losses.uniform_margin, margin=0.2, scale=4.0),
+    "ldam": functools.partial(losses.ldam, class_counts=COUNTS),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_WEIGHTS)
+def test_mean_of_weighted_losses_is_the_weighted_mean(name):
+    loss, logits, labels = TAKES_WEIGHTS[name], random_logits(0), random_labels(0)
+    weights = np.linspace(0.2, 3.0, K)
+    weighted = loss(logits, labels, class_weights=weights)
+    plain = loss(logits, labels)
+    np.testing.assert_allclose(weighted.mean(), np.average(plain, weights=weights[labels]), rtol=1e-6)
+    np.testing.assert_allclose(weighted / plain, weights[labels] / weights[labels].mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss(logits, labels, class_weights=np.full(K, 2.0)), plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TAKES_WEIGHTS)
+def test_weighted_losses_of_a_batch_over_a_mapped_axis(name):
+    loss = functools.partial(TAKES_WEIGHTS[name], class_weights=np.linspace(0.2, 3.0, K))
+    logits, labels = jnp.asarray(random_logits(0)), jnp.arange(B) % K
+    spread = jax.vmap(functools.partial(loss, axis_name="devices"), axis_name="devices")
+    found = spread(logits.reshape(2, B // 2, K), labels.reshape(2, B // 2)).reshape(B)
+    np.testing.assert_allclose(found, loss(logits, labels), rtol=1e-5)
+    apart = jax.vmap(loss)(logits.reshape(2, B // 2, K), labels.reshape(2, B // 2)).reshape(B)
+    assert not np.allclose(apart, found)
+
+
+@pytest.mark.parametrize("reweight", [False, True])
+@pytest.mark.parametrize("margins", [False, True])
+def test_deferred_by_a_traced_epoch(margins, reweight):
+    logits, labels, traces = random_logits(0), random_labels(0), []
+
+    def base(logits, labels, **weights):
+        traces.append(set(weights))
+        return losses.cross_entropy(logits, labels, **weights)
+
+    @jax.jit
+    def loss(epoch):
+        return losses.deferred(
+            logits,
+            labels,
+            base=base,
+            class_counts=COUNTS,
+            epoch=epoch,
+            start=3,
+            margins=margins,
+            reweight=reweight,
+        )
+
+    plain = losses.cross_entropy(logits, labels)
+    values = numpy_margin_adjusted(
+        logits, labels, margins * numpy_ldam_margins(COUNTS, 0.5, 0.25), np.zeros(K), 1.0
+    )
+    weights = numpy_effective_number_weights(COUNTS, 0.9999)[labels] if reweight else np.ones(B)
+    for epoch in (1, 2):
+        np.testing.assert_allclose(loss(epoch), plain, rtol=1e-6)
+    for epoch in (3, 4):
+        np.testing.assert_allclose(loss(epoch), values * weights / weights.mean(), rtol=1e-5, atol=1e-6)
+    assert traces == [{"class_weights"} if reweight else set()]
+
+
+def test_losses_leave_their_logits_alone():
+    logits, labels = random_logits(0), random_labels(0)
+    for loss, _ in cases(COUNTS).values():
+        loss(logits, labels)
+    np.testing.assert_array_equal(logits, random_logits(0))
+
+
 LOSSES = {
+    **{name: loss for name, (loss, _) in cases(COUNTS).items()},
     "cross_entropy": losses.cross_entropy,
     "robal": functools.partial(robal, scale=4.0),
     "kl": lambda logits, labels: losses.kl_divergence(logits, random_logits(7)[: len(logits)]),
@@ -189,4 +466,6 @@ def test_kl_divergence_under_vmap():
 
 
 def test_table_of_losses():
-    assert {"cross_entropy": losses.cross_entropy, "robal": losses.robal} == losses.LOSSES
+    assert all(name == loss.__name__ for name, loss in losses.LOSSES.items())
+    tested = {loss.func if isinstance(loss, functools.partial) else loss for loss in LOSSES.values()}
+    assert set(losses.LOSSES.values()) <= tested

@@ -56,6 +56,14 @@ def test_update_statistics():
     np.testing.assert_array_equal(models.update_statistics(r, ())["bn"]["mean"], r["bn"]["mean"])
 
 
+def test_update_statistics_of_a_head():
+    r, a, n = (arrays_like({"direction": jnp.zeros(5), "bias": jnp.zeros(5)}, seed) for seed in range(3))
+    found = models.update_statistics(r, (a, n))
+    expected = 0.81 * np.float64(r["direction"]) + 0.9 * np.float64(a["direction"]) + n["direction"]
+    np.testing.assert_allclose(found["direction"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(found["bias"], r["bias"])
+
+
 def test_statistics_of_a_batch_that_is_spread():
     """Two halves under an axis name give what the whole batch gives."""
     images = jnp.asarray(np.random.RandomState(0).rand(8, 8, 8, 1), jnp.float32)

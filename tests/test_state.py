@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robal_jax import state
+from robal_jax.errors import InputError
 
 RATES = [
     # name, keywords, rates of the epochs 1, 2, ...
@@ -79,3 +81,55 @@ def test_weight_decay_reaches_biases():
     optimizer = state.sgd(optax.constant_schedule(0.5), weight_decay=0.1)
     updates, _ = optimizer.update({"bias": jnp.zeros(3)}, optimizer.init(params), params)
     np.testing.assert_allclose(updates["bias"], -0.05, rtol=1e-6)
+
+
+SHAPES = {"backbone/conv/kernel": (3, 4), "classifier/weight": (4, 2), "classifier/bias": (2,)}
+TRAINABLE = [
+    ("classifier", ["classifier/weight", "classifier/bias"]),
+    ("classifier/bias", ["classifier/bias"]),
+    (".*(kernel|bias)$", ["backbone/conv/kernel", "classifier/bias"]),
+    ("", list(SHAPES)),
+]
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize(("pattern", "trained"), TRAINABLE)
+def test_trainable_freezes_the_other_parameters(pattern, trained, clip_norm):
+    rng = np.random.RandomState(0)
+
+    def draw():
+        return {name: rng.randn(*shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+    start, gradients = draw(), [draw() for _ in range(4)]
+    settings = {"weight_decay": 0.1, "clip_norm": clip_norm}
+
+    def run(names, trainable):
+        """The parameters after all updates of these alone."""
+        optimizer = state.sgd(state.per_step(np.array([0.1, 0.01]), 2), trainable=trainable, **settings)
+        tree = lambda flat: unflatten_dict({name: flat[name] for name in names}, sep="/")  # noqa: E731
+        params = jax.tree.map(jnp.asarray, tree(start))
+        opt_state = optimizer.init(params)
+        for gradient in gradients:
+            updates, opt_state = optimizer.update(tree(gradient), opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return flatten_dict(params, sep="/")
+
+    found, alone = run(SHAPES, pattern), run(trained, "")
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, alone[name] if name in trained else start[name], name)
+    assert all(np.abs(found[name] - start[name]).max() > 1e-3 for name in trained)
+    # Clipping sees the trained gradient only, and here it is at work.
+    assert not clip_norm or np.sqrt(sum((gradients[0][name] ** 2).sum() for name in trained)) > clip_norm
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("weight", "'weight' is the beginning of no parameter's name; there are backbone/conv/kernel, class"),
+        ("classifier(", "'classifier\\(' is no regular expression: missing \\), unterminated subpattern"),
+    ],
+)
+def test_trainable_that_cannot_be_used(pattern, message):
+    params = unflatten_dict({name: jnp.zeros(shape) for name, shape in SHAPES.items()}, sep="/")
+    with pytest.raises(InputError, match=f"config.optimizer.trainable {message}"):
+        state.sgd(optax.constant_schedule(0.1), trainable=pattern).init(params)

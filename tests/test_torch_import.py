@@ -1,21 +1,53 @@
-"""Names, layouts and messages of the import from PyTorch; the numbers are test_parity's business."""
+"""Import from PyTorch and export: names, layouts, files, messages, and the logits of imported networks.
+
+The tests of ``.pt`` files and logits need PyTorch, those of ``.safetensors`` files that package; they are
+skipped where it is missing. The released code's own numbers are test_parity's business.
+"""
+
+import collections
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import pickle
+import re
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from robal_jax import models, torch_import
-from robal_jax.classifiers import CosineHead, LinearHead
+from robal_jax import build, checkpoints, classifiers, cli, models, torch_import, train
 from robal_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROBAL = f"{ROOT}/configs/robal_n.py:cifar10_lt"
+AT = f"{ROOT}/configs/at.py:cifar10_lt"
+SMALL = ("--config.model.depth=10", "--config.model.widen=1")
 
 WRN = models.WideResNet(depth=10, widen=1)
 RESNET_PREFIXES = {"backbone.": "", "classifier.": "linear."}
 NETWORKS = {
-    "wrn": (models.Network(WRN, CosineHead(3)), None),
-    "wrn_linear": (models.Network(WRN, LinearHead(3)), None),
+    "wrn": (models.Network(WRN, classifiers.CosineHead(3)), None),
+    "wrn_linear": (models.Network(WRN, classifiers.LinearHead(3)), None),
+    "wrn_frozen": (models.Network(WRN, classifiers.LinearHead(3, bias="frozen")), None),
+    "wrn_lws": (models.Network(WRN, classifiers.TauNormHead(3, learn_scale=True)), None),
+    "wrn_tde": (models.Network(WRN, classifiers.TDEHead(3)), None),
+    "wrn_fc": (models.Network(WRN, classifiers.LinearHead(3)), {"backbone.": "", "classifier.": "fc."}),
     "wrn_bare": (WRN, None),
-    "resnet18": (models.Network(models.ResNet18(), LinearHead(3)), RESNET_PREFIXES),
+    "resnet18": (models.Network(models.ResNet18(), classifiers.LinearHead(3)), RESNET_PREFIXES),
+    "small_cnn": (models.Network(models.SmallCNN(), classifiers.CosineHead(3)), None),
 }
+
+
+def refused(message, function, *arguments, **keywords):
+    """Calls a function that must refuse with one line that matches."""
+    with pytest.raises(InputError, match=message) as raised:
+        function(*arguments, **keywords)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def shapes(network):
@@ -23,14 +55,17 @@ def shapes(network):
     return jax.eval_shape(models.functional(network).init, jax.random.key(0), images)
 
 
-def random_state(network, prefixes):
-    """Like-trees and a float64 state_dict for them with all that a released one has beside."""
+def random_state(network, prefixes, dtype=np.float64):
+    """Like-trees and a state_dict for them with all that a released one has beside."""
     like = shapes(network)
     r = np.random.RandomState(0)
-    filled = jax.tree.map(lambda s: r.standard_normal(s.shape), like)
+    filled = jax.tree.map(lambda s: r.standard_normal(s.shape).astype(dtype), like)
     state = torch_import.to_state_dict(*filled, prefixes)
     extra = {name.replace("running_mean", "num_batches_tracked"): np.array(1) for name in state}
     return like, filled, {**extra, **state}
+
+
+# ---------------------------------------------------------------- names and layouts
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -47,6 +82,13 @@ def test_round_trip(name):
     [
         ("wrn", {"backbone.block1.layer.0.bn1.running_var": (16,), "classifier.weight": (3, 64)}),
         ("wrn_linear", {"classifier.fc.weight": (3, 64), "classifier.fc.bias": (3,)}),
+        ("wrn_frozen", {"classifier.fc.weight": (3, 64), "classifier.fc.bias": (3,)}),
+        (
+            "wrn_lws",
+            {"classifier.fc.weight": (3, 64), "classifier.fc.bias": (3,), "classifier.cla_scale": (3,)},
+        ),
+        ("wrn_tde", {"classifier.weight": (3, 64), "classifier.moving_ed": (1, 64)}),
+        ("wrn_fc", {"conv1.weight": (16, 3, 3, 3), "fc.weight": (3, 64), "fc.bias": (3,)}),
         ("wrn_bare", {"block2.layer.0.convShortcut.weight": (32, 16, 1, 1), "conv1.weight": (16, 3, 3, 3)}),
         ("resnet18", {"layer2.0.shortcut.1.weight": (128,), "linear.weight": (3, 512)}),
     ],
@@ -62,19 +104,47 @@ def test_convolution_layout():
     assert state["conv1.weight"][5, 2, 1, 0] == kernel[1, 0, 2, 5]
 
 
-def test_what_a_cosine_head_has_beside_is_ignored():
-    like, _, state = random_state(*NETWORKS["wrn"])
-    state |= {"classifier.bias": np.zeros(3), "classifier.moving_ed": np.ones((1, 64))}
+@pytest.mark.parametrize(("network", "ours"), [("wrn", False), ("wrn_tde", True)])
+def test_moving_ed_is_ignored_only_where_it_has_no_use(network, ours):
+    like, _, state = random_state(*NETWORKS[network])
+    state["classifier.moving_ed"] = np.ones((1, 64))
+    _, stats = torch_import.from_state_dict(state, *like)
+    assert ("classifier" in stats) is ours
+    assert (
+        "classifier.moving_ed" in torch_import.ignored(state, torch_import.torch_shapes(*like))
+    ) is not ours
+    del state["classifier.moving_ed"]
+    if ours:
+        refused(r"missing: classifier\.moving_ed\)", torch_import.from_state_dict, state, *like)
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "value"), [("wrn", "classifier.bias", 0), ("wrn_linear", "classifier.cla_scale", 1)]
+)
+def test_frozen_arrays_are_ignored_while_they_have_their_value(network, name, value):
+    like, _, state = random_state(*NETWORKS[network])
+    state[name] = np.full(3, value)
     torch_import.from_state_dict(state, *like)
-    with pytest.raises(InputError, match=r"unused: classifier\.bias"):
-        torch_import.from_state_dict(state | {"classifier.bias": np.ones(3)}, *like)
+    reasons = torch_import.ignored(state, torch_import.torch_shapes(*like))
+    assert collections.Counter(reasons.values()) == {
+        "num_batches_tracked": len(reasons) - 1,
+        f"{name} (all {value})": 1,
+    }
+    state[name] = np.full(3, 2)
+    refused(rf"unused: {name}\)", torch_import.from_state_dict, state, *like)
 
 
-def test_a_prefix_of_a_wrapper():
-    like, filled, state = random_state(*NETWORKS["wrn"])
-    wrapped = {f"module.{name}": value for name, value in state.items()}
-    imported = torch_import.from_state_dict(wrapped, *like, {"": "module."})
-    jax.tree.map(np.testing.assert_array_equal, imported, filled)
+def test_a_stage_that_is_never_called_is_ignored():
+    like, _, state = random_state(*NETWORKS["wrn_fc"])
+    extra = {
+        f"sub_{name}": value
+        for name, value in state.items()
+        if name.startswith("block1") and "num" not in name
+    }
+    prefixes = torch_import.architecture(torch_import.shapes(state | extra)).prefixes(*like)
+    torch_import.from_state_dict(state | extra, *like, prefixes)
+    reasons = torch_import.ignored(state | extra, torch_import.torch_shapes(*like, prefixes))
+    assert collections.Counter(reasons.values())["sub_block1"] == len(extra)
 
 
 def test_message_lists_all_that_does_not_fit():
@@ -82,10 +152,512 @@ def test_message_lists_all_that_does_not_fit():
     del state["backbone.bn1.bias"]
     state["surplus.weight"] = np.zeros(2)
     state["backbone.conv1.weight"] = np.zeros((3, 3, 3, 16))
-    with pytest.raises(InputError) as error:
-        torch_import.from_state_dict(state, *like)
-    message = str(error.value)
+    message = refused("the state_dict does not fit", torch_import.from_state_dict, state, *like)
     assert "missing: backbone.bn1.bias;" in message
     assert "unused: surplus.weight;" in message
     assert "of another shape: backbone.conv1.weight (3, 3, 3, 16) instead of (16, 3, 3, 3))" in message
-    assert "\n" not in message
+
+
+def test_an_array_of_a_kind_that_pytorch_has_no_name_for():
+    refused(
+        "backbone/conv/gain has no name in PyTorch", torch_import.torch_name, ("backbone", "conv", "gain"), {}
+    )
+
+
+@pytest.mark.parametrize("name", ["wrn", "wrn_linear", "wrn_fc", "resnet18"])
+def test_complete_state_dict_has_what_strict_loading_wants(name):
+    network, prefixes = NETWORKS[name]
+    _, filled, state = random_state(network, prefixes, np.float32)
+    complete = torch_import.complete_state_dict(*filled, prefixes)
+    added = complete.keys() - torch_import.to_state_dict(*filled, prefixes).keys()
+    assert {n for n in added if n.endswith("num_batches_tracked")} == {n for n in state if "num_batches" in n}
+    assert {n for n in added if "num_batches" not in n} == ({"classifier.bias"} if name == "wrn" else set())
+    assert all(complete[n].dtype == (np.int64 if "num_batches" in n else np.float32) for n in complete)
+    assert not any(complete[n].any() for n in added)
+    assert all(array.flags.c_contiguous for array in complete.values())
+
+
+# ---------------------------------------------------------------- which network it is
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wrn", ("WideResNet-10-1", "backbone.", "classifier.")),
+        ("wrn_linear", ("WideResNet-10-1", "backbone.", "classifier.fc.")),
+        ("wrn_lws", ("WideResNet-10-1", "backbone.", "classifier.fc.")),
+        ("wrn_fc", ("WideResNet-10-1", "", "fc.")),
+        ("resnet18", ("ResNet-18", "", "linear.")),
+        ("small_cnn", ("network that is neither WideResNet nor ResNet", "backbone.", "classifier.")),
+    ],
+)
+def test_architecture(name, expected):
+    network, prefixes = NETWORKS[name]
+    like, filled, state = random_state(network, prefixes)
+    found = torch_import.architecture(torch_import.shapes(state))
+    assert (found.name, found.backbone, found.last_layer, found.num_classes) == (*expected, 3)
+    imported = torch_import.from_state_dict(state, *like, found.prefixes(*like))
+    jax.tree.map(np.testing.assert_array_equal, imported, filled)
+
+
+@pytest.mark.parametrize(("depth", "widen"), [(16, 2), (28, 10), (34, 10)])
+def test_depth_and_width(depth, widen):
+    network = models.Network(models.WideResNet(depth, widen), classifiers.LinearHead(100))
+    found = torch_import.architecture(torch_import.torch_shapes(*shapes(network)))
+    assert found.name == f"WideResNet-{depth}-{widen}"
+    assert found.model == {"name": "wide_resnet", "depth": depth, "widen": widen}
+    assert found.num_classes == 100
+
+
+def named(model, num_classes=10):
+    """What ``architecture`` finds in a network with this section config.model."""
+    options = dict(model)
+    network = models.Network(
+        models.BACKBONES[options.pop("name")](**options), classifiers.LinearHead(num_classes)
+    )
+    return torch_import.architecture(torch_import.torch_shapes(*shapes(network)))
+
+
+W28 = {"name": "wide_resnet", "depth": 28, "widen": 10}
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "message"),
+    [
+        (
+            W28,
+            W28 | {"depth": 34},
+            r"of a WideResNet-28-10, .* says WideResNet-34-10; give --config\.model\.depth=28$",
+        ),
+        (W28, W28 | {"depth": 10, "widen": 1}, r"give --config\.model\.depth=28 --config\.model\.widen=10$"),
+        (
+            {"name": "resnet18"},
+            W28,
+            r"of a ResNet-18, .*set config\.model = ConfigDict\(\{'name': 'resnet18'\}\)$",
+        ),
+        (
+            {"name": "small_cnn"},
+            W28,
+            r"of a network that is neither WideResNet nor .*; give a config with that network",
+        ),
+    ],
+)
+def test_weights_of_another_network(weights, config, message):
+    refused(message, torch_import.check_architecture, named(weights), named(config))
+    torch_import.check_architecture(named(weights), named(weights))
+
+
+def test_weights_for_another_number_of_classes():
+    model = {"name": "resnet18"}
+    message = (
+        r"weights are for 100 classes, the config's data have 10; choose another data set behind the colon"
+    )
+    refused(message, torch_import.check_architecture, named(model, 100), named(model, 10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (
+            {"layer1.2.conv1.weight": (64, 64, 3, 3)},
+            r"ResNet with stages of [3, 2, 2, 2] blocks and stem [3, 3]",
+        ),
+        ({"conv1.weight": (64, 3, 7, 7)}, r"ResNet with stages of [2, 2, 2, 2] blocks and stem [7, 7]"),
+        ({"bn1.weight": None}, r"pre-activation ResNet with stages of [2, 2, 2, 2] blocks and stem [3, 3]"),
+    ],
+)
+def test_relatives_of_resnet18_are_told_apart(changes, name):
+    found = torch_import.shapes(random_state(*NETWORKS["resnet18"])[2]) | changes
+    found = {key: shape for key, shape in found.items() if shape is not None}
+    assert torch_import.architecture(found)[:2] == (name, {})
+
+
+def test_relatives_of_wide_resnet_are_told_apart():
+    found = torch_import.shapes(random_state(*NETWORKS["wrn_fc"])[2])
+    more = found | {"block2.layer.1.conv1.weight": (32, 32, 3, 3)}
+    assert torch_import.architecture(more).name == "wide ResNet with stages of [1, 2, 1] blocks and width 16"
+
+
+def test_no_last_layer():
+    found = torch_import.shapes(random_state(*NETWORKS["wrn_bare"])[2])
+    refused(r"has no last layer: none of classifier\.fc\.,", torch_import.architecture, found)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def safetensors():
+    return pytest.importorskip("safetensors.numpy")
+
+
+STATE = {"conv1.weight": np.ones((2, 3), np.float32), "bn1.bias": np.arange(2.0, dtype=np.float32)}
+
+
+def pretend(monkeypatch, content):
+    """Any ``.pt`` file is read as this."""
+    monkeypatch.setattr(torch_import, "_read_torch", lambda path: content)
+
+
+def some_file(folder, name="x.pt"):
+    (folder / name).write_bytes(b"hello world, no weights")
+    return folder / name
+
+
+def wrapped(prefix):
+    return {f"{prefix}{name}": value for name, value in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        STATE,
+        wrapped("module."),
+        wrapped("model.module."),  # how RoBal's released code saves
+        {"state_dict": STATE, "epoch": 3},
+        {"net": wrapped("module."), "optimizer": {"state": {0: {"momentum_buffer": STATE["bn1.bias"]}}}},
+        {"a": {"model_state_dict": collections.OrderedDict(STATE)}, "best": np.ones(())},
+    ],
+)
+def test_nesting_and_wrappers(monkeypatch, tmp_path, content):
+    pretend(monkeypatch, content)
+    assert torch_import.read_weights(some_file(tmp_path)).items() == STATE.items()
+
+
+def test_several_state_dicts(monkeypatch, tmp_path):
+    other = {name: -value for name, value in STATE.items()}
+    pretend(monkeypatch, {"model": STATE, "ema": {"model": other}})
+    path = some_file(tmp_path)
+    refused(
+        r"several state_dicts: model, ema\.model; choose .*--entry=model$", torch_import.read_weights, path
+    )
+    assert torch_import.read_weights(path, "ema.model").items() == other.items()
+    refused(r"no state_dict 'x' in .*x\.pt; it holds: model, ema$", torch_import.read_weights, path, "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"epoch": 3, "lr": 0.1},
+            r"no state_dict \(a mapping of names to tensors\) in .*; it holds: epoch, lr$",
+        ),
+        ([1, 2], "it holds: <class 'list'>$"),
+    ],
+)
+def test_no_state_dict(monkeypatch, tmp_path, content, message):
+    pretend(monkeypatch, content)
+    refused(message, torch_import.read_weights, some_file(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "a.b.weight"])
+def test_a_single_array(monkeypatch, tmp_path, name):
+    pretend(monkeypatch, {name: np.ones((2, 2))})
+    assert list(torch_import.read_weights(some_file(tmp_path))) == ["weight"]
+
+
+def test_no_file(tmp_path):
+    refused("no file .*x.pt; give the weights with --weights", torch_import.read_weights, tmp_path / "x.pt")
+
+
+def test_without_pytorch(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(
+        r"needs PyTorch: pip install 'robal_jax\[torch\]'; or make it",
+        torch_import.read_weights,
+        some_file(tmp_path),
+    )
+
+
+def test_an_old_pytorch(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.5.1+cpu"))
+    refused(
+        r"PyTorch 2\.5\.1\+cpu does not read files safely", torch_import.read_weights, some_file(tmp_path)
+    )
+
+
+def test_without_safetensors(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    message = r"needs the package safetensors: pip install 'robal_jax\[torch\]'"
+    refused(message, torch_import.read_weights, some_file(tmp_path, "x.safetensors"))
+    refused(message, torch_import.write_weights, tmp_path / "y.safetensors", STATE, {})
+
+
+def test_safetensors(safetensors, tmp_path):
+    path = tmp_path / "x.safetensors"
+    torch_import.write_weights(path, wrapped("module."), {"method": "AT"})
+    read = torch_import.read_weights(path)
+    assert read.keys() == STATE.keys()
+    for name, value in STATE.items():
+        np.testing.assert_array_equal(read[name], value, strict=True)
+    refused("cannot write .*nowhere", torch_import.write_weights, tmp_path / "nowhere" / "x", STATE, {})
+    damaged = some_file(tmp_path, "damaged.safetensors")
+    refused(r"cannot read .*damaged or no \.safetensors file", torch_import.read_weights, damaged)
+
+
+def test_bfloat16_becomes_float32(safetensors, tmp_path):
+    value = jax.numpy.arange(3, dtype=jax.numpy.bfloat16) / 3
+    safetensors.save_file({"a.weight": np.asarray(value), "b": np.zeros(2)}, tmp_path / "x.safetensors")
+    read = torch_import.read_weights(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(read["a.weight"], np.asarray(value, np.float32), strict=True)
+
+
+def test_a_malicious_pickle_is_not_executed(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    pickle.loads(pickle.dumps(Evil()))
+    assert (tmp_path / "executed").exists()
+    (tmp_path / "executed").rmdir()
+    tensors = {name: torch.from_numpy(value) for name, value in STATE.items()}
+    torch.save({"state_dict": tensors, "args": Evil()}, tmp_path / "zip.pt")
+    torch.save(Evil(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("zip.pt", "old.pt"):
+        message = refused("execute code", torch_import.read_weights, tmp_path / name)
+        assert re.search(r"holds \w+\.mkdir and not only tensors", message)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
+    refused("bare.pt", torch_import.read_weights, tmp_path / "bare.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pt_files(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {f"module.{name}": torch.from_numpy(value) for name, value in STATE.items()}
+    tensors["module.half.weight"] = torch.ones(2, dtype=torch.bfloat16)
+    for name, new in (("new.pt", True), ("old.pth", False)):
+        content = {"model": tensors, "epoch": 3, "scalars": [1.0, 2.0]}
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=new)
+        read = torch_import.read_weights(tmp_path / name)
+        assert {name: array.dtype for name, array in read.items()} == dict.fromkeys(read, np.float32)
+        np.testing.assert_array_equal(read["bn1.bias"], STATE["bn1.bias"])
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    refused(
+        r"holds torch\.nn\.modules.*was not read\. Where you trust it",
+        torch_import.read_weights,
+        tmp_path / "module.pt",
+    )
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "new.pt").read_bytes()[:500])
+    for path in (tmp_path / "cut.pt", some_file(tmp_path, "text.pt")):
+        refused(r"cannot read .*it is damaged or no file of torch\.save", torch_import.read_weights, path)
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main(list(arguments))
+
+
+def write_network(folder, name, num_classes=10, **changes):
+    """A file with the weights of one of ``NETWORKS``, but of 10 classes; returns it and its state_dict."""
+    network, prefixes = NETWORKS[name]
+    network = network.clone(classifier=network.classifier.clone(num_classes=num_classes))
+    state = {
+        key: np.ascontiguousarray(value)
+        for key, value in random_state(network, prefixes, np.float32)[2].items()
+    }
+    state |= changes
+    torch_import.write_weights(folder / "weights.safetensors", state, {})
+    return folder / "weights.safetensors", state
+
+
+def import_to(workdir, weights, *arguments, config=ROBAL):
+    script("import_torch")(f"--weights={weights}", f"--config={config}", f"--workdir={workdir}", *arguments)
+
+
+def export_from(workdir, *arguments):
+    script("export_torch")(f"--workdir={workdir}", f"--out={workdir}/out.safetensors", *arguments)
+    return torch_import.read_weights(workdir / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "naming", "beside"),
+    [
+        ("wrn", ROBAL, "released", {"classifier.bias": (10,)}),
+        ("wrn_linear", AT, "released", {}),
+        ("wrn_tde", f"{ROOT}/configs/tde.py:cifar10_lt", "released", {"classifier.bias": (10,)}),
+        ("wrn_fc", AT, "bare", {}),
+    ],
+)
+def test_import_and_export_keep_every_bit(safetensors, tmp_path, capsys, name, config, naming, beside):
+    changes = {} if name != "wrn" else {"classifier.moving_ed": np.ones((1, 64), np.float32)}
+    weights, state = write_network(tmp_path, name, **changes)
+    import_to(tmp_path / "run", weights, *SMALL, config=config)
+    printed = capsys.readouterr().out
+    assert "a WideResNet-10-1, 10 classes\nimported " in printed
+    assert (
+        "1 moving_ed, 7 num_batches_tracked" if changes else "ignored: 7 num_batches_tracked\n"
+    ) in printed
+    assert f"evaluate it: python experiments/evaluate.py --workdir={tmp_path / 'run'}\n" in printed
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "import.json",
+    ]
+    origin = json.loads((tmp_path / "run" / "import.json").read_text())
+    assert origin["network"] == "WideResNet-10-1"
+    assert len(origin["weights_sha256"]) == 64
+
+    exported = export_from(tmp_path / "run", f"--naming={naming}")
+    zeros = {key for key in exported if "num_batches" in key} | set(beside)
+    assert exported.keys() - zeros == {key for key in state if "num_batches" not in key} - set(changes)
+    for key, value in exported.items():
+        np.testing.assert_array_equal(
+            value, np.zeros_like(value) if key in zeros else state[key], strict=True
+        )
+    with safetensors.safe_open(tmp_path / "run" / "out.safetensors", "np") as file:
+        metadata = file.metadata()
+    sha256 = printed.partition("sha256 ")[2].splitlines()[0]
+    assert metadata["checkpoint_sha256"] == sha256
+    assert metadata["method"] == build.read_config(tmp_path / "run").method
+    assert json.loads(metadata["config"])["model"]["depth"] == 10
+
+
+@pytest.mark.parametrize("data", ["digits_lt", "robal_jax.sources:load_digits_lt"])
+def test_an_imported_state_has_the_form_of_a_trained_one(safetensors, tmp_path, data):
+    config = cli.apply_overrides(
+        cli.load_config(f"{ROOT}/configs/at.py:digits_lt"), [f"--config.data.name={data}"]
+    )
+    job = build.training(config)
+    trained = jax.jit(functools.partial(train.initial_state, job))()
+    state = torch_import.complete_state_dict(trained.params, trained.stats)
+    torch_import.write_weights(tmp_path / "weights.safetensors", state, {})
+    arguments = f"--config.data.name={data}"
+    import_to(tmp_path, tmp_path / "weights.safetensors", arguments, config=f"{ROOT}/configs/at.py:digits_lt")
+    imported, _ = checkpoints.restore(tmp_path / "checkpoints" / "0", trained)
+    jax.tree.map(np.testing.assert_array_equal, imported, trained)
+    assert not build.differences(config, build.read_config(tmp_path))
+
+
+def test_weights_of_other_types_become_float32(safetensors, tmp_path):
+    _, state = write_network(tmp_path, "wrn_fc")
+    halves = {name: value.astype(np.float16) for name, value in state.items()}
+    torch_import.write_weights(tmp_path / "half.safetensors", halves, {})
+    import_to(tmp_path / "run", tmp_path / "half.safetensors", *SMALL, config=AT)
+    exported = export_from(tmp_path / "run", "--naming=bare")
+    np.testing.assert_array_equal(exported["fc.bias"], halves["fc.bias"].astype(np.float32), strict=True)
+
+
+def test_what_an_import_refuses(safetensors, tmp_path):
+    weights, _ = write_network(tmp_path, "wrn")
+    run = tmp_path / "run"
+    message = r"weights are of a WideResNet-10-1, .*give --config\.model\.depth=10 --config\.model\.widen=1$"
+    refused(message, import_to, run, weights)
+    missing = r"missing: classifier\.fc\.bias, classifier\.fc\.weight; unused: classifier\.weight\); check"
+    refused(missing, import_to, run, weights, *SMALL, config=AT)
+    refused("have 100", import_to, run, weights, *SMALL, config=f"{ROOT}/configs/at.py:cifar100_lt")
+    refused("no file", import_to, run, tmp_path / "nothing.pt", *SMALL)
+    refused("no state_dict 'ema'", import_to, run, weights, "--entry=ema", *SMALL)
+    refused(r"config\.schedule\.lr is -1\.0", import_to, run, weights, "--config.schedule.lr=-1", *SMALL)
+    assert not run.exists(), "something was written"
+    refused("cannot write to workdir", import_to, weights / "run", weights, *SMALL)
+    import_to(run, weights, *SMALL)
+    refused("holds a run already; choose another with --workdir", import_to, run, weights, *SMALL)
+    for arguments in (
+        ["--config=x", "--workdir=y"],
+        ["--weights=x", "--workdir=y"],
+        ["--config=x", "--weights=y"],
+    ):
+        with pytest.raises(InputError, match="is missing; usage: Import: python"):
+            script("import_torch")(*arguments)
+
+
+def test_a_bare_network_does_not_fit_a_cosine_head(safetensors, tmp_path):
+    weights, _ = write_network(tmp_path, "wrn_fc")
+    refused(r"\(unused: fc\.bias\)", import_to, tmp_path / "run", weights, *SMALL)
+
+
+def test_what_an_export_refuses(safetensors, tmp_path):
+    weights, _ = write_network(tmp_path, "wrn")
+    run = tmp_path / "run"
+    import_to(run, weights, *SMALL)
+    message = "bare is for a WideResNet or .*linear head; this run has a WideResNet-10-1 with head 'cosine'"
+    refused(message, export_from, run, "--naming=bare")
+    refused("--naming is 'onnx'; it must be released or bare", export_from, run, "--naming=onnx")
+    refused(r"--out is x\.pt; it must end with \.safetensors", export_from, run, "--out=x.pt")
+    refused("no run in", export_from, tmp_path / "nothing")
+    refused("no run or checkpoint", export_from, run, f"--checkpoint={tmp_path}/nothing")
+    refused("cannot write", export_from, run, f"--out={tmp_path}/nowhere/x.safetensors")
+    for argument in ("--workdir=x", "--out=x.safetensors"):
+        with pytest.raises(InputError, match="is missing; usage: Export: python"):
+            script("export_torch")(argument)
+
+
+def test_export_of_a_named_checkpoint(safetensors, tmp_path):
+    weights, state = write_network(tmp_path, "wrn")
+    import_to(tmp_path / "run", weights, *SMALL)
+    exported = export_from(tmp_path / "run", f"--checkpoint={tmp_path}/run/checkpoints/0")
+    np.testing.assert_array_equal(exported["classifier.weight"], state["classifier.weight"])
+
+
+# ---------------------------------------------------------------- logits
+
+# Relative to the largest logit. Both sides round in float32 (6e-8) in up to 35 layers: each was seen to be
+# 4e-7 to 1e-6 off the float64 logits, and they part by no more. A batch-norm epsilon of 2e-5 instead of 1e-5,
+# the smallest mistake we could think of, shows at 1.2e-5 to 4e-5.
+LOGITS = 1e-5
+
+RESNET_CONFIG = """
+from configs import at
+
+def get_config(data):
+    config = at.get_config(data)
+    config.model = type(config)({"name": "resnet18"})
+    return config
+"""
+
+
+def pytorch_network(name):
+    """Network, a like one that gets what is exported, config, overrides and naming of the export."""
+    nets = pytest.importorskip("torch_networks", reason="needs PyTorch", exc_type=ImportError)
+    if name == "resnet18":
+        return nets.randomised(nets.ResNet18(10)), nets.ResNet18(10), None, (), "bare"
+    if name == "wrn10_1_fc":
+        return nets.randomised(nets.WideResNet(10, 1, 10)), nets.WideResNet(10, 1, 10), AT, SMALL, "bare"
+    depth, widen, overrides = (34, 10, ()) if name == "wrn34_10" else (10, 1, SMALL)
+    trained, plain = (
+        nets.RoBal(nets.WideResNet(depth, widen), nets.CosineHead(64 * widen, 10, moving))
+        for moving in (True, False)
+    )
+    return nets.randomised(trained), plain, ROBAL, overrides, "released"
+
+
+@pytest.mark.parametrize(
+    "name", ["wrn10_1", "wrn10_1_fc", "resnet18", pytest.param("wrn34_10", marks=pytest.mark.slow)]
+)
+def test_from_pytorch_and_back(safetensors, tmp_path, name):
+    torch = pytest.importorskip("torch")
+    network, target, config, overrides, naming = pytorch_network(name)
+    if config is None:
+        (tmp_path / "resnet.py").write_text(RESNET_CONFIG)
+        config = f"{tmp_path}/resnet.py:cifar10_lt"
+    torch.save(
+        {"state_dict": torch.nn.DataParallel(network).state_dict(), "epoch": 80}, tmp_path / "epoch80.pt"
+    )
+    run = tmp_path / "run"
+    import_to(run, tmp_path / "epoch80.pt", *overrides, config=config)
+
+    images = (np.random.RandomState(1).randint(0, 256, (4, 32, 32, 3)) / 255).astype(np.float32)
+    with torch.inference_mode():
+        theirs = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    _, arrays, _ = checkpoints.read_latest(run)
+    model = build.model(build.read_config(run), np.ones(10, int), precision="highest")
+    ours = np.asarray(jax.jit(model.predict)(arrays["params"], arrays["stats"], images))
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"{name}: largest logit {np.abs(theirs).max():.3g}, largest relative difference {error:.1e}")
+    assert error <= LOGITS
+
+    exported = export_from(run, f"--naming={naming}")
+    target.load_state_dict({key: torch.from_numpy(value) for key, value in exported.items()}, strict=True)
+    before = network.state_dict()
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    with torch.inference_mode():
+        again = target.eval()(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+    np.testing.assert_array_equal(again, theirs)

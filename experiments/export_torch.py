@@ -1,0 +1,76 @@
+"""Export: python experiments/export_torch.py --workdir=DIR --out=FILE.safetensors [--checkpoint=DIR].
+
+Writes a checkpoint as a PyTorch state_dict, in the names of RoBal's released code (backbone., classifier.)
+or, with --naming=bare, of a plain WideResNet (last layer fc) or ResNet-18 (last layer linear). PyTorch itself
+is not needed.
+"""
+
+import hashlib
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from ml_collections import ConfigDict
+
+from robal_jax import cli
+from robal_jax.errors import InputError
+
+
+def bare_prefixes(config: ConfigDict, name: str) -> dict[str, str]:
+    """Of a network that is not in two parts, for torch_import.
+
+    Raises:
+      InputError: the run's network is not one that has such a form.
+    """
+    if not name.startswith(("WideResNet", "ResNet-18")) or config.head.name != "linear":
+        raise InputError(
+            f"--naming=bare is for a WideResNet or ResNet-18 with a linear head; this run has a {name} with "
+            f"head {config.head.name!r}; use --naming=released"
+        )
+    return {"backbone.": "", "classifier.": "linear." if name == "ResNet-18" else "fc."}
+
+
+def main(arguments: list[str]) -> None:
+    """Flags to a checkpoint and a file."""
+    texts = {
+        "workdir": "folder of the run",
+        "out": "the file to write, FILE.safetensors",
+        "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
+        "naming": "released (the default) or bare",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    for name in ("workdir", "out"):
+        if not values[name]:
+            raise InputError(f"--{name} is missing; usage: {__doc__}")
+    out, naming = pathlib.Path(values["out"]), values["naming"] or "released"
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out is {out}; it must end with .safetensors")
+    if naming not in ("released", "bare"):
+        raise InputError(f"--naming is {naming!r}; it must be released or bare")
+
+    from robal_jax import build, checkpoints, torch_import
+
+    config = build.read_config(pathlib.Path(values["workdir"]))
+    path, arrays, sha256 = checkpoints.read_latest(pathlib.Path(values["checkpoint"] or values["workdir"]))
+    params, stats = arrays["params"], arrays.get("stats", {})
+    network = torch_import.architecture(torch_import.torch_shapes(params, stats))
+    prefixes = bare_prefixes(config, network.name) if naming == "bare" else None
+    state_dict = torch_import.complete_state_dict(params, stats, prefixes)
+    resolved = build.to_json(config)
+    metadata = {
+        "format": "pt",
+        "method": config.method,
+        "config": resolved,
+        "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
+        "checkpoint": str(path),
+        "checkpoint_sha256": sha256,
+    }
+    torch_import.write_weights(out, state_dict, metadata)
+    print(f"checkpoint {path} sha256 {sha256}")
+    print(f"wrote {out}: a {network.name}, {network.num_classes} classes, {len(state_dict)} arrays")
+    print(f"in PyTorch: model.load_state_dict(safetensors.torch.load_file({str(out)!r}))")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,214 @@
+"""Reproduce a table: python experiments/reproduce.py --table=1 [--data=digits_lt] [--config.KEY=VALUE].
+
+Trains, fine-tunes and evaluates the rows of a table of the RoBal paper, prints the table and writes it to
+OUT/DATA/table1.md and table1.json. What is done is not done again, whatever table it was done for; after a
+stop or a crash the same command goes on. --config.KEY=VALUE holds for all rows.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from robal_jax import cli
+from robal_jax.errors import DivergedError, InputError
+
+if TYPE_CHECKING:  # it imports JAX
+    from robal_jax.tables import Job, Request
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+FLAGS = {
+    "table": "1, 2, 3, 4, S6 or S7",
+    "data": "digits_lt (the default), cifar10_lt or cifar100_lt",
+    "seeds": "number of seeds, 0, 1, 2, ...; by default 3",
+    "rows": "keys of rows, separated by commas; by default all",
+    "out": "folder of all runs and tables; by default runs/tables",
+}
+
+
+def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
+    """The flags as a tables.Request, checked.
+
+    Raises:
+      InputError: no such table, data set or row, or not a number of seeds.
+    """
+    from robal_jax import tables
+
+    data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
+    if data not in tables.DATA_SETS:
+        raise InputError(f"unknown data set {data!r}; known: {', '.join(tables.DATA_SETS)}")
+    if not seeds.isdecimal() or not int(seeds):
+        raise InputError(f"--seeds is {seeds!r}; it must be a number of seeds, 1 or more")
+    keys = [key for key in values["rows"].split(",") if key]
+    return tables.Request(
+        table=values["table"],
+        data=data,
+        seeds=tuple(range(int(seeds))),
+        rows=tables.rows_of(values["table"], data, keys),
+        overrides=tuple(override.lstrip("-").removeprefix("config.") for override in overrides),
+        out=pathlib.Path(values["out"] or "runs/tables"),
+        configs=CONFIGS,
+    )
+
+
+@contextlib.contextmanager
+def alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process out of a folder; the system forgets this one when it ends, however it does.
+
+    Raises:
+      InputError: another is at work there, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another reproduce.py is at work in {folder}; choose another --out") from error
+        yield
+
+
+def keep_compilations(folder: pathlib.Path) -> None:
+    """Lets JAX keep what it compiles; the seeds of a row, and a restart, then compile nothing."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def finished(workdir: pathlib.Path) -> dict[str, str] | None:
+    """Number and sha256 of the last checkpoint of a run that :func:`do` brought to its end."""
+    marker = read_json(workdir / "finished.json")
+    return marker if marker and (workdir / "checkpoints" / marker["checkpoint"]).is_dir() else None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file's content, None where there is no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_done(job: "Job") -> bool:
+    """Whether a run is finished, or an evaluation was made from that run's last checkpoint."""
+    run = finished(job.workdir)
+    if job.folder is None or run is None:
+        return run is not None
+    results = read_json(job.folder / "results.json")
+    return results is not None and results["meta"]["checkpoint_sha256"] == run["sha256"]
+
+
+def do(job: "Job", say: Callable[[str], None]) -> None:
+    """Trains or evaluates; after a stop the job is not done.
+
+    Raises:
+      DivergedError: the training diverged.
+    """
+    from robal_jax import build, checkpoints, logs
+    from robal_jax.evaluate import evaluate
+    from robal_jax.train import train
+
+    if job.folder is not None:
+        newest = read_json(job.workdir / "finished.json")["checkpoint"]
+        with contextlib.redirect_stdout(io.StringIO()):  # its table
+            evaluate(
+                job.config,
+                job.workdir,
+                checkpoint=job.workdir / "checkpoints" / newest,
+                folder=job.folder,
+                say=say,
+            )
+    elif train(job.config, job.workdir, say=say).name == str(build.training(job.config).total_steps):
+        path, _, sha256 = checkpoints.read_latest(job.workdir)
+        marker = {"checkpoint": path.name, "sha256": sha256}
+        logs.replace(job.workdir / "finished.json", json.dumps(marker).encode())
+
+
+def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | None:
+    """Does what is not done yet, in order.
+
+    Args:
+      jobs: see tables.plan.
+      log: told of everything.
+
+    Returns:
+      The runs that diverged, or None if it was stopped before the end.
+    """
+    from robal_jax import logs
+
+    left = [job for job in jobs if not is_done(job)]
+    print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done")
+    diverged: dict[pathlib.Path, str] = {}
+    with logs.stop_signals() as stop:
+        for number, job in enumerate(jobs, 1):
+            if stop:
+                return None
+            if is_done(job) or not diverged.keys().isdisjoint({job.workdir, job.start}):
+                continue
+            name = f"{job.key} seed {job.seed}"
+            title = f"[{number}/{len(jobs)}] {name}: {'evaluate' if job.folder else 'train'}"
+            print(title, flush=True)
+            started = time.monotonic()
+            try:
+                do(job, lambda line, title=title: log(f"{title}: {line}"))  # type: ignore[misc]
+                ended = f"{time.monotonic() - started:.0f} s"
+            except DivergedError as error:
+                ended, diverged[job.workdir] = f"diverged: {error}", name
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+            if job.workdir not in diverged and not is_done(job):
+                return None
+            print(f"{title} {ended}", flush=True)
+            log(f"{title} {ended}")
+    return list(diverged.values())
+
+
+def main(arguments: list[str]) -> None:
+    """Flags to a request; what it needs, and the table, is robal_jax.tables."""
+    arguments, overrides = cli.split_overrides(arguments)
+    request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
+
+    from robal_jax import logs, tables
+
+    plan = tables.plan(request)
+    keep_compilations(request.out / "compilation_cache")
+    folder = request.out / request.data
+    with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
+        diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
+        if diverged is None:
+            print("stopped; the same command goes on from there")
+            return
+        results = {
+            key: {
+                setting: {seed: read_json(path / "results.json") for seed, path in by_seed.items()}
+                for setting, by_seed in settings.items()
+            }
+            for key, settings in plan.folders.items()
+        }
+        table = tables.assemble(request, results)
+        text = tables.markdown(table)
+        path = folder / f"table{request.table}.md"
+        logs.replace(path, text.encode())
+        logs.replace(
+            path.with_suffix(".json"), (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+        print(f"\n{text}\ntable {path}")
+    if diverged:
+        raise DivergedError(f"without a result: {', '.join(diverged)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

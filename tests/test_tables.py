@@ -1,0 +1,416 @@
+"""The paper's tables: their data, the plan of runs, the assembled table, and experiments/reproduce.py."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from experiments import reproduce
+from robal_jax import tables
+from robal_jax.errors import DivergedError, InputError
+from robal_jax.tables import DATA_SETS, TABLES, Job, Request, rows_of
+
+CONFIGS = ROOT / "configs"
+EVERY = [(name, data) for name in TABLES for data in DATA_SETS]
+
+
+def request_for(table, *keys, data="digits_lt", seeds=(0, 1, 2), overrides=(), out="out"):
+    rows = rows_of(table, data, keys)
+    return Request(table, data, seeds, rows, overrides, pathlib.Path(out), CONFIGS)
+
+
+def trainings(plan):
+    return [job for job in plan.jobs if job.folder is None]
+
+
+# ---------------------------------------------------------------- the tables
+
+
+@pytest.mark.parametrize(("name", "data"), EVERY)
+def test_rows(name, data):
+    """Configs load, overrides apply, and figures and baselines are where they should be."""
+    table, rows = TABLES[name], rows_of(name, data)
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    request = request_for(name, data=data)
+    for row in rows:
+        assert row.baseline in keys
+        for setting in row.settings:
+            tables.row_config(row, request, setting)
+        for figures in (row.cifar10, row.cifar100):
+            assert len(figures) in (0, len(table.columns))
+            assert all(0 <= figure <= 100 for figure in figures)
+
+
+def test_number_of_rows():
+    counts = {name: len(TABLES[name].rows) for name in TABLES}
+    assert counts == {"1": 16, "2": 8, "3": 18, "4": 15, "S6": 16, "S7": 6}
+
+
+def test_tables_agree_where_they_show_the_same():
+    """Table 1 and table 2 have AT and HE in common, tables 2 and 4 the AT of IR 50 but for one figure."""
+    figures = {
+        (name, row.key): tables.published(TABLES[name], row, "cifar10_lt")
+        for name in ("1", "2", "4")
+        for row in TABLES[name].rows
+    }
+    for key in ("at", "he"):
+        assert figures["1", key].items() <= figures["2", key].items()
+    differing = figures["4", "at_50"].items() - figures["2", "at"].items()
+    assert differing == {("mim_20", 29.72)}  # 30.02 in table 2
+
+
+def test_the_loss_of_the_attack():
+    rows = rows_of("S6", "digits_lt", ["cdt_inside", "cdt_outside", "cdt_both"])
+    configs = [tables.row_config(row, request_for("S6")) for row in rows]
+    cdt = {"name": "class_temperature", "tau": 0.3}
+    entropy = {"name": "cross_entropy"}
+    places = [(c.attack.loss.to_dict(), c.loss.to_dict()) for c in configs]
+    assert places == [(cdt, entropy), (entropy, cdt), (cdt, cdt)]
+
+
+def test_the_readme_of_the_configs_is_up_to_date():
+    text = (CONFIGS / "README.md").read_text()
+    assert text == tables.configs_readme(CONFIGS)
+    lines = {
+        path.name: next(x for x in text.splitlines() if f"`{path.name}`" in x)
+        for path in CONFIGS.glob("*.py")
+    }
+    for name in ("1", "2"):
+        for row in TABLES[name].rows:
+            for data in ("cifar10_lt", "cifar100_lt"):
+                figures = tables.published(TABLES[name], row, data)
+                shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "aa") if figures]
+                assert all(f" {figure} |" in lines[f"{row.config}.py"] for figure in shown)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_table_1_shares_runs():
+    plan = tables.plan(request_for("1"))
+    assert len(trainings(plan)) == 3 * 13
+    assert len(plan.jobs) == 3 * (13 + 16)
+    at, lws, post = (plan.folders[key][""] for key in ("at", "lws", "la_post"))
+    runs = {job.folder: job for job in plan.jobs if job.folder is not None}
+    for seed in range(3):
+        assert runs[post[seed]].workdir == runs[at[seed]].workdir
+        tuned = next(job for job in trainings(plan) if job.workdir == runs[lws[seed]].workdir)
+        assert tuned.start == runs[at[seed]].workdir
+        assert tuned.config.train.start_from == str(tuned.start)
+        assert tuned.config.seed == runs[post[seed]].config.seed == seed
+        assert runs[post[seed]].config.evaluation.tau_p == 1.0
+        assert runs[at[seed]].config.evaluation.tau_p == 0.0
+
+
+@pytest.mark.parametrize(("name", "data"), EVERY)
+def test_jobs_come_after_what_they_need(name, data):
+    done = set()
+    for job in tables.plan(request_for(name, data=data, seeds=(0, 1))).jobs:
+        if job.folder is None:
+            assert job.start is None or job.start in done
+            assert job.workdir not in done
+            done.add(job.workdir)
+        else:
+            assert job.workdir in done
+
+
+def test_a_fine_tuning_alone_brings_the_run_it_starts_from():
+    plan = tables.plan(request_for("1", "lws", seeds=(0,)))
+    assert [job.key for job in plan.jobs] == ["at", "lws", "lws"]
+    full = tables.plan(request_for("1"))
+    assert {job.workdir for job in plan.jobs} <= {job.workdir for job in full.jobs}
+
+
+def test_tables_share_runs():
+    names = {
+        (table, row.key): tables.run_name(row, request_for(table))
+        for table in ("1", "2", "3", "4", "S6", "S7")
+        for row in rows_of(table, "digits_lt")
+    }
+    at = names["1", "at"]
+    assert at == names["2", "at"] == names["1", "tau_norm"] == names["4", "at_20"] == names["S6", "at"]
+    assert names["2", "robal_n"] == names["3", "tau_m_0"] == names["4", "robal_n_20"]
+    assert names["1", "ldam"] == names["S6", "ldam_outside"] != names["S6", "ldam_both"]
+    assert names["3", "margin_0.1"] == names["3", "margin_0.1_best"]
+
+
+def test_the_grid_of_table_3_shares_evaluations():
+    plan = tables.plan(request_for("3", "margin_0", "margin_0_best", seeds=(0,)))
+    assert len(trainings(plan)) == 1
+    assert len(plan.jobs) == 1 + 5
+    grid = plan.folders["margin_0_best"]
+    assert list(grid) == [f"evaluation.tau_p={tau}" for tau in ("0", "0.5", "1", "1.5", "2")]
+    assert plan.folders["margin_0"][""] == grid["evaluation.tau_p=0"]
+
+
+def test_folders_tell_settings_apart():
+    def folders(*overrides):
+        jobs = tables.plan(request_for("1", "at", seeds=(0,), overrides=overrides)).jobs
+        return jobs[0].workdir, jobs[1].folder
+
+    training, evaluation = folders()
+    assert folders("train.epochs=2")[0] != training
+    other = folders("evaluation.logit_scale=2.0")
+    assert other[0] == training
+    assert other[1] != evaluation
+
+
+@pytest.mark.parametrize(
+    ("table", "override", "message"),
+    [
+        ("1", "seed=3", "--seeds"),
+        ("1", "train.start_from=x", "'one_epoch_rs'"),
+        ("4", "data.ratio=0.1", "'at_50'"),
+        ("3", "evaluation.tau_p=1", "'margin_0'"),
+        ("1", "loss.margin=0.1", "row 'at' of table 1: unknown config key"),
+        ("1", "attack.steps=0", "row 'at' of table 1: config.attack.steps is 0"),
+    ],
+)
+def test_overrides_that_cannot_be(table, override, message):
+    with pytest.raises(InputError, match=message):
+        tables.plan(request_for(table, overrides=(override,)))
+
+
+def test_commands():
+    request = request_for("1", "lws", "la_post", overrides=("threat.epsilon=0.05",))
+    lws, post = (tables.commands(row, request) for row in request.rows)
+    assert [line.split()[1] for line in lws] == [
+        f"experiments/{x}.py" for x in ("train", "train", "evaluate")
+    ]
+    assert "--config=configs/at.py:digits_lt" in lws[0]
+    workdir = next(word for word in lws[0].split() if word.startswith("--workdir=")).partition("=")[2]
+    assert f"--config.train.start_from={workdir}" in lws[1]
+    assert post[0] == lws[0]
+    assert "--config=configs/la_post.py:digits_lt" in post[1]
+    assert f"--workdir={workdir}" in post[1]
+    assert "--config.evaluation.epsilon=0.05" in post[1]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def result(**percent):
+    """A results.json in which every condition has the same accuracy in the tail, less ten points."""
+    conditions = {
+        name: {"accuracy": {"value": value / 100}, "tail": {"value": (value - 10) / 100}}
+        for name, value in percent.items()
+    }
+    meta = {
+        "n": 700,
+        "norm": "L-infinity",
+        "epsilon": 0.1,
+        "step_size": 0.0125,
+        "versions": {"jax": "1"},
+        "device": "cpu",
+        "date": "2026-01-01",
+    }
+    return {"meta": meta, "summary": {"conditions": conditions}}
+
+
+def test_figures_over_seeds():
+    request = request_for("1", "at", "ldam", "cdt_post")
+    results = {
+        "at": {
+            "": {0: result(clean=80, pgd_20=50, worst=40), 1: result(clean=84, pgd_20=52, worst=42), 2: None}
+        },
+        "ldam": {
+            "": {0: result(clean=81, pgd_20=52, worst=43), 1: result(clean=87, pgd_20=53, worst=46), 2: None}
+        },
+        "cdt_post": {"": dict.fromkeys(range(3))},
+    }
+    table = tables.assemble(request, results)
+    at, ldam, post = table["rows"]
+    assert at["ours"]["clean"] == {"mean": 82.0, "std": 2.8284, "n": 2, "values": [80.0, 84.0]}
+    assert at["ours_tail"]["pgd_20"]["values"] == [40.0, 42.0]
+    assert "difference" not in at
+    assert ldam["difference"]["to"] == "at"
+    assert ldam["difference"]["published"] == {"clean": 0.91, "pgd_20": 0.51, "aa": 0.55}
+    assert ldam["difference"]["ours"]["clean"] == {"mean": 2.0, "std": 1.4142, "n": 2, "values": [1.0, 3.0]}
+    assert "ours_minus_published" not in ldam
+    assert post["ours"] == post["difference"]["ours"] == {}
+    assert table["published_on"] == "cifar10_lt"
+    assert "date" not in json.dumps(table)
+
+    lines = [
+        [cell.strip() for cell in x.split("|")[1:-1]] for x in tables.markdown(table).splitlines() if "|" in x
+    ]
+    header, _, *levels = lines[:5]
+    assert header[2:] == [
+        "Clean paper",
+        "Clean ours",
+        "PGD-20 paper",
+        "PGD-20 ours",
+        "AA paper",
+        "AA ours",
+        "Worst ours",
+    ]
+    assert levels[1][2:5] == ["63.2", "84.0 ± 4.2 (n = 2)", "29.8"]
+    assert levels[2][2:] == ["73.8", "—", "39.1 †", "—", "28.2", "—", "—"]
+    assert lines[7][2:6] == ["+0.9", "+2.0 ± 1.4 (n = 2)", "+0.5", "+1.5 ± 0.7 (n = 2)"]
+
+
+def test_lines_of_a_table_are_aligned():
+    request = request_for("1", "at", "ldam", seeds=(0,))
+    one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}
+    text = tables.markdown(tables.assemble(request, {"at": one, "ldam": one}))
+    first = [line for line in text.split("##")[1].splitlines() if line.startswith("|")]
+    assert len({len(line) for line in first}) == 1
+    assert " ± " not in first[2]
+
+
+def test_the_papers_own_data_set():
+    request = request_for("2", "at", data="cifar10_lt", seeds=(0,))
+    table = tables.assemble(request, {"at": {"": {0: result(clean=62, pgd_20=30, worst=29)}}})
+    assert table["rows"][0]["ours_minus_published"] == {"clean": -0.33, "pgd_20": 0.7}
+    assert "## Difference to the paper" in tables.markdown(table)
+
+
+def test_the_best_setting_is_chosen_by_its_mean():
+    request = request_for("3", "margin_0_best", seeds=(0, 1))
+    settings = request.rows[0].settings
+    pgd = [(40, 40), (44, 40), (45, 41), (41, 45), (30, 50)]  # the third and the fourth are best
+    results = {
+        setting: {seed: result(clean=80 + i, pgd_20=value, worst=39) for seed, value in enumerate(values)}
+        for i, (setting, values) in enumerate(zip(settings, pgd, strict=True))
+    }
+    table = tables.assemble(request, {"margin_0_best": results})
+    assert table["rows"][0]["chosen"] == "evaluation.tau_p=1"
+    assert table["rows"][0]["ours"]["clean"]["values"] == [82.0, 82.0]
+    assert "best τ_p (ours: 1)" in tables.markdown(table)
+    assert any("choice on the test set" in note for note in table["notes"])
+
+
+def test_a_table_without_published_figures():
+    request = request_for("S7", "at", "mart", seeds=(0,))
+    one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}
+    table = tables.assemble(request, {"at": one, "mart": one})
+    text = tables.markdown(table)
+    assert table["published_on"] is None
+    assert " paper |" not in text
+    assert "composition is ours" in text
+
+
+# ---------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "unknown table ''; known: 1, 2, 3, 4, S6, S7"),
+        (["--table=5"], "unknown table '5'"),
+        (["--table=2", "--rows=at,ldam"], "no row 'ldam'; its rows: plain, at, trades"),
+        (["--table=4", "--rows=at_100"], "on digits_lt has no row 'at_100'"),
+        (["--table=1", "--seeds=0"], "--seeds is '0'"),
+        (["--table=1", "--seeds=two"], "--seeds is 'two'"),
+        (["--table=1", "--data=mnist"], "unknown data set 'mnist'; known: digits_lt, cifar10_lt"),
+        (["--table=1", "--config.train.epoch=1"], "nearest: 'train.epochs'"),
+    ],
+)
+def test_bad_input(flags, message, monkeypatch):
+    monkeypatch.setattr(reproduce, "do_all", lambda *_: pytest.fail("the input was accepted"))
+    with pytest.raises(InputError, match=message):
+        reproduce.main(flags)
+
+
+def test_two_at_once(tmp_path):
+    with reproduce.alone_in(tmp_path), pytest.raises(InputError, match="another reproduce"):
+        with reproduce.alone_in(tmp_path):
+            pass
+    with reproduce.alone_in(tmp_path):
+        pass
+
+
+def fake_jobs(monkeypatch, do):
+    """Three runs, of which the second starts from the first, each evaluated; done is what ``do`` returned on."""
+    done = []
+
+    def run(job, say):
+        do(job)
+        done.append((job.key, job.folder is not None))
+
+    monkeypatch.setattr(reproduce, "is_done", lambda job: (job.key, job.folder is not None) in done)
+    monkeypatch.setattr(reproduce, "do", run)
+    a, b, c = map(pathlib.Path, "abc")
+    jobs = [
+        job
+        for key, workdir, start in (("at", a, None), ("lws", b, a), ("cos", c, None))
+        for job in (Job(key, 0, None, workdir, start), Job(key, 0, None, workdir, folder=workdir / "e"))
+    ]
+    return jobs, done
+
+
+def test_the_others_go_on_when_a_run_diverges(monkeypatch):
+    def do(job):
+        if job.key == "at":
+            raise DivergedError("not finite")
+
+    jobs, done = fake_jobs(monkeypatch, do)
+    assert reproduce.do_all(jobs, lambda line: None) == ["at seed 0"]
+    assert done == [("cos", False), ("cos", True)]
+
+
+def test_a_stop_is_the_end(monkeypatch):
+    jobs, done = fake_jobs(monkeypatch, lambda job: None)
+    monkeypatch.setattr(
+        reproduce, "do", lambda job, say: None if job.folder else done.append((job.key, False))
+    )
+    assert reproduce.do_all(jobs, lambda line: None) is None  # the evaluation of 'at' was not finished
+    assert done == [("at", False)]
+
+
+def test_a_signal_between_two_jobs_is_the_end(monkeypatch):
+    jobs, done = fake_jobs(monkeypatch, lambda job: signal.raise_signal(signal.SIGTERM))
+    assert reproduce.do_all(jobs, lambda line: None) is None
+    assert done == [("at", False)]
+
+
+def start(folder, env):
+    command = [
+        *(sys.executable, str(ROOT / "experiments/reproduce.py"), "--table=1", "--rows=at,la_post,lws"),
+        *("--seeds=1", "--out=out", "--config.train.epochs=4", "--config.schedule.milestones=()"),
+        "--config.train.checkpoint_epochs=1",
+    ]
+    folder.mkdir(exist_ok=True)
+    with (folder / "stdout").open("w") as file:
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT)
+
+
+def interrupt(process, folder, seen, number):
+    """Sends a signal when the script has written ``seen``; returns the exit status."""
+    while process.poll() is None and seen not in (folder / "stdout").read_text():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(number)
+    return process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_table_ends_with_the_same_bytes(tmp_path):
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, env).wait() == 0, (whole / "stdout").read_text()
+    for number in (1, 2, 3, 4):
+        process = start(killed, env)
+        assert interrupt(process, killed, f"[{number}/5]", signal.SIGKILL) == -signal.SIGKILL
+    process = start(killed, env)
+    assert interrupt(process, killed, "[5/5]", signal.SIGTERM) == 0
+    for folder in (killed, whole):  # the second is complete and does nothing
+        process = start(folder, env)
+        assert process.wait() == 0, (folder / "stdout").read_text()
+    assert "] " not in (whole / "stdout").read_text().partition("# RoBal")[0]
+    for name in ("table1.md", "table1.json"):
+        first, second = ((folder / "out/digits_lt" / name).read_bytes() for folder in (whole, killed))
+        assert first == second
+    rows = json.loads(second)["rows"]
+    assert all(row["ours"]["worst"]["n"] == 1 for row in rows)
+    # Evaluations lie where experiments/compare.py looks for them.
+    evaluations = sorted((whole / "out/digits_lt/evaluations").glob("*/seed0/evaluation/examples.npz"))
+    assert len(evaluations) == 3
