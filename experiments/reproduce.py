@@ -156,9 +156,11 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | Non
         for number, job in enumerate(jobs, 1):
             if stop:
                 return None
-            if is_done(job) or not diverged.keys().isdisjoint({job.workdir, job.start}):
-                continue
             name = f"{job.key} seed {job.seed}"
+            if job.start in diverged:
+                diverged[job.workdir] = name
+            if is_done(job) or job.workdir in diverged:
+                continue
             title = f"[{number}/{len(jobs)}] {name}: {'evaluate' if job.folder else 'train'}"
             print(title, flush=True)
             started = time.monotonic()
@@ -205,7 +207,7 @@ def main(arguments: list[str]) -> None:
         logs.replace(
             path.with_suffix(".json"), (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
         )
-        print(f"\n{text}\ntable {path}")
+        print(f"\n{text.partition('## Commands')[0]}table, and commands of its rows: {path}")
     if diverged:
         raise DivergedError(f"without a result: {', '.join(diverged)}")
 

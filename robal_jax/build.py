@@ -407,7 +407,9 @@ def evaluation(config: ConfigDict) -> Evaluation:
             "dataset": config.data.name,
             "imbalance": f"{config.data.profile}, ratio {config.data.ratio:g} (IR {1 / config.data.ratio:g})",
             "class_names": list(data.class_names),
-            "head": ", ".join(f"{key} {value}" for key, value in head.items()),
+            "head": ", ".join(
+                [head.name, *(f"{key} {value}" for key, value in sorted(head.items()) if key != "name")]
+            ),
             "norm": attacks.NORMS[config.threat.norm],
             "epsilon": settings.epsilon,
             "step_size": settings.step_size,

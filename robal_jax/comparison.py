@@ -50,7 +50,7 @@ def load_run(workdir: Path) -> Run:
     """Read evaluation/results.json and evaluation/examples.npz of a run.
 
     Args:
-        workdir: folder of the run.
+        workdir: folder of the run, or one of results in it.
 
     Returns:
         The run.
@@ -58,7 +58,7 @@ def load_run(workdir: Path) -> Run:
     Raises:
         InputError: a file is missing or unreadable.
     """
-    folder = workdir / "evaluation"
+    folder = workdir if (workdir / "results.json").exists() else workdir / "evaluation"
     try:
         results = json.loads((folder / "results.json").read_text())
         with np.load(folder / "examples.npz") as file:

@@ -29,7 +29,8 @@ from robal_jax.train import initial_state, versions
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
 MAIN_ATTACK = "pgd_20"
 SAVE_SECONDS = 30.0  # between two saves of an unfinished evaluation
-# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each.
+# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each. In L2 these
+# errors of the pixels add up as their squares do.
 DISTANCE_TOLERANCE = 4 * 2.0**-23
 
 
@@ -137,7 +138,7 @@ def evaluate(
         if outcomes is None:
             say(f"stopped; the same command goes on from {folder / 'partial.npz'}")
             return folder
-        _check(outcomes, job.threat)
+        _check(outcomes, job.threat, data.test_images[0].size)
         meta = {
             **about,
             "n": len(data.test_labels),
@@ -229,8 +230,9 @@ def _read_partial(path: pathlib.Path, settings: str) -> tuple[int, dict[str, lis
         return 0, {}
 
 
-def _check(outcomes: dict[str, np.ndarray], threat: attacks.ThreatModel) -> None:
+def _check(outcomes: dict[str, np.ndarray], threat: attacks.ThreatModel, pixels: int = 1) -> None:
     """Refuses outcomes that no honest evaluation gives."""
+    tolerance = DISTANCE_TOLERANCE * (pixels**0.5 if threat.norm == "l2" else 1.0)
     for name, values in outcomes.items():
         field, _, condition = name.partition("_")
         if field == "finite" and not values.all():
@@ -238,7 +240,7 @@ def _check(outcomes: dict[str, np.ndarray], threat: attacks.ThreatModel) -> None
                 f"the model's logits are not finite for {np.sum(~values)} of {len(values)} images "
                 f"({condition}), so no accuracy can be given; the checkpoint is not usable"
             )
-        if (field == "distance" and values.max() > threat.epsilon + DISTANCE_TOLERANCE) or (
+        if (field == "distance" and values.max() > threat.epsilon + tolerance) or (
             field == "outside" and values.max() > 0
         ):
             raise RuntimeError(f"attack {condition} left the threat model: {field} {values.max()}")

@@ -18,8 +18,8 @@ from robal_jax import attacks, models, torch_import
 # One function, or one pass through a network and its gradient: float64 rounding (1e-16) grows by the number
 # of summands and layers to 1e-15 .. 1e-12. A wrong constant (an epsilon, a biased variance) shows at 1e-5.
 SINGLE = 1e-9
-# Three training steps: a step multiplies the rounding by lr * curvature, about 10 to 100 times.
-TRAINED = 1e-6
+# Three training steps multiply that by about 100; a RoBal step shows the 1e-12 that the released code adds
+# to a probability before its logarithm, divided by that probability: about 1e-11.
 # An image that is stored in float32 only: a few roundings of 6e-8, where the released float32 run made the
 # same steps as the float64 one.
 FLOAT32 = 1e-6

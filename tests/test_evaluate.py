@@ -132,6 +132,31 @@ def test_more_steps_are_a_stronger_attack(evaluated):
     assert abs(accuracy["cw_20"] - accuracy["pgd_20"]) < 0.05
 
 
+def test_another_head_stands_in_for_the_trained_one(copy):
+    """The evaluation of another config, over this run's checkpoint, into a folder of its own."""
+    other = build.with_evaluation_of(build.read_config(copy), cli.load_config("configs/robal_r.py:digits_lt"))
+    with other.unlocked():
+        other.evaluation.head = {"name": "cosine", "scale": 3.0, "gamma": 0.0}
+    said = []
+    folder = evaluate.evaluate(other, copy, folder=copy / "other", say=said.append)
+    assert folder == copy / "other"
+    meta = json.loads((folder / "results.json").read_text())["meta"]
+    assert (meta["method"], meta["head"]) == ("RoBal-R", "cosine, gamma 0.0, scale 3.0")
+    job, (state, _, _) = build.evaluation(other), state_of(copy)[1]
+    images = jnp.asarray(np.float32(job.training.data.test_images[:20]) / np.float32(16))
+    logits = job.predict(state.params, state.stats, images) / other.evaluation.logit_scale
+    assert 1.0 < np.abs(logits).max() <= 3.0 * (1 + 1e-5)  # cosines up to rounding
+
+
+def test_a_head_without_its_variables_is_refused(copy):
+    config = build.read_config(copy)
+    with config.unlocked():
+        config.evaluation.head = {"name": "tau_norm"}
+    message = "'tau_norm' cannot stand in for the trained head 'cosine': they differ in .*classifier/bias"
+    with pytest.raises(InputError, match=message):
+        evaluate.evaluate(config, copy)
+
+
 # ---------------------------------------------------------------- batches and interruptions
 
 

@@ -23,8 +23,8 @@ def test_commands(tmp_path):
     """All commands after the two that install, in order, in a folder like the repository's root."""
     for name in ("configs", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
-    loss = next(code for code in PYTHON if "def inverse_frequency" in code)
-    (tmp_path / "my_losses.py").write_text(loss)
+    method = next(code for code in PYTHON if "def inverse_frequency" in code)
+    (tmp_path / "my_method.py").write_text(method)
     assert len(BASH) > 4
     for command in BASH[2:]:
         assert ".venv/bin/python experiments/" in command
@@ -38,6 +38,7 @@ def test_commands(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/short/evaluation/report.md").is_file()
+    assert (tmp_path / "runs/short_at/evaluation-tau_norm/report.md").is_file()
 
 
 def test_the_first_two_blocks_set_themselves_up():

@@ -143,6 +143,44 @@ def test_example_keys_are_all_different():
     np.testing.assert_array_equal(part, keys[1][4:])  # whatever device they are on
 
 
+# ---------------------------------------------------------------- fine-tuning
+
+
+def fine_tuning_config(*overrides):
+    """One epoch of class scales for a linear head."""
+    config = tiny_config()
+    with config.unlocked():
+        config.head, config.loss = ({"name": name} for name in ("linear", "cross_entropy"))
+        config.objective = {"name": "pgd_at"}
+    return cli.apply_overrides(config, [f"--config.{override}" for override in overrides])
+
+
+def test_fine_tuning_moves_what_it_shall(tmp_path):
+    said = []
+    before = train.train(fine_tuning_config("train.epochs=1"), tmp_path / "at", say=said.append)
+    config = fine_tuning_config("train.epochs=1", f"train.start_from={tmp_path / 'at'}")
+    with config.unlocked():
+        config.head = {"name": "tau_norm", "tau": 0.0, "learn_scale": True}
+        config.optimizer.trainable = "classifier/class_scale"
+    after = train.train(config, tmp_path / "lws", say=said.append)
+    assert f"starting from {before} sha256 {said[0].split()[-1]}; new: params/classifier/class_scale" in said
+    (old, _), (new, _) = checkpoints.read(before), checkpoints.read(after)
+    assert np.abs(new["params"]["classifier"].pop("class_scale") - 1).max() > 0
+    jax.tree.map(np.testing.assert_array_equal, new["params"], old["params"])
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), new["stats"], old["stats"])
+    assert all(jax.tree.leaves(moved))
+    # It resumes by itself: the run that it started from is not read again.
+    shutil.rmtree(tmp_path / "at")
+    assert train.train(config, tmp_path / "lws", say=said.append) == after
+
+
+def test_fine_tuning_of_another_model_is_refused(finished, tmp_path):
+    config = fine_tuning_config(f"train.start_from={finished[0]}", "model.width=8")
+    with pytest.raises(InputError, match=r"has params/backbone/fc/bias \(16,\), which does not fit"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- interruptions
 
 
