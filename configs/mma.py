@@ -18,7 +18,12 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     config = base.get_config(data)
     config.method = "MMA"
     config.objective = base.ConfigDict(
-        {"name": "mma", "max_epsilon": 1.5 * config.threat.epsilon, "nat_weight": 1 / 3, "search_steps": 10}
+        {
+            "name": "mma",
+            "max_epsilon": 1.5 * config.threat.get_oneway_ref("epsilon"),
+            "nat_weight": 1 / 3,
+            "search_steps": 10,
+        }
     )
     config.attack.loss = base.ConfigDict({"name": "soft_logit_margin"})
     config.attack.start = "uniform"

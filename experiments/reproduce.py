@@ -28,7 +28,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FLAGS = {
     "table": "1, 2, 3, 4, S6 or S7",
     "data": "digits_lt (the default), cifar10_lt or cifar100_lt",
-    "seeds": "number of seeds, 0, 1, 2, ...; by default 3",
+    "seeds": "how many seeds, from 0 on; by default 3",
     "rows": "keys of rows, separated by commas; by default all",
     "out": "folder of all runs and tables; by default runs/tables",
 }
@@ -40,11 +40,11 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     Raises:
       InputError: no such table, data set or row, or not a number of seeds.
     """
-    from robal_jax import tables
+    from robal_jax import paper, tables
 
     data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
-    if data not in tables.DATA_SETS:
-        raise InputError(f"unknown data set {data!r}; known: {', '.join(tables.DATA_SETS)}")
+    if data not in paper.DATA_SETS:
+        raise InputError(f"unknown data set {data!r}; known: {', '.join(paper.DATA_SETS)}")
     if not seeds.isdecimal() or not int(seeds):
         raise InputError(f"--seeds is {seeds!r}; it must be a number of seeds, 1 or more")
     keys = [key for key in values["rows"].split(",") if key]
@@ -52,7 +52,7 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
         table=values["table"],
         data=data,
         seeds=tuple(range(int(seeds))),
-        rows=tables.rows_of(values["table"], data, keys),
+        rows=paper.rows_of(values["table"], data, keys),
         overrides=tuple(override.lstrip("-").removeprefix("config.") for override in overrides),
         out=pathlib.Path(values["out"] or "runs/tables"),
         configs=CONFIGS,

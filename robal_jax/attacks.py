@@ -312,7 +312,7 @@ def shortest_adversarial(
         return jnp.where(success, low, middle), jnp.where(success, middle, high)
 
     success = fooled(length)
-    bracket = jnp.where(success, 0.0, length), jnp.where(success, length, max_epsilon)
+    bracket = jnp.where(success, 0.0, length), jnp.where(success, length, jnp.maximum(length, max_epsilon))
     _, eta = jax.lax.fori_loop(0, search_steps, halve, bracket)
     return jax.lax.stop_gradient((at(eta), eta))
 

@@ -97,7 +97,7 @@ _POSITIVE_FIELDS = (
     "threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale",
     "schedule.lr", "schedule.decay", "train.epochs", "train.batch_size", "train.steps_per_dispatch",
     "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon",
-    "evaluation.step_size", "evaluation.logit_scale",
+    "evaluation.step_size", "evaluation.logit_scale", "objective.max_epsilon", "objective.search_steps",
 )  # fmt: skip
 _NOT_NEGATIVE_FIELDS = (
     "schedule.warmup", "train.max_steps",
@@ -173,13 +173,19 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     The method's name and the section ``evaluation`` do not change what is trained, and neither does where the
     data lies: the data itself is compared by its digest.
     """
-    flat = [_flatten(json.loads(c.to_json())) for c in (config, other)]
-    ignored = ("method", "evaluation.", "data.path", "train.keep_checkpoints")
+    here, there = training_fields(config), training_fields(other)
     return [
-        f"{key}: {flat[0].get(key)!r} here, {flat[1].get(key)!r} there"
-        for key in sorted({*flat[0], *flat[1]})
-        if flat[0].get(key) != flat[1].get(key) and not key.startswith(ignored)
+        f"{key}: {here.get(key)!r} here, {there.get(key)!r} there"
+        for key in sorted({*here, *there})
+        if here.get(key) != there.get(key)
     ]
+
+
+def training_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields that decide what is trained, by their full names: see :func:`differences`."""
+    fields = _flatten(json.loads(config.to_json()))
+    ignored = ("method", "evaluation.", "data.path", "train.keep_checkpoints")
+    return {key: value for key, value in fields.items() if not key.startswith(ignored)}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -241,6 +247,12 @@ def objective(
         start=attacks.STARTS[config.attack.start],
         loss=call("loss", losses.LOSSES, config.attack.loss, **given),
     )
+    if "epoch" in inspect.signature(attack.keywords["loss"]).parameters:
+        raise InputError("config.attack.loss cannot depend on the epoch; the loss outside of the attack can")
+    if config.threat.norm == "l2" and config.attack.start == "one_sided":
+        raise InputError(
+            "config.attack.start 'one_sided' is for norm linf; in l2 take 'uniform' or 'gaussian'"
+        )
     function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
     if "loss" not in inspect.signature(function).parameters and config.loss.name != "cross_entropy":
         raise InputError(
@@ -383,7 +395,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
     Raises:
       InputError: a field of the config, or the data, cannot be used.
     """
-    parts, settings = training(config), config.evaluation
+    parts, settings, linf = training(config), config.evaluation, config.threat.norm == "linf"
     data, counts = parts.data, parts.data.class_counts
     head = settings.head if settings.head.name else config.head
     network = model(config, counts, head=head, precision=settings.precision)
@@ -413,7 +425,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
             "norm": attacks.NORMS[config.threat.norm],
             "epsilon": settings.epsilon,
             "step_size": settings.step_size,
-            "start": "x + U(-epsilon, epsilon); FGSM: x",
+            "start": ("x + U(-epsilon, epsilon)" if linf else "uniform in the ball") + "; FGSM: x",
             "logit_scale": settings.logit_scale,
             "prior_adjustment": f"logits - {settings.tau_p:g} log prior" if settings.tau_p else "none",
             "evaluation_seed": settings.seed,

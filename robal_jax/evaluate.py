@@ -54,7 +54,7 @@ def eval_step(
       step_size: of the iterated attacks.
 
     Returns:
-      For each of ``CONDITIONS``: ``pred`` int32 ``[B]``; ``distance`` ``[B]``, in L-infinity;
+      For each of ``CONDITIONS``: ``pred`` int32 ``[B]``; ``distance`` ``[B]``, in its norm;
       ``outside`` ``[B]``, how far pixels lie outside of the bounds; ``finite`` bool ``[B]``, of the logits.
 
     Source: the attacks and their starts as in RoBal's released evaluation.

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import sys
 import time
+import types
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -111,28 +112,38 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 
 
 class Stop:
-    """Whether SIGTERM or Ctrl-C asked the process to stop at the next safe moment."""
+    """Whether SIGTERM or Ctrl-C asked the process to stop at the next safe moment; handles these signals.
+
+    Attributes:
+      asked: whether.
+      handlers: that stood before this one; the ``Stop`` of an enclosing loop is told as well.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __bool__(self) -> bool:
         return self.asked
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        """A signal came; a second Ctrl-C stops at once."""
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        outer = self.handlers[signal.Signals(number)]
+        if isinstance(outer, Stop):
+            outer(number, frame)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Turns SIGTERM and the first Ctrl-C into a flag that loops look at; the handlers before come back."""
     stop = Stop()
-
-    def ask(number: int, _: object) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in stop.handlers:
+        signal.signal(number, stop)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in stop.handlers.items():
             signal.signal(number, handler)

@@ -466,7 +466,7 @@ def class_balanced_softmax(
 
 
 def class_temperature(
-    logits: chex.Array, labels: chex.Array, *, class_counts: chex.Array, tau: float
+    logits: chex.Array, labels: chex.Array, *, class_counts: chex.Array, tau: float = 0.3
 ) -> chex.Array:
     """Cross entropy of logits divided by class-dependent :func:`temperatures`.
 
@@ -487,7 +487,7 @@ def class_temperature(
 
 
 def logit_adjustment(
-    logits: chex.Array, labels: chex.Array, *, class_counts: chex.Array, tau: float
+    logits: chex.Array, labels: chex.Array, *, class_counts: chex.Array, tau: float = 1.0
 ) -> chex.Array:
     """Cross entropy of logits that the class prior is added to; for ``tau = 1`` the balanced softmax.
 

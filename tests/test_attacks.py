@@ -350,7 +350,7 @@ def test_negative_margin_has_a_gradient_where_cross_entropy_has_none():
 
 LENGTH, MAX_LENGTH = 0.1, 0.3  # of the attack, and of the search
 # Distances to the boundary: misclassified; within the attack's length; beyond it; beyond the search.
-TRUE_LENGTHS = np.array([-0.05, 0.003, 0.07, 0.11, 0.29, 0.31, 0.45])
+TRUE_LENGTHS = np.array([-0.05, 0.003, 0.07, 0.11, 0.297, 0.31, 0.45])
 
 
 def at_known_distances(norm):
@@ -388,10 +388,13 @@ def test_shortest_adversarial_finds_the_boundary(norm):
     for search_steps in (4, 14):
         found, lengths = map(np.asarray, search(keys, images, labels, search_steps=search_steps))
         rounding = 10 * ROUNDING  # of the image, of the attack's length, and of 32 products in a logit
+        first = np.where(TRUE_LENGTHS < LENGTH, 0.0, LENGTH)  # from where it is halved
         interval = np.where(TRUE_LENGTHS < LENGTH, LENGTH, MAX_LENGTH - LENGTH) / 2**search_steps
         expected = np.clip(TRUE_LENGTHS, 0, MAX_LENGTH)
         assert (lengths >= expected - rounding).all()
         assert (lengths <= expected + interval + rounding).all()
+        halved = np.round((lengths - first) / interval)
+        np.testing.assert_allclose(lengths, first + halved * interval, atol=rounding)
         np.testing.assert_allclose(lengths[TRUE_LENGTHS > MAX_LENGTH], MAX_LENGTH, rtol=1e-6)
         np.testing.assert_allclose(found, images + lengths.reshape(-1, 1, 1, 1) * step, atol=rounding)
         fooled = np.asarray(logits_fn(found)).argmax(1) != labels

@@ -159,6 +159,7 @@ def test_an_override_changes_its_own_field(key):
         ("objective.batch_norm_order=both", "batch_norm_order"),
         ("objective.regulariser=l1", "'l1'; it must be one of kl, alp, alp_logits, norm"),
         ("threat.norm=l1", "'l1'; it must be one of linf, l2"),
+        ("attack.loss.name=soft_logit_margins", "unknown loss 'soft_logit_margins'"),
         ("train.start_from=nowhere", "no run or checkpoint nowhere; train it first"),
         (
             "optimizer.trainable=head",

@@ -54,7 +54,7 @@ def toy_config(method, data):
 
 
 def quickly_compiled(function, *arguments):
-    """The value of a jitted function that XLA does not optimise: compiling is all that these tests wait for."""
+    """The value of a jitted function that XLA does not optimise: these tests wait for compilations only."""
     options = {"xla_backend_optimization_level": 0}
     return function.lower(*arguments).compile(compiler_options=options)(*arguments)
 

@@ -26,7 +26,7 @@ LAYERS = (
         "torch_import",
         "parallel",
     },
-    {"objectives", "sources", "comparison"},
+    {"objectives", "sources", "comparison", "paper"},
     {"build"},
     {"train", "tables"},
     {"evaluate"},

@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT
 
 from experiments import reproduce
-from robal_jax import tables
+from robal_jax import paper, tables
 from robal_jax.errors import DivergedError, InputError
-from robal_jax.tables import DATA_SETS, TABLES, Job, Request, rows_of
+from robal_jax.paper import DATA_SETS, TABLES, rows_of
+from robal_jax.tables import Job, Request
 
 CONFIGS = ROOT / "configs"
 EVERY = [(name, data) for name in TABLES for data in DATA_SETS]
@@ -56,7 +57,7 @@ def test_number_of_rows():
 def test_tables_agree_where_they_show_the_same():
     """Table 1 and table 2 have AT and HE in common, tables 2 and 4 the AT of IR 50 but for one figure."""
     figures = {
-        (name, row.key): tables.published(TABLES[name], row, "cifar10_lt")
+        (name, row.key): paper.published(TABLES[name], row, "cifar10_lt")
         for name in ("1", "2", "4")
         for row in TABLES[name].rows
     }
@@ -69,9 +70,8 @@ def test_tables_agree_where_they_show_the_same():
 def test_the_loss_of_the_attack():
     rows = rows_of("S6", "digits_lt", ["cdt_inside", "cdt_outside", "cdt_both"])
     configs = [tables.row_config(row, request_for("S6")) for row in rows]
-    cdt = {"name": "class_temperature", "tau": 0.3}
-    entropy = {"name": "cross_entropy"}
-    places = [(c.attack.loss.to_dict(), c.loss.to_dict()) for c in configs]
+    cdt, entropy = "class_temperature", "cross_entropy"
+    places = [(c.attack.loss.name, c.loss.name) for c in configs]
     assert places == [(cdt, entropy), (entropy, cdt), (cdt, cdt)]
 
 
@@ -85,7 +85,7 @@ def test_the_readme_of_the_configs_is_up_to_date():
     for name in ("1", "2"):
         for row in TABLES[name].rows:
             for data in ("cifar10_lt", "cifar100_lt"):
-                figures = tables.published(TABLES[name], row, data)
+                figures = paper.published(TABLES[name], row, data)
                 shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "aa") if figures]
                 assert all(f" {figure} |" in lines[f"{row.config}.py"] for figure in shown)
 
