@@ -1,8 +1,8 @@
 """The runs that a table of the paper needs, and the table that their results make.
 
-Rows of the same training share one run, in whatever tables they stand: a run's folder is named by a digest of
-`build.training_fields`, an evaluation's by that and the config's section ``evaluation``. Nothing here trains or
-evaluates; experiments/reproduce.py does.
+Rows of the same training share one run, in whatever tables they stand: a run's folder is named by a digest
+of `build.training_fields`, an evaluation's by that and the config's section ``evaluation``. Nothing here
+trains or evaluates; experiments/reproduce.py does.
 """
 
 import ast
@@ -422,7 +422,27 @@ def configs_readme(folder: pathlib.Path) -> str:
         else:
             about = ast.get_docstring(ast.parse(path.read_text())) or ""
             others.append(f"- `{path.name}`: {about.partition(chr(10))[0]}")
-    return _README.format(table=_aligned(header, body, left=2), others="\n".join(others))
+    tables = [_with_overrides(name) for name in ("3", "4")]
+    return _README.format(
+        table=_aligned(header, body, left=2), others="\n".join(others), tables="\n\n".join(tables)
+    )
+
+
+def _with_overrides(name: str) -> str:
+    """The rows of a table whose configs stand in another one, with what they override."""
+    table = TABLES[name]
+    header = ["Row of the paper", "Config", *map(display_name, table.columns)]
+    body = []
+    for row in table.rows:
+        figures = published(table, row, "cifar10_lt")
+        if figures:
+            settings = " or ".join(s.rpartition("=")[2] for s in row.settings if s)
+            tried = [f"evaluation.tau_p={settings}"] if settings else []
+            config = " ".join([f"{row.config}.py", *row.overrides, *tried])
+            body.append(
+                [f"{row.stage}: {row.label}", f"`{config}`", *(f"{figures[c]:.2f}" for c in table.columns)]
+            )
+    return f"Table {name}, {table.title} (CIFAR-10-LT):\n\n{_aligned(header, body, left=2)}"
 
 
 _README = """\
@@ -438,6 +458,8 @@ CIFAR-10-LT IR 50 (10) and CIFAR-100-LT IR 10 (100); AA is APGD-CE and APGD-T to
 Without a row in tables 1 and 2:
 
 {others}
+
+{tables}
 
 This file is made from `robal_jax/paper.py`:
 
