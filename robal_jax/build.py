@@ -247,6 +247,16 @@ def objective(
         start=attacks.STARTS[config.attack.start],
         loss=call("loss", losses.LOSSES, config.attack.loss, **given),
     )
+    base = loss.keywords.get("base")  # of a deferred loss
+    if (
+        base
+        and loss.keywords.get("reweight", True)
+        and "class_weights" not in inspect.signature(base).parameters
+    ):
+        raise InputError(
+            f"config.loss.base {config.loss.base.name!r} takes no class weights; "
+            "set config.loss.reweight=False"
+        )
     if "epoch" in inspect.signature(attack.keywords["loss"]).parameters:
         raise InputError("config.attack.loss cannot depend on the epoch; the loss outside of the attack can")
     if config.threat.norm == "l2" and config.attack.start == "one_sided":

@@ -192,6 +192,20 @@ def test_keywords_that_a_function_does_not_take(tmp_path, section, name, value, 
     refused(message, start, tmp_path, change=keyword(section, name, value))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"base": {"name": "robal"}}}, "loss 'robal' needs 'scale'"),
+        ({"loss": {"base": {"name": "logit_adjustment"}}}, "'logit_adjustment' takes no class weights"),
+        ({"attack": {"loss": {"name": "deferred"}}}, "needs 'base'"),
+        ({"objective": {"name": "avmixup"}}, "'avmixup' has a loss of its own and would ignore config.loss"),
+        ({"threat": {"norm": "l2"}, "attack": {"start": "one_sided"}}, "'one_sided' is for norm linf"),
+    ],
+)
+def test_parts_that_do_not_go_together(tmp_path, change, message):
+    refused(message, start, tmp_path, change=lambda c: c.update(change), spec="configs/deferred.py:digits_lt")
+
+
 def test_keywords_that_a_function_needs(tmp_path):
     refused("scale", start, tmp_path, "loss.name=robal", spec="configs/at.py:digits_lt")
 
