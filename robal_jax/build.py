@@ -31,7 +31,7 @@ LATE = ("epoch",)
 
 def call(
     kind: str, table: Mapping[str, Callable[..., Any]], section: ConfigDict, **given: Any
-) -> Callable[..., Any]:
+) -> functools.partial:
     """The function that a section names, with the section's other keys and what it wants of ``given`` bound.
 
     Args:
@@ -239,41 +239,53 @@ def objective(
     threat = attacks.ThreatModel(config.threat.epsilon, config.threat.norm)
     given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
     loss = call("loss", losses.LOSSES, config.loss, **given)
+    inner_loss = call("loss", losses.LOSSES, config.attack.loss, **given)
     attack = functools.partial(
         attacks.pgd,
         threat=threat,
         steps=config.attack.steps,
         step_size=config.attack.step_size,
         start=attacks.STARTS[config.attack.start],
-        loss=call("loss", losses.LOSSES, config.attack.loss, **given),
+        loss=inner_loss,
     )
+    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
+    _check_parts(config, loss, inner_loss, function)
+    if not _takes(loss, "epoch"):
+        return function
+    return lambda model, params, stats, batch: function(
+        model, params, stats, batch, loss=functools.partial(loss, epoch=batch.epoch)
+    )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _check_parts(
+    config: ConfigDict, loss: functools.partial, inner_loss: functools.partial, function: functools.partial
+) -> None:
+    """Refuses losses, attack and objective that do not go together.
+
+    Raises:
+      InputError: says which.
+    """
+    if not _takes(function, "loss") and config.loss.name != "cross_entropy":
+        raise InputError(
+            f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
+            f"{config.loss.name!r}; set config.loss to cross_entropy"
+        )
     base = loss.keywords.get("base")  # of a deferred loss
-    if (
-        base
-        and loss.keywords.get("reweight", True)
-        and "class_weights" not in inspect.signature(base).parameters
-    ):
+    if base and loss.keywords.get("reweight", True) and not _takes(base, "class_weights"):
         raise InputError(
             f"config.loss.base {config.loss.base.name!r} takes no class weights; "
             "set config.loss.reweight=False"
         )
-    if "epoch" in inspect.signature(attack.keywords["loss"]).parameters:
+    if _takes(inner_loss, "epoch"):
         raise InputError("config.attack.loss cannot depend on the epoch; the loss outside of the attack can")
     if config.threat.norm == "l2" and config.attack.start == "one_sided":
         raise InputError(
             "config.attack.start 'one_sided' is for norm linf; in l2 take 'uniform' or 'gaussian'"
         )
-    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
-    if "loss" not in inspect.signature(function).parameters and config.loss.name != "cross_entropy":
-        raise InputError(
-            f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
-            f"{config.loss.name!r}; set config.loss to cross_entropy"
-        )
-    if "epoch" not in inspect.signature(loss).parameters:
-        return function
-    return lambda model, params, stats, batch: function(
-        model, params, stats, batch, loss=functools.partial(loss, epoch=batch.epoch)
-    )
 
 
 def optimizer(
