@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     """Flags to config, workdir and checkpoint; everything else is robal_jax.evaluate.evaluate."""
     texts = {
         "workdir": "folder of the run; its config is used",
-        "config": "another config, of which the section evaluation is used instead",
+        "config": "another config, whose head, logit scale and prior adjustment at inference are used",
         "folder": "gets the results; by default WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD",
         "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
     }
@@ -30,13 +30,13 @@ def main(arguments: list[str]) -> None:
     else:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
-    from robal_jax.build import read_config, with_evaluation_of
+    from robal_jax.build import read_config, with_inference_of
     from robal_jax.evaluate import evaluate
 
     config = read_config(workdir)
     folder = pathlib.Path(values["folder"]) if values["folder"] else None
     if values["config"]:
-        config = with_evaluation_of(config, cli.load_config(values["config"]))
+        config = with_inference_of(config, cli.load_config(values["config"]))
         folder = folder or workdir / f"evaluation-{pathlib.Path(values['config'].partition(':')[0]).stem}"
     evaluate(cli.apply_overrides(config, overrides), workdir, checkpoint=checkpoint, folder=folder)
 

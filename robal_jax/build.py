@@ -159,11 +159,16 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def with_evaluation_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
-    """A run's config with the method's name and the section ``evaluation`` of another config."""
-    combined, resolved = config.copy_and_resolve_references(), other.copy_and_resolve_references()
+def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """A run's config with another's method at inference: its name, head, logit scale and prior adjustment.
+
+    The protocol of the evaluation (epsilon, steps, seed) stays the run's.
+    """
+    combined = config.copy_and_resolve_references()
     with combined.unlocked():
-        combined.method, combined.evaluation = resolved.method, resolved.evaluation
+        combined.method = other.method
+        for field in ("head", "logit_scale", "tau_p"):
+            combined.evaluation[field] = other.evaluation[field]
     return combined.lock()
 
 

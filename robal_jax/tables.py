@@ -180,9 +180,7 @@ def commands(row: Row, request: Request) -> list[str]:
         asked += [f"train.start_from={_workdir(run_name(_AT, request), seed, request)}"]
     train = ["train.py", f"--config=configs/{name.rpartition('-')[0]}.py:{data}", f"--workdir={workdir}"]
     lines = [[*train, *(f"--config.{override}" for override in asked)]]
-    # In a config evaluation.epsilon follows threat.epsilon; here it must be said.
-    own = [each.replace("threat", "evaluation") for each in asked if each.startswith("threat.epsilon=")]
-    own += [each for each in asked if each.startswith("evaluation.")]
+    own = [each for each in asked if each.startswith("evaluation.")]
     evaluate = ["evaluate.py", f"--config=configs/{row.config}.py:{data}", f"--workdir={workdir}"]
     for setting in row.settings:
         folder = f"--folder={_evaluation_folder(row, setting, seed, request)}"

@@ -133,8 +133,9 @@ def test_more_steps_are_a_stronger_attack(evaluated):
 
 
 def test_another_head_stands_in_for_the_trained_one(copy):
-    """The evaluation of another config, over this run's checkpoint, into a folder of its own."""
-    other = build.with_evaluation_of(build.read_config(copy), cli.load_config("configs/robal_r.py:digits_lt"))
+    """The inference of another config, over this run's checkpoint, into a folder of its own."""
+    other = build.with_inference_of(build.read_config(copy), cli.load_config("configs/robal_r.py:digits_lt"))
+    assert (other.evaluation.tau_p, build.read_config(copy).evaluation.tau_p) == (0.0, 0.1)
     with other.unlocked():
         other.evaluation.head = {"name": "cosine", "scale": 3.0, "gamma": 0.0}
     said = []

@@ -194,7 +194,6 @@ def test_commands():
     assert post[0] == lws[0]
     assert "--config=configs/la_post.py:digits_lt" in post[1]
     assert f"--workdir={workdir}" in post[1]
-    assert "--config.evaluation.epsilon=0.05" in post[1]
 
 
 # ---------------------------------------------------------------- the table
