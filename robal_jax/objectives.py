@@ -83,7 +83,20 @@ def adversarial_images(
 def plain(
     model: Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch, *, loss: losses.Loss
 ) -> tuple[chex.Array, Outcome]:
-    """Training without an adversary: ``mean l(z(x), y)``; one pass."""
+    """Training without an adversary.
+
+    ``mean l(z(x), y)``
+
+    Args:
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
+      loss: ``l``.
+
+    Returns:
+      The loss, and the moments of the one pass.
+    """
     logits, moments = model.train(params, stats, batch.images)
     metrics = {"nat_accuracy": accuracy(logits, batch.labels)}
     return loss(logits, batch.labels).mean(), Outcome((moments,), metrics)
@@ -98,10 +111,25 @@ def pgd_at(
     attack: Attack,
     loss: losses.Loss,
 ) -> tuple[chex.Array, Outcome]:
-    """Adversarial training: any loss on the attack's images, ``mean l(z(x'), y)``; one pass.
+    """Adversarial training: any loss on the attack's images.
 
-    Source: Madry et al. (ICLR 2018); RoBal's baseline AT. What the attack maximises is the attack's affair:
-    with a long-tail loss there too it is the released mode 'inner_loss'.
+    ``mean l(z(x'), y)``
+
+    What the attack maximises is its own affair: with a long-tail loss there too this is the released mode
+    'inner_loss'.
+
+    Args:
+      model: see the module.
+      params: see the module.
+      stats: see the module.
+      batch: ``x``, ``y``.
+      attack: makes ``x'``.
+      loss: ``l``.
+
+    Returns:
+      The loss, and the moments of the one pass.
+
+    Source: Madry et al. (ICLR 2018); RoBal's baseline AT.
     """
     adversarial = adversarial_images(attack, model, params, stats, batch)
     logits, moments = model.train(params, stats, adversarial)
