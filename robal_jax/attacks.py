@@ -278,7 +278,7 @@ def shortest_adversarial(
 
     With ``delta = attack(x) - x`` and ``u = delta / ||delta||`` it looks for the smallest ``eta`` at which
     ``x + eta * u`` is misclassified: in ``[0, ||delta||]`` where the attack succeeded, otherwise in
-    ``[||delta||, max_epsilon]``.
+    ``[||delta||, max_epsilon]``; an attack that goes further than ``max_epsilon`` only gives the direction.
 
     Args:
       logits_fn: the model.
@@ -311,8 +311,9 @@ def shortest_adversarial(
         success = fooled(middle)
         return jnp.where(success, low, middle), jnp.where(success, middle, high)
 
-    success = fooled(length)
-    bracket = jnp.where(success, 0.0, length), jnp.where(success, length, jnp.maximum(length, max_epsilon))
+    reach = jnp.minimum(length, max_epsilon)
+    success = fooled(reach)
+    bracket = jnp.where(success, 0.0, reach), jnp.where(success, reach, max_epsilon)
     _, eta = jax.lax.fori_loop(0, search_steps, halve, bracket)
     return jax.lax.stop_gradient((at(eta), eta))
 

@@ -248,6 +248,11 @@ def prepare_workdir(config: ConfigDict, job: build.Training, workdir: pathlib.Pa
     if path.exists():
         try:
             data_before = json.loads((workdir / "versions.json").read_text())["data_sha256"]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"workdir {workdir} was not made by training; to train on from its weights give another "
+                f"--workdir and --config.train.start_from={workdir}"
+            ) from error
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{workdir / 'versions.json'} cannot be read: {error!r}") from error
         changed = build.differences(config, build.read_config(workdir))

@@ -417,3 +417,21 @@ def test_shortest_adversarial_stays_in_bounds_and_finds_nothing_without_a_gradie
         np.testing.assert_array_equal(lengths, 2.0)
         assert found.min() >= 0
         assert found.max() <= 1
+
+
+@each_norm
+def test_shortest_adversarial_takes_only_the_direction_of_an_attack_that_goes_too_far(norm):
+    logits_fn, images, labels, _ = at_known_distances(norm)
+    threat = attacks.ThreatModel(2 * MAX_LENGTH, norm)
+    attack = partial(attacks.pgd, threat=threat, steps=1, step_size=2 * MAX_LENGTH, start=attacks.clean_start)
+    keys = jax.random.split(jax.random.key(0), len(images))
+    _, lengths = attacks.shortest_adversarial(
+        logits_fn, keys, images, labels,
+        attack=attack, threat=threat, max_epsilon=MAX_LENGTH, search_steps=14,
+    )  # fmt: skip
+    within = TRUE_LENGTHS < MAX_LENGTH
+    assert (lengths <= MAX_LENGTH).all()
+    np.testing.assert_array_equal(lengths[~within], np.float32(MAX_LENGTH))
+    if norm == "l2":  # in L-infinity this attack meets the bounds of the pixels and turns
+        expected = np.maximum(TRUE_LENGTHS[within], 0)
+        np.testing.assert_allclose(lengths[within], expected, atol=MAX_LENGTH / 2**14 + 10 * ROUNDING)

@@ -285,6 +285,12 @@ def test_other_data_are_refused(copy, monkeypatch):
         run(copy)
 
 
+def test_a_folder_that_training_did_not_make_is_not_trained_on(copy):
+    (copy / "versions.json").unlink()
+    with pytest.raises(InputError, match=r"was not made by training; .* --config.train.start_from="):
+        run(copy)
+
+
 @pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("versions.json", "{}")])
 def test_damaged_workdir_is_refused(copy, name, content):
     (copy / name).write_text(content)
