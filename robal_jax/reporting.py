@@ -33,6 +33,7 @@ _META_LABELS = {
     "steps": "Attack steps",
     "step_size": "Attack step size",
     "start": "Attack start",
+    "head": "Head under attack",
     "logit_scale": "Logit scale under attack",
     "prior_adjustment": "Prior adjustment at test time",
     "main_attack": "Main attack",
