@@ -469,7 +469,7 @@ def _check_same_variables(
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(
-                jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(images.shape, float))
+                jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(images.shape, np.float32))
             )
         }
         for model in (trained, evaluated)
