@@ -233,7 +233,7 @@ def model(
     try:
         network = models.Network(backbone(), classifier())
     except ValueError as error:
-        raise InputError(f"config.model: {error}") from error
+        raise InputError(f"config.model or its head: {error}") from error
     return models.functional(network, precision=None if precision == "default" else precision)
 
 
@@ -426,7 +426,8 @@ def evaluation(config: ConfigDict) -> Evaluation:
     data, counts = parts.data, parts.data.class_counts
     head = settings.head if settings.head.name else config.head
     network = model(config, counts, head=head, precision=settings.precision)
-    _check_same_variables(config, head, parts.model, network, data.test_images[:1])
+    if settings.head.name:
+        _check_same_variables(config, head, parts.model, network, data.test_images[:1])
 
     def predict(params: Any, stats: Any, images: Any) -> Any:
         logits = settings.logit_scale * network.predict(params, stats, images)

@@ -369,6 +369,11 @@ def subtract_margins(logits: chex.Array, labels: chex.Array, margins: chex.Array
     return jnp.where(_is_true(logits, labels), logits - _row(margins, logits), logits)
 
 
+def _balanced(values: chex.Array, labels: chex.Array, class_counts: chex.Array, beta: float) -> chex.Array:
+    """``v_{y_b} l_b [B]`` of values ``l [B]``, ``v`` the :func:`effective_number_weights`."""
+    return _by_label(effective_number_weights(class_counts, beta=beta), labels, values) * values
+
+
 def class_balanced_focal(
     logits: chex.Array,
     labels: chex.Array,
@@ -398,8 +403,7 @@ def class_balanced_focal(
     Source: Cui et al., CVPR 2019.
     """
     values = focal(logits, labels, gamma=gamma, class_weights=class_weights)
-    weights = effective_number_weights(class_counts, beta=beta)
-    return alpha * _by_label(weights, labels, values) * values
+    return alpha * _balanced(values, labels, class_counts, beta)
 
 
 def class_balanced_sigmoid(
@@ -429,8 +433,7 @@ def class_balanced_sigmoid(
     Source: Cui et al., CVPR 2019.
     """
     values = binary_cross_entropy(logits, labels, class_weights=class_weights)
-    weights = effective_number_weights(class_counts, beta=beta)
-    return alpha * _by_label(weights, labels, values) * values
+    return alpha * _balanced(values, labels, class_counts, beta)
 
 
 def class_balanced_softmax(
@@ -461,8 +464,7 @@ def class_balanced_softmax(
     """
     log_q = jnp.where(_is_true(logits, labels), jax.nn.log_softmax(logits), _log_complement(logits))
     values = _weigh_columns(-jnp.maximum(log_q, -100.0), class_weights).mean(axis=-1)
-    weights = effective_number_weights(class_counts, beta=beta)
-    return alpha * _by_label(weights, labels, values) * values
+    return alpha * _balanced(values, labels, class_counts, beta)
 
 
 def class_temperature(

@@ -23,7 +23,7 @@ class TrainState:
     Attributes:
       step: number of updates made, int32 scalar.
       params: trainable parameters.
-      stats: running batch-norm statistics.
+      stats: running batch-norm statistics, and what a head keeps there.
       opt_state: the optimiser's.
     """
 
