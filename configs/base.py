@@ -67,7 +67,7 @@ def get_config(data: str) -> ConfigDict:
     config.train.precision = "default"  # of matrix products: on a GPU 'default' may be TF32
 
     config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 500
+    config.evaluation.batch_size = 500  # images a device and call
     config.evaluation.seed = 0  # of the attacks' random starts
     config.evaluation.epsilon = config.threat.get_oneway_ref("epsilon")
     config.evaluation.step_size = 0.0078
@@ -76,6 +76,11 @@ def get_config(data: str) -> ConfigDict:
     config.evaluation.head = ConfigDict({"name": ""})  # stands in for the trained head; '': that one itself
     config.evaluation.head_classes = 0  # number of classes called head; 0: a third of them
     config.evaluation.tail_classes = 0
+    # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a
+    # list: 'apgd_ce,square'.
+    config.evaluation.autoattack = "robal_aa"
+    config.evaluation.audit = ConfigDict({"examples": 200})  # test images that it looks at; 0: no audit
+    config.evaluation.audit.surrogate = ""  # another run on the same data, to attack by transfer; '': none
     config.evaluation.precision = "highest"  # robust accuracy is only believed in full float32
 
     if data == "digits_lt":
@@ -119,5 +124,7 @@ def _digits(config: ConfigDict) -> None:
     config.train.epochs = 60
     config.train.crop_flip = False
     config.train.checkpoint_epochs = 10
-    config.evaluation.batch_size = 350
+    config.evaluation.batch_size = 120
+    config.evaluation.autoattack = "standard"
+    config.evaluation.audit.examples = 350
     config.evaluation.step_size = 0.0125  # epsilon / 8

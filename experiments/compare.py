@@ -1,20 +1,30 @@
-"""Compare evaluated runs: python experiments/compare.py --workdirs=DIR,DIR[,...]."""
+"""Compare evaluated runs: python experiments/compare.py RUN [RUN ...] [--out=FILE.md].
+
+A RUN is a folder of a run or of results; the others are compared with the first.
+"""
 
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from robal_jax import cli
-from robal_jax.comparison import load_runs, print_comparison
+from robal_jax import cli, comparison
+from robal_jax.errors import InputError
 from robal_jax.reporting import terminal
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to runs; everything else is robal_jax.comparison."""
-    texts = {"workdirs": "folders of evaluated runs, separated by commas; the first is the reference"}
-    values = cli.parse(arguments, texts, __doc__)
-    print_comparison(load_runs([name for name in values["workdirs"].split(",") if name]), terminal())
+    """Folders to runs; everything else is robal_jax.comparison."""
+    folders = [argument for argument in arguments if not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    out = cli.parse(flags, {"out": "also writes the tables to this file, in Markdown"}, __doc__)["out"]
+    tables = comparison.compare(comparison.load_runs(folders))
+    comparison.print_comparison(tables, terminal())
+    if out:
+        try:
+            pathlib.Path(out).write_text(comparison.comparison_markdown(tables))
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@
 """
 
 import pathlib
+import shlex
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 from robal_jax.errors import InputError
+
+SHORT = {"autoattack": "autoattack", "audit": "audit.examples", "surrogate": "audit.surrogate"}
 
 
 def main(arguments: list[str]) -> None:
@@ -19,9 +22,15 @@ def main(arguments: list[str]) -> None:
         "config": "another config, whose head, logit scale and prior adjustment at inference are used",
         "folder": "gets the results; by default WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD",
         "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
+        "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
+        "audit": "test images that the audit looks at, 0 for no audit: config.evaluation.audit.examples",
+        "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
     }
-    arguments, overrides = cli.split_overrides(arguments)
-    values = cli.parse(arguments, texts, __doc__)
+    flags, overrides = cli.split_overrides(arguments)
+    values = cli.parse(flags, texts, __doc__)
+    for flag, field in SHORT.items():
+        if values[flag]:
+            overrides.append(f"--config.evaluation.{field}={values[flag]}")
     checkpoint = pathlib.Path(values["checkpoint"]).absolute() if values["checkpoint"] else None
     if values["workdir"]:
         workdir = pathlib.Path(values["workdir"])
@@ -38,7 +47,9 @@ def main(arguments: list[str]) -> None:
     if values["config"]:
         config = with_inference_of(config, cli.load_config(values["config"]))
         folder = folder or workdir / f"evaluation-{pathlib.Path(values['config'].partition(':')[0]).stem}"
-    evaluate(cli.apply_overrides(config, overrides), workdir, checkpoint=checkpoint, folder=folder)
+    command = shlex.join(["python", "experiments/evaluate.py", *arguments])
+    config = cli.apply_overrides(config, overrides)
+    evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,18 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import attacks, classifiers, losses, metrics, models, objectives, parallel, sources, state
+from robal_jax import (
+    attacks,
+    autoattack,
+    classifiers,
+    losses,
+    metrics,
+    models,
+    objectives,
+    parallel,
+    sources,
+    state,
+)
 from robal_jax.data import SAMPLERS, Dataset
 from robal_jax.errors import InputError
 from robal_jax.models import Model
@@ -100,7 +111,7 @@ _POSITIVE_FIELDS = (
     "evaluation.step_size", "evaluation.logit_scale", "objective.max_epsilon", "objective.search_steps",
 )  # fmt: skip
 _NOT_NEGATIVE_FIELDS = (
-    "schedule.warmup", "train.max_steps",
+    "schedule.warmup", "train.max_steps", "evaluation.audit.examples",
     "optimizer.clip_norm", "optimizer.momentum", "optimizer.weight_decay",
 )  # fmt: skip
 
@@ -398,9 +409,14 @@ class Evaluation:
     Attributes:
       training: what made the checkpoint; gives the data and the structure of the state.
       predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
+      features: ``(params, stats, images) -> [B, D]``, what the head sees.
       threat: what the attacks may do.
       step_size: of the iterated attacks.
-      batch_size: images a call.
+      version: of the ensemble of attacks, a key of ``autoattack.VERSIONS`` or a list.
+      ensemble: its stages; none for the version 'none'.
+      audit_examples: test images that the audit looks at; 0 for no audit.
+      surrogate: folder of another run on the same data, '' for none.
+      batch_size: images a device and call.
       seed: of the attacks' starts.
       groups: ``head_classes`` and ``tail_classes``, 0 for a third.
       about: what reports say of method, data and attack.
@@ -408,8 +424,13 @@ class Evaluation:
 
     training: Training
     predict: Callable[..., Any]
+    features: Callable[..., Any]
     threat: attacks.ThreatModel
     step_size: float
+    version: str
+    ensemble: tuple[autoattack.Stage, ...]
+    audit_examples: int
+    surrogate: str
     batch_size: int
     seed: int
     groups: dict[str, int]
@@ -433,11 +454,18 @@ def evaluation(config: ConfigDict) -> Evaluation:
         logits = settings.logit_scale * network.predict(params, stats, images)
         return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
 
+    threat, version = attacks.ThreatModel(settings.epsilon, config.threat.norm), settings.autoattack
+    ensemble = () if version == "none" else autoattack.stages(version, len(counts), threat=threat)
     return Evaluation(
         training=parts,
         predict=predict,
-        threat=attacks.ThreatModel(settings.epsilon, config.threat.norm),
+        features=network.features,
+        threat=threat,
         step_size=settings.step_size,
+        version=version,
+        ensemble=ensemble,
+        audit_examples=min(settings.audit.examples, len(data.test_labels)),
+        surrogate=settings.audit.surrogate,
         batch_size=min(settings.batch_size, len(data.test_labels)),
         seed=settings.seed,
         groups={"head_classes": settings.head_classes, "tail_classes": settings.tail_classes},
@@ -458,6 +486,8 @@ def evaluation(config: ConfigDict) -> Evaluation:
             "prior_adjustment": f"logits - {settings.tau_p:g} log prior" if settings.tau_p else "none",
             "evaluation_seed": settings.seed,
             "precision": settings.precision,
+            "autoattack": [stage.name for stage in ensemble],
+            "config": json.loads(to_json(config)),
         },
     )
 

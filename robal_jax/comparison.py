@@ -3,19 +3,20 @@
 import dataclasses
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import rich.table
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from robal_jax import metrics
+from robal_jax import metrics, page
 from robal_jax.errors import InputError
-from robal_jax.reporting import display_name, headline, printed, with_interval
+from robal_jax.figures import display_name, headline
+from robal_jax.reporting import printed, with_interval
 
 # Runs may be compared only if these agree.
 _PROTOCOL = ("dataset", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
@@ -30,12 +31,14 @@ class Run:
         meta: see `reporting.write_report`.
         summary: see `metrics.summarize`.
         examples: 'labels' [n], 'ids' [n] of the test images, 'pred_<condition>' [n] and more, by name.
+        audit: see `reporting.write_report`; None if the run was not audited.
     """
 
     name: str
     meta: Mapping[str, Any]
     summary: Mapping[str, Any]
     examples: Mapping[str, np.ndarray]
+    audit: Mapping[str, Any] | None = None
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:
@@ -44,6 +47,14 @@ class Run:
             name: self.examples[f"pred_{name}"] for name in self.summary["conditions"] if name != "worst"
         }
         return {**attacks, "worst": metrics.worst_case(self.examples["labels"], attacks)}
+
+
+class Table(NamedTuple):
+    """Text in rows, ready to print."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
 
 
 def load_run(workdir: Path) -> Run:
@@ -63,7 +74,7 @@ def load_run(workdir: Path) -> Run:
         results = json.loads((folder / "results.json").read_text())
         with np.load(folder / "examples.npz") as file:
             examples = dict(file)
-        run = Run(str(workdir), results["meta"], results["summary"], examples)
+        run = Run(str(workdir), results["meta"], results["summary"], examples, results.get("audit"))
         examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
     except FileNotFoundError as error:
         raise InputError(f"{workdir} has not been evaluated: {error.filename} is missing.") from error
@@ -85,7 +96,7 @@ def load_runs(workdirs: Sequence[str]) -> list[Run]:
         InputError: no run, the same folder twice, or a run that cannot be read.
     """
     if len(set(workdirs)) < max(1, len(workdirs)):
-        raise InputError("Name at least one workdir, and none twice.")
+        raise InputError("Name at least one folder of a run, and none twice.")
     return [load_run(Path(workdir)) for workdir in workdirs]
 
 
@@ -112,7 +123,7 @@ def difference(run: Run, reference: Run, condition: str, group: str) -> dict[str
         group: 'all', or a group of classes.
 
     Returns:
-        A FIGURE in [-1, 1], see `metrics.summarize`.
+        A FIGURE in [-1, 1] with 'p_value', see `metrics.paired_difference`.
 
     Raises:
         InputError: the runs differ in test images, class groups, conditions or threat model.
@@ -133,42 +144,103 @@ def _check_comparable(reference: Run, run: Run) -> None:
             raise InputError(f"{names} differ in {key}: {values}.")
 
 
-def print_comparison(runs: Sequence[Run], console: Console) -> None:
-    """Print clean, main-attack and worst-case accuracy of runs, and their differences to the first method's.
+def shared_conditions(runs: Sequence[Run]) -> list[Run]:
+    """Restrict runs to the conditions that all of them have.
+
+    Args:
+        runs: at least one.
+
+    Returns:
+        The runs with those conditions, in the order of the first run; 'worst' is that of the shared ones.
+    """
+    shared = set.intersection(*(set(run.summary["conditions"]) for run in runs))
+    names = [name for name in runs[0].summary["conditions"] if name in shared]
+
+    def restricted(run: Run) -> Run:
+        conditions = {name: run.summary["conditions"][name] for name in names}
+        return dataclasses.replace(run, summary={**run.summary, "conditions": conditions})
+
+    return [restricted(run) for run in runs]
+
+
+def compare(runs: Sequence[Run]) -> list[Table]:
+    """Compare runs in those conditions of the headline that all of them have.
 
     Runs of one method with different seeds make one row, their mean and standard deviation; each is paired
     with the first method's run of the same seed.
 
     Args:
         runs: at least one.
-        console: where to print.
+
+    Returns:
+        Tables of the runs with their audits, of accuracies and, if there are any, of differences.
 
     Raises:
         InputError: runs that cannot be compared.
     """
-    conditions, groups = headline(runs[0].meta), ["all", *runs[0].summary["groups"]]
-    rows = _rows(runs)
+    restricted = shared_conditions(runs)
+    first = restricted[0]
+    conditions, groups = headline(first.summary, first.meta), ["all", *first.summary["groups"]]
+    rows = _rows(restricted)
     (reference, partners), *others = rows.items()
     by_seed = any(len(members) > 1 for members in rows.values())
-    spread = " (mean ± standard deviation over seeds)" if by_seed else ""
-    accuracy = _table(f"Accuracy in percent{spread}", groups)
-    differences = _table(f"Difference to {escape(reference)} in points, paired [95 % interval]", groups)
+
+    def label(row: str, seed: Any) -> str:
+        return f"{row}, seed {seed}" if by_seed else row
+
+    accuracies, differences = [], []
     for condition in conditions:
         title = display_name(condition)
         for row, members in rows.items():
             shares = ([share_right(run, condition, group) for run in members.values()] for group in groups)
-            accuracy.add_row(title, escape(row), *map(_mean_and_spread, shares))
+            accuracies.append((title, row, *map(_mean_and_spread, shares)))
         for row, members in others:
             for seed in [seed for seed in members if seed in partners]:
-                label = f"{row}, seed {seed}" if by_seed else row
                 pairs = (difference(members[seed], partners[seed], condition, group) for group in groups)
-                # On two lines, so that the table fits into 100 columns.
-                differences.add_row(title, escape(label), *(with_interval(pair, "+", "\n") for pair in pairs))
-        for table in (accuracy, differences):
-            table.add_section()
-    console.print(accuracy)
-    if differences.row_count:
-        console.print(differences)
+                differences.append((title, label(row, seed), *map(_difference, pairs)))
+    audits = [
+        (label(row, seed), _audit(run), _left_out(run, conditions=first.summary["conditions"]))
+        for row, members in _rows(runs).items()
+        for seed, run in members.items()
+    ]
+    header = ("Condition", "Run", *map(str.capitalize, groups))
+    spread = " (mean ± standard deviation over seeds)" if by_seed else ""
+    tables = [
+        Table("Runs", ("Run", "Audit", "Conditions left out"), audits),
+        Table(f"Accuracy in percent{spread}", header, accuracies),
+        Table(
+            f"Difference to {reference} in points, paired [95 % interval], exact McNemar p",
+            header,
+            differences,
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def print_comparison(tables: Sequence[Table], console: Console) -> None:
+    """Print tables, a section for each condition.
+
+    Args:
+        tables: see `compare`.
+        console: where to print.
+    """
+    for title, header, rows in tables:
+        shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=escape(title))
+        for index, name in enumerate(header):
+            figures = index > 1 and header[0] == "Condition"
+            shown.add_column(name, justify="right" if figures else "left", no_wrap=figures)
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            last = following is not None and header[0] == "Condition" and following[0] != row[0]
+            shown.add_row(*map(escape, row), end_section=last)
+        console.print(shown)
+
+
+def comparison_markdown(tables: Sequence[Table]) -> str:
+    """The tables of `compare` as a document in Markdown."""
+    blocks = [
+        block for title, header, rows in tables for block in (page.section(title), page.table(header, rows))
+    ]
+    return page.to_markdown("Comparison of runs", blocks)
 
 
 def _rows(runs: Sequence[Run]) -> dict[str, dict[Any, Run]]:
@@ -182,16 +254,28 @@ def _rows(runs: Sequence[Run]) -> dict[str, dict[Any, Run]]:
     return rows
 
 
-def _table(title: str, groups: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    table.add_column("Condition", no_wrap=True)
-    table.add_column("Run")
-    for group in groups:
-        table.add_column(group.capitalize(), justify="right", no_wrap=True)
-    return table
-
-
 def _mean_and_spread(figures: Sequence[Mapping[str, float]]) -> str:
     values = [100 * figure["value"] for figure in figures]
     mean = f"{np.mean(values):.1f}"
     return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+
+
+def _difference(pair: Mapping[str, float]) -> str:
+    """On three lines, so that the table fits into 100 columns."""
+    p_value = "p < 0.001" if pair["p_value"] < 0.001 else f"p = {pair['p_value']:.3f}"
+    return with_interval(pair, "+", "\n") + "\n" + p_value
+
+
+def _audit(run: Run) -> str:
+    """The checks that are flagged, or how many found nothing."""
+    if run.audit is None:
+        return "no audit"
+    verdicts = run.audit["verdicts"]
+    flagged = [verdict["title"] for verdict in verdicts if verdict["flagged"]]
+    done = sum(verdict["flagged"] is not None for verdict in verdicts)
+    return f"flagged: {', '.join(flagged)}" if flagged else f"clean ({done} of {len(verdicts)} checks run)"
+
+
+def _left_out(run: Run, *, conditions: Collection[str]) -> str:
+    names = [display_name(name) for name in run.summary["conditions"] if name not in conditions]
+    return ", ".join(names) or "none"

@@ -183,23 +183,30 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]
     cells (b' = b + 1/2, c' = c + 1/2, n' = n + 2), which keeps its coverage where b and c are small:
     (b' - c') / n' -+ z sqrt(b' + c' - (b' - c')^2 / n') / n'.
 
+    The p-value is that of the exact McNemar test: if neither model were better, each of the b + c images on
+    which they differ would be gained or lost with probability 1/2, so that b ~ Binomial(b + c, 1/2).
+
     Args:
         first: right or not, bool [n], n >= 1.
         second: the same for the second model.
 
     Returns:
-        'value', 'low' and 'high', in [-1, 1].
+        'value', 'low' and 'high', in [-1, 1]; 'p_value', two-sided, 1 if the models never differ.
 
     Source:
-        Agresti and Min (2005), Simple improved confidence intervals for comparing matched proportions.
+        Agresti and Min (2005), Simple improved confidence intervals for comparing matched proportions;
+        McNemar (1947), Note on the sampling error of the difference between correlated proportions.
     """
+    from scipy.stats import binomtest  # here, since it takes a second that only comparisons need
+
     n = len(first)
     gained = int(np.sum(second & ~first))
     lost = int(np.sum(first & ~second))
     center = (gained - lost) / (n + 2)
     half = Z95 * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
     bounds = np.clip([center - half, center + half], -1, 1)
-    return _figure((gained - lost) / n, *bounds)
+    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return {**_figure((gained - lost) / n, *bounds), "p_value": p_value}
 
 
 def worst_case(labels: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -259,7 +266,8 @@ def summarize(
         'balanced_accuracy' and 'recall' (the same number under both of its names), 'precision',
         'f_score' (macro means), one per group over the test images of its classes, 'natural_error',
         'boundary_error', 'robust_accuracy'; 'per_class' with the lists 'precision', 'recall' (FIGUREs),
-        'f_score', 'support'; for K >= 100 'groups_of_ten', ten means of recall.
+        'f_score', 'support', 'natural_error', 'boundary_error'; 'confusion', counts [K, K] with the true
+        classes in rows; for K >= 100 'groups_of_ten', ten means of recall.
 
     Raises:
         InputError: a class without a test image, a class outside [0, K), or unusable group sizes.
@@ -307,6 +315,10 @@ def _condition(
     )
     support = confusion.sum(-1)
     recall_bounds = wilson_interval(np.diagonal(confusion), support)
+
+    def class_share(hits: np.ndarray) -> list[float]:
+        return (np.bincount(labels[hits], minlength=num_classes) / support).tolist()
+
     figures: dict[str, Any] = {
         "accuracy": share(right),
         "balanced_accuracy": macro_recall,
@@ -322,7 +334,10 @@ def _condition(
             "recall": [_figure(*row) for row in zip(recall, *recall_bounds, strict=True)],
             "f_score": f_score.tolist(),
             "support": support.tolist(),
+            "natural_error": class_share(~clean_right),
+            "boundary_error": class_share(clean_right & ~right),
         },
+        "confusion": confusion.tolist(),
     }
     if num_classes >= 100:
         figures["groups_of_ten"] = groups_of_ten(recall).tolist()

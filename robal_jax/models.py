@@ -344,18 +344,20 @@ class Model(NamedTuple):
       init: ``(key, images) -> (params, stats)``; of the images only the shape matters.
       predict: ``(params, stats, images) -> logits``, with running statistics: what is attacked and evaluated.
       train: ``(params, stats, images) -> (logits, moments)``, with the batch's own statistics.
+      features: ``(params, stats, images) -> [B, D]``, what ``predict`` gives to the head.
     """
 
     init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
     predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
     train: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], tuple[chex.Array, chex.ArrayTree]]
+    features: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
 
 
 def functional(network: nn.Module, *, precision: str | None = None) -> Model:
     """The :class:`Model` of a linen module with call signature ``(images, train)``.
 
     Args:
-      network: the module.
+      network: the module; for ``features`` a :class:`Network`.
       precision: of all matrix products and convolutions, 'high' or 'highest'; None is the accelerator's
         default, which may be TF32 on a GPU and bfloat16 on a TPU.
 
@@ -379,7 +381,12 @@ def functional(network: nn.Module, *, precision: str | None = None) -> Model:
             logits, moments = network.apply(variables, images, train=True, mutable=["batch_stats"])
         return logits, moments.get("batch_stats", {})
 
-    return Model(init, predict, train)
+    def features(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
+        variables = {"params": params, "batch_stats": stats}
+        with jax.default_matmul_precision(precision):
+            return network.apply(variables, images, False, method=lambda net, *x: net.backbone(*x))
+
+    return Model(init, predict, train, features)
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {

@@ -183,10 +183,10 @@ _TABLE_S7 = (
 )
 
 TABLES = {
-    "1": Table("long-tail methods with AT", ("clean", "pgd_20", "aa"), "Vanilla FC", _TABLE_1),
+    "1": Table("long-tail methods with AT", ("clean", "pgd_20", "robal_aa"), "Vanilla FC", _TABLE_1),
     "2": Table(
         "methods of adversarial training",
-        ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "aa"),
+        ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "robal_aa"),
         "AT",
         _TABLE_2,
         "HE and, on CIFAR-10-LT, RoBal-R are attacked on unscaled cosines, as released, where gradient "
@@ -195,7 +195,7 @@ TABLES = {
     ),
     "3": Table(
         "ablation of RoBal",
-        ("clean", "aa"),
+        ("clean", "robal_aa"),
         "m₀ = 0, τ_p = 0",
         _TABLE_3,
         "Where the row does not say 'best', τ_p is 0. Best τ_p: of 0, 0.5, 1, 1.5 and 2 the one with the "
@@ -204,7 +204,7 @@ TABLES = {
     ),
     "4": Table(
         "imbalance ratios",
-        ("clean", "pgd_20", "mim_20", "cw_20", "aa"),
+        ("clean", "pgd_20", "mim_20", "cw_20", "robal_aa"),
         "AT at the same IR",
         _TABLE_4,
         "The paper's row is called RoBal, its exact setting is not stated; here it is RoBal-N.",

@@ -1,13 +1,14 @@
-"""Lays the compiled chunk of training steps over the devices of this process.
+"""Lays compiled work over the devices of this process: chunks of training steps, and batches to evaluate.
 
-The step is written once, for one device. Here it is compiled
+The training step is written once, for one device. Here it is compiled
 
 - by ``jit``: the batch is split over all devices, XLA adds the communication (the default);
 - by ``pmap``: each device runs the step on its part of the batch, which averages gradients, metrics and
   batch-norm moments over the named axis itself.
 
 Both give the numbers of one device up to the order of summation, because batch statistics are those of the
-whole batch and noise belongs to an image's position in it.
+whole batch and noise belongs to an image's position in it. Attacks and evaluation treat each image by itself
+and need no communication at all (:func:`spread`).
 """
 
 from collections.abc import Callable
@@ -73,3 +74,36 @@ def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
 
 
 LAYOUTS: dict[str, Callable[[Chunk, list[jax.Device]], Chunk]] = {"jit": jit, "pmap": pmap}
+
+
+def spread(
+    function: Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree],
+    layout: str,
+    devices: list[jax.Device],
+) -> Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]:
+    """Work on images that do not depend on each other, each device with its part of them; compiled once.
+
+    Every device runs the same program on a batch of the same size, so what comes out for an image does not
+    depend on how many devices there are.
+
+    Args:
+      function: ``(parts, shared) -> outputs``; arrays of parts and outputs are ``[b, ...]``.
+      layout: a key of ``LAYOUTS``: ``jit`` cuts the parts by ``shard_map``, ``pmap`` maps over them.
+      devices: to work on.
+
+    Returns:
+      The same for parts and outputs ``[b * len(devices), ...]``.
+    """
+    if layout == "pmap":
+        mapped = jax.pmap(function, in_axes=(0, None), devices=devices)
+
+        def run(parts: chex.ArrayTree, shared: chex.ArrayTree) -> chex.ArrayTree:
+            split = jax.tree.map(lambda x: np.reshape(x, (len(devices), -1, *np.shape(x)[1:])), parts)
+            outputs = jax.device_get(mapped(split, shared))
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+        return run
+    mesh, part, whole = Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS), PartitionSpec()
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=(part, whole), out_specs=part, check_vma=False)
+    )

@@ -1,4 +1,4 @@
-"""What becomes of an evaluation: a table on the terminal, files, figures.
+"""What becomes of an evaluation: a table on the terminal, and the report as files.
 
 A *summary* is what `metrics.summarize` returns. *meta* says what was evaluated; `write_report` lists its
 keys. Conditions ('clean', 'fgsm', ...) are taken from the summary, never assumed, but for the first, 'clean',
@@ -8,19 +8,19 @@ and the last, 'worst'.
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, MultipleLocator, NullFormatter, ScalarFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from robal_jax import figures, page
 from robal_jax.errors import InputError
+from robal_jax.figures import class_name, display_name, headline, headline_attack
+from robal_jax.page import Block
 
 # Order and names of the known keys of meta in the report.
 _META_LABELS = {
@@ -37,6 +37,7 @@ _META_LABELS = {
     "logit_scale": "Logit scale under attack",
     "prior_adjustment": "Prior adjustment at test time",
     "main_attack": "Main attack",
+    "autoattack": "Attacks of the ensemble",
     "checkpoint": "Checkpoint",
     "checkpoint_sha256": "Checkpoint SHA-256",
     "seed": "Seed",
@@ -46,33 +47,19 @@ _META_LABELS = {
     "versions": "Versions",
     "device": "Device",
     "date": "Date",
+    "seconds": "Seconds that the evaluation took",
 }
-_META_ELSEWHERE = ("class_names",)
+_META_ELSEWHERE = ("class_names", "command", "config", "stages")
 
-# Okabe and Ito's colours: told apart in every common form of colour blindness.
-_BLUE, _ORANGE, _GREEN, _GRAY = "#0072B2", "#D55E00", "#009E73", "#D9D9D9"
-_DPI = 150
-_MANY_CLASSES = 20  # from here on figures name every tenth class only
-
-_READING_NOTE = """\
-- Every share of test images has a 95 % Wilson interval; macro means have a 95 % percentile interval of a
-  bootstrap within classes. Both cover the choice of test images only, not the spread over training seeds.
-- *Accuracy* looks at the attacked image alone. Natural error (wrong when clean) plus boundary error (right
-  when clean, wrong under the attack) is the robust error; an image that is wrong when clean counts as broken.
-- *Worst* counts an image as right only if it is right under every condition of the table.
-- Attacks that follow the gradient of the cross-entropy (FGSM, PGD, MIM) depend on the scale of the logits: a
-  large scale saturates the softmax, a small one flattens it, and either can raise the accuracy without making
-  the model more robust. Compare models at several scales, or by an attack that does not depend on the scale.
-- Attacks with a fixed step size are no AutoAttack: they bound robust accuracy from above, less tightly than
-  the standard ensemble does.
-"""
-
-
-def display_name(condition: str) -> str:
-    """Give the name of a condition for people: 'clean' -> 'Clean', 'pgd_20' -> 'PGD-20'."""
-    if condition in ("clean", "worst"):
-        return condition.capitalize()
-    return condition.upper().replace("_", "-")
+_CAPTIONS = {
+    "curves": "Accuracy over the scale of the logits, over steps and over restarts",
+    "attacks": "Robust accuracy by attack",
+    "per_class": "Accuracy by class over the training images",
+    "errors": "Natural error, boundary error and robust accuracy by class",
+    "confusion": "Classes that the attack confuses, in percent of the true class",
+    "norms": "Training images, weight norms and feature norms by class",
+    "gallery": "Images, adversarial images and the difference between them",
+}
 
 
 def terminal() -> Console:
@@ -89,20 +76,28 @@ def evaluation_table(summary: Mapping[str, Any], console: Console) -> None:
         console: where to print.
     """
     groups = list(summary["groups"])
-    figures = (*groups, "balanced_accuracy", "f_score", "natural_error", "boundary_error")
+    shown = (*groups, "balanced_accuracy", "f_score", "natural_error", "boundary_error")
     headers = (*map(str.capitalize, groups), "Balanced", "Macro F", "Nat. err.", "Bound. err.")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Percent of test images [95 % interval]")
-    table.add_column("Condition", no_wrap=True)
+    table.add_column("Condition", min_width=10)  # the one that breaks into lines where space is short
     for header in ("Accuracy", *headers):
         table.add_column(header, justify="right", no_wrap=True)
     for name, condition in summary["conditions"].items():
-        cells = [_percent(condition[figure]) for figure in figures]
+        cells = [_percent(condition[figure]) for figure in shown]
         table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)
 
 
-def write_report(folder: Path, summary: Mapping[str, Any], meta: Mapping[str, Any]) -> list[Path]:
-    """Write results.json, per_class.csv, report.md, per_class.png and attacks.png.
+def write_report(
+    folder: Path,
+    summary: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    audit: Mapping[str, Any] | None = None,
+    norms: Mapping[str, Any] | None = None,
+    gallery: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write report.html (one file that loads nothing), report.md with its figures, results.json and a CSV.
 
     Each file is written under another name and then renamed, so that it is never found half written.
 
@@ -110,10 +105,19 @@ def write_report(folder: Path, summary: Mapping[str, Any], meta: Mapping[str, An
         folder: where to write; made if it is missing.
         summary: see `metrics.summarize`.
         meta: JSON values. Needed: 'method', 'dataset' and 'main_attack' (the condition that stands for
-            robustness in figures). Known: 'imbalance', 'n', 'norm', 'epsilon', 'steps', 'step_size',
-            'start', 'logit_scale', 'prior_adjustment', 'checkpoint', 'checkpoint_sha256', 'seed',
-            'versions' ({package: version}), 'device', 'date', 'class_names' (list of K). The report prints
-            any other key as it is.
+            robustness where no ensemble was evaluated). Known: 'imbalance', 'n', 'norm', 'epsilon', 'steps',
+            'step_size', 'start', 'logit_scale', 'prior_adjustment', 'checkpoint', 'checkpoint_sha256',
+            'seed', 'versions' ({package: version}), 'device', 'date', 'seconds', 'command', 'config' (a
+            nested dict), 'class_names' (list of K), 'autoattack' (names of an ensemble's attacks), 'stages'
+            ({attack: accuracy left after it and all before it}). The report prints any other key as it is.
+        audit: whether the attacks can be believed, JSON values. 'examples', the number of images;
+            'verdicts', a list of {'name', 'title', 'flagged' (None: not run), 'statement', 'evidence' (a
+            dict)}; 'curves', any of 'scale', 'steps' and 'restarts', each {'x' [m], 'series' {name: m
+            FIGUREs}}.
+        norms: 'weights', the norm of each class's weight vector, [K], or None where there is none;
+            'features', the mean norm of each class's features, [K].
+        gallery: 'images' and 'adversarial', [m, H, W, 1 or 3] in [0, 1], m >= 1; 'labels' and 'predictions',
+            [m]; 'condition', the attack.
 
     Returns:
         The files written.
@@ -126,219 +130,166 @@ def write_report(folder: Path, summary: Mapping[str, Any], meta: Mapping[str, An
             f"The main attack '{meta['main_attack']}' is not among the evaluated conditions: "
             f"{', '.join(summary['conditions'])}."
         )
-    contents = {
-        "results.json": json.dumps({"meta": meta, "summary": summary}, indent=1, allow_nan=False).encode(),
-        "per_class.csv": _per_class_csv(summary, meta).encode(),
-        "per_class.png": _png(per_class_figure(summary, meta)),
-        "attacks.png": _png(attacks_figure(summary, meta)),
-        "report.md": _report(summary, meta).encode(),
+    drawn = _draw(summary, meta, audit, norms, gallery)
+    pictures = {
+        name: page.figure(f"{name}.png", _CAPTIONS[name], figures.svg(figure))
+        for name, figure in drawn.items()
     }
+    title = figures.title(meta)
+    blocks = [
+        *_summary_section(summary, meta, audit),
+        *_audit_section(audit, pictures),
+        *_condition_section(summary, meta, pictures),
+        *_group_section(summary),
+        *_class_section(summary, meta, pictures),
+        *_norm_section(norms, pictures),
+        *_gallery_section(gallery, pictures),
+        *_settings_section(meta),
+        *_reading_section(summary, audit),
+        *_config_section(meta),
+    ]
+    contents = {
+        "results.json": _json({"meta": meta, "summary": summary, "audit": audit, "norms": norms}),
+        "per_class.csv": _per_class_csv(summary, meta),
+        "report.md": page.to_markdown(title, blocks),
+        "report.html": page.to_html(title, blocks),
+    }
+    files = {name: text.encode() for name, text in contents.items()}
+    files |= {f"{name}.png": figures.png(figure) for name, figure in drawn.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
+        for name, content in files.items():
             partial = folder / f".{name}.partial"
             partial.write_bytes(content)
             partial.replace(folder / name)
     except OSError as error:
         raise InputError(f"Cannot write the report to {folder}: {error.strerror}.") from error
-    return [folder / name for name in contents]
+    return [folder / name for name in files]
 
 
-def per_class_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw clean, main-attack and worst-case accuracy class by class over the training counts.
+def _draw(
+    summary: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    audit: Mapping[str, Any] | None,
+    norms: Mapping[str, Any] | None,
+    gallery: Mapping[str, Any] | None,
+) -> dict[str, figures.Figure]:
+    """All figures that the inputs allow, by name."""
+    drawn = {
+        "attacks": figures.attacks_figure(summary, meta),
+        "per_class": figures.per_class_figure(summary, meta),
+        "errors": figures.errors_figure(summary, meta),
+        "confusion": figures.confusion_figure(summary, meta),
+    }
+    if audit and audit.get("curves"):
+        drawn["curves"] = figures.curves_figure(audit["curves"], meta)
+    if norms:
+        drawn["norms"] = figures.norms_figure(norms, summary, meta)
+    if gallery:
+        drawn["gallery"] = figures.gallery_figure(gallery, meta)
+    return drawn
+
+
+def audit_verdict(audit: Mapping[str, Any] | None) -> tuple[bool | None, str]:
+    """The verdict on all checks together.
 
     Args:
-        summary: see `metrics.summarize`.
-        meta: see `write_report`.
+        audit: see `write_report`.
 
     Returns:
-        The figure; classes are sorted from head to tail.
+        True if any check is flagged, False if none of those that were run is, None if none was run; and a
+        sentence for people.
     """
-    groups = summary["groups"]
-    order = np.concatenate(list(groups.values()))
-    positions = np.arange(len(order))
-    many = len(order) > _MANY_CLASSES
-    figure = Figure(figsize=(14, 5.5) if many else (9, 5), layout="constrained")
-    axes = figure.subplots()
-    counts_axes = axes.twinx()
-    axes.set_zorder(counts_axes.get_zorder() + 1)  # accuracies in front of the counts
-    axes.patch.set_visible(False)
-
-    counts = np.asarray(summary["class_counts"])[order]
-    counts_axes.bar(positions, counts, width=1.0 if many else 0.9, color=_GRAY, label="Training images")
-    counts_axes.set_yscale("log")
-    # A bar of the smallest class keeps a visible height.
-    counts_axes.set_ylim(max(counts.min(), 1) / 2, 2 * counts.max())
-    counts_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    counts_axes.yaxis.set_major_formatter(ScalarFormatter())  # 500, not 5 x 10^2
-    counts_axes.yaxis.set_minor_formatter(NullFormatter())
-    counts_axes.set_ylabel("Training images of the class (log scale)")
-
-    styles = ((-0.25, _BLUE, "o"), (0.0, _ORANGE, "s"), (0.25, _GREEN, "v"))
-    for name, (shift, color, marker) in zip(headline(meta), styles, strict=False):
-        recall = summary["conditions"][name]["per_class"]["recall"]
-        _errorbar(
-            axes,
-            positions + shift,
-            [recall[k] for k in order],
-            color=color,
-            marker=marker,
-            markersize=3.5 if many else 6,
-            elinewidth=0.7 if many else 1.4,
-            label=display_name(name),
-        )
-    _accuracy_axis(axes, "Accuracy on the test images of the class (%)")
-    axes.set_ylim(-2, 110)  # room for whole markers at 0 and for the group names above 100
-    start = 0
-    for name, classes in groups.items():
-        axes.text(start + (len(classes) - 1) / 2, 105, name, ha="center", va="center", style="italic")
-        start += len(classes)
-        if start < len(order):
-            axes.axvline(start - 0.5, color="black", linewidth=0.8, linestyle=":")
-
-    shown = positions[::10] if many else positions
-    names = [_class_name(meta, k) for k in order[shown]]
-    long_names = max(map(len, names)) > 4
-    axes.xaxis.set_major_locator(FixedLocator(list(shown)))
-    axes.set_xticklabels(names, rotation=30 if long_names else 0, ha="right" if long_names else "center")
-    axes.set_xlabel(
-        "Class, from the most to the fewest training images" + (" (every tenth named)" if many else "")
+    if audit is None:
+        return None, "No audit was made: nothing here tells whether the attacks were as strong as they can be"
+    outcomes = [verdict["flagged"] for verdict in audit["verdicts"]]
+    flagged, run = outcomes.count(True), len(outcomes) - outcomes.count(None)
+    if not run:
+        return None, f"No check was run (0 of {len(outcomes)})"
+    if not flagged:
+        return False, f"No check was flagged ({run} of {len(outcomes)} run)"
+    left_out = "" if run == len(outcomes) else f" ({len(outcomes) - run} not run)"
+    return True, (
+        f"{flagged} of {len(outcomes)} checks {'is' if flagged == 1 else 'are'} flagged{left_out}: "
+        "the gradient attacks of this report must not be believed"
     )
-    axes.set_xlim(-0.7, len(order) - 0.3)
-    axes.set_title(f"{_title(meta)}: accuracy by class, 95 % intervals")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
 
 
-def attacks_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw accuracy under each attack, of all classes and of the tail side by side.
-
-    Args:
-        summary: see `metrics.summarize`.
-        meta: see `write_report`.
-
-    Returns:
-        The figure; the clean accuracy stands first for scale.
-    """
-    conditions = summary["conditions"]
-    positions = np.arange(len(conditions))
-    figure = Figure(figsize=(max(6.0, 2.0 + 0.9 * len(conditions)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    series = [("accuracy", "All classes", _BLUE, "o")]
-    if "tail" in summary["groups"]:
-        series.append(("tail", "Tail classes", _ORANGE, "s"))
-    for shift, (figure_name, label, color, marker) in zip((-0.12, 0.12), series, strict=False):
-        values = [condition[figure_name] for condition in conditions.values()]
-        _errorbar(
-            axes, positions + shift, values, color=color, marker=marker, markersize=4, capsize=4, label=label
+def _summary_section(
+    summary: Mapping[str, Any], meta: Mapping[str, Any], audit: Mapping[str, Any] | None
+) -> list[Block]:
+    """The page's header, then the headline with its intervals."""
+    conditions = {name: summary["conditions"][name] for name in headline(summary, meta)}
+    shown = {
+        "accuracy": "All classes",
+        **{name: name.capitalize() for name in summary["groups"]},
+        "balanced_accuracy": "Balanced accuracy",
+    }
+    facts = [
+        f"{words} {printed(meta[key])}"
+        for key, words in (
+            ("imbalance", "imbalance"),
+            ("n", "test images"),
+            ("norm", "norm"),
+            ("epsilon", "radius"),
+            ("date", "date"),
         )
-        for x, value in zip(positions + shift, values, strict=True):
-            # Outwards, so that the numbers of the two series never meet.
-            offset, side = (-7, "right") if shift < 0 else (7, "left")
-            axes.annotate(
-                _percent(value),
-                (x, 100 * value["value"]),
-                xytext=(offset, 0),
-                textcoords="offset points",
-                ha=side,
-                va="center",
-                fontsize=8,
-                color=color,
-            )
-    _accuracy_axis(axes, "Accuracy (% of test images)")
-    axes.margins(y=0.1)
-    axes.set_ylim(bottom=-2)
-    axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(positions, [display_name(name) for name in conditions])
-    axes.set_xlim(-0.6, len(conditions) - 0.4)
-    axes.set_xlabel("Attack")
-    axes.set_title(f"{_title(meta)}: robust accuracy by attack, 95 % intervals")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def _errorbar(axes: Axes, x: np.ndarray, values: Sequence[Mapping[str, float]], **style: Any) -> None:
-    """Draw figures with their intervals, in percent."""
-    value, low, high = (100 * np.array([entry[key] for entry in values]) for key in ("value", "low", "high"))
-    axes.errorbar(x, value, yerr=(value - low, high - value), linestyle="none", **style)
-
-
-def _accuracy_axis(axes: Axes, label: str) -> None:
-    axes.yaxis.set_major_locator(MultipleLocator(20))
-    axes.grid(axis="y", linewidth=0.5, alpha=0.6)
-    axes.set_ylabel(label)
-
-
-def _title(meta: Mapping[str, Any]) -> str:
-    return f"{meta['method']} on {meta['dataset']}"
-
-
-def headline(meta: Mapping[str, Any]) -> list[str]:
-    """The conditions to see at a glance; the main attack may itself be 'clean' or 'worst'."""
-    return list(dict.fromkeys(("clean", meta["main_attack"], "worst")))
-
-
-def _class_name(meta: Mapping[str, Any], index: int) -> str:
-    return meta["class_names"][index] if meta.get("class_names") else str(index)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
-
-
-def _per_class_csv(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    rows = [
-        {
-            "class": index,
-            "name": _class_name(meta, index),
-            "train_count": count,
-            "support": figures["support"][index],
-            "condition": name,
-            "recall": figures["recall"][index]["value"],
-            "recall_low": figures["recall"][index]["low"],
-            "recall_high": figures["recall"][index]["high"],
-            "precision": figures["precision"][index],
-            "f_score": figures["f_score"][index],
-        }
-        for index, count in enumerate(summary["class_counts"])
-        for name, figures in ((name, entry["per_class"]) for name, entry in summary["conditions"].items())
+        if key in meta
     ]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _report(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    known = [key for key in _META_LABELS if key in meta]
-    others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
-    settings = ((_META_LABELS.get(key, key), printed(meta[key])) for key in known + others)
-    parts = [
-        f"# {_title(meta)}",
-        "## What was evaluated",
-        _markdown(("Setting", "Value"), settings),
-        *_condition_section(summary["conditions"]),
-        *_group_section(summary),
-        *_class_section(summary, meta),
-        "## How to read this",
-        _READING_NOTE,
-    ]
-    return "\n\n".join(parts)
-
-
-def _by_condition(figures: Mapping[str, str], conditions: Mapping[str, Any]) -> str:
-    """Table of figures (key: heading) with intervals, a row per condition."""
-    rows = (
-        (display_name(name), *(with_interval(row[key]) for key in figures))
+    values = (
+        (display_name(name), f"{_percent(row['accuracy'])} %", _interval(row["accuracy"]))
         for name, row in conditions.items()
     )
-    return _markdown(("Condition", *figures.values()), rows)
+    return [
+        *([page.paragraph(" · ".join(facts))] if facts else []),
+        page.banner(*audit_verdict(audit)),
+        page.cards(values),
+        page.section("Summary"),
+        page.paragraph("Accuracy in percent of test images, with 95 % intervals."),
+        _by_condition(shown, conditions),
+    ]
 
 
-def _condition_section(conditions: Mapping[str, Any]) -> list[str]:
+def _audit_section(audit: Mapping[str, Any] | None, pictures: Mapping[str, Block]) -> list[Block]:
+    if audit is None:
+        return []
+    items = (
+        (
+            verdict["flagged"],
+            verdict["title"],
+            verdict["statement"],
+            _evidence(verdict["evidence"]),
+        )
+        for verdict in audit["verdicts"]
+    )
+    count = audit["examples"]
+    sample = f"Checks that attack anew do so on a sample of {count} test images." if count else ""
+    return [
+        page.section("Audit"),
+        page.paragraph(
+            "Each check looks for a sign that an attack is weaker than it seems, so that the accuracy under "
+            f"it is too high. {sample}"
+        ),
+        page.checks(items),
+        *_pictures(pictures, "curves"),
+    ]
+
+
+def _evidence(evidence: Mapping[str, Any]) -> str:
+    """Evidence on one line: 'accuracy (1 = 0.48, 30 = 0.61), images = 500'."""
+
+    def entry(key: str, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"{key} ({_evidence(value)})"
+        return f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {printed(value)}"
+
+    return ", ".join(entry(key, value) for key, value in evidence.items())
+
+
+def _condition_section(
+    summary: Mapping[str, Any], meta: Mapping[str, Any], pictures: Mapping[str, Block]
+) -> list[Block]:
+    conditions = summary["conditions"]
     accuracies = {
         "accuracy": "Accuracy",
         "balanced_accuracy": "Balanced accuracy",
@@ -350,29 +301,36 @@ def _condition_section(conditions: Mapping[str, Any]) -> list[str]:
         "boundary_error": "Boundary error",
         "robust_accuracy": "Right on both",
     }
-    return [
-        "## All conditions",
-        "Percent, with 95 % intervals. Macro recall is the balanced accuracy.",
+    attacked = {name: row for name, row in conditions.items() if name != "clean"}
+    blocks = [
+        page.section("All conditions"),
+        page.paragraph("Percent, with 95 % intervals. Macro recall is the balanced accuracy."),
         _by_condition(accuracies, conditions),
-        "Natural error + boundary error + right on both = 100 %.",
-        _by_condition(errors, {name: row for name, row in conditions.items() if name != "clean"}),
-        "![Robust accuracy by attack](attacks.png)",
+        page.paragraph("Natural error + boundary error + right on both = 100 %."),
+        _by_condition(errors, attacked),
     ]
+    if meta.get("stages"):
+        rows = ((display_name(name), f"{100 * value:.1f}") for name, value in meta["stages"].items())
+        blocks += [
+            page.paragraph("Robust accuracy after each attack of the ensemble, in percent:"),
+            page.table(("After", "Accuracy"), rows),
+        ]
+    return [*blocks, pictures["attacks"]]
 
 
-def _group_section(summary: Mapping[str, Any]) -> list[str]:
+def _group_section(summary: Mapping[str, Any]) -> list[Block]:
     conditions, groups, counts = summary["conditions"], summary["groups"], summary["class_counts"]
 
     def count_range(classes: Sequence[int]) -> str:
         return f"{min(counts[k] for k in classes)} to {max(counts[k] for k in classes)}"
 
-    parts = [
-        "## Head, medium and tail classes",
-        "Accuracy in percent over the test images of the group, with 95 % intervals.",
-        _markdown(
+    blocks = [
+        page.section("Head, medium and tail classes"),
+        page.table(
             ("Group", "Classes", "Training images per class"),
-            ((name, len(classes), count_range(classes)) for name, classes in groups.items()),
+            [(name, len(classes), count_range(classes)) for name, classes in groups.items()],
         ),
+        page.paragraph("Accuracy in percent over the test images of the group, with 95 % intervals."),
         _by_condition({name: name.capitalize() for name in groups}, conditions),
     ]
     if "groups_of_ten" in conditions["clean"]:
@@ -380,21 +338,26 @@ def _group_section(summary: Mapping[str, Any]) -> list[str]:
             (display_name(name), *(f"{100 * mean:.1f}" for mean in condition["groups_of_ten"]))
             for name, condition in conditions.items()
         )
-        parts += [
-            "## Ten groups of consecutive classes",
-            "Mean recall of the classes in percent, from the first tenth of the class indices to the last.",
-            _markdown(("Condition", *range(1, 11)), rows),
+        blocks += [
+            page.section("Ten groups of consecutive classes"),
+            page.paragraph(
+                "Mean recall of the classes in percent, from the first tenth of the class indices to the "
+                "last."
+            ),
+            page.table(("Condition", *range(1, 11)), rows),
         ]
-    return parts
+    return blocks
 
 
-def _class_section(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
-    conditions, shown = summary["conditions"], headline(meta)
+def _class_section(
+    summary: Mapping[str, Any], meta: Mapping[str, Any], pictures: Mapping[str, Block]
+) -> list[Block]:
+    conditions, shown = summary["conditions"], headline(summary, meta)
     support = conditions["clean"]["per_class"]["support"]
     rows = (
         (
             index,
-            _class_name(meta, index),
+            class_name(meta, index),
             count,
             support[index],
             *(_percent(conditions[name]["per_class"]["recall"][index]) for name in shown),
@@ -402,19 +365,143 @@ def _class_section(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> list[
         for index, count in enumerate(summary["class_counts"])
     )
     return [
-        "## Classes",
-        "![Accuracy by class](per_class.png)",
-        "Accuracy in percent; all conditions, intervals, precision and F-score are in per_class.csv.",
-        _markdown(("Class", "Name", "Training images", "Test images", *map(display_name, shown)), rows),
+        page.section("Classes"),
+        *_pictures(pictures, "per_class", "errors", "confusion"),
+        page.paragraph(
+            f"Errors and confusion are those under {display_name(headline_attack(summary, meta))}. The table "
+            "gives accuracies in percent; per_class.csv has all conditions, with intervals, precision and "
+            "F-score, and results.json all confusion matrices."
+        ),
+        page.table(("Class", "Name", "Training images", "Test images", *map(display_name, shown)), rows),
     ]
 
 
-def _markdown(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
-    def line(cells: Iterable[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _norm_section(norms: Mapping[str, Any] | None, pictures: Mapping[str, Block]) -> list[Block]:
+    if norms is None:
+        return []
+    text = (
+        "A linear head trained on long-tailed data tends to give frequent classes longer weight vectors, and "
+        "so larger logits. Feature norms are means over the class's clean test images."
+    )
+    return [page.section("Norms"), page.paragraph(text), *_pictures(pictures, "norms")]
 
-    header = list(header)
-    return "\n".join((line(header), "|" + " --- |" * len(header), *map(line, rows)))
+
+def _gallery_section(gallery: Mapping[str, Any] | None, pictures: Mapping[str, Block]) -> list[Block]:
+    if gallery is None:
+        return []
+    text = (
+        f"Under {display_name(gallery['condition'])}: the image, the adversarial image, and the difference, "
+        f"magnified {figures.magnification(gallery)} times about a middle grey that means no change. Each "
+        "title is the true class, then the predicted one."
+    )
+    return [page.section("Adversarial examples"), page.paragraph(text), *_pictures(pictures, "gallery")]
+
+
+def _settings_section(meta: Mapping[str, Any]) -> list[Block]:
+    known = [key for key in _META_LABELS if key in meta]
+    others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
+    settings = ((_META_LABELS.get(key, key), printed(meta[key])) for key in known + others)
+    blocks = [page.section("What was evaluated"), page.table(("Setting", "Value"), settings)]
+    if meta.get("command"):
+        blocks += [page.paragraph("The command that made this report:"), page.code(meta["command"], "bash")]
+    return blocks
+
+
+def _reading_section(summary: Mapping[str, Any], audit: Mapping[str, Any] | None) -> list[Block]:
+    conditions = summary["conditions"]
+    items = [
+        (
+            "Intervals.",
+            "Every share of test images has a 95 % Wilson interval; macro means have a 95 % percentile "
+            "interval of a bootstrap within classes. Both cover the choice of test images only, not the "
+            "spread over training seeds.",
+        ),
+        (
+            "Accuracy",
+            "looks at the attacked image alone. Natural error (wrong when clean) plus boundary error (right "
+            "when clean, wrong under the attack) is the robust error; an image that is wrong when clean "
+            "counts as broken.",
+        ),
+        ("Worst", "counts an image as right only if it is right under every condition of the table."),
+        (
+            "Scale of the logits.",
+            "Attacks that follow the gradient of the cross-entropy (FGSM, PGD, MIM) depend on it: a large "
+            "scale saturates the softmax, a small one flattens it, and either can raise the accuracy without "
+            "making the model more robust. Compare models at several scales, or by an attack that does not "
+            "depend on the scale.",
+        ),
+    ]
+    if audit:
+        items.append(
+            (
+                "Audit.",
+                "A flagged check means that an attack can be made stronger by simple means, or that it "
+                "fails for a reason other than robustness. Checks that pass are no proof of robustness.",
+            )
+        )
+    if "robal_aa" in conditions:
+        text = "is the pair of attacks that the paper reports on: two of the four attacks of AutoAttack."
+        items.append((display_name("robal_aa"), text))
+    if "autoattack" not in conditions:
+        text = (
+            "was not run. The attacks above bound robust accuracy from above, less tightly than the standard "
+            "ensemble does; those with a fixed step size least tightly."
+        )
+        items.append(("AutoAttack", text))
+    return [page.section("How to read this"), page.points(items)]
+
+
+def _config_section(meta: Mapping[str, Any]) -> list[Block]:
+    if not meta.get("config"):
+        return []
+    text = json.dumps(meta["config"], indent=2)
+    return [page.section("Config"), page.code(text, "json", folded="All fields of the config")]
+
+
+def _pictures(pictures: Mapping[str, Block], *names: str) -> list[Block]:
+    return [pictures[name] for name in names if name in pictures]
+
+
+def _by_condition(columns: Mapping[str, str], conditions: Mapping[str, Any]) -> Block:
+    """Table of figures (key: heading) with intervals, a row per condition."""
+    rows = (
+        (display_name(name), *(with_interval(row[key]) for key in columns))
+        for name, row in conditions.items()
+    )
+    return page.table(("Condition", *columns.values()), rows)
+
+
+def _json(results: Mapping[str, Any]) -> str:
+    """JSON for people too: lists of numbers, such as rows of a confusion matrix, stand on one line."""
+    text = json.dumps(results, indent=1, allow_nan=False)
+    # Only the layout is touched: inside a string JSON writes a line break as \n.
+    return re.sub(r'\[\n[^\[\]{}"]*\]', lambda match: f"[{' '.join(match[0][1:-1].split())}]", text)
+
+
+def _per_class_csv(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    rows = [
+        {
+            "class": index,
+            "name": class_name(meta, index),
+            "train_count": count,
+            "support": row["support"][index],
+            "condition": name,
+            "recall": row["recall"][index]["value"],
+            "recall_low": row["recall"][index]["low"],
+            "recall_high": row["recall"][index]["high"],
+            "precision": row["precision"][index],
+            "f_score": row["f_score"][index],
+            "natural_error": row["natural_error"][index],
+            "boundary_error": row["boundary_error"][index],
+        }
+        for index, count in enumerate(summary["class_counts"])
+        for name, row in ((name, entry["per_class"]) for name, entry in summary["conditions"].items())
+    ]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def printed(value: Any) -> str:
@@ -432,7 +519,11 @@ def _percent(figure: Mapping[str, float]) -> str:
     return f"{100 * figure['value']:.1f}"
 
 
+def _interval(figure: Mapping[str, float], sign: str = "") -> str:
+    low, high = (format(100 * figure[key], f"{sign}.1f") for key in ("low", "high"))
+    return f"[{low}, {high}]"
+
+
 def with_interval(figure: Mapping[str, float], sign: str = "", space: str = " ") -> str:
     """A figure with its interval, in percent: '70.1 [66.7, 73.4]'."""
-    value, low, high = (format(100 * figure[key], f"{sign}.1f") for key in ("value", "low", "high"))
-    return f"{value}{space}[{low}, {high}]"
+    return f"{100 * figure['value']:{sign}.1f}{space}{_interval(figure, sign)}"

@@ -78,6 +78,10 @@ class Plan(NamedTuple):
     folders: dict[str, dict[str, dict[int, pathlib.Path]]]
 
 
+# The attacks of the paper's tables; its AA is a pair of those of AutoAttack. No audit of every run.
+PROTOCOL = ("evaluation.autoattack=robal_aa", "evaluation.audit.examples=0")
+
+
 def row_config(row: Row, request: Request, *more: str) -> Any:
     """The resolved config of a row; ``more`` are overrides.
 
@@ -85,7 +89,7 @@ def row_config(row: Row, request: Request, *more: str) -> Any:
       InputError: an override that the config does not take.
     """
     plain = cli.load_config(f"{request.configs / row.config}.py:{request.data}")
-    overrides = filter(None, (*row.overrides, *request.overrides, *more))
+    overrides = filter(None, (*PROTOCOL, *row.overrides, *request.overrides, *more))
     try:
         config = cli.apply_overrides(plain, [f"--config.{override}" for override in overrides])
         build.validate(config)
@@ -180,7 +184,7 @@ def commands(row: Row, request: Request) -> list[str]:
         asked += [f"train.start_from={_workdir(run_name(_AT, request), seed, request)}"]
     train = ["train.py", f"--config=configs/{name.rpartition('-')[0]}.py:{data}", f"--workdir={workdir}"]
     lines = [[*train, *(f"--config.{override}" for override in asked)]]
-    own = [each for each in asked if each.startswith("evaluation.")]
+    own = [each for each in (*PROTOCOL, *asked) if each.startswith("evaluation.")]
     evaluate = ["evaluate.py", f"--config=configs/{row.config}.py:{data}", f"--workdir={workdir}"]
     for setting in row.settings:
         folder = f"--folder={_evaluation_folder(row, setting, seed, request)}"
@@ -318,11 +322,16 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Any]) -> 
         if published_on != request.data:
             about += " Another problem than ours: compare the differences, not the levels."
         notes.append(about)
-    if "aa" in table.columns:
-        notes.append("AA is APGD-CE and APGD-T together; not implemented here yet, so ours is —.")
+    if "robal_aa" in table.columns:
+        notes.append("AA is APGD-CE and APGD-T together, two of the four attacks of AutoAttack.")
     if any(row.key in FAKE_GAINS for row in request.rows):
         notes.append("†: a fake gain, as the paper itself says; see its AA.")
     return [*notes, *filter(None, [table.note])]
+
+
+def _heading(condition: str) -> str:
+    """A condition's name in the paper's tables."""
+    return "AA" if condition == "robal_aa" else display_name(condition)
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -334,7 +343,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     skip = 0 if any(row["stage"] for row in rows) else 1
 
     def block(title: str, cell: Any, chosen: Iterable[Mapping[str, Any]], sides: Sequence[Any]) -> list[str]:
-        header = ["Stage", "Row", *(f"{display_name(name)} {side}" for name, side in sides)]
+        header = ["Stage", "Row", *(f"{_heading(name)} {side}" for name, side in sides)]
         body = [[row["stage"], _label(row), *(cell(row, *side) for side in sides)] for row in chosen]
         return [f"## {title}", _aligned(header[skip:], [line[skip:] for line in body], left=2 - skip)]
 
@@ -406,8 +415,8 @@ def _aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) ->
 
 def configs_readme(folder: pathlib.Path) -> str:
     """The table of all config files, with what the paper published for them."""
-    columns = ("clean", "pgd_20", "aa")
-    header = ["Config", "Row of the paper", *(f"{display_name(c)} {n}" for n in (10, 100) for c in columns)]
+    columns = ("clean", "pgd_20", "robal_aa")
+    header = ["Config", "Row of the paper", *(f"{_heading(c)} {n}" for n in (10, 100) for c in columns)]
     body, others = [], []
     for path in sorted(folder.glob("*.py")):
         rows = [(n, row) for n in ("1", "2") for row in TABLES[n].rows if row.config == path.stem]
@@ -429,7 +438,7 @@ def configs_readme(folder: pathlib.Path) -> str:
 def _with_overrides(name: str) -> str:
     """The rows of a table whose configs stand in another one, with what they override."""
     table = TABLES[name]
-    header = ["Row of the paper", "Config", *map(display_name, table.columns)]
+    header = ["Row of the paper", "Config", *map(_heading, table.columns)]
     body = []
     for row in table.rows:
         figures = published(table, row, "cifar10_lt")

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from rich.console import Console
-from test_reporting import META, fake_evaluation
+from test_reporting import AUDIT, META, fake_evaluation, verdict
 
 from robal_jax import comparison, metrics
 from robal_jax.errors import InputError
 
 
-def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, **meta):
+def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, audit=None, **meta):
     truth, predictions = fake_evaluation(seed=seed, strength=strength)
     truth = truth if labels is None else labels
     predictions = {name: predictions[name] for name in conditions or predictions}
     summary = metrics.summarize(truth, predictions, np.arange(20, 10, -1))
-    results = {"meta": {**META, "seed": seed, **meta}, "summary": summary}
+    results = {"meta": {**META, "seed": seed, **meta}, "summary": summary, "audit": audit}
     (workdir / "evaluation").mkdir(parents=True)
     (workdir / "evaluation" / "results.json").write_text(json.dumps(results))
     arrays = {f"pred_{name}": prediction for name, prediction in predictions.items()}
@@ -28,7 +28,7 @@ def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, **m
 
 def printed(runs):
     buffer = io.StringIO()
-    comparison.print_comparison(runs, Console(file=buffer, width=100))
+    comparison.print_comparison(comparison.compare(runs), Console(file=buffer, width=100))
     return buffer.getvalue()
 
 
@@ -48,6 +48,7 @@ def test_difference_is_paired(tmp_path):
             assert shares[1] == summary["accuracy" if group == "all" else group]["value"]
             found = comparison.difference(second, first, condition, group)
             assert found["value"] == pytest.approx(shares[1] - shares[0])
+            assert 0 <= found["p_value"] <= 1
     # The runs share most of their noise, so pairing must beat the sum of the two intervals.
     found = comparison.difference(second, first, "pgd_20", "all")
     alone = comparison.share_right(second, "pgd_20", "all")
@@ -112,10 +113,68 @@ def test_difference_refuses_other_groups(tmp_path):
         comparison.difference(moved, run, "clean", "all")
 
 
+def test_runs_with_other_conditions_are_compared_in_those_they_share(tmp_path):
+    runs = comparison.load_runs(
+        [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", conditions=["clean", "pgd_20"])]
+    )
+    shared = comparison.shared_conditions(runs)
+    assert [list(run.summary["conditions"]) for run in shared] == [["clean", "pgd_20", "worst"]] * 2
+    # Worst is that of the shared conditions, not the stricter one of the first run alone.
+    found = [comparison.share_right(run, "worst", "all")["value"] for run in (runs[0], *shared)]
+    assert found[0] < found[1] == found[2]
+    overview, accuracies, differences = comparison.compare(runs)
+    assert [row[2] for row in overview.rows] == ["FGSM, NEW-ATTACK", "none"]
+    assert [row[0] for row in accuracies.rows] == ["Clean"] * 2 + ["PGD-20"] * 2 + ["Worst"] * 2
+    assert accuracies.rows[4][2] == accuracies.rows[5][2]  # one model under one set of attacks
+    assert all(cell.endswith("p = 1.000") for row in differences.rows for cell in row[2:])
+    with pytest.raises(InputError, match="different conditions"):
+        comparison.difference(runs[1], runs[0], "worst", "all")
+
+
+def test_main_attack_that_only_one_run_has(tmp_path):
+    runs = comparison.load_runs(
+        [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", conditions=["clean", "fgsm"])]
+    )
+    assert [row[0] for row in comparison.compare(runs)[1].rows] == ["Clean", "Clean", "Worst", "Worst"]
+
+
+def test_audits_of_runs(tmp_path):
+    audits = {
+        "A": AUDIT,
+        "B": {"verdicts": [verdict("Scale", False), verdict("Steps", None)]},
+        "C": None,
+    }
+    runs = [save_run(tmp_path / name, method=name, audit=audit) for name, audit in audits.items()]
+    overview = comparison.compare(comparison.load_runs(runs))[0]
+    assert [row[:2] for row in overview.rows] == [
+        ("A", "flagged: Scale"),
+        ("B", "clean (1 of 2 checks run)"),
+        ("C", "no audit"),
+    ]
+
+
+def test_differences_come_with_their_p_value(tmp_path):
+    runs = comparison.load_runs(
+        [save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.2, method="B")]
+    )
+    tables = comparison.compare(runs)
+    found = comparison.difference(runs[1], runs[0], "pgd_20", "all")
+    assert found["p_value"] < 0.001
+    row = next(row for row in tables[2].rows if row[0] == "PGD-20")
+    assert row[2].splitlines() == [
+        f"{100 * found['value']:+.1f}",
+        f"[{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]",
+        "p < 0.001",
+    ]
+    markdown = comparison.comparison_markdown(tables)
+    assert "| PGD-20 | B | " + " ".join(row[2].split()).replace("<", "&lt;") in markdown
+    assert printed(runs).count("p < 0.001") == markdown.count("p &lt; 0.001")
+
+
 def test_load_runs_refuses_what_it_cannot_read(tmp_path):
     workdir = save_run(tmp_path / "a")
     for names in ([], [workdir, workdir]):
-        with pytest.raises(InputError, match="at least one workdir"):
+        with pytest.raises(InputError, match="at least one folder"):
             comparison.load_runs(names)
     with pytest.raises(InputError, match="has not been evaluated"):
         comparison.load_runs([str(tmp_path / "none")])
@@ -133,10 +192,13 @@ def test_load_runs_refuses_what_it_cannot_read(tmp_path):
 
 def test_compare_script(tmp_path):
     first, second = save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")
-    done = compare(f"--workdirs={first},{second}")
+    out = tmp_path / "tables.md"
+    done = compare(first, second, f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert "Difference to RoBal in points" in done.stdout
-    for arguments in ((), ("--workdirs=" + str(tmp_path / "none"),), (f"--workdirs={first}", "extra")):
+    assert "| Clean | RoBal |" in out.read_text()
+    bad = ((), (str(tmp_path / "none"),), (first, "--outt=x"), (first, f"--out={tmp_path}"), (first, first))
+    for arguments in bad:
         done = compare(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")

@@ -137,12 +137,20 @@ def test_paired_difference_by_hand():
     first = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool)
     second = np.array([1, 1, 0, 1, 1, 1, 0, 0], bool)
     # b = 3 gained, c = 1 lost, n = 8: center 2 / 10, half width z sqrt(5 - 4 / 10) / 10.
+    # P(at most 1 of 4 or at least 3 of 4 | 1/2) = 2 (1 + 4) / 16.
     half = metrics.Z95 * np.sqrt(4.6) / 10
-    expected = {"value": 0.25, "low": 0.2 - half, "high": 0.2 + half}
+    expected = {"value": 0.25, "low": 0.2 - half, "high": 0.2 + half, "p_value": 0.625}
     assert metrics.paired_difference(first, second) == pytest.approx(expected)
     mirrored = metrics.paired_difference(second, first)
     assert mirrored["value"] == -0.25
     assert mirrored["low"] == pytest.approx(-expected["high"])
+    assert mirrored["p_value"] == pytest.approx(0.625)
+    assert metrics.paired_difference(first, first)["p_value"] == 1
+
+
+def test_p_value_of_an_improvement():
+    first, second = np.zeros(20, bool), np.arange(20) < 8
+    assert metrics.paired_difference(first, second)["p_value"] == pytest.approx(2 / 2**8)
 
 
 def test_worst_case_takes_the_first_wrong_prediction():
@@ -199,6 +207,12 @@ def test_summary_is_consistent(num_classes):
         assert sum(condition[part]["value"] for part in parts) == pytest.approx(1)
         assert condition["accuracy"]["value"] >= condition["robust_accuracy"]["value"]
         assert ("groups_of_ten" in condition) == (num_classes == 100)
+        confusion, per_class = np.array(condition["confusion"]), condition["per_class"]
+        np.testing.assert_array_equal(confusion.sum(-1), per_class["support"])
+        assert np.trace(confusion) / confusion.sum() == condition["accuracy"]["value"]
+        for part in ("natural_error", "boundary_error"):
+            mean = np.average(per_class[part], weights=per_class["support"])
+            assert mean == pytest.approx(condition[part]["value"])
         for key in ("accuracy", *summary["groups"], *parts):
             assert 0 <= condition[key]["low"] <= condition[key]["value"] <= condition[key]["high"] <= 1
         if name in predictions:

@@ -39,6 +39,7 @@ def tiny_model(axis_name=None, shown=None):
         init=None,
         predict=lambda params, stats, images: logits_of(params, images, stats["mean"]),
         train=train,
+        features=None,
     )
 
 

@@ -1,12 +1,14 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 from rich.console import Console
+from test_page import Text
 
-from robal_jax import metrics, reporting
+from robal_jax import figures, metrics, reporting
 from robal_jax.errors import InputError
 
 META = {
@@ -38,15 +40,59 @@ def fake_summary(num_classes=10):
     return metrics.summarize(*fake_evaluation(num_classes), np.arange(3 * num_classes, 2 * num_classes, -1))
 
 
+def curve(x, **series):
+    """A curve of figures with intervals."""
+    return {
+        "x": x,
+        "series": {
+            name: [{"value": value, "low": value - 0.05, "high": value + 0.05} for value in values]
+            for name, values in series.items()
+        },
+    }
+
+
+def verdict(name, flagged, statement="All as it should be.", **evidence):
+    return {"name": name, "title": name, "flagged": flagged, "statement": statement, "evidence": evidence}
+
+
+AUDIT = {
+    "examples": 50,
+    "verdicts": [
+        verdict(
+            "Scale", True, "PGD at 3 leaves 20 %, <at> 1 40 %.", accuracy={"1": 0.4, "3": 0.2}, images=50
+        ),
+        verdict("Steps", False),
+        verdict("Transfer", None, "There was no second model."),
+    ],
+    "curves": {
+        "scale": curve([0.1, 0.9, 1, 1.1, 10], PGD=[0.5, 0.4, 0.4, 0.3, 0.3], CW=[0.3] * 5),
+        "steps": curve([1, 20, 100], PGD=[0.7, 0.4, 0.39]),
+        "restarts": curve([1, 2, 5], PGD=[0.4, 0.39, 0.38]),
+    },
+}
+
+
+def norms(num_classes):
+    return {"weights": np.linspace(2, 1, num_classes).tolist(), "features": [5.0] * num_classes}
+
+
+def gallery(count=2, channels=1, size=8):
+    """Images changed by 0.1 each way; the attack fails on the first."""
+    generator = np.random.default_rng(0)
+    images = generator.uniform(0.1, 0.9, (count, size, size, channels))
+    return {
+        "images": images,
+        "adversarial": images + 0.1 * generator.choice([-1, 1], images.shape),
+        "labels": list(range(count)),
+        "predictions": [0, *((3 * k) % 10 for k in range(1, count))],
+        "condition": "pgd_20",
+    }
+
+
 def printed(function, *args, **options):
     buffer = io.StringIO()
     function(*args, Console(file=buffer, width=100), **options)
     return buffer.getvalue()
-
-
-def test_display_names():
-    names = [reporting.display_name(name) for name in ("clean", "pgd_20", "cw_20", "worst")]
-    assert names == ["Clean", "PGD-20", "CW-20", "Worst"]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10])
@@ -62,6 +108,10 @@ def test_evaluation_table_has_a_row_per_condition(num_classes):
     assert "…" not in "".join(lines)
 
 
+FIGURES = {"per_class.png", "attacks.png", "errors.png", "confusion.png"}
+FILES = {"results.json", "per_class.csv", "report.md", "report.html"} | FIGURES
+
+
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_report_files(tmp_path, num_classes):
     summary = fake_summary(num_classes)
@@ -69,15 +119,12 @@ def test_report_files(tmp_path, num_classes):
     folder = tmp_path / "new" / "evaluation"
     files = reporting.write_report(folder, summary, meta)
     assert sorted(files) == sorted(folder.iterdir())  # and no partial file is left
-    assert {file.name for file in files} == {
-        "results.json",
-        "per_class.csv",
-        "report.md",
-        "per_class.png",
-        "attacks.png",
-    }
-    assert json.loads((folder / "results.json").read_text()) == {"meta": meta, "summary": summary}
-    for name in ("per_class.png", "attacks.png"):
+    assert {file.name for file in files} == FILES
+    text = (folder / "results.json").read_text()
+    assert json.loads(text) == {"meta": meta, "summary": summary, "audit": None, "norms": None}
+    assert str(summary["conditions"]["worst"]["confusion"][0]) in text
+    assert not re.search(r"^\s*[\d.]+,?$", text, re.MULTILINE)  # lists of numbers stand on one line
+    for name in FIGURES:
         content = (folder / name).read_bytes()
         assert content.startswith(b"\x89PNG\r\n\x1a\n")
         width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
@@ -94,16 +141,11 @@ def test_report_files(tmp_path, num_classes):
     assert int(last["train_count"]) == summary["class_counts"][-1]
     assert float(last["recall_high"]) == worst["recall"][-1]["high"]
     assert float(last["f_score"]) == worst["f_score"][-1]
+    assert float(last["boundary_error"]) == worst["boundary_error"][-1]
 
     report = (folder / "report.md").read_text()
     assert report.startswith("# RoBal on digits-LT\n")
-    for text in (
-        "| Threat model: radius | 0.031 |",
-        "jax 1.2",
-        "note\\|odd | a\\|b",
-        "attacks.png",
-        "per_class.png",
-    ):
+    for text in ("| Threat model: radius | 0.031 |", "jax 1.2", "note\\|odd | a\\|b", *FIGURES):
         assert text in report
     assert "class_names" not in report
     assert ("Ten groups" in report) == (num_classes == 100)
@@ -112,11 +154,167 @@ def test_report_files(tmp_path, num_classes):
             assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
 
 
-def test_report_replaces_an_older_one(tmp_path):
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the drawing, which takes most of the time."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"png")
+    monkeypatch.setattr(figures, "svg", lambda figure: b"svg")
+
+
+def full_report(folder, num_classes=10, **changes):
+    """A report with every input; the page and the Markdown."""
+    meta = META | {
+        "class_names": [f"<b>{k}</b>" for k in range(num_classes)],
+        "command": "python experiments/evaluate.py --workdir='a & b'",
+        "seconds": 12.5,
+        "config": {"data": {"name": "digits"}, "seed": 7},
+        "autoattack": ["apgd_ce", "square"],
+        "stages": {"apgd_ce": 0.4321, "square": 0.4},
+    }
+    inputs = {"audit": AUDIT, "norms": norms(num_classes), "gallery": gallery(), **changes}
+    reporting.write_report(folder, fake_summary(num_classes), meta, **inputs)
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
+    html, markdown = full_report(tmp_path)
+    page = Text(html)
+    sections = re.findall(r"^## (.*)", markdown, re.MULTILINE)
+    assert sections == [
+        "Summary",
+        "Audit",
+        "All conditions",
+        "Head, medium and tail classes",
+        "Classes",
+        "Norms",
+        "Adversarial examples",
+        "What was evaluated",
+        "How to read this",
+        "Config",
+    ]
+    assert re.findall("<h2[^>]*>(.*)</h2>", html) == sections
+    pictures = re.findall(r"^!\[(.*)\]\((.*)\)$", markdown, re.MULTILINE)
+    shown = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert [caption for caption, _ in pictures] == [attributes["alt"] for attributes in shown]
+    assert [name for _, name in pictures] == [
+        f"{name}.png"
+        for name in ("curves", "attacks", "per_class", "errors", "confusion", "norms", "gallery")
+    ]
+    assert all((tmp_path / name).is_file() for _, name in pictures)
+    cells = [
+        cell for line in markdown.splitlines() if re.match(r"\| (?!-)", line) for cell in line.split(" | ")
+    ]
+    for text in (
+        "1 of 3 checks is flagged (1 not run): the gradient attacks of this report must not be believed",
+        "accuracy (1 = 0.4, 3 = 0.2), images = 50",
+        "There was no second model.",
+        "magnified 5 times",
+        "--workdir='a & b'",
+        '"name": "digits"',
+        "Robust accuracy after each attack of the ensemble",
+    ):
+        assert text in markdown
+        assert text in page.text
+    assert "| Square | 40.0 |" in markdown
+    assert page.text.index("must not be believed") < page.text.index("Summary")
+    assert len(cells) > 200
+    for cell in cells:
+        assert cell.strip("| ").replace("&lt;", "<").replace("\\|", "|") in page.text
+    assert [tag for tag, _ in page.tags].count("details") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["audit"] == AUDIT
+    assert results["norms"] == norms(10)
+
+
+def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
+    html, markdown = full_report(tmp_path, num_classes=100)
+    page = Text(html)
+    links = [
+        value
+        for _, attributes in page.tags
+        for key, value in attributes.items()
+        if key in ("src", "href", "srcset", "action", "data")
+    ]
+    assert len(links) > 10
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert "url(" not in html
+    assert "@import" not in html
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "form", "base"}
+    assert "&lt;b&gt;3&lt;/b&gt;" in html
+    assert "<b>3</b>" not in html
+    assert "<b>3</b>" not in markdown
+    assert "<b>3</b>" in page.text
+
+
+@pytest.mark.parametrize("given", ["audit", "norms", "gallery"])
+def test_every_input_may_be_missing(tmp_path, undrawn, given):
+    inputs = {"audit": AUDIT, "norms": norms(10), "gallery": gallery()}
+    reporting.write_report(tmp_path, fake_summary(), META, **{given: inputs[given]})
+    picture = {"audit": "curves", "norms": "norms", "gallery": "gallery"}[given]
+    assert {file.name for file in tmp_path.iterdir()} == FILES | {f"{picture}.png"}
+    markdown = (tmp_path / "report.md").read_text()
+    assert ("No audit was made" in markdown) == (given != "audit")
+    for absent in ("Config", "command that made"):
+        assert absent not in markdown
+
+
+def test_audit_without_curves_and_norms_without_weights(tmp_path, undrawn):
+    _, markdown = full_report(
+        tmp_path, audit={**AUDIT, "curves": {}}, norms={"weights": None, "features": [1.0] * 10}
+    )
+    assert "curves.png" not in markdown
+    assert "norms.png" in markdown
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "flagged", "words"),
+    [
+        ([False] * 11 + [None], False, "No check was flagged (11 of 12 run)"),
+        ([True] * 3 + [False] * 9, True, "3 of 12 checks are flagged: the gradient attacks"),
+        ([True] + [None] * 2, True, "1 of 3 checks is flagged (2 not run): the gradient attacks"),
+        ([None, None], None, "No check was run (0 of 2)"),
+    ],
+)
+def test_verdict_of_the_audit(outcomes, flagged, words):
+    found = reporting.audit_verdict({"verdicts": [verdict("a", outcome) for outcome in outcomes]})
+    assert found[0] is flagged
+    assert found[1].startswith(words)
+
+
+def test_report_without_an_audit_says_so():
+    assert reporting.audit_verdict(None)[0] is None
+    assert "No audit" in reporting.audit_verdict(None)[1]
+
+
+@pytest.mark.parametrize("ensembles", [(), ("robal_aa",), ("robal_aa", "autoattack")])
+def test_ensembles(tmp_path, undrawn, ensembles):
+    labels, predictions = fake_evaluation()
+    predictions |= dict.fromkeys(ensembles, predictions["new_attack"])
+    summary = metrics.summarize(labels, predictions, np.arange(20, 10, -1))
+    reporting.write_report(tmp_path, summary, META)
+    markdown = (tmp_path / "report.md").read_text()
+    assert ("**AutoAttack** was not run" in markdown) == ("autoattack" not in ensembles)
+    assert ("two of the four attacks of AutoAttack" in markdown) == ("robal_aa" in ensembles)
+    header = markdown[: markdown.index("## Summary")]
+    names = [reporting.display_name(name) for name in ("clean", "pgd_20", *ensembles[-1:], "worst")]
+    assert re.findall(r"^- (.*): \*\*", header, re.MULTILINE) == names
+    lines = printed(reporting.evaluation_table, summary).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "…" not in "".join(lines)
+
+
+def test_numbers_in_strings_keep_their_spaces(tmp_path, undrawn):
+    meta = META | {"remark": "[1,  2]", "list": [1, [2, 3]], "empty": []}
+    reporting.write_report(tmp_path, fake_summary(), meta)
+    assert json.loads((tmp_path / "results.json").read_text())["meta"] == meta
+
+
+def test_report_replaces_an_older_one(tmp_path, undrawn):
     reporting.write_report(tmp_path, fake_summary(), META)
     reporting.write_report(tmp_path, fake_summary(), META | {"method": "other"})
     assert json.loads((tmp_path / "results.json").read_text())["meta"]["method"] == "other"
-    assert len(list(tmp_path.iterdir())) == 5
+    assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
 def test_report_without_attacks(tmp_path):
@@ -131,14 +329,7 @@ def test_report_refuses_an_unknown_main_attack(tmp_path):
         reporting.write_report(tmp_path, fake_summary(), META | {"main_attack": "pgd_99"})
 
 
-def test_report_refuses_a_folder_that_is_a_file(tmp_path):
+def test_report_refuses_a_folder_that_is_a_file(tmp_path, undrawn):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot write the report"):
         reporting.write_report(tmp_path / "file", fake_summary(), META)
-
-
-def test_per_class_figure_sorts_classes_by_count():
-    labels, predictions = fake_evaluation(4)
-    summary = metrics.summarize(labels, predictions, [5, 40, 10, 20])
-    axes = reporting.per_class_figure(summary, META).axes[0]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "3", "2", "0"]

@@ -1,0 +1,210 @@
+"""Our attacks beside those of torchattacks and foolbox: python experiments/benchmarks/peers.py --workdir=RUN.
+
+The network of a digits run is built in PyTorch with the same weights; all attack the same test images with
+the same constants. Prints robust accuracy, on how many images each differs from ours, seconds an image. Wants
+PyTorch, foolbox and torchattacks (pip install foolbox; pip install --no-deps torchattacks).
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import foolbox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchattacks
+
+from robal_jax import attacks, autoattack, build, checkpoints, cli, torch_import
+from robal_jax.data import to_float
+from robal_jax.errors import InputError
+
+STEPS = 100
+
+
+class SmallCNN(torch.nn.Module):
+    """``models.SmallCNN`` with a linear head, in PyTorch."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        for i in (1, 2, 3):
+            shape = arrays[f"backbone.conv{i}.weight"].shape
+            conv = torch.nn.Conv2d(shape[1], shape[0], 3, min(i, 2), padding=1, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", torch.nn.BatchNorm2d(shape[0]))
+        self.fc = torch.nn.Linear(*arrays["backbone.fc.weight"].shape[::-1])
+        self.classifier = torch.nn.Linear(*arrays["classifier.weight"].shape[::-1])
+        tensors = {name.removeprefix("backbone."): torch.tensor(array) for name, array in arrays.items()}
+        print("not loaded:", self.load_state_dict(tensors, strict=False))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images NCHW to logits."""
+        for i in (1, 2, 3):
+            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)).relu()
+        return self.classifier(self.fc(x.permute(0, 2, 3, 1).flatten(1)))
+
+
+def main(arguments: list[str]) -> None:
+    """Runs all of them and prints a table in Markdown."""
+    texts = {
+        "workdir": "folder of a run on digits_lt with a linear head",
+        "examples": "test images, 200",
+        "norm": "linf (the default) or l2",
+        "epsilon": "radius; the run's by default",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    if not values["workdir"]:
+        raise InputError(f"--workdir is missing; usage: {__doc__}")
+    workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
+    job = build.evaluation(build.read_config(workdir))
+    _, arrays, _ = checkpoints.read_latest(workdir)
+    threat = attacks.ThreatModel(float(values["epsilon"] or job.threat.epsilon), norm)
+    logits_fn = jax.jit(partial(job.predict, arrays["params"], arrays["stats"]))
+    twin = SmallCNN(torch_import.to_state_dict(arrays["params"], arrays["stats"]))
+
+    data, count = job.training.data, int(values["examples"] or 200)
+    ids = np.random.default_rng(0).permutation(len(data.test_labels))[:count]
+    images, labels = to_float(jnp.asarray(data.test_images[ids]), data.pixel_max), data.test_labels[ids]
+    x, y = torch.tensor(np.moveaxis(np.asarray(images), -1, 1)), torch.tensor(labels.astype(np.int64))
+    clean = np.asarray(logits_fn(images))
+    apart = np.abs(clean - twin(x).detach().numpy()).max()
+    print(f"{count} images, {norm}, epsilon {threat.epsilon:g}, largest difference of logits {apart:.1e}")
+    print(f"clean accuracy {np.mean(clean.argmax(-1) == labels):.3f}")
+
+    ours = our_attacks(logits_fn, images, labels, threat)
+    theirs = their_attacks(twin, x, y, threat)
+    print("| attack | ours | peer | theirs | differing images | ours s/image | theirs s/image | compile s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, attack in ours.items():
+        first, _ = timed(attack)
+        seconds, robust = timed(attack)
+        for peer, run in theirs[name].items():
+            their_seconds, their_robust = timed(run)
+            print(
+                f"| {name} | {robust.mean():.3f} | {peer} | {their_robust.mean():.3f} | "
+                f"{np.sum(robust != their_robust)} | {seconds / count:.4f} | {their_seconds / count:.4f} | "
+                f"{first - seconds:.1f} |"
+            )
+
+
+def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    """Seconds, and which images are still classified right."""
+    started = time.perf_counter()
+    robust = run()
+    return time.perf_counter() - started, robust
+
+
+def our_attacks(
+    logits_fn: attacks.LogitsFn, images: jax.Array, labels: np.ndarray, threat: attacks.ThreatModel
+) -> dict[str, Callable[[], np.ndarray]]:
+    """PGD and FGSM, and each attack of AutoAttack alone on what is right when clean, compiled."""
+    key, clean = jax.random.key(0), np.asarray(logits_fn(images)).argmax(-1)
+    pgd = partial(attacks.pgd, logits_fn, key, threat=threat, steps=20, step_size=threat.epsilon / 8)
+    alone = {
+        "fgsm": jax.jit(
+            lambda x, y: attacks.pgd(
+                logits_fn, key, x, y, threat=threat, steps=1, step_size=threat.epsilon,
+                start=attacks.clean_start,
+            )
+        ),
+        "pgd_20": jax.jit(pgd),
+    }  # fmt: skip
+
+    def simple(attack: Callable) -> np.ndarray:
+        shown = attack(images, jnp.asarray(labels))
+        return (np.asarray(logits_fn(shown)).argmax(-1) == labels) & (clean == labels)
+
+    def staged(stage: autoattack.Stage, step: Callable) -> np.ndarray:
+        keys, progress = jax.random.split(key, len(labels)), autoattack.begin(labels, clean)
+
+        def attack(ids: np.ndarray, number: int) -> Any:
+            batch = np.resize(ids, len(labels))
+            shown = step(keys[batch], images[batch], jnp.asarray(labels[batch]), jnp.int32(number))
+            called = np.asarray(logits_fn(shown)).argmax(-1)
+            return np.asarray(shown)[: len(ids)], called[: len(ids)]
+
+        for _ in autoattack.run(stage, attack, labels, progress, size=len(labels)):
+            pass
+        return progress.broken_in == autoattack.ROBUST
+
+    runs: dict[str, Callable[[], np.ndarray]] = {
+        name: partial(simple, attack) for name, attack in alone.items()
+    }
+    for name in ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"):
+        (stage,) = autoattack.stages(name, 10, threat=threat)
+        runs[name] = partial(staged, stage, jax.jit(partial(stage.attack, logits_fn)))
+    return runs
+
+
+def their_attacks(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: attacks.ThreatModel
+) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
+    """The same of both peers, with the constants of AutoAttack."""
+    norm, eps = {"linf": "Linf", "l2": "L2"}[threat.norm], threat.epsilon
+    right = (model(x).argmax(1) == y).numpy()
+
+    def robust(shown: torch.Tensor) -> np.ndarray:
+        return (model(shown).argmax(1) == y).numpy() & right
+
+    def torchattack(attack: Any) -> Callable[[], np.ndarray]:
+        def run() -> np.ndarray:
+            result = right.copy()
+            result[right] = robust_of(attack, right)
+            return result
+
+        def robust_of(attack: Any, chosen: np.ndarray) -> np.ndarray:
+            shown = attack(x[chosen], y[chosen])
+            far = (shown - x[chosen]).flatten(1).norm(float("inf") if norm == "Linf" else 2, dim=1) > eps * (
+                1 + 1e-5
+            )
+            return ((model(shown).argmax(1) == y[chosen]) | far).numpy()
+
+        return run
+
+    def fool(attack: Any) -> Callable[[], np.ndarray]:
+        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+        return lambda: robust(attack(wrapped, x, y, epsilons=eps)[1])
+
+    pgd = {"abs_stepsize": eps / 8, "steps": 20}
+    boxes = {
+        "linf": (foolbox.attacks.LinfFastGradientAttack, foolbox.attacks.LinfPGD),
+        "l2": (foolbox.attacks.L2FastGradientAttack, foolbox.attacks.L2PGD),
+    }[threat.norm]
+    torch_pgd = (
+        torchattacks.PGD(model, eps=eps, alpha=eps / 8, steps=20)
+        if norm == "Linf"
+        else torchattacks.PGDL2(model, eps=eps, alpha=eps / 8, steps=20)
+    )
+    apgd = partial(torchattacks.APGD, model, norm=norm, eps=eps, steps=STEPS)
+    return {
+        "fgsm": {"foolbox": fool(boxes[0](random_start=False))},
+        "pgd_20": {"foolbox": fool(boxes[1](**pgd)), "torchattacks": torchattack(torch_pgd)},
+        "apgd_ce": {"torchattacks": torchattack(apgd(loss="ce"))},
+        "apgd_dlr": {"torchattacks": torchattack(apgd(loss="dlr"))},
+        "apgd_t": {
+            "torchattacks": torchattack(
+                torchattacks.APGDT(model, norm=norm, eps=eps, steps=STEPS, n_classes=10)
+            )
+        },
+        "fab_t": {
+            "torchattacks": torchattack(
+                torchattacks.FAB(model, norm=norm, eps=eps, steps=STEPS, multi_targeted=True, n_classes=10)
+            )
+        },
+        "square": {
+            "torchattacks": torchattack(
+                torchattacks.Square(model, norm=norm, eps=eps, n_queries=5000, resc_schedule=False)
+            )
+        },
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

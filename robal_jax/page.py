@@ -1,0 +1,232 @@
+"""Blocks of a document that stand in Markdown and in HTML alike: one content, two renderings.
+
+A function makes a block from plain text; it escapes what either language would take for markup. The HTML is
+one file that asks nothing of any network: its style is inline and figures are data.
+"""
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+_STYLE = """
+:root { color-scheme: light }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1100px; padding: 2rem 1.25rem 4rem; background: #fff; color: #1b2330;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+h1 { margin: 0 0 .75rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin: 3rem 0 .75rem; padding-bottom: .3rem; border-bottom: 2px solid #dfe4ec; font-size: 1.35rem }
+p, ul { max-width: 52rem }
+p { margin: .6rem 0 }
+header p:not(.banner) { color: #55606f }
+nav { margin: 1.5rem 0 0; padding: .6rem .9rem; background: #f4f6f9; border-radius: 6px; font-size: .92rem }
+nav a { display: inline-block; margin: .1rem 1.1rem .1rem 0; color: #00527f }
+.badge { display: inline-block; padding: .1rem .55rem; border-radius: 1rem; font-size: .78rem;
+  font-weight: 600; letter-spacing: .02em; white-space: nowrap }
+.flagged { background: #fbe3df; color: #8f1d10 }
+.passed { background: #dff1e7; color: #0a5733 }
+.not-run { background: #e8ebf0; color: #4a5464 }
+.banner { max-width: none; margin: 1rem 0; padding: .8rem 1rem; border-left: 6px solid; border-radius: 4px;
+  font-weight: 600; font-size: 1.08rem }
+.cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0 }
+.card { flex: 1 1 9rem; padding: .7rem .9rem; border: 1px solid #dfe4ec; border-radius: 6px }
+.card b { display: block; font-size: 1.7rem; line-height: 1.25; font-variant-numeric: tabular-nums }
+.card span { display: block; color: #55606f; font-size: .88rem; font-variant-numeric: tabular-nums }
+.scroll { width: fit-content; max-width: 100%; overflow: auto; margin: .8rem 0 1.2rem;
+  border: 1px solid #dfe4ec; border-radius: 6px }
+.tall { max-height: 40rem }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .38rem .7rem; border-bottom: 1px solid #edf0f4; text-align: left; vertical-align: top }
+th { position: sticky; top: 0; background: #f4f6f9; white-space: nowrap }
+tbody tr:last-child td { border-bottom: 0 }
+.number { text-align: right; white-space: nowrap }
+.number i { color: #6a7482; font-style: normal; font-size: .86em }
+td:not(.number) { overflow-wrap: anywhere; min-width: 7.5rem }
+figure { margin: 1rem 0 1.5rem; overflow-x: auto }
+figure img { display: block; max-width: 100%; height: auto }
+figcaption { margin-top: .35rem; color: #55606f; font-size: .9rem }
+.checks { max-width: none; margin: .8rem 0; padding: 0; list-style: none }
+.checks li { padding: .65rem 0; border-bottom: 1px solid #edf0f4 }
+.checks p { margin: .2rem 0 0; max-width: none }
+.checks .evidence { color: #55606f; font-size: .86rem; overflow-wrap: anywhere }
+pre { margin: .6rem 0; padding: .8rem 1rem; overflow-x: auto; background: #f4f6f9; border-radius: 6px;
+  font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+summary { cursor: pointer; color: #00527f }
+@media (max-width: 600px) {
+  body { padding: 1.25rem .9rem 3rem }
+  h1 { font-size: 1.5rem }
+  figure img { max-width: none; width: 40rem }
+}
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt }
+  nav { display: none }
+  .scroll { max-height: none; overflow: visible; border: 0 }
+  th { position: static }
+  table { font-size: 8.5pt }
+  th, td { padding: .25rem .4rem }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
+  h2 { break-after: avoid }
+  figure, tr, .card, .banner, .checks li { break-inside: avoid }
+  .badge, .banner, th { print-color-adjust: exact }
+}
+"""
+
+BADGES = {True: ("flagged", "FLAGGED"), False: ("passed", "PASSED"), None: ("not-run", "NOT RUN")}
+"""Style and text of a check's outcome, by whether it was flagged; None: it was not run."""
+
+
+class Block(NamedTuple):
+    """A part of a document in both languages; `title` is that of a section which begins here."""
+
+    markdown: str
+    html: str
+    title: str = ""
+
+
+def section(title: str) -> Block:
+    """The heading of a section; the table of contents lists it."""
+    return Block(f"## {_marked(title)}", f'<h2 id="{_anchor(title)}">{html.escape(title)}</h2>', title)
+
+
+def paragraph(text: str) -> Block:
+    """Running text."""
+    return Block(_marked(text), f"<p>{html.escape(text)}</p>")
+
+
+def points(items: Iterable[tuple[str, str]]) -> Block:
+    """A list; each item is (words that stand out, text after them)."""
+    items = list(items)
+    return Block(
+        "\n".join(f"- **{_marked(lead)}** {_marked(text)}" for lead, text in items),
+        "<ul>"
+        + "".join(f"<li><b>{html.escape(lead)}</b> {html.escape(text)}</li>" for lead, text in items)
+        + "</ul>",
+    )
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Block:
+    """A table; columns whose every cell begins with a figure are set to the right.
+
+    Args:
+        header: headings of the columns.
+        rows: cells of each row, as many; anything that `str` prints.
+
+    Returns:
+        The block.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    heads = [str(head) for head in header]
+    right = [bool(cells) and all(re.match(r"[-+]?\d", row[i]) for row in cells) for i in range(len(heads))]
+
+    def line(row: Iterable[str]) -> str:
+        return "| " + " | ".join(_marked(cell).replace("|", "\\|") for cell in row) + " |"
+
+    def tag(name: str, text: str, number: bool) -> str:
+        # The interval behind a figure stands back.
+        text = re.sub(r"(\[.*\])$", r"<i>\1</i>", html.escape(text)) if number else html.escape(text)
+        return f'<{name} class="number">{text}</{name}>' if number else f"<{name}>{text}</{name}>"
+
+    def html_row(name: str, row: Sequence[str]) -> str:
+        return "<tr>" + "".join(tag(name, *cell) for cell in zip(row, right, strict=True)) + "</tr>"
+
+    place = "scroll tall" if len(cells) > 40 else "scroll"  # as many classes scroll in place, settings do not
+    rule = "|" + "".join(" ---: |" if number else " --- |" for number in right)
+    return Block(
+        "\n".join((line(heads), rule, *map(line, cells))),
+        f'<div class="{place}"><table><thead>{html_row("th", heads)}</thead>\n<tbody>'
+        + "\n".join(html_row("td", row) for row in cells)
+        + "</tbody></table></div>",
+    )
+
+
+def figure(name: str, caption: str, svg: bytes) -> Block:
+    """A figure: Markdown links to the file `name`, HTML holds the SVG itself."""
+    text = html.escape(caption)
+    # As an image, not inline: the names inside one drawing cannot meet those of another.
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    return Block(
+        f"![{_marked(caption)}]({name})",
+        f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>',
+    )
+
+
+def banner(flagged: bool | None, text: str) -> Block:
+    """The verdict above everything else; `flagged` as in `BADGES`."""
+    return Block(f"**{_marked(text)}**", f'<p class="banner {BADGES[flagged][0]}">{html.escape(text)}</p>')
+
+
+def cards(items: Iterable[tuple[str, str, str]]) -> Block:
+    """Figures to see first: (name, figure, remark) each."""
+    items = list(items)
+    return Block(
+        "\n".join(f"- {_marked(name)}: **{_marked(value)}** {_marked(note)}" for name, value, note in items),
+        '<div class="cards">'
+        + "".join(
+            f'<div class="card"><span>{html.escape(name)}</span><b>{html.escape(value)}</b>'
+            f"<span>{html.escape(note)}</span></div>"
+            for name, value, note in items
+        )
+        + "</div>",
+    )
+
+
+def checks(items: Iterable[tuple[bool | None, str, str, str]]) -> Block:
+    """Outcomes of checks: (flagged as in `BADGES`, title, statement, evidence) each."""
+    lines, entries = [], []
+    for flagged, title, statement, evidence in items:
+        style, badge = BADGES[flagged]
+        lines.append(f"- **{badge}: {_marked(title)}.** {_marked(statement)}")
+        entry = f'<span class="badge {style}">{badge}</span> <b>{html.escape(title)}</b>'
+        entry += f"<p>{html.escape(statement)}</p>"
+        if evidence:
+            lines.append(f"  - Evidence: {_marked(evidence)}")
+            entry += f'<p class="evidence">{html.escape(evidence)}</p>'
+        entries.append(f"<li>{entry}</li>")
+    return Block("\n".join(lines), f'<ul class="checks">{"".join(entries)}</ul>')
+
+
+def code(text: str, language: str = "", *, folded: str = "") -> Block:
+    """Text as it is; `folded` names it where HTML shows it on demand only."""
+    content = f"<pre>{html.escape(text)}</pre>"
+    return Block(
+        f"```{language}\n{text}\n```",
+        f"<details><summary>{html.escape(folded)}</summary>{content}</details>" if folded else content,
+    )
+
+
+def to_markdown(title: str, blocks: Iterable[Block]) -> str:
+    """The document in Markdown."""
+    return "\n\n".join((f"# {_marked(title)}", *(block.markdown for block in blocks))) + "\n"
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """The document as one HTML page; blocks before the first section make its header."""
+    sections = [block.title for block in blocks if block.title]
+    first = next((index for index, block in enumerate(blocks) if block.title), len(blocks))
+    links = " ".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name in sections)
+    return "\n".join(
+        (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            # Whatever the text may hold, the page can neither run nor load anything.
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
+            f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            f"<header>\n<h1>{html.escape(title)}</h1>",
+            *(block.html for block in blocks[:first]),
+            f"</header>\n<nav>{links}</nav>\n<main>",
+            *(block.html for block in blocks[first:]),
+            "</main>\n</body>\n</html>\n",
+        )
+    )
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def _marked(text: str) -> str:
+    """Text for Markdown, on one line: nothing in it is markup, and `a_b` keeps its underscore plain."""
+    text = html.escape(" ".join(text.split()), quote=False).replace("&gt;", ">")
+    return re.sub(r"[\\`*]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], text)

@@ -1,0 +1,96 @@
+"""The model under attack, with the images that it is attacked on, on the devices of this process.
+
+What an evaluation does is written as work on one batch, ``(logits_fn, keys, images, labels)``;
+:meth:`Victim.compile` makes of it a function of the images' numbers, which knows of batches and devices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import chex
+import jax
+import numpy as np
+
+from robal_jax import parallel
+from robal_jax.data import to_float
+
+Work = Callable[..., chex.ArrayTree]
+"""``(logits_fn, keys [b], images [b, H, W, C], labels [b], *parts [b, ...], **shared) -> [b, ...]``."""
+
+
+class Victim:
+    """A model and the images that it is attacked on.
+
+    Attributes:
+      predict: images to logits, outside of compiled functions.
+      images: uint8 ``[n, H, W, C]``.
+      labels: ``[n]``.
+      pixel_max: the pixel value that becomes 1.
+      size: images that one call of a compiled function takes, on all devices together.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array],
+        params: chex.ArrayTree,
+        stats: chex.ArrayTree,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        pixel_max: int,
+        seed: int,
+        batch_size: int,
+        layout: str,
+    ) -> None:
+        """Puts all arrays on all devices.
+
+        Args:
+          predict: ``(params, stats, images) -> logits``.
+          params: of the model.
+          stats: its batch-norm statistics.
+          images: uint8 ``[n, H, W, C]``.
+          labels: ``[n]``.
+          pixel_max: the pixel value that becomes 1.
+          seed: the random numbers of an image follow from it and from the image's number.
+          batch_size: images a device and call.
+          layout: a key of ``parallel.LAYOUTS``.
+        """
+        self._predict, self._layout, self._devices = predict, layout, jax.local_devices()
+        self._key = jax.random.key(seed)
+        self._arrays = parallel.replicate((params, stats, images, labels), self._devices)
+        self.predict = partial(predict, params, stats)
+        self.images, self.labels, self.pixel_max = images, labels, pixel_max
+        self.size = batch_size * len(self._devices)
+
+    def compile(self, work: Work, predict: Callable | None = None) -> Callable[..., chex.ArrayTree]:
+        """Work on one batch as a function of images' numbers, compiled once whatever their count.
+
+        Args:
+          work: called with the model, one key an image, images in [0, 1], labels, and what the caller adds.
+          predict: what stands in for the model, with the same arguments.
+
+        Returns:
+          ``(ids [m], *parts [m, ...], **shared) -> outputs [m, ...]``, numpy arrays, any m > 0. A last batch
+          that is not full is filled up with its own last image.
+        """
+        predict = self._predict if predict is None else predict
+
+        def on_batch(parts: tuple, shared: tuple) -> chex.ArrayTree:
+            (ids, *more), ((params, stats, images, labels), extra) = parts, shared
+            keys = jax.vmap(partial(jax.random.fold_in, self._key))(ids)
+            logits_fn = partial(predict, params, stats)
+            return work(logits_fn, keys, to_float(images[ids], self.pixel_max), labels[ids], *more, **extra)
+
+        compiled = parallel.spread(on_batch, self._layout, self._devices)
+
+        def run(ids: np.ndarray, *parts: np.ndarray, **shared: np.ndarray) -> chex.ArrayTree:
+            outputs = []
+            for start in range(0, len(ids), self.size):
+                batch = [np.asarray(part[start : start + self.size]) for part in (ids, *parts)]
+                count = len(batch[0])
+                full = tuple(np.take(part, range(self.size), 0, mode="clip") for part in batch)
+                judged = jax.device_get(compiled(full, (self._arrays, shared)))
+                outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
+            return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)
+
+        return run

@@ -1,0 +1,186 @@
+"""Figures show what they are given: read back from the axes, not from the pixels."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from test_reporting import AUDIT, META, fake_evaluation, fake_summary, gallery, norms
+
+from robal_jax import figures, metrics
+
+
+def labels_of(axis):
+    return [text.get_text() for text in axis.get_ticklabels()]
+
+
+def ticks_in_view(axis):
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [label for label in ticks if axis.get_visible() and label.get_visible()]
+
+
+def overlapping(texts):
+    """Pairs of texts that cover each other."""
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+    return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)]
+
+
+def test_overlapping_texts_are_found():
+    axes = Figure().subplots()
+    assert overlapping([axes.text(0.5, 0.5, "one"), axes.text(0.51, 0.5, "other")]) == [("other", "one")]
+
+
+def test_display_names():
+    names = {
+        "clean": "Clean",
+        "pgd_20": "PGD-20",
+        "cw_20": "CW-20",
+        "apgd_ce": "APGD-CE",
+        "robal_aa": "APGD-CE + APGD-T",
+        "autoattack": "AutoAttack",
+        "square": "Square",
+        "worst": "Worst",
+    }
+    assert {name: figures.display_name(name) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("conditions", "main", "attack", "shown"),
+    [
+        ("clean pgd_20 worst", "pgd_20", "pgd_20", "clean pgd_20 worst"),
+        ("clean pgd_20 robal_aa worst", "pgd_20", "robal_aa", "clean pgd_20 robal_aa worst"),
+        ("clean pgd_20 robal_aa autoattack worst", "pgd_20", "autoattack", "clean pgd_20 autoattack worst"),
+        ("clean autoattack worst", "autoattack", "autoattack", "clean autoattack worst"),
+        ("clean worst", "clean", "clean", "clean worst"),
+        ("clean worst", "pgd_20", "pgd_20", "clean worst"),  # shared conditions of a comparison
+    ],
+)
+def test_headline(conditions, main, attack, shown):
+    summary, meta = {"conditions": dict.fromkeys(conditions.split())}, {"main_attack": main}
+    assert figures.headline_attack(summary, meta) == attack
+    assert figures.headline(summary, meta) == shown.split()
+
+
+def test_classes_are_sorted_by_count():
+    labels, predictions = fake_evaluation(4)
+    summary = metrics.summarize(labels, predictions, [5, 40, 10, 20])
+    for draw in (figures.per_class_figure, figures.errors_figure, figures.confusion_figure):
+        assert labels_of(draw(summary, META).axes[0].xaxis) == ["1", "3", "2", "0"]
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
+    summary = fake_summary(num_classes)
+    meta = META | {"class_names": [f"long name {k}" for k in range(num_classes)]}
+    drawn = [
+        figures.per_class_figure(summary, meta),
+        figures.attacks_figure(summary, meta),
+        figures.errors_figure(summary, meta),
+        figures.confusion_figure(summary, meta),
+        figures.norms_figure(norms(num_classes), summary, meta),
+        figures.curves_figure(AUDIT["curves"], meta),
+    ]
+    for figure in drawn:
+        assert isinstance(figure, Figure)
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            texts = [*ticks_in_view(axes.xaxis), *ticks_in_view(axes.yaxis), *axes.texts, axes.title]
+            # The box around slanted text is wider than the text, so slanted names are left out.
+            assert not overlapping([text for text in texts if text.get_rotation() == 0])
+
+
+def test_accuracies_of_the_class_figure():
+    summary = fake_summary()
+    axes = figures.per_class_figure(summary, META).axes[0]
+    lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
+    assert list(lines) == ["Clean", "PGD-20", "Worst"]
+    recall = summary["conditions"]["pgd_20"]["per_class"]["recall"]
+    np.testing.assert_allclose(lines["PGD-20"], [100 * entry["value"] for entry in recall])
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_errors_stack_to_all_images(num_classes):
+    summary = fake_summary(num_classes)
+    figure = figures.errors_figure(summary, META)
+    heights = np.array([[bar.get_height() for bar in bars] for bars in figure.axes[0].containers])
+    np.testing.assert_allclose(heights.sum(0), 100)
+    condition = summary["conditions"]["pgd_20"]
+    for row, key in zip(heights, ("robust_accuracy", "boundary_error", "natural_error"), strict=True):
+        assert row.mean() == pytest.approx(100 * condition[key]["value"])  # classes of equal size
+
+
+@pytest.mark.parametrize(("num_classes", "annotated"), [(20, True), (21, False)])
+def test_confusion_is_normalised_by_row(num_classes, annotated):
+    summary = fake_summary(num_classes)
+    axes = figures.confusion_figure(summary, META).axes[0]
+    shares = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(shares.sum(-1), 100)
+    recall = summary["conditions"]["pgd_20"]["per_class"]["recall"]
+    np.testing.assert_allclose(np.diagonal(shares), [100 * entry["value"] for entry in recall])
+    assert bool(axes.texts) == annotated
+    if annotated:
+        assert f"{shares[0, 0]:.0f}" in [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize("panels", [("scale",), ("steps", "restarts"), ("scale", "steps", "restarts")])
+def test_curves(panels):
+    curves = {name: AUDIT["curves"][name] for name in panels}
+    figure = figures.curves_figure(curves, META)
+    assert len(figure.axes) == len(panels)
+    for axes, name in zip(figure.axes, panels, strict=True):
+        assert axes.get_xscale() == ("linear" if name == "restarts" else "log")
+        lines = {line.get_label(): line for line in axes.lines}
+        for series, values in curves[name]["series"].items():
+            np.testing.assert_array_equal(lines[series].get_xdata(), curves[name]["x"])
+            np.testing.assert_allclose(lines[series].get_ydata(), [100 * entry["value"] for entry in values])
+        assert len(axes.collections) == len(curves[name]["series"])  # the intervals
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(entries) == len(set(entries))
+    assert ("The model as it is (factor 1)" in entries) == ("scale" in panels)
+    if "scale" in panels:
+        ticks = labels_of(figure.axes[0].xaxis)
+        assert "1" in ticks
+        assert len(ticks) < len(curves["scale"]["x"])  # those that would meet are left out
+
+
+def test_norms():
+    summary = fake_summary()
+    both = norms(10)
+    figure = figures.norms_figure(both, summary, META)
+    assert len(figure.axes) == 3
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), both["weights"])
+    np.testing.assert_array_equal(figure.axes[2].lines[0].get_ydata(), both["features"])
+    alone = figures.norms_figure({**both, "weights": None}, summary, META)
+    assert len(alone.axes) == 2
+    np.testing.assert_array_equal(alone.axes[1].lines[0].get_ydata(), both["features"])
+
+
+@pytest.mark.parametrize(("count", "channels", "size"), [(1, 1, 8), (5, 3, 32), (12, 1, 8)])
+def test_gallery(count, channels, size):
+    shown = gallery(count, channels, size)
+    names = [f"<{k}>" for k in range(12)]
+    figure = figures.gallery_figure(shown, META | {"class_names": names})
+    filled = [axes for axes in figure.axes if axes.images]
+    assert filled[0].get_title() == "<0> → <0> (not fooled)"
+    assert len(filled) == count
+    last = count - 1
+    if last:
+        assert filled[last].get_title() == f"<{last}> → <{shown['predictions'][last]}>"
+    strip = np.asarray(filled[last].images[0].get_array())
+    np.testing.assert_allclose(strip[:, :size], np.broadcast_to(shown["images"][last], (size, size, 3)))
+    difference = shown["adversarial"][last] - shown["images"][last]
+    np.testing.assert_allclose(strip[:, -size:], np.broadcast_to(0.5 + 5 * difference, (size, size, 3)))
+    assert labels_of(filled[0].xaxis) == ["image", "adversarial", "difference × 5"]
+
+
+def test_magnification():
+    image = np.full((1, 2, 2, 1), 0.5)
+    for change, factor in ((8 / 255, 15), (0.1, 5), (0.1000001, 5), (0.5, 1), (1.0, 1), (0.0, 1)):
+        assert figures.magnification({"images": image, "adversarial": image + change}) == factor
+
+
+def test_svg_is_the_same_each_time_and_loads_nothing():
+    first, second = (figures.svg(figures.attacks_figure(fake_summary(), META)).decode() for _ in range(2))
+    assert first == second
+    assert "url(http" not in first
+    assert 'href="http' not in first
+    assert "<text" not in first  # letters are shapes: no font is needed
