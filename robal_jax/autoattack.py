@@ -273,6 +273,8 @@ def run(
 
 def work_left(stage: Stage, progress: Progress) -> int:
     """How many images the rounds of a stage have still to attack, if no more of them breaks."""
+    if progress.round > stage.last:
+        return 0
     rounds_after = stage.last - max(progress.round, stage.first)
     return len(progress.todo()) - progress.done + rounds_after * progress.robust
 

@@ -74,25 +74,32 @@ def _displacement(
 ) -> chex.Array:
     """Moves entry ``i`` by ``min(t * speed_i, room_i)`` towards the hyperplane; ``t`` is when it is met.
 
-    The way made by then, ``sum_i |w_i| min(t * speed_i, room_i)``, is piecewise linear in ``t`` and bends
-    where an entry meets its bound. With the entries sorted by when they do, its values there are sums of
-    sums. They tell which entries have stopped before the hyperplane is met; the others share the rest of
-    the way.
+    The way made by then, ``sum_i |w_i| min(t * speed_i, room_i)``, is concave and piecewise linear in ``t``.
+    So Newton's method from ``t = 0`` never goes too far: entries that it finds at their bound have stopped
+    for good, and when it finds no new one the others' share of the rest of the way is exact. That takes a few
+    rounds of two sums each, and no sorting.
     """
     gap = jnp.sum(w * points, axis=-1, keepdims=True) - b[:, None]
     direction = -jnp.sign(w) * jnp.where(gap >= 0, 1.0, -1.0).astype(w.dtype)
     gap = jnp.abs(gap)
     room = jnp.where(direction < 0, points - lower, upper - points)
     stops = jnp.where(speed > 0, room / jnp.where(speed > 0, speed, 1.0), 0.0)
+    rate = jnp.abs(w) * speed
 
-    stops_sorted, rate = jax.lax.sort((stops, jnp.abs(w) * speed), dimension=1, num_keys=1)
-    rate_from_here = jax.lax.cumsum(rate, axis=1, reverse=True)
-    way = jnp.cumsum(jnp.diff(stops_sorted, axis=1, prepend=0.0) * rate_from_here, axis=1)
-    stopped = way < gap
-    made = jnp.sum(jnp.where(stopped, rate * stops_sorted, 0.0), axis=1, keepdims=True)
-    rest = jnp.sum(jnp.where(stopped, 0.0, rate), axis=1, keepdims=True)
-    # Out of reach, or no weights at all: every entry goes as far as it can.
-    time = jnp.where(rest > 0, (gap - made) / jnp.where(rest > 0, rest, 1.0), jnp.finfo(w.dtype).max)
+    def meeting(stopped: chex.Array) -> chex.Array:
+        made = jnp.sum(jnp.where(stopped, rate * stops, 0.0), axis=1, keepdims=True)
+        rest = jnp.sum(jnp.where(stopped, 0.0, rate), axis=1, keepdims=True)
+        # Out of reach, or no weights at all: every entry goes as far as it can.
+        return jnp.where(rest > 0, (gap - made) / jnp.where(rest > 0, rest, 1.0), jnp.finfo(w.dtype).max)
+
+    def refine(state: tuple[chex.Array, chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array, chex.Array]:
+        stopped, time, _ = state
+        more = stopped | (stops < time)
+        return more, meeting(more), jnp.any(more != stopped)
+
+    nothing = jnp.zeros(w.shape, bool)
+    state = nothing, meeting(nothing), jnp.array(True)
+    _, time, _ = jax.lax.while_loop(lambda state: state[2], refine, state)
     return direction * jnp.clip(time * speed, 0.0, room)
 
 

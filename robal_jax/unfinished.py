@@ -32,8 +32,8 @@ class Unfinished:
             with self._path.open("rb") as file, np.load(file) as content:
                 arrays = dict(content)
             return arrays if str(arrays.pop("settings")) == self._settings else {}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return {}
+        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile):
+            return {}  # whatever is wrong with it, the job starts anew
 
     @property
     def due(self) -> bool:

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     _, arrays, _ = checkpoints.read_latest(workdir)
     threat = attacks.ThreatModel(float(values["epsilon"] or job.threat.epsilon), norm)
     logits_fn = jax.jit(partial(job.predict, arrays["params"], arrays["stats"]))
-    twin = SmallCNN(torch_import.to_state_dict(arrays["params"], arrays["stats"]))
+    twin = SmallCNN(torch_import.to_state_dict(arrays["params"], arrays["stats"], {}))
 
     data, count = job.training.data, int(values["examples"] or 200)
     ids = np.random.default_rng(0).permutation(len(data.test_labels))[:count]

@@ -1,0 +1,413 @@
+"""The ensemble: stages, what each round attacks, interruptions, small real runs (robal_jax.autoattack)."""
+
+import copy
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robal_jax import attacks, autoattack, autopgd, losses
+from robal_jax.autoattack import CLEAN, ROBUST, Stage
+from robal_jax.errors import InputError
+
+THREAT = attacks.ThreatModel(0.1)
+
+
+def listed(version, num_classes):
+    return [
+        (s.name, s.rounds, s.first, s.last) for s in autoattack.stages(version, num_classes, threat=THREAT)
+    ]
+
+
+# ---------------------------------------------------------------- which attacks, in which order
+
+
+@pytest.mark.parametrize(
+    ("version", "num_classes", "expected"),
+    [
+        ("robal_aa", 10, [("apgd_ce", 1, 1, 1), ("apgd_t", 9, 2, 10)]),
+        (
+            "standard",
+            100,
+            [("apgd_ce", 1, 1, 1), ("apgd_t", 9, 2, 10), ("fab_t", 9, 11, 19), ("square", 1, 20, 20)],
+        ),
+        (
+            "standard",
+            5,
+            [("apgd_ce", 1, 1, 1), ("apgd_t", 4, 2, 5), ("fab_t", 4, 6, 9), ("square", 1, 10, 10)],
+        ),
+        (
+            "plus",
+            10,
+            [
+                ("apgd_ce", 5, 1, 5),
+                ("apgd_dlr", 5, 6, 10),
+                ("fab", 5, 11, 15),
+                ("square", 1, 16, 16),
+                ("apgd_t", 9, 17, 25),
+                ("fab_t", 9, 26, 34),
+            ],
+        ),
+        ("rand", 10, [("apgd_ce", 1, 1, 1), ("apgd_dlr", 1, 2, 2)]),
+        ("square", 2, [("square", 1, 1, 1)]),
+        ("square,fab_t", 3, [("square", 1, 1, 1), ("fab_t", 2, 2, 3)]),
+        ("apgd_dlr", 3, [("apgd_dlr", 1, 1, 1)]),
+    ],
+)
+def test_stages(version, num_classes, expected):
+    assert listed(version, num_classes) == expected
+
+
+@pytest.mark.parametrize("version", ["apgd", "standard,square", "apgd_ce,", "", "apgd_ce, square", "none"])
+def test_unknown_ensemble(version):
+    with pytest.raises(InputError, match=r"no ensemble of attacks; .* none, robal_aa, standard.*fab_t"):
+        autoattack.stages(version, 10, threat=THREAT)
+
+
+def test_an_attack_stands_once():
+    with pytest.raises(InputError, match=r"'square,fab,square' .* each once"):
+        autoattack.attack_names("square,fab,square")
+
+
+@pytest.mark.parametrize(
+    ("version", "num_classes", "needed"),
+    [("standard", 3, "apgd_t needs at least 4"), ("rand", 2, "apgd_dlr needs at least 3")],
+)
+def test_too_few_classes(version, num_classes, needed):
+    with pytest.raises(InputError, match=needed) as error:
+        autoattack.stages(version, num_classes, threat=THREAT)
+    way_out = str(error.value).split()[-1]
+    names = [stage.name for stage in autoattack.stages(way_out, num_classes, threat=THREAT)]
+    assert names == ["apgd_ce", "fab_t", "square"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the stages ask the attacks for, in the attacks' place; they find white images."""
+    calls = []
+
+    def record(name):
+        def attack(logits_fn, keys, images, labels, **settings):
+            calls.append((name, settings))
+            return jnp.ones_like(images)
+
+        return attack
+
+    monkeypatch.setattr(autopgd, "apgd", record("apgd"))
+    monkeypatch.setattr(autopgd, "targeted_apgd", record("targeted_apgd"))
+    monkeypatch.setattr(autoattack, "fab", record("fab"))
+    monkeypatch.setattr(autoattack, "square", record("square"))
+
+    def ask(version, name, number, value=0.95):
+        (stage,) = [
+            s for s in autoattack.stages(version, 10, threat=THREAT, steps=7, queries=11) if s.name == name
+        ]
+        images = jnp.full((2, 2, 2, 1), value)
+        found = stage.attack(lambda x: x, jax.random.split(jax.random.key(0), 2), images, None, number)
+        return *calls[-1], np.asarray(found)
+
+    return ask
+
+
+def test_stages_pass_on_their_settings(asked):
+    common = {"threat": THREAT, "steps": 7}
+    for version, eot in ("standard", 0), ("plus", 0), ("rand", 20):
+        name, settings, _ = asked(version, "apgd_ce", 0)
+        assert (name, settings) == ("apgd", {**common, "loss": losses.cross_entropy, "eot": eot})
+    assert asked("rand", "apgd_dlr", 0)[1] == {**common, "loss": autopgd.dlr, "eot": 20}
+    for number in 0, 8:
+        assert asked("standard", "apgd_t", number)[:2] == ("targeted_apgd", {**common, "rank": number + 2})
+    assert asked("standard", "square", 0)[:2] == ("square", {"threat": THREAT, "queries": 11})
+
+
+def test_fab_starts_at_the_image_and_then_at_random(asked):
+    images = np.full((2, 2, 2, 1), 0.95, np.float32)
+    for number in 0, 8:
+        name, settings, _ = asked("standard", "fab_t", number)
+        np.testing.assert_array_equal(settings.pop("start"), images)
+        assert (name, settings) == ("fab", {"threat": THREAT, "rank": number + 2, "n_iter": 7})
+    for number in 0, 4:
+        _, settings, _ = asked("plus", "fab", number)
+        moved = np.abs(settings["start"] - images).max((1, 2, 3))
+        assert settings["rank"] is None
+        assert (moved > 0).all() == (number > 0)
+        assert (moved <= THREAT.epsilon / 2 + 1e-6).all()
+
+
+def test_fab_s_images_beyond_the_radius_do_not_count(asked):
+    np.testing.assert_array_equal(asked("standard", "fab_t", 0, value=0.95)[2], 1.0)
+    np.testing.assert_array_equal(asked("standard", "fab_t", 0, value=0.5)[2], 0.5)
+
+
+# ---------------------------------------------------------------- what is attacked, by pretence
+
+STAGES = (Stage("first", None, 2, 1), Stage("second", None, 1, 3), Stage("third", None, 3, 4))
+LABELS = np.arange(13) % 4
+# Rounds in which images break, among them one where none, and one where several in different batches break.
+PLAN = {0: 1, 2: 1, 12: 1, 3: 2, 7: 4, 8: 4, 9: 5, 11: 6}
+WRONG_WHEN_CLEAN = (1, 6)
+SIZE = 4
+
+
+def begun():
+    clean = LABELS.copy()
+    clean[list(WRONG_WHEN_CLEAN)] = 3 - LABELS[list(WRONG_WHEN_CLEAN)]
+    progress = autoattack.begin(LABELS, clean)
+    return progress, clean
+
+
+def planned(stage, calls, plan):
+    """An attack that breaks what the plan says, and writes down what it was asked for."""
+
+    def attack(ids, number):
+        calls.append((stage.name, number, ids.tolist()))
+        images = np.stack([ids, np.full(len(ids), stage.first + number)], 1)
+        broken = np.array([plan.get(int(i)) == stage.first + number for i in ids])
+        return images, np.where(broken, (LABELS[ids] + 1) % 4, LABELS[ids])
+
+    return attack
+
+
+def run_all(progress, plan=PLAN, batches=None):
+    """Every stage, or so many batches of them: the calls, and the progress after each, as if saved."""
+    calls, saved = [], []
+    for stage in STAGES:
+        for state in autoattack.run(stage, planned(stage, calls, plan), LABELS, progress, size=SIZE):
+            saved.append(copy.deepcopy(state))
+            if len(saved) == batches:
+                return calls, saved
+    return calls, saved
+
+
+def same(a, b):
+    np.testing.assert_array_equal(a.broken_in, b.broken_in)
+    np.testing.assert_array_equal(a.predictions, b.predictions)
+    assert a.adversarial.keys() == b.adversarial.keys()
+    for number in a.adversarial:
+        np.testing.assert_array_equal(a.adversarial[number], b.adversarial[number])
+    assert (a.round, a.done) == (b.round, b.done)
+
+
+def test_only_what_is_still_right_is_attacked_in_full_batches():
+    progress, _ = begun()
+    calls, _ = run_all(progress)
+    expected = []
+    for stage in STAGES:
+        for number in range(stage.rounds):
+            todo = [
+                i
+                for i in range(len(LABELS))
+                if i not in WRONG_WHEN_CLEAN and PLAN.get(i, 99) >= stage.first + number
+            ]
+            expected += [(stage.name, number, todo[at : at + SIZE]) for at in range(0, len(todo), SIZE)]
+    assert calls == expected
+    assert max(len(ids) for _, _, ids in calls) == SIZE
+
+
+def test_what_is_found_is_kept():
+    progress, clean = begun()
+    before = clean.copy()
+    run_all(progress)
+    np.testing.assert_array_equal(clean, before, "the clean predictions were changed in place")
+    for i, label in enumerate(LABELS):
+        if i in WRONG_WHEN_CLEAN:
+            assert (progress.broken_in[i], progress.predictions[i]) == (CLEAN, clean[i])
+        elif i in PLAN:
+            assert (progress.broken_in[i], progress.predictions[i]) == (PLAN[i], (label + 1) % 4)
+            np.testing.assert_array_equal(progress.adversarial[i], [i, PLAN[i]])
+        else:
+            assert (progress.broken_in[i], progress.predictions[i]) == (ROBUST, label)
+    assert set(progress.adversarial) == set(PLAN)
+    assert progress.robust == len(LABELS) - len(PLAN) - len(WRONG_WHEN_CLEAN)
+    assert (progress.round, progress.done) == (7, 0)
+    again = copy.deepcopy(progress)
+    assert run_all(again) == ([], []), "nothing is left to do"
+    same(again, progress)
+
+
+def test_an_interruption_after_any_batch_changes_nothing():
+    whole, _ = begun()
+    calls, saved = run_all(whole)
+    assert len(saved) == len(calls) > 10
+    for batches in range(1, len(calls) + 1):
+        progress, _ = begun()
+        first, before = run_all(progress, batches=batches)
+        same(before[-1], saved[batches - 1])
+        resumed = before[-1]
+        rest, after = run_all(resumed)
+        assert first + rest == calls
+        assert len(after) == len(calls) - batches
+        same(resumed, whole)
+
+
+def test_interruptions_after_every_batch_change_nothing():
+    whole, _ = begun()
+    calls, _ = run_all(whole)
+    progress, _ = begun()
+    made = []
+    while True:
+        some, saved = run_all(progress, batches=1)
+        made += some
+        if not some:
+            break
+        progress = saved[-1]
+    assert made == calls
+    same(progress, whole)
+
+
+def test_nothing_to_attack():
+    progress = autoattack.begin(LABELS, (LABELS + 1) % 4)
+    assert run_all(progress) == ([], [])
+    assert (progress.broken_in == CLEAN).all()
+    assert all(autoattack.work_left(stage, progress) == 0 for stage in STAGES)
+
+
+def test_work_left_is_what_an_attack_without_success_has_to_do():
+    progress, _ = begun()
+    _, saved = run_all(progress)
+    for state in (begun()[0], *saved, progress):
+        for stage in STAGES:
+            left = autoattack.work_left(stage, state)
+            if state.round < stage.first:  # nothing is known yet of what comes before
+                continue
+            calls = []
+            for _ in autoattack.run(
+                stage, planned(stage, calls, {}), LABELS, copy.deepcopy(state), size=SIZE
+            ):
+                pass
+            assert left == sum(len(ids) for _, _, ids in calls)
+    assert autoattack.work_left(STAGES[0], begun()[0]) == 2 * (len(LABELS) - len(WRONG_WHEN_CLEAN))
+
+
+def test_shares_after_each_stage():
+    progress, _ = begun()
+    run_all(progress)
+    shares = autoattack.robust_after(STAGES, progress)
+    assert list(shares) == ["first", "second", "third"]
+    n = len(LABELS)
+    assert list(shares.values()) == pytest.approx([(n - 2 - 4) / n, (n - 2 - 4) / n, (n - 2 - 8) / n])
+    np.testing.assert_array_equal(np.flatnonzero(autoattack.broken_by(progress, 2)), [0, 1, 2, 3, 6, 12])
+    np.testing.assert_array_equal(np.flatnonzero(autoattack.broken_by(progress, 0)), WRONG_WHEN_CLEAN)
+
+
+@pytest.mark.parametrize(
+    ("version", "ends"),
+    [
+        ("robal_aa", {"apgd_ce": 1, "robal_aa": 4}),
+        ("standard", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
+        ("plus", {"apgd_ce": 5, "autoattack_plus": 22}),
+        ("rand", {"apgd_ce": 1, "autoattack_rand": 2}),
+        ("apgd_ce", {"apgd_ce": 1}),
+        ("apgd_t", {"custom": 3}),
+        ("fab_t,apgd_ce", {"custom": 4}),
+        ("apgd_ce,apgd_t,square", {"apgd_ce": 1, "robal_aa": 4, "custom": 5}),
+        ("apgd_t,apgd_ce", {"custom": 4}),
+    ],
+)
+def test_outcomes_have_the_names_of_the_parts(version, ends):
+    stages = autoattack.stages(version, 4, threat=THREAT)
+    last = stages[-1].last
+    # Image i is broken in round i; the first is wrong when clean, the one after the last round is robust.
+    labels = np.arange(last + 2) % 4
+    broken_in = np.append(np.arange(last + 1), ROBUST)
+    predictions = np.where(broken_in == ROBUST, labels, (labels + 1) % 4)
+    progress = autoattack.Progress(broken_in, predictions, {})
+    found = autoattack.outcomes(version, stages, progress, labels)
+    assert list(found) == list(ends)
+    for name, end in ends.items():
+        np.testing.assert_array_equal(np.flatnonzero(found[name] != labels), np.arange(end + 1), name)
+        np.testing.assert_array_equal(found[name][: end + 1], predictions[: end + 1], name)
+
+
+# ---------------------------------------------------------------- small real ensembles
+
+EPSILONS = {"linf": 0.1, "l2": 0.4}
+CLASSES = 4
+COUNT = 19
+
+
+def problem():
+    """A model, images at several distances from its boundaries, labels, one key an image.
+
+    Of images whose first pixel is white the logits are so large that the gradient of the cross entropy
+    vanishes; of those whose second is, there is no gradient at all.
+    """
+    rng = np.random.RandomState(0)
+    weight = jnp.asarray(rng.randn(36, CLASSES) / 6, jnp.float32)
+
+    def logits_fn(x):
+        # Sums over an axis of its own: an image's logits do not depend on the batch's size.
+        z = ((x.reshape(len(x), -1, 1) - 0.5) * weight[None]).sum(1)
+        z = (5 * jnp.tanh(z) + z) * jnp.where(x[:, 0, 0] > 0.5, 1e4, 1.0)
+        return jnp.where(x[:, 0, 1] > 0.5, jax.lax.stop_gradient(z), z)
+
+    images = np.clip(0.5 + rng.randn(COUNT, 6, 6, 1) * rng.uniform(0.1, 1, (COUNT, 1, 1, 1)), 0, 1)
+    images[:, 0, :2] = 0
+    images[:6, 0, 0] = images[6:12, 0, 1] = 1
+    images = images.astype(np.float32)
+    labels = np.asarray(logits_fn(images)).argmax(-1)
+    labels[[2, 11]] = (labels[[2, 11]] + 1) % CLASSES
+    return logits_fn, images, labels, jax.random.split(jax.random.key(0), COUNT)
+
+
+@functools.cache
+def ensemble(norm, size):
+    """The standard ensemble, in few steps: its stages, what it found, traces of each attack's model."""
+    logits_fn, images, labels, keys = problem()
+    predict = jax.jit(logits_fn)
+    stages = autoattack.stages(
+        "standard", CLASSES, threat=attacks.ThreatModel(EPSILONS[norm], norm), steps=5, queries=30
+    )
+    progress, compiled = autoattack.begin(labels, np.asarray(predict(images)).argmax(-1)), {}
+    for stage in stages:
+
+        @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        def step(keys, images, labels, number, stage=stage):
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, stage.first + number))(keys)
+            found = stage.attack(logits_fn, keys, images, labels, number)
+            return found, logits_fn(found).argmax(-1)
+
+        compiled[stage.name] = step
+
+        def attack(ids, number, step=step):
+            batch = np.resize(ids, size)
+            found, predictions = step(
+                keys[batch], images[batch], jnp.asarray(labels[batch]), np.int32(number)
+            )
+            return np.asarray(found)[: len(ids)], np.asarray(predictions)[: len(ids)]
+
+        for _ in autoattack.run(stage, attack, labels, progress, size=size):
+            pass
+    return stages, progress, {name: step._cache_size() for name, step in compiled.items()}
+
+
+@pytest.mark.parametrize("norm", EPSILONS)
+def test_an_ensemble_finds_allowed_images(norm):
+    logits_fn, images, labels, _ = problem()
+    stages, progress, compiled = ensemble(norm, 8)
+    assert compiled == dict.fromkeys(("apgd_ce", "apgd_t", "fab_t", "square"), 1)
+
+    numbers = np.array(sorted(progress.adversarial))
+    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in > CLEAN), numbers)
+    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in == CLEAN), [2, 11])
+    # By the cross entropy; by the DLR where that has no gradient; by Square where nothing has; not at all.
+    assert {stages[0].first, stages[1].first, stages[3].first, ROBUST} <= set(progress.broken_in)
+    found = np.stack([progress.adversarial[number] for number in numbers])
+    delta = (np.float64(found) - images[numbers]).reshape(len(numbers), -1)
+    distance = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
+    # Each of 36 pixels is rounded by 2^-25 at most, and the radius by as much.
+    assert distance.max() <= EPSILONS[norm] + 8 * 2.0**-24
+    assert found.min() >= 0
+    assert found.max() <= 1
+    np.testing.assert_array_equal(np.asarray(logits_fn(found)).argmax(-1), progress.predictions[numbers])
+    assert (progress.predictions[numbers] != labels[numbers]).all()
+    shares = list(autoattack.robust_after(stages, progress).values())
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_the_batch_size_changes_nothing():
+    (_, eight, _), (_, five, _) = ensemble("linf", 8), ensemble("linf", 5)
+    same(eight, five)

@@ -1,0 +1,447 @@
+"""AutoPGD: a loop in NumPy, what must hold of any search, and its losses (robal_jax.autopgd)."""
+
+import functools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robal_jax import attacks, autopgd, losses
+
+SHAPE, SIZE, CLASSES, COUNT, STEPS = (4, 4, 2), 32, 5, 9, 25
+EPSILONS = {"linf": 0.05, "l2": 0.2}
+THREATS = {norm: attacks.ThreatModel(epsilon, norm) for norm, epsilon in EPSILONS.items()}
+LOSSES = {"ce": losses.cross_entropy, "dlr": autopgd.dlr}
+# x + d is rounded once to float32, by 2^-25 for what is below 1; in L2 each of 32 entries is, and the length.
+ROUNDINGS = {"linf": 2.0**-24, "l2": np.sqrt(SIZE) * 2.0**-25 + 4 * 2.0**-24}
+each_norm = pytest.mark.parametrize("norm", THREATS)
+each_search = pytest.mark.parametrize(("norm", "name"), [("linf", "ce"), ("linf", "dlr"), ("l2", "ce")])
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+RNG = np.random.RandomState(0)
+INNER, OUTER = RNG.randn(SIZE, 6) / 2, RNG.randn(6, CLASSES)
+
+
+def logits_fn(x):
+    """Two layers; the sums are over axes of their own, so that the batch's size does not change them."""
+    inner, outer = (jnp.asarray(weight, x.dtype)[None] for weight in (INNER, OUTER))
+    hidden = jnp.sin(((x.reshape(len(x), -1, 1) - 0.5) * inner).sum(1))
+    return 3 * (hidden[:, :, None] * outer).sum(1)
+
+
+def batch(count=COUNT, seed=1):
+    """Images with pixels at the bounds, labels that are mostly the model's, one key an image."""
+    rng = np.random.RandomState(seed)
+    images = np.clip(rng.uniform(-0.2, 1.2, (count, *SHAPE)), 0, 1).astype(np.float32)
+    labels = np.asarray(logits_fn(jnp.asarray(images))).argmax(-1)
+    labels[0] = (labels[0] + 1) % CLASSES
+    return jax.random.split(jax.random.key(seed), count), jnp.asarray(images), jnp.asarray(labels)
+
+
+def start_of(norm):
+    keys, images, _ = batch()
+    return attacks.starting_points(autopgd.boundary_start, keys, images, THREATS[norm])
+
+
+@functools.cache
+def searched(norm, name):
+    """The last state of a search, and all images and logits on its way with the start before them."""
+    _, images, labels = batch()
+    start = start_of(norm)
+    search = partial(autopgd.search, logits_fn, threat=THREATS[norm], steps=STEPS, loss=LOSSES[name])
+    state, (x, logits) = compiled(partial(search, observe=lambda *seen: seen))(start, images, labels)
+    return state, jnp.concatenate([start[None], x]), jnp.concatenate([logits_fn(start)[None], logits])
+
+
+@functools.cache
+def states(norm, name):
+    """The states of the same search, one after the other."""
+    _, images, labels = batch()
+    look = partial(attacks.loss_gradient, logits_fn, LOSSES[name])
+
+    @compiled
+    def step(state, number, window):
+        x = autopgd.next_images(state, images, THREATS[norm], number == 0)
+        return autopgd.judge(state, x, *look(x, labels), labels, window, 0.75)
+
+    start = start_of(norm)
+    way = [autopgd.begin(*look(start, labels), start, labels, THREATS[norm])]
+    for number, window in enumerate(autopgd.check_windows(STEPS)):
+        way.append(step(way[-1], number, window))
+    return way
+
+
+# ---------------------------------------------------------------- against a loop in NumPy
+
+
+def numpy_model(x, label, name):
+    """Logits, loss and gradient of one image, in float64."""
+    inner = (x.reshape(-1) - 0.5) @ INNER
+    z = 3 * np.sin(inner) @ OUTER
+    if name == "ce":
+        p = np.exp(z - z.max())
+        p /= p.sum()
+        loss, by_logit = -np.log(p[label]), p - np.eye(CLASSES)[label]
+    else:
+        order = np.argsort(-z)
+        other = order[1] if order[0] == label else order[0]
+        lead, spread = z[label] - z[other], z[order[0]] - z[order[2]] + 1e-12
+        loss, eye = -lead / spread, np.eye(CLASSES)
+        by_logit = -(eye[label] - eye[other]) / spread + lead * (eye[order[0]] - eye[order[2]]) / spread**2
+    return z, loss, ((3 * OUTER @ by_logit * np.cos(inner)) @ INNER.T).reshape(x.shape)
+
+
+def numpy_project(candidate, image, norm):
+    if norm == "linf":
+        near = np.clip(candidate, image - EPSILONS[norm], image + EPSILONS[norm])
+        return np.clip(near, 0, 1)
+    delta = candidate - image
+    return np.clip(image + delta * min(1, EPSILONS[norm] / np.linalg.norm(delta)), 0, 1)
+
+
+def numpy_apgd(start, image, label, norm, name):
+    """Algorithm 1 of Croce and Hein on one image, with the constants of the reference implementation."""
+    ascent = np.sign if norm == "linf" else lambda g: g / np.linalg.norm(g)
+    project = partial(numpy_project, image=image, norm=norm)
+    x = previous = start
+    z, loss, gradient = numpy_model(x, label, name)
+    size, best = 2 * EPSILONS[norm], (loss, x, gradient)
+    window, since, trail = max(int(0.22 * STEPS), 1), 0, [0.0]
+    at_check, halved, path, fooled = loss, True, [x], None if z.argmax() == label else x
+    for number in range(STEPS):
+        stepped = project(x + size * ascent(gradient))
+        share = 1.0 if number == 0 else 0.75
+        moved = project(x + share * (stepped - x) + (1 - share) * (x - previous))
+        x, previous = moved, x
+        z, loss, gradient = numpy_model(x, label, name)
+        path.append(x)
+        fooled = fooled if z.argmax() == label else x
+        trail.append(loss)
+        best = (loss, x, gradient) if loss > best[0] else best
+        since += 1
+        if since == window:
+            rises = sum(b > a for a, b in zip(trail[-window - 1 : -1], trail[-window:], strict=True))
+            halved = rises <= 0.75 * window or (not halved and at_check >= best[0])
+            at_check = best[0]
+            if halved:
+                size, (_, x, gradient) = size / 2, best
+            since, window = 0, max(window - max(int(0.03 * STEPS), 1), int(0.06 * STEPS), 1)
+    return np.stack(path), size, best, fooled
+
+
+@each_search
+def test_search_is_the_published_one(norm, name):
+    _, images, labels = batch()
+    start = np.float64(start_of(norm))
+    with jax.enable_x64(True):
+        inputs = jnp.asarray(start), jnp.asarray(np.float64(images)), jnp.asarray(labels)
+        search = partial(autopgd.search, logits_fn, threat=THREATS[norm], steps=STEPS, loss=LOSSES[name])
+        state, path = compiled(partial(search, observe=lambda x, _: x))(*inputs)
+    assert path.dtype == np.float64
+    sizes = set()
+    for i in range(COUNT):
+        expected, size, best, fooled = numpy_apgd(start[i], np.float64(images[i]), int(labels[i]), norm, name)
+        np.testing.assert_allclose(path[:, i], expected[1:], atol=1e-9)
+        assert state.step_size[i] == pytest.approx(size)
+        assert state.best_loss[i] == pytest.approx(best[0])
+        np.testing.assert_allclose(state.best[i], best[1], atol=1e-9)
+        np.testing.assert_allclose(state.best_gradient[i], best[2], atol=1e-9)
+        assert bool(state.robust[i]) == (fooled is None)
+        np.testing.assert_allclose(state.adversarial[i], start[i] if fooled is None else fooled, atol=1e-9)
+        sizes.add(size)
+    assert len(sizes) > 1, "all images go the same way"
+
+
+def numpy_windows(steps):
+    """Counted off step by step, as the reference does."""
+    window, windows, since = max(int(0.22 * steps), 1), [], 0
+    for _ in range(steps):
+        since += 1
+        windows.append(window if since == window else 0)
+        if since == window:
+            since, window = 0, max(window - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+    return windows
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 33, 100, 1000])
+def test_checks_look_back_to_the_check_before(steps):
+    windows = autopgd.check_windows(steps)
+    assert windows.tolist() == numpy_windows(steps)
+    last = np.flatnonzero(windows)[-1] + 1
+    assert windows.sum() == last <= steps
+
+
+# ---------------------------------------------------------------- what holds of any search
+
+
+def distances(norm, found, images):
+    delta = (np.float64(found) - np.float64(images)).reshape(len(images), -1)
+    return np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
+
+
+@each_search
+def test_every_image_on_the_way_is_allowed(norm, name):
+    _, path, _ = searched(norm, name)
+    for x in path:
+        assert distances(norm, x, batch()[1]).max() <= EPSILONS[norm] + ROUNDINGS[norm]
+        assert x.min() >= 0
+        assert x.max() <= 1
+
+
+@each_search
+def test_the_best_is_the_highest_loss_on_the_way(norm, name):
+    state, path, logits = searched(norm, name)
+    _, _, labels = batch()
+    values = np.stack([LOSSES[name](z, labels) for z in logits])
+    np.testing.assert_allclose(state.best_loss, values.max(0), rtol=1e-5)
+    np.testing.assert_array_equal(state.best, path[values.argmax(0), np.arange(COUNT)])
+    assert (values.argmax(0) > 0).any()
+    wrong = logits.argmax(-1) != labels[None]
+    np.testing.assert_array_equal(state.robust, ~wrong.any(0))
+    last = np.where(wrong.any(0), STEPS - wrong[::-1].argmax(0), 0)  # misclassified, else the start
+    np.testing.assert_array_equal(state.adversarial, path[last, np.arange(COUNT)])
+    assert 0 < np.sum(state.robust) < COUNT
+
+
+@each_search
+def test_step_sizes_are_halved_at_checks_and_the_best_only_gets_better(norm, name):
+    way, windows = states(norm, name), autopgd.check_windows(STEPS)
+    np.testing.assert_array_equal(way[0].step_size, np.float32(2 * EPSILONS[norm]))
+    halvings = 0
+    for before, after, window in zip(way, way[1:], windows, strict=False):
+        halved = np.asarray(after.step_size < before.step_size)
+        np.testing.assert_array_equal(after.step_size, np.where(halved, 0.5, 1) * before.step_size)
+        assert window > 0 or not halved.any()
+        np.testing.assert_array_equal(after.x[halved], after.best[halved], "not back at the best")
+        assert (after.best_loss >= before.best_loss).all()
+        assert (after.robust <= before.robust).all()
+        halvings += halved.sum()
+    assert halvings > COUNT
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), way[-1], searched(norm, name)[0])
+
+
+@functools.cache
+def attack(norm, steps=STEPS):
+    return compiled(partial(autopgd.apgd, logits_fn, threat=THREATS[norm], steps=steps))
+
+
+@each_norm
+def test_apgd_gives_misclassified_images_or_the_best(norm):
+    keys, images, labels = batch()
+    state, _, _ = searched(norm, "ce")
+    found = attack(norm)(keys, images, labels)
+    wrong = np.asarray(logits_fn(found)).argmax(-1) != labels
+    np.testing.assert_array_equal(wrong, ~state.robust)
+    expected = np.where(wrong[:, None, None, None], state.adversarial, state.best)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert attack(norm)._cache_size() == 1
+
+
+@each_norm
+def test_an_image_s_result_is_its_own(norm):
+    keys, images, labels = batch()
+    found = attack(norm)(keys, images, labels)
+    turned = attack(norm)(keys[::-1], images[::-1], labels[::-1])[::-1]
+    np.testing.assert_array_equal(turned, found)
+    others = [jnp.concatenate([a[:3], b[3:]]) for a, b in zip(batch(), batch(seed=2), strict=True)]
+    mixed = attack(norm)(*others)
+    np.testing.assert_array_equal(mixed[:3], found[:3])
+    assert not np.array_equal(mixed[3:], found[3:])
+    assert not np.array_equal(attack(norm)(keys[::-1], images, labels), found), "the keys are not read"
+
+
+def test_one_key_for_all_and_one_step():
+    _, images, labels = batch()
+    found = compiled(partial(autopgd.apgd, logits_fn, threat=THREATS["linf"], steps=1))
+    one = found(jax.random.key(3), images, labels)
+    np.testing.assert_array_equal(one, found(attacks.image_keys(jax.random.key(3), images), images, labels))
+    assert distances("linf", one, images).max() <= EPSILONS["linf"] + ROUNDINGS["linf"]
+
+
+def test_no_gradient_flows_back():
+    keys, images, labels = batch()
+    run = partial(autopgd.apgd, logits_fn, threat=THREATS["linf"], steps=1)
+    gradient = compiled(jax.grad(lambda x: run(keys, x, labels).sum()))(images)
+    np.testing.assert_array_equal(gradient, jnp.zeros_like(images))
+
+
+def test_apgd_is_at_least_as_strong_as_pgd_20():
+    keys, images, labels = batch(60)
+    threat = attacks.ThreatModel(0.05)
+    settings = {"threat": threat, "steps": 20}
+    ours = compiled(partial(autopgd.apgd, logits_fn, **settings))(keys, images, labels)
+    theirs = compiled(partial(attacks.pgd, logits_fn, **settings, step_size=0.05 / 4))(keys, images, labels)
+    logits = [logits_fn(x) for x in (images, theirs, ours)]
+    loss = [float(losses.cross_entropy(z, labels).mean()) for z in logits]
+    right = [float((z.argmax(-1) == labels).mean()) for z in logits]
+    assert 0.1 < right[1] < 0.9
+    assert loss[2] > loss[1] > loss[0]
+    assert right[2] <= right[1] < right[0]
+
+
+# ---------------------------------------------------------------- random models
+
+
+def random_fn(x, keys):
+    """Logits with noise that pulls the image to and fro."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
+    return logits_fn(x + 0.1 * noise)
+
+
+def test_a_random_model_is_attacked_with_the_keys():
+    keys, images, labels = batch()
+    settings = {"threat": THREATS["linf"], "steps": 4, "eot": 2}
+    start = start_of("linf")
+    search = partial(autopgd.search, **settings, observe=lambda x, logits: logits)
+
+    @compiled
+    def run(keys):
+        return search(random_fn, start, images, labels, keys=keys)
+
+    state, logits = run(keys)
+    jax.tree.map(np.testing.assert_array_equal, run(keys), (state, logits))
+    other, _ = run(keys[::-1])
+    assert not np.array_equal(other.x, state.x)
+    plain, _ = compiled(partial(autopgd.search, logits_fn, threat=THREATS["linf"], steps=4))(
+        start, images, labels
+    )
+    ignored = lambda x, keys: logits_fn(x)  # noqa: E731
+    calm, _ = compiled(lambda keys: search(ignored, start, images, labels, keys=keys))(keys)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), calm, plain)
+
+
+def test_noise_is_new_in_every_step():
+    keys, images, labels = batch()
+
+    def only_noise(x, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (CLASSES,)))(keys)
+        return noise + 0 * logits_fn(x)
+
+    search = partial(autopgd.search, only_noise, threat=THREATS["linf"], steps=4, eot=1)
+    state, logits = compiled(partial(search, observe=lambda x, logits: logits))(
+        images, images, labels, keys=keys
+    )
+    assert len(np.unique(logits)) == logits.size
+    assert state.best_loss.max() > losses.cross_entropy(logits, jnp.stack([labels] * 4)).min()
+    first = attacks.loss_gradient(only_noise, losses.cross_entropy, images, labels, keys, eot=1)[0]
+    assert not np.intersect1d(first, logits).size
+
+
+def test_apgd_hands_its_keys_to_a_random_model():
+    keys, images, labels = batch()
+    seen = []
+
+    def spy(x, keys):
+        seen.append(keys.shape)
+        return random_fn(x, keys)
+
+    settings = {"threat": THREATS["linf"], "steps": 2}
+    run = compiled(partial(autopgd.apgd, spy, eot=2, **settings))
+    found = run(keys, images, labels)
+    assert set(seen) == {(COUNT,)}
+    np.testing.assert_array_equal(run(keys, images, labels), found)
+    with pytest.raises(ValueError, match="eot needs keys"):
+        autopgd.search(spy, images, images, labels, eot=2, **settings)
+
+
+# ---------------------------------------------------------------- where it starts
+
+
+@each_norm
+def test_boundary_start_lies_on_the_boundary(norm):
+    keys, images, _ = batch()
+    free = attacks.ThreatModel(EPSILONS[norm], norm, lower=-9.0, upper=9.0)
+    start = attacks.starting_points(autopgd.boundary_start, keys, images, free)
+    np.testing.assert_allclose(distances(norm, start, images), EPSILONS[norm], rtol=1e-5)
+    noise = np.asarray(start - images)
+    assert len({row.tobytes() for row in noise}) == COUNT
+    assert 0.3 < (noise > 0).mean() < 0.7
+    assert start.max() > 1
+    within = attacks.starting_points(autopgd.boundary_start, keys, images, THREATS[norm])
+    np.testing.assert_array_equal(within, jnp.clip(start, 0, 1))
+
+
+# ---------------------------------------------------------------- losses and targets
+
+
+def numpy_dlr(z, label, target=None):
+    ordered = np.sort(z)[::-1]
+    if target is None:
+        return -(z[label] - np.delete(z, label).max()) / (ordered[0] - ordered[2])
+    return -(z[label] - z[target]) / (ordered[0] - (ordered[2] + ordered[3]) / 2)
+
+
+def test_difference_of_logits_ratios():
+    rng = np.random.RandomState(5)
+    logits = rng.randn(60, CLASSES).astype(np.float32)
+    labels, targets = rng.randint(0, CLASSES, (2, 60))
+    kinds = {
+        "dlr": (autopgd.dlr, [numpy_dlr(*row) for row in zip(np.float64(logits), labels, strict=True)]),
+        "targeted": (
+            partial(autopgd.targeted_dlr, targets=jnp.asarray(targets)),
+            [numpy_dlr(*row) for row in zip(np.float64(logits), labels, targets, strict=True)],
+        ),
+    }
+    for name, (loss, expected) in kinds.items():
+        found = loss(logits, labels)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(loss(50 * logits + 3, labels), expected, rtol=1e-3, atol=1e-4)
+    right = logits.argmax(-1) == labels
+    np.testing.assert_array_equal(autopgd.dlr(logits, labels) > 0, ~right)
+    assert 0 < right.sum() < 60
+    ahead = logits[np.arange(60), targets] > logits[np.arange(60), labels]
+    np.testing.assert_array_equal(kinds["targeted"][0](logits, labels) > 0, ahead)
+
+
+def test_level_logits_give_finite_losses():
+    level = jnp.zeros((2, CLASSES))
+    labels, targets = jnp.array([0, 1]), jnp.array([1, 0])
+    for loss in (autopgd.dlr, partial(autopgd.targeted_dlr, targets=targets)):
+        np.testing.assert_array_equal(loss(level, labels), 0)
+        assert jnp.isfinite(jax.grad(lambda z, loss=loss: loss(z, labels).sum())(level)).all()
+
+
+def test_too_few_classes():
+    logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
+    assert autopgd.dlr(logits, labels).shape == (2,)
+    with pytest.raises(ValueError, match=r"DLR needs at least 3 classes; the model has 2"):
+        autopgd.dlr(logits[:, :2], labels)
+    with pytest.raises(ValueError, match=r"targeted DLR needs at least 4 classes; the model has 3"):
+        autopgd.targeted_dlr(logits, labels, targets=labels)
+
+
+def prototypes(x):
+    """``-||x - mu_k||^2`` with random means."""
+    means = jnp.asarray(np.random.RandomState(7).uniform(0.3, 0.7, (CLASSES, SIZE)), x.dtype)
+    return -20 * jnp.square(x.reshape(len(x), 1, -1) - means[None]).sum(-1)
+
+
+def test_targets_are_the_classes_of_a_rank_and_share_one_compilation():
+    keys, images, _ = batch(6)
+    images = 0.3 + 0.4 * images
+    clean = prototypes(images)
+    labels, traces = clean.argmax(-1), []
+
+    @compiled
+    def run(rank):
+        traces.append(rank)
+        return autopgd.targeted_apgd(
+            prototypes, keys, images, labels, threat=THREATS["linf"], rank=rank, steps=20
+        )
+
+    ranks = range(2, CLASSES + 1)
+    logits = [prototypes(run(jnp.int32(rank))) for rank in ranks]
+    assert len(traces) == 1
+    targets = np.argsort(-np.asarray(clean), 1)[:, 1:]
+    reached = [
+        [autopgd.targeted_dlr(z, labels, targets=jnp.asarray(t)).mean() for t in targets.T] for z in logits
+    ]
+    # Of all runs, the one towards a class comes nearest to it.
+    np.testing.assert_array_equal(np.argmax(reached, 0), np.arange(CLASSES - 1))
+    assert reached[0][0] > 0
+    second = compiled(partial(autopgd.targeted_apgd, prototypes, threat=attacks.ThreatModel(0.5), steps=20))(
+        keys, images, labels
+    )
+    np.testing.assert_allclose(second, run(jnp.int32(2)), atol=1e-6)
