@@ -106,6 +106,11 @@ def _l2(images: chex.Array) -> chex.Array:
     return jnp.sqrt(jnp.sum(jnp.square(images), axis=_per_image(images), keepdims=True))
 
 
+def margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
+    """``z_y - max_{i != y} z_i``: logits ``[B, K]`` and labels ``[B]`` to ``[B]``, below 0 if wrong."""
+    return of_class(logits, labels) - jnp.max(_of_wrong_classes(logits, labels), axis=-1)
+
+
 def negative_margin(logits: chex.Array, labels: chex.Array, *, confidence: float = 50.0) -> chex.Array:
     """The Carlini-Wagner objective: how little the true class leads the best other one.
 
@@ -123,8 +128,7 @@ def negative_margin(logits: chex.Array, labels: chex.Array, *, confidence: float
 
     Source: Carlini and Wagner (S&P 2017), in the sign-step form of RoBal's released code (c = 50).
     """
-    best_other = jnp.max(_of_wrong_classes(logits, labels), axis=-1)
-    return -jnp.maximum(of_class(logits, labels) - best_other + confidence, 0.0)
+    return -jnp.maximum(margin(logits, labels) + confidence, 0.0)
 
 
 def targeted_margin(logits: chex.Array, labels: chex.Array, *, targets: chex.Array) -> chex.Array:

@@ -284,16 +284,19 @@ def outcomes(
 ) -> dict[str, np.ndarray]:
     """Predictions ``[n]`` under each part of the ensemble that has a name of its own.
 
-    ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, where the ensemble begins with them,
-    and the name of the whole version: see ``CONDITIONS``.
+    ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, where the ensemble begins with them in
+    their standard form, and the name of the whole version: see ``CONDITIONS``.
     """
     names = tuple(stage.name for stage in stages)
+    if names == VERSIONS["standard"]:
+        version = "standard"  # spelled out
     after = {}
-    if names[:1] == ("apgd_ce",):
-        after["apgd_ce"] = stages[0].last
-    if names[:2] == VERSIONS["robal_aa"]:
-        after["robal_aa"] = stages[1].last
-    if names not in (("apgd_ce",), VERSIONS["robal_aa"]):
+    if version not in ("plus", "rand"):
+        if names[0] == "apgd_ce":
+            after["apgd_ce"] = stages[0].last
+        if names[:2] == VERSIONS["robal_aa"]:
+            after["robal_aa"] = stages[1].last
+    if stages[-1].last not in after.values():
         after[CONDITIONS.get(version, "custom")] = stages[-1].last
     return {
         name: np.where(broken_by(progress, last), progress.predictions, labels)

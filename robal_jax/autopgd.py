@@ -6,8 +6,8 @@ nothing to tune but the number of steps::
 
     adversarial = apgd(logits_fn, key, images, labels, threat=ThreatModel(8 / 255), loss=dlr)
 
-Every image goes its own way, so a result does not depend on the images that share its batch. In L-infinity
-the iterates are those of the reference implementation.
+Every image goes its own way, so a result does not depend on the images that share its batch, and the
+iterates are those of the reference implementation.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks" (ICML 2020); constants as in its reference implementation.

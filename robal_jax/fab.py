@@ -5,7 +5,7 @@ epsilon (unless the start does) and may lie beyond it, which the caller judges. 
 decision boundary by the hyperplane that the logits' gradients give and goes to it, within the bounds of the
 image::
 
-    closest = fab(logits_fn, keys, images, labels, threat=threat, rank=2)
+    closest = fab(logits_fn, key, images, labels, threat=threat, rank=2)
     fooled = logits_fn(closest).argmax(-1) != labels
     broken = fooled & (threat.distance(closest, images) <= threat.epsilon)
 """
@@ -126,7 +126,7 @@ Hyperplane = tuple[chex.Array, chex.Array]
 
 def fab(
     logits_fn: attacks.LogitsFn,
-    keys: chex.PRNGKey,
+    key: chex.PRNGKey | None,
     images: chex.Array,
     labels: chex.Array,
     *,
@@ -151,7 +151,7 @@ def fab(
 
     Args:
       logits_fn: the model; per image, that is with running batch-norm statistics.
-      keys: not read; nothing is drawn.
+      key: not read; nothing is drawn.
       images: ``x [B, H, W, C]`` within the threat model's bounds.
       labels: ``y [B]``.
       threat: its norm is minimised within its bounds; its epsilon is not read.
@@ -173,7 +173,7 @@ def fab(
 
     Source: Croce and Hein, "Minimally distorted adversarial examples ..." (ICML 2020), as in AutoAttack.
     """
-    del keys
+    del key
     start = images if start is None else start
     clean, x = (jax.lax.stop_gradient(a.reshape(len(images), -1)) for a in (images, start))
     flat_logits_fn = lambda x: logits_fn(x.reshape(images.shape))  # noqa: E731

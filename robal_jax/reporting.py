@@ -190,6 +190,18 @@ def _draw(
     return drawn
 
 
+# Checks that doubt gradient attacks of fixed steps alone, of which an ensemble does not consist.
+_OF_FIXED_STEPS = {
+    "logit_scale",
+    "steps",
+    "restarts",
+    "zero_gradients",
+    "unbounded",
+    "gradient_free",
+    "transfer",
+}
+
+
 def audit_verdict(audit: Mapping[str, Any] | None) -> tuple[bool | None, str]:
     """The verdict on all checks together.
 
@@ -203,6 +215,7 @@ def audit_verdict(audit: Mapping[str, Any] | None) -> tuple[bool | None, str]:
     if audit is None:
         return None, "No audit was made: nothing here tells whether the attacks were as strong as they can be"
     outcomes = [verdict["flagged"] for verdict in audit["verdicts"]]
+    names = {verdict["name"] for verdict in audit["verdicts"] if verdict["flagged"]}
     flagged, run = outcomes.count(True), len(outcomes) - outcomes.count(None)
     if not run:
         return None, f"No check was run (0 of {len(outcomes)})"
@@ -211,7 +224,11 @@ def audit_verdict(audit: Mapping[str, Any] | None) -> tuple[bool | None, str]:
     left_out = "" if run == len(outcomes) else f" ({len(outcomes) - run} not run)"
     return True, (
         f"{flagged} of {len(outcomes)} checks {'is' if flagged == 1 else 'are'} flagged{left_out}: "
-        "the gradient attacks of this report must not be believed"
+        + (
+            "the attacks with fixed steps (FGSM, PGD, MIM) must not be believed; look at the ensemble"
+            if names <= _OF_FIXED_STEPS
+            else "no robust accuracy of this report must be believed"
+        )
     )
 
 

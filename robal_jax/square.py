@@ -2,8 +2,7 @@
 
 No gradient is taken, so it also breaks what only hides gradients::
 
-    keys = jax.random.split(key, len(images))                    # one key an image
-    adversarial = square(logits_fn, keys, images, labels, threat=ThreatModel(epsilon=8 / 255))
+    adversarial = square(logits_fn, key, images, labels, threat=ThreatModel(epsilon=8 / 255))
 
 Each query changes a square window of the best image so far, and is kept if the true class leads by less.
 The shapes are fixed: windows are masks, and an image that is fooled is carried along untouched until all are.
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax.attacks import LogitsFn, ThreatModel
+from robal_jax.attacks import LogitsFn, ThreatModel, image_keys, margin
 
 Draw = Callable[[chex.PRNGKey, chex.Array | int, int], chex.Array]
 """``(keys [B], number, count)`` to uniforms in [0, 1) ``[B, count]``; number 0 is the start, q query q."""
@@ -69,13 +68,6 @@ class Moves(NamedTuple):
 def uniform_draw(keys: chex.PRNGKey, number: chex.Array | int, count: int) -> chex.Array:
     """Uniforms of each image from its own key and the query's number alone, ``[B, count]``."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number), (count,)))(keys)
-
-
-def margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """``z_y - max_{i != y} z_i``: logits ``[B, K]`` and labels ``[B]`` to ``[B]``, at most 0 if fooled."""
-    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    true = jnp.max(jnp.where(is_true, logits, -jnp.inf), axis=-1)
-    return true - jnp.max(jnp.where(is_true, -jnp.inf, logits), axis=-1)
 
 
 def _sides(shape: tuple[int, ...], p_init: float) -> list[int]:
@@ -302,7 +294,7 @@ def square_search(
 
 def square(
     logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
+    key: chex.PRNGKey,
     images: chex.Array,
     labels: chex.Array,
     *,
@@ -315,7 +307,7 @@ def square(
 
     Args:
       logits_fn: the model; per image.
-      keys: ``[B]``, one key an image.
+      key: one key, or one an image ``[B]``.
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       threat: what is allowed.
@@ -332,6 +324,7 @@ def square(
 
     Source: Andriushchenko et al. (ECCV 2020).
     """
+    keys = image_keys(key, images)
     return square_search(
         logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
     ).best

@@ -423,6 +423,9 @@ def test_large_logits_are_no_robustness(measured):
     # 1000 times a hundredth is 10 times, but for rounding.
     same = measured["hidden"]["scale_0.01"]["right"] == measured["honest"]["scale_10"]["right"]
     assert same.mean() > 0.97
+    # The surrogate is the honest model, so what it is misled by misleads this one.
+    same = measured["hidden"]["transfer"]["right"] == measured["honest"]["scale_1"]["right"][:, 0]
+    assert same.mean() > 0.9
 
 
 def looked_at(predict, measured):

@@ -298,8 +298,9 @@ def test_shares_after_each_stage():
     [
         ("robal_aa", {"apgd_ce": 1, "robal_aa": 4}),
         ("standard", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
-        ("plus", {"apgd_ce": 5, "autoattack_plus": 22}),
-        ("rand", {"apgd_ce": 1, "autoattack_rand": 2}),
+        ("plus", {"autoattack_plus": 22}),
+        ("rand", {"autoattack_rand": 2}),
+        ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
         ("apgd_ce", {"apgd_ce": 1}),
         ("apgd_t", {"custom": 3}),
         ("fab_t,apgd_ce", {"custom": 4}),

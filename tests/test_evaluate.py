@@ -23,11 +23,12 @@ pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 FIGURES = {f"{name}.png" for name in ("per_class", "attacks", "errors", "confusion", "norms")}
 TEXTS = {"results.json", "examples.npz", "report.md", "report.html", "per_class.csv"}
 FILES = FIGURES | TEXTS | {"adversarial.npz", "gallery.png", "curves.png"}
-EPSILON, TEST_IMAGES = 0.1, 60
+EPSILON, TEST_IMAGES = 0.04, 60
 # The training as in the tests of it, so that both share one compilation.
 SETTINGS = (
     "train.epochs=3", "train.steps_per_dispatch=2", "train.checkpoint_epochs=1", "attack.steps=1",
-    "data.test_per_class=6", "evaluation.batch_size=25", "evaluation.audit.examples=30",
+    "data.test_per_class=6", "evaluation.epsilon=0.04", "evaluation.step_size=0.005",
+    "evaluation.batch_size=25", "evaluation.audit.examples=30",
 )  # fmt: skip
 SHORT = ("evaluation.autoattack=none", "evaluation.audit.examples=0")
 
@@ -87,7 +88,7 @@ def test_accuracies_can_be_computed_again(evaluated):
     saved = examples(evaluated / "evaluation")
     results = json.loads((evaluated / "evaluation" / "results.json").read_text())["summary"]
     labels, worst = saved["labels"], np.ones(TEST_IMAGES, bool)
-    for condition in evaluate.CONDITIONS:
+    for condition in (*evaluate.CONDITIONS, "apgd_ce", "robal_aa", "autoattack"):
         hits = saved[f"pred_{condition}"] == labels
         found = results["conditions"][condition]
         assert found["accuracy"]["value"] == pytest.approx(hits.mean(), abs=1e-12)
@@ -336,7 +337,7 @@ def test_a_surrogate(copy):
     config = json.loads((other / "config.json").read_text())
     config["data"]["test_per_class"] = 7
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="surrogate .* has other test images"):
+    with pytest.raises(InputError, match=r"surrogate .* has other test images"):
         run(copy, f"evaluation.audit.surrogate={other}")
 
 

@@ -59,7 +59,11 @@ AUDIT = {
     "examples": 50,
     "verdicts": [
         verdict(
-            "Scale", True, "PGD at 3 leaves 20 %, <at> 1 40 %.", accuracy={"1": 0.4, "3": 0.2}, images=50
+            "logit_scale",
+            True,
+            "PGD at 3 leaves 20 %, <at> 1 40 %.",
+            accuracy={"1": 0.4, "3": 0.2},
+            images=50,
         ),
         verdict("Steps", False),
         verdict("Transfer", None, "There was no second model."),
@@ -205,7 +209,8 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
         cell for line in markdown.splitlines() if re.match(r"\| (?!-)", line) for cell in line.split(" | ")
     ]
     for text in (
-        "1 of 3 checks is flagged (1 not run): the gradient attacks of this report must not be believed",
+        "1 of 3 checks is flagged (1 not run): the attacks with fixed steps (FGSM, PGD, MIM) must not be "
+        "believed; look at the ensemble",
         "accuracy (1 = 0.4, 3 = 0.2), images = 50",
         "There was no second model.",
         "magnified 5 times",
@@ -271,8 +276,8 @@ def test_audit_without_curves_and_norms_without_weights(tmp_path, undrawn):
     ("outcomes", "flagged", "words"),
     [
         ([False] * 11 + [None], False, "No check was flagged (11 of 12 run)"),
-        ([True] * 3 + [False] * 9, True, "3 of 12 checks are flagged: the gradient attacks"),
-        ([True] + [None] * 2, True, "1 of 3 checks is flagged (2 not run): the gradient attacks"),
+        ([True] * 3 + [False] * 9, True, "3 of 12 checks are flagged: no robust accuracy"),
+        ([True] + [None] * 2, True, "1 of 3 checks is flagged (2 not run): no robust accuracy"),
         ([None, None], None, "No check was run (0 of 2)"),
     ],
 )
@@ -280,6 +285,19 @@ def test_verdict_of_the_audit(outcomes, flagged, words):
     found = reporting.audit_verdict({"verdicts": [verdict("a", outcome) for outcome in outcomes]})
     assert found[0] is flagged
     assert found[1].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("logit_scale", "unbounded"), "2 of 2 checks are flagged: the attacks with fixed steps"),
+        (("logit_scale", "stored_images"), "2 of 2 checks are flagged: no robust accuracy of this report"),
+    ],
+)
+def test_what_is_not_to_be_believed(names, sentence):
+    found = reporting.audit_verdict({"verdicts": [verdict(name, True) for name in names]})
+    assert found[0] is True
+    assert found[1].startswith(sentence)
 
 
 def test_report_without_an_audit_says_so():

@@ -96,7 +96,7 @@ def test_invariants(norm):
         assert found.best.max() <= 1
         assert found.best.dtype == images.dtype == jnp.float32
         logits = logits_fn(found.best)
-        np.testing.assert_allclose(found.margin, square.margin(logits, labels), atol=1e-5)
+        np.testing.assert_allclose(found.margin, attacks.margin(logits, labels), atol=1e-5)
 
         again = search(*arguments)
         np.testing.assert_array_equal(again.best, found.best, "not deterministic")
@@ -152,7 +152,7 @@ def test_finds_what_random_noise_does_not(norm):
     for _ in range(QUERIES + 1):
         noise = rng.randn(*images.shape).astype(np.float32)
         size = threat.epsilon * threat.ascent_direction(noise)  # signs, or a direction
-        fooled |= np.asarray(square.margin(logits_fn(threat.project(images + size, images)), labels) <= 0)
+        fooled |= np.asarray(attacks.margin(logits_fn(threat.project(images + size, images)), labels) <= 0)
     assert fooled.mean() == 0
     assert (found.margin <= 0).mean() >= 0.8
 
@@ -190,7 +190,7 @@ def test_draws_are_of_the_key_and_the_number_alone():
 
 def test_margin():
     logits = jnp.array([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5], [2.0, 2.0, -1.0], [-4.0, -1.0, -2.0]])
-    np.testing.assert_array_equal(square.margin(logits, jnp.array([0, 2, 1, 1])), [0.5, -0.5, 0.0, 1.0])
+    np.testing.assert_array_equal(attacks.margin(logits, jnp.array([0, 2, 1, 1])), [0.5, -0.5, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("p_init", [0.0, -1.0, 1.1, float("nan")])

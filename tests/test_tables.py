@@ -86,7 +86,7 @@ def test_the_readme_of_the_configs_is_up_to_date():
         for row in TABLES[name].rows:
             for data in ("cifar10_lt", "cifar100_lt"):
                 figures = paper.published(TABLES[name], row, data)
-                shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "aa") if figures]
+                shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "robal_aa") if figures]
                 assert all(f" {figure} |" in lines[f"{row.config}.py"] for figure in shown)
 
 
@@ -234,7 +234,7 @@ def test_figures_over_seeds():
     assert at["ours_tail"]["pgd_20"]["values"] == [40.0, 42.0]
     assert "difference" not in at
     assert ldam["difference"]["to"] == "at"
-    assert ldam["difference"]["published"] == {"clean": 0.91, "pgd_20": 0.51, "aa": 0.55}
+    assert ldam["difference"]["published"] == {"clean": 0.91, "pgd_20": 0.51, "robal_aa": 0.55}
     assert ldam["difference"]["ours"]["clean"] == {"mean": 2.0, "std": 1.4142, "n": 2, "values": [1.0, 3.0]}
     assert "ours_minus_published" not in ldam
     assert post["ours"] == post["difference"]["ours"] == {}
