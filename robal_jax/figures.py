@@ -30,8 +30,17 @@ _NAMES = {
     "square": "Square",
     "robal_aa": "APGD-CE + APGD-T",
     "autoattack": "AutoAttack",
+    "autoattack_plus": "AutoAttack plus",
+    "autoattack_rand": "AutoAttack rand",
+    "custom": "Own ensemble",
 }
-_ENSEMBLES = ("autoattack", "robal_aa")  # the strongest first
+_ENSEMBLES = (
+    "autoattack_plus",
+    "autoattack_rand",
+    "autoattack",
+    "custom",
+    "robal_aa",
+)  # one of an evaluation
 
 # Okabe and Ito's colours: told apart in every common form of colour blindness.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#D9D9D9"

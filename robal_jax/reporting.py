@@ -285,7 +285,7 @@ def _audit_section(audit: Mapping[str, Any] | None, pictures: Mapping[str, Block
         page.section("Audit"),
         page.paragraph(
             "Each check looks for a sign that an attack is weaker than it seems, so that the accuracy under "
-            f"it is too high. {sample}"
+            f"it is too high. What an attack leaves is the share of images that are still right. {sample}"
         ),
         page.checks(items),
         *_pictures(pictures, "curves"),
@@ -459,7 +459,7 @@ def _reading_section(summary: Mapping[str, Any], audit: Mapping[str, Any] | None
     if "robal_aa" in conditions:
         text = "is the pair of attacks that the paper reports on: two of the four attacks of AutoAttack."
         items.append((display_name("robal_aa"), text))
-    if "autoattack" not in conditions:
+    if not any(name.startswith("autoattack") for name in conditions):
         text = (
             "was not run. The attacks above bound robust accuracy from above, less tightly than the standard "
             "ensemble does; those with a fixed step size least tightly."
