@@ -18,4 +18,5 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     config = base.get_config(data)
     config.method = "tau-norm"
     config.evaluation.head = base.ConfigDict({"name": "tau_norm", "tau": 1.0})
+    config.evaluation.head.unit_features = False  # True: normalise the features as well, a released option
     return config
