@@ -465,6 +465,8 @@ def _audit(
 ) -> dict[str, Any] | None:
     """Stores the ensemble's images, looks at them again, and judges all that was measured."""
     found_again = _stored(victim, job, found, folder) if job.ensemble else None
+    if not job.ensemble:
+        (folder / "adversarial.npz").unlink(missing_ok=True)  # of an evaluation before this one
     if not measured:
         return (
             None
