@@ -19,7 +19,7 @@ DIGITS, CIFAR = "configs/robal_n.py:digits_lt", "configs/robal_n.py:cifar10_lt"
 def no_training(monkeypatch):
     """What is not refused would train for minutes."""
     monkeypatch.setattr(train, "_run", lambda *_: pytest.fail("the input was accepted"))
-    monkeypatch.setattr(evaluate, "_outcomes", lambda *_: pytest.fail("the input was accepted"))
+    monkeypatch.setattr(evaluate, "conditions", lambda *_: pytest.fail("the input was accepted"))
 
 
 def refused(message, function, *arguments, **keywords):

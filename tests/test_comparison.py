@@ -147,7 +147,7 @@ def test_audits_of_runs(tmp_path):
     runs = [save_run(tmp_path / name, method=name, audit=audit) for name, audit in audits.items()]
     overview = comparison.compare(comparison.load_runs(runs))[0]
     assert [row[:2] for row in overview.rows] == [
-        ("A", "flagged: Scale"),
+        ("A", "flagged: logit_scale"),
         ("B", "clean (1 of 2 checks run)"),
         ("C", "no audit"),
     ]

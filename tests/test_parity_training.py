@@ -77,6 +77,10 @@ def numbers_are_given(monkeypatch):
     for name in "uniform", "normal":
         monkeypatch.setattr(jax.random, name, give(name))
     monkeypatch.setattr(objectives, "mixing_weights", lambda keys, _: keys["alpha"])
+    image_keys = attacks.image_keys
+    monkeypatch.setattr(
+        attacks, "image_keys", lambda key, images: key if isinstance(key, dict) else image_keys(key, images)
+    )
 
 
 @pytest.fixture
