@@ -6,8 +6,9 @@ nothing to tune but the number of steps::
 
     adversarial = apgd(logits_fn, key, images, labels, threat=ThreatModel(8 / 255), loss=dlr)
 
-Every image goes its own way, so a result does not depend on the images that share its batch, and the
-iterates are those of the reference implementation.
+Every image goes its own way, so a result does not depend on the images that share its batch. In
+L-infinity the iterates equal those of the reference implementation, which a test proves; in L2 the formulas
+are the same.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks" (ICML 2020); constants as in its reference implementation.
