@@ -1,4 +1,4 @@
-"""Every field of a config, with its unit and source; the data sets; what all methods share.
+"""Every field, its unit and source; the data sets (the ImageNets take CIFAR-100's constants: our choice).
 
 A method's config is a file of its own beside this one: it calls ``get_config(data)`` and states differences
 only. ``data`` is the argument behind the colon of ``--config=configs/at.py:cifar10_lt``.
@@ -10,7 +10,13 @@ its keyword arguments: the other keys of the section are passed to it. A name of
 
 from ml_collections import ConfigDict
 
-RATIOS = {"digits_lt": 0.05, "cifar10_lt": 0.02, "cifar100_lt": 0.1}
+RATIOS = {
+    "digits_lt": 0.05,
+    "cifar10_lt": 0.02,
+    "cifar100_lt": 0.1,
+    "tiny_imagenet_lt": 0.1,
+    "imagenet_lt": 1.0,  # nothing is left out: its list of training images is long-tailed
+}
 
 
 def get_config(data: str) -> ConfigDict:
@@ -56,36 +62,58 @@ def get_config(data: str) -> ConfigDict:
     config.train = ConfigDict()
     config.train.epochs = 80
     config.train.max_steps = 0  # end after so many steps, for a trial; 0: no such limit
-    config.train.batch_size = 64  # the last incomplete batch of an epoch is dropped
+    config.train.batch_size = 64  # on all devices; the last incomplete batch of an epoch is dropped
+    # Parts of a batch that a device takes one after the other, to need less memory; batch norm takes its
+    # statistics from a part then, and from each device's part of it without sync_batch_norm. So runs agree
+    # that cut their batches into the same number of parts, on whatever devices.
+    config.train.accumulation_steps = 1
+    config.train.sync_batch_norm = True  # statistics of all devices' images, whatever their number
     config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed': both in turn
     config.train.start_from = ""  # fine-tune a run's newest checkpoint, or one checkpoint; '': random weights
-    config.train.crop_flip = True  # random crop from a zero border of 4, horizontal flip
-    config.train.steps_per_dispatch = 100  # steps that run on the device between two looks from the host
+    # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
+    config.train.augmentation = "crop_flip"
+    config.train.reading_threads = 16  # read images that are not held in memory
+    # Steps that the devices make between two looks from the host; a signal to stop waits for them.
+    config.train.steps_per_dispatch = 20
     config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end
     config.train.keep_checkpoints = 3  # the newest ones
-    config.train.layout = "jit"  # how several devices are used: 'jit' or 'pmap'; the numbers are the same
+    config.train.layout = "jit"  # how the devices are used: 'jit' over a mesh, or 'pmap'; the same numbers
     config.train.precision = "default"  # of matrix products: on a GPU 'default' may be TF32
 
-    config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 500  # images a device and call
-    config.evaluation.seed = 0  # of the attacks' random starts
-    config.evaluation.epsilon = config.threat.get_oneway_ref("epsilon")
-    config.evaluation.step_size = 0.0078
-    config.evaluation.logit_scale = 1.0  # the model's logits are multiplied by it ...
-    config.evaluation.tau_p = 0.0  # ... and tau_p * log prior is subtracted (logit adjustment after training)
-    config.evaluation.head = ConfigDict({"name": ""})  # stands in for the trained head; '': that one itself
-    config.evaluation.head_classes = 0  # number of classes called head; 0: a third of them
-    config.evaluation.tail_classes = 0
+    config.evaluation = _evaluation(config.threat)
+    if data in _DIFFERENCES:
+        _DIFFERENCES[data](config)
+    return config
+
+
+def _evaluation(threat: ConfigDict) -> ConfigDict:
+    """The section evaluation: the protocol, and what a method does at inference."""
+    config = ConfigDict()
+    config.batch_size = 500  # images a device and call
+    config.seed = 0  # of the attacks' random starts
+    config.epsilon = threat.get_oneway_ref("epsilon")
+    config.step_size = 0.0078
+    config.logit_scale = 1.0  # the model's logits are multiplied by it ...
+    config.tau_p = 0.0  # ... and tau_p * log prior is subtracted (logit adjustment after training)
+    config.head = ConfigDict({"name": ""})  # stands in for the trained head; '': that one itself
+    config.head_classes = 0  # number of classes called head; 0: a third of them
+    config.tail_classes = 0
     # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a
     # list: 'apgd_ce,square'.
-    config.evaluation.autoattack = "robal_aa"
-    config.evaluation.audit = ConfigDict({"examples": 200})  # test images that it looks at; 0: no audit
-    config.evaluation.audit.surrogate = ""  # another run on the same data, to attack by transfer; '': none
-    config.evaluation.precision = "highest"  # robust accuracy is only believed in full float32
-
-    if data == "digits_lt":
-        _digits(config)
+    config.autoattack = "robal_aa"
+    config.audit = ConfigDict({"examples": 200})  # test images that it looks at; 0: no audit
+    config.audit.surrogate = ""  # another run on the same data, to attack by transfer; '': none
+    config.precision = "highest"  # robust accuracy is only believed in full float32
     return config
+
+
+def constants_of(data: str) -> str:
+    """The data set whose constants a method takes that has a table of them.
+
+    No published ones for the two ImageNets are at hand; those of CIFAR-100, the other data set of many
+    classes, are our choice.
+    """
+    return "cifar100_lt" if data in ("tiny_imagenet_lt", "imagenet_lt") else data
 
 
 def fine_tuned(data: str, sampler: str, trainable: str) -> ConfigDict:
@@ -122,9 +150,63 @@ def _digits(config: ConfigDict) -> None:
     config.schedule.milestones = (45, 55)
     config.schedule.warmup = 3
     config.train.epochs = 60
-    config.train.crop_flip = False
+    config.train.augmentation = "none"
     config.train.checkpoint_epochs = 10
     config.evaluation.batch_size = 120
     config.evaluation.autoattack = "standard"
     config.evaluation.audit.examples = 350
     config.evaluation.step_size = 0.0125  # epsilon / 8
+
+
+def _image_folder(config: ConfigDict, image_size: int, resize: int, epsilon: float) -> None:
+    """Images in folders; ``--config.data.path`` must be given. PGD from a uniform start: Madry et al."""
+    config.data.name = "image_folder"
+    config.data.train = "train"  # folder in config.data.path that holds one for each class ...
+    config.data.test = "val"
+    config.data.train_list = ""  # ... or a list of images in config.data.path, which replaces it
+    config.data.test_list = ""
+    config.data.resize = resize  # pixels of an image's shorter side, and of the training images' sides
+    config.data.image_size = image_size  # pixels of the test images' sides, cut from the middle
+    config.threat.epsilon = epsilon
+    config.attack.step_size = epsilon / 4
+    config.attack.start = "uniform"
+    config.schedule.name = "paper"
+    config.evaluation.batch_size = 100  # our choice: ResNet-50 needs more memory an image
+    config.evaluation.step_size = epsilon / 4
+
+
+def _tiny_imagenet(config: ConfigDict) -> None:
+    """200 classes of up to 500 images of 64x64 pixels.
+
+    Ratio, epsilon, steps and schedule are those of AT-BSL's released code (Yue et al., CVPR 2024), which
+    augments with RandAugment too and starts the attack at 0.001 N(0, 1).
+    """
+    _image_folder(config, image_size=64, resize=64, epsilon=8 / 255)
+    # Our choice, as on ImageNet-LT; follow-up work takes a ResNet-18: --config.model.name=resnet18
+    config.model = ConfigDict({"name": "resnet50", "stem": "small"})
+    config.attack.steps = 10
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.milestones = (75, 90)
+    config.train.epochs = 100
+    config.train.batch_size = 128
+
+
+def _imagenet(config: ConfigDict) -> None:
+    """1000 classes of 5 to 1280 images, by the lists of Liu et al. (CVPR 2019).
+
+    ResNet-50 as in table S8 of RoBal's supplement; batch, rate, schedule and weight decay of Goyal et al.
+    (2017). Epsilon and the number of steps, base's, are our choice: 4/255 is the usual radius on ImageNet.
+    """
+    _image_folder(config, image_size=224, resize=256, epsilon=4 / 255)
+    config.data.train_list = "ImageNet_LT_train.txt"
+    config.data.test_list = "ImageNet_LT_test.txt"
+    config.model = ConfigDict({"name": "resnet50", "stem": "imagenet"})
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.milestones = (30, 60, 80)
+    config.train.epochs = 90
+    config.train.batch_size = 256
+    config.train.steps_per_dispatch = 4  # whose images wait in memory, and those of as many more
+    config.train.augmentation = "resized_crop_flip"
+
+
+_DIFFERENCES = {"digits_lt": _digits, "tiny_imagenet_lt": _tiny_imagenet, "imagenet_lt": _imagenet}

@@ -25,7 +25,7 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     config = base.get_config(data)
     config.method = "RoBal-N"
     config.head = base.ConfigDict({"name": "cosine", "scale": 1.0, "gamma": 1 / 32, "eta": 1.0})
-    config.loss = base.ConfigDict({"name": "robal", **_LOSS[data]})
+    config.loss = base.ConfigDict({"name": "robal", **_LOSS[base.constants_of(data)]})
     config.objective = base.ConfigDict(
         {
             "name": "regularised",
@@ -38,7 +38,7 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     )
     config.evaluation.logit_scale = 10.0
     config.evaluation.tau_p = 0.1
-    if data == "cifar100_lt":
+    if base.constants_of(data) == "cifar100_lt":
         config.objective.beta_reg = 3.0
         config.evaluation.tau_p = 1.5
     return config

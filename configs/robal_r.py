@@ -19,7 +19,7 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     """RoBal-R of the released configs; section 5.1 of the paper."""
     config = robal_n.get_config(data)
     config.method = "RoBal-R"
-    if data == "cifar100_lt":
+    if base.constants_of(data) == "cifar100_lt":
         config.loss.margin = 0.3
         config.head.gamma = 1 / 16
         config.objective.beta_reg = 6.0

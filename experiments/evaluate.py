@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
         "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
     }
     flags, overrides = cli.split_overrides(arguments)
-    values = cli.parse(flags, texts, __doc__)
+    values = cli.parse(flags, texts | cli.PROCESSES, __doc__)
     for flag, field in SHORT.items():
         if values[flag]:
             overrides.append(f"--config.evaluation.{field}={values[flag]}")
@@ -39,9 +39,11 @@ def main(arguments: list[str]) -> None:
     else:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
+    from robal_jax import hosts
     from robal_jax.build import read_config, with_inference_of
     from robal_jax.evaluate import evaluate
 
+    hosts.start(*(values[name] for name in cli.PROCESSES))
     config = read_config(workdir)
     folder = pathlib.Path(values["folder"]) if values["folder"] else None
     if values["config"]:

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     from robal_jax import build, checkpoints, torch_import
 
     config = build.read_config(pathlib.Path(values["workdir"]))
-    path, arrays, sha256 = checkpoints.read_latest(pathlib.Path(values["checkpoint"] or values["workdir"]))
+    arrays, path, sha256 = checkpoints.read_latest(pathlib.Path(values["checkpoint"] or values["workdir"]))
     params, stats = arrays["params"], arrays.get("stats", {})
     network = torch_import.architecture(torch_import.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None

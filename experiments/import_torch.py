@@ -33,7 +33,7 @@ def data_shape(config: ConfigDict) -> tuple[int, tuple[int, ...]]:
     if config.data.name in DATA_SHAPES:
         return DATA_SHAPES[config.data.name]
     data = build.dataset(config)
-    return len(data.class_counts), data.train_images.shape[1:]
+    return len(data.class_counts), data.test_images.shape[1:]
 
 
 def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.Path, entry: str = "") -> None:

@@ -132,7 +132,7 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
                 say=say,
             )
     elif train(job.config, job.workdir, say=say).name == str(build.training(job.config).total_steps):
-        path, _, sha256 = checkpoints.read_latest(job.workdir)
+        _, path, sha256 = checkpoints.read_latest(job.workdir)
         marker = {"checkpoint": path.name, "sha256": sha256}
         logs.replace(job.workdir / "finished.json", json.dumps(marker).encode())
 
@@ -147,12 +147,12 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | Non
     Returns:
       The runs that diverged, or None if it was stopped before the end.
     """
-    from robal_jax import logs
+    from robal_jax import hosts
 
     left = [job for job in jobs if not is_done(job)]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done")
     diverged: dict[pathlib.Path, str] = {}
-    with logs.stop_signals() as stop:
+    with hosts.stop_signals() as stop:
         for number, job in enumerate(jobs, 1):
             if stop:
                 return None

@@ -13,14 +13,16 @@ def main(arguments: list[str]) -> None:
     """Flags to config and workdir; everything else is robal_jax.train.train."""
     texts = {"config": "config file and data set, configs/at.py:digits_lt", "workdir": "folder of the run"}
     arguments, overrides = cli.split_overrides(arguments)
-    values = cli.parse(arguments, texts, __doc__)
-    for name, value in values.items():
-        if not value:
+    values = cli.parse(arguments, texts | cli.PROCESSES, __doc__)
+    for name in texts:
+        if not values[name]:
             raise InputError(f"--{name} is missing; usage: {__doc__}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
-    from robal_jax.train import train  # after the cheap checks: it imports JAX
+    from robal_jax import hosts  # after the cheap checks: it imports JAX
+    from robal_jax.train import train
 
+    hosts.start(*(values[name] for name in cli.PROCESSES))
     train(config, pathlib.Path(values["workdir"]))
 
 

@@ -32,7 +32,7 @@ from robal_jax import (
     sources,
     state,
 )
-from robal_jax.data import SAMPLERS, Dataset
+from robal_jax.data import AUGMENTATIONS, SAMPLERS, Dataset, epoch_order
 from robal_jax.errors import InputError
 from robal_jax.models import Model
 
@@ -107,7 +107,8 @@ def _one_of(names: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
 _POSITIVE_FIELDS = (
     "threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale",
     "schedule.lr", "schedule.decay", "train.epochs", "train.batch_size", "train.steps_per_dispatch",
-    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size", "evaluation.epsilon",
+    "train.accumulation_steps", "train.reading_threads", "train.checkpoint_epochs", "train.keep_checkpoints",
+    "evaluation.batch_size", "evaluation.epsilon",
     "evaluation.step_size", "evaluation.logit_scale", "objective.max_epsilon", "objective.search_steps",
 )  # fmt: skip
 _NOT_NEGATIVE_FIELDS = (
@@ -126,6 +127,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
+    "train.augmentation": _one_of(AUGMENTATIONS),
     "train.layout": _one_of(parallel.LAYOUTS),
     "train.precision": _one_of(("default", "high", "highest")),
     "evaluation.precision": _one_of(("default", "high", "highest")),
@@ -186,8 +188,8 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """What a second run on one workdir would do differently, as lines ``field: this, there``.
 
-    The method's name and the section ``evaluation`` do not change what is trained, and neither does where the
-    data lies: the data itself is compared by its digest.
+    The method's name and the section ``evaluation`` do not change what is trained, and neither does how the
+    devices are used, or where the data lies: the data itself is compared by its digest.
     """
     here, there = training_fields(config), training_fields(other)
     return [
@@ -200,7 +202,10 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
 def training_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields that decide what is trained, by their full names: see :func:`differences`."""
     fields = _flatten(json.loads(config.to_json()))
-    ignored = ("method", "evaluation.", "data.path", "train.keep_checkpoints")
+    ignored = (
+        "method", "evaluation.", "data.path",
+        "train.keep_checkpoints", "train.reading_threads", "train.layout",
+    )  # fmt: skip
     return {key: value for key, value in fields.items() if not key.startswith(ignored)}
 
 
@@ -223,15 +228,19 @@ def model(
     head: ConfigDict | None = None,
     precision: str,
     axis_name: str | None = None,
+    sync_batch_norm: bool = True,
 ) -> Model:
-    """The network of ``config.model`` with ``head``, by default ``config.head``, as functions."""
+    """The network of ``config.model`` with ``head``, by default ``config.head``, as functions.
+
+    ``axis_name`` is a mapped axis over which batches are spread; batch norm may keep to each device's part.
+    """
     on_cpu = jax.default_backend() == "cpu"
     backbone = call(
         "model",
         models.BACKBONES,
         config.model,
         convolution=models.loop_convolution if on_cpu else models.convolution,
-        axis_name=axis_name,
+        axis_name=axis_name if sync_batch_norm else None,
     )
     classifier = call(
         "head",
@@ -325,13 +334,14 @@ class Training:
       schedule: learning rate of a step.
       seed: of everything random.
       start_from: a run's folder, or a checkpoint's, whose weights are fine-tuned; '' for random ones.
-      sampler: a name of ``data.SAMPLERS``.
-      crop_flip: whether images are augmented.
-      batch_size: images a step.
+      order: epoch, counted from 0, to the numbers of the images that it shows.
+      augment: ``(keys [n], images) -> images``, integers to integers.
+      reading_threads: that read images which are not in memory.
+      batch_size: images a step, on all devices.
+      accumulation_steps: parts of a batch that are taken one after the other.
       steps_per_epoch: the last incomplete batch is dropped.
       total_steps: of the whole run.
       layout: a name of ``parallel.LAYOUTS``.
-      axis_name: mapped axis over which the batch is spread, if the layout has one.
       steps_per_dispatch: largest number of steps that one call of the compiled function makes.
       checkpoint_epochs: epochs between checkpoints.
       keep_checkpoints: how many of the newest stay.
@@ -344,13 +354,14 @@ class Training:
     schedule: optax.Schedule
     seed: int
     start_from: str
-    sampler: str
-    crop_flip: bool
+    order: Callable[[int], np.ndarray]
+    augment: Callable[..., Any]
+    reading_threads: int
     batch_size: int
+    accumulation_steps: int
     steps_per_epoch: int
     total_steps: int
     layout: str
-    axis_name: str | None
     steps_per_dispatch: int
     checkpoint_epochs: int
     keep_checkpoints: int
@@ -363,43 +374,60 @@ def training(config: ConfigDict) -> Training:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    data = dataset(config)
+    data, settings = dataset(config), config.train
     counts = data.class_counts
-    epoch_size = len(SAMPLERS[config.train.sampler](data.train_labels, config.seed, 0))
-    steps_per_epoch = epoch_size // config.train.batch_size
+    # Kept, because each step asks for its epoch's.
+    order = functools.lru_cache(maxsize=2)(
+        functools.partial(epoch_order, settings.sampler, data.train_labels, config.seed)
+    )
+    steps_per_epoch = len(order(0)) // settings.batch_size
     if not steps_per_epoch:
         raise InputError(
-            f"config.train.batch_size is {config.train.batch_size}, but an epoch has only {epoch_size} images"
+            f"config.train.batch_size is {settings.batch_size}, but an epoch has only {len(order(0))} images"
         )
-    total_steps = steps_per_epoch * config.train.epochs
-    if config.train.batch_size % jax.local_device_count():
-        raise InputError(
-            f"config.train.batch_size is {config.train.batch_size}; it must be a multiple of the number of "
-            f"devices, {jax.local_device_count()}"
-        )
+    total_steps = steps_per_epoch * settings.epochs
     # Training does not need the groups, but an evaluation that is sure to fail should fail now.
     metrics.class_groups(counts, config.evaluation.head_classes, config.evaluation.tail_classes)
-    axis_name = parallel.AXIS if config.train.layout == "pmap" else None
     optimise, schedule = optimizer(config, steps_per_epoch)
     return Training(
         data=data,
-        model=model(config, counts, precision=config.train.precision, axis_name=axis_name),
-        objective=objective(config, counts, axis_name),
+        model=model(
+            config,
+            counts,
+            precision=settings.precision,
+            axis_name=parallel.AXIS,
+            sync_batch_norm=settings.sync_batch_norm,
+        ),
+        objective=objective(config, counts, parallel.AXIS),
         optimizer=optimise,
         schedule=schedule,
         seed=config.seed,
-        start_from=config.train.start_from,
-        sampler=config.train.sampler,
-        crop_flip=config.train.crop_flip,
-        batch_size=config.train.batch_size,
+        start_from=settings.start_from,
+        order=order,
+        augment=_augmentation(settings.augmentation, data),
+        reading_threads=settings.reading_threads,
+        batch_size=settings.batch_size,
+        accumulation_steps=settings.accumulation_steps,
         steps_per_epoch=steps_per_epoch,
-        total_steps=min(total_steps, config.train.max_steps or total_steps),
-        layout=config.train.layout,
-        axis_name=axis_name,
-        steps_per_dispatch=min(config.train.steps_per_dispatch, steps_per_epoch),
-        checkpoint_epochs=config.train.checkpoint_epochs,
-        keep_checkpoints=config.train.keep_checkpoints,
+        total_steps=min(total_steps, settings.max_steps or total_steps),
+        layout=settings.layout,
+        steps_per_dispatch=min(settings.steps_per_dispatch, steps_per_epoch),
+        checkpoint_epochs=settings.checkpoint_epochs,
+        keep_checkpoints=settings.keep_checkpoints,
     )
+
+
+def _augmentation(name: str, data: Dataset) -> Callable[..., Any]:
+    """One of ``AUGMENTATIONS``, from the size of the stored training images to that of the test images."""
+    stored, (_, height, width, _) = data.train_images.shape[1:3], data.test_images.shape
+    if stored != (height, width) and name != "resized_crop_flip":
+        raise InputError(
+            f"config.train.augmentation {name!r} leaves the training images at {stored}, but the test images "
+            f"are {(height, width)}; take 'resized_crop_flip', or set config.data.resize to "
+            "config.data.image_size"
+        )
+    augmentation = AUGMENTATIONS[name]
+    return lambda keys, images: augmentation(keys, images, (height, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,7 +501,9 @@ def evaluation(config: ConfigDict) -> Evaluation:
             "method": config.method,
             "seed": config.seed,
             "dataset": config.data.name,
-            "imbalance": f"{config.data.profile}, ratio {config.data.ratio:g} (IR {1 / config.data.ratio:g})",
+            "imbalance": f"{config.data.profile}, ratio {config.data.ratio:g} (IR {1 / config.data.ratio:g})"
+            if config.data.ratio < 1
+            else f"{counts.max()} to {counts.min()} images a class",
             "class_names": list(data.class_names),
             "head": ", ".join(
                 [head.name, *(f"{key} {value}" for key, value in sorted(head.items()) if key != "name")]

@@ -3,7 +3,8 @@
 Orbax writes a checkpoint under a temporary name and renames it when complete, so a killed process leaves
 none half written. It does not notice a bit that changed on the disk afterwards; the sha256 over all arrays
 that stands in the checkpoint's metadata does. The state is the same on every device, so what is saved are
-host copies: a checkpoint can be read whatever the devices it was made on.
+host copies: a checkpoint can be read whatever the devices it was made on. All processes of a job save
+together, one alone reads (and tells the others, see ``hosts``).
 
 This is the only module that knows Orbax.
 """
@@ -11,9 +12,10 @@ This is the only module that knows Orbax.
 import hashlib
 import json
 import pathlib
+import shutil
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import chex
 import flax.serialization
@@ -28,6 +30,15 @@ from robal_jax.errors import InputError
 T = TypeVar("T")
 
 FILES = "files.json"  # beside Orbax's own files: their digests
+SMALL_FILES = 2**18  # bytes that a checkpoint takes beside its arrays, at most: names, types, digests
+
+
+class Found(NamedTuple, Generic[T]):
+    """A checkpoint that was read: its arrays, its folder, and the sha256 of the arrays."""
+
+    tree: T
+    path: pathlib.Path
+    sha256: str
 
 
 class DamagedCheckpointError(Exception):
@@ -98,7 +109,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     try:
         _verify_files(path)
         written = (ocp.metadata(path).custom_metadata or {})["sha256"]
-        tree = ocp.load(path)
+        with _alone():
+            tree = ocp.load(path)
     except DamagedCheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever their layers raise
@@ -109,7 +121,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     return tree, found
 
 
-def read_latest(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], str]:
+def read_latest(folder: pathlib.Path) -> Found[dict[str, Any]]:
     """:func:`read` of a run's newest checkpoint, or of the one checkpoint that the folder is.
 
     Raises:
@@ -120,7 +132,8 @@ def read_latest(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], str
     if not path.is_dir() or (not found and not path.name.isdigit()):
         raise InputError(f"no run or checkpoint {folder}; train it first, or name another")
     try:
-        return (path, *read(path))
+        tree, sha256 = read(path)
+        return Found(tree, path, sha256)
     except DamagedCheckpointError as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); name another") from error
 
@@ -128,6 +141,14 @@ def read_latest(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], str
 def _file_digests(path: pathlib.Path) -> dict[str, str]:
     files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != FILES)
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _alone() -> ocp.Context:
+    """Orbax reads without waiting for the job's other processes: the first one reads for all."""
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = 0, {0}
+    return context
 
 
 def _verify_files(path: pathlib.Path) -> None:
@@ -163,7 +184,7 @@ def steps(folder: pathlib.Path) -> list[int]:
 
 def restore_latest(
     folder: pathlib.Path, like: T, *, on_damage: Callable[[pathlib.Path, str], None]
-) -> tuple[T, pathlib.Path, str] | None:
+) -> Found[T] | None:
     """Reads the newest checkpoint that is whole.
 
     Args:
@@ -172,7 +193,7 @@ def restore_latest(
       on_damage: told of each damaged checkpoint that was passed over, and why.
 
     Returns:
-      The tree, the checkpoint's folder and its sha256; None where there is no checkpoint at all.
+      What was found; None where there is no checkpoint at all.
 
     Raises:
       InputError: there are checkpoints, but all are damaged, or the newest whole one is of another model.
@@ -181,8 +202,8 @@ def restore_latest(
     for step in reversed(found):
         path = folder / str(step)
         try:
-            state, sha256 = restore(path, like)
-            return state, path, sha256
+            tree, sha256 = restore(path, like)
+            return Found(tree, path, sha256)
         except DamagedCheckpointError as error:
             on_damage(path, str(error))
     if found:
@@ -205,14 +226,29 @@ class Saver:
         self._pending: tuple[Any, pathlib.Path] | None = None
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
-        """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256."""
+        """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256.
+
+        Raises:
+          InputError: there is no room for it, or the one before could not be written.
+        """
         self.wait()
         host = _host(state)
+        self._check_room(sum(array.nbytes for array in _flat(host).values()))
         sha256 = digest(host)
         saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
         path = self._folder / str(step)
         self._pending = saving, path
         return path, sha256
+
+    def _check_room(self, size: int) -> None:
+        """Refuses to begin what cannot be ended: Orbax tells of a full disk in pages of tracebacks."""
+        free = shutil.disk_usage(self._folder).free
+        if free < size + SMALL_FILES:
+            raise InputError(
+                f"no room for a checkpoint in {self._folder}: it takes {(size + SMALL_FILES) / 2**20:.1f} "
+                f"MiB, {free / 2**20:.1f} MiB are free; those before it are whole, and the same command goes "
+                "on from the newest once there is room"
+            )
 
     def wait(self) -> None:
         """Waits until what was started is on the disk.
@@ -224,7 +260,8 @@ class Saver:
             if self._pending is not None:
                 saving, path = self._pending
                 saving.result()
-                logs.replace(path / FILES, json.dumps(_file_digests(path)).encode())
+                if jax.process_index() == 0:
+                    logs.replace(path / FILES, json.dumps(_file_digests(path)).encode())
         except Exception as error:
             raise InputError(
                 f"could not write a checkpoint to {self._folder}: {_first_line(error)}"
@@ -240,5 +277,7 @@ class Saver:
     ) -> None:
         try:
             self.wait()
-        finally:
             self._checkpointer.close()
+        except Exception:
+            if kind is None:  # else Orbax repeats what has been said
+                raise

@@ -5,6 +5,7 @@ nearest key where one is unknown, and turns errors into one line.
 """
 
 import difflib
+import errno
 import importlib.util
 import pathlib
 import sys
@@ -15,19 +16,36 @@ from ml_collections import ConfigDict, config_flags
 
 from robal_jax.errors import DivergedError, InputError
 
+PROCESSES = {
+    "coordinator": "of several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
+    "processes": "how many there are, with HOST:PORT",
+    "process": "number of this one, from 0, with HOST:PORT",
+}
+"""Flags of scripts that can run in several processes, for ``hosts.start``."""
+
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a script's ``main(arguments)`` and exits: 0, or with one line on stderr and a status.
 
-    2: something given cannot be used (:class:`InputError`); 3: training diverged (:class:`DivergedError`).
+    2: something given cannot be used (:class:`InputError`), or the disk is full; 3: training diverged
+    (:class:`DivergedError`).
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell of their inner life through absl
+    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS tell of their inner life through absl
     try:
         main(sys.argv[1:])
     except InputError as error:
         status, message = 2, str(error)
     except DivergedError as error:
         status, message = 3, str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        status = 2
+        message = (
+            f"no room on the disk ({error.strerror}{where}); what was complete before is untouched, and the "
+            "same command goes on from there once there is room"
+        )
     else:
         return
     print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,38 @@ import numpy as np
 from robal_jax.errors import InputError
 
 
+class Images(Protocol):
+    """Images that are read when they are asked for; an array in memory is the simplest of them.
+
+    Symbols: N images H x W x C.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, ids: Any, /) -> np.ndarray:
+        """Integers [...], or a slice, to uint8 [..., H, W, C]; may be called from several threads."""
+
+
 class Dataset(NamedTuple):
     """A long-tailed train set and a balanced test set of images in [0, 1], stored as integers.
 
     Symbols: N train images, M test images, K classes, images H x W x C. An image is
-    uint8 / pixel_max. The train set is in class order, class 0 (the head) first, as the paper's.
+    uint8 / pixel_max. A subset that was cut to a long tail is in class order, class 0 (the head) first,
+    as the paper's. Train images may be larger than test images: augmentation then makes them equal.
     """
 
-    train_images: np.ndarray  # uint8 [N, H, W, C], 0..pixel_max
+    train_images: Images  # uint8 [N, H, W, C], 0..pixel_max
     train_labels: np.ndarray  # int32 [N], 0..K-1
-    test_images: np.ndarray  # uint8 [M, H, W, C], 0..pixel_max
+    test_images: Images  # uint8 [M, H, W, C], 0..pixel_max
     test_labels: np.ndarray  # int32 [M], 0..K-1
     pixel_max: int
     class_names: tuple[str, ...]  # [K]
@@ -252,6 +274,70 @@ def random_crop_flip(keys: jax.Array, images: jax.Array, padding: int = 4) -> ja
     return jax.vmap(one)(keys, images)
 
 
+def random_resized_crop_flip(keys: jax.Array, images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Random part of the image resized to one size, then horizontal flip with probability 1/2.
+
+    The part has area a H W and aspect ratio r (width : height), at a uniform place in the image::
+
+        a ~ U(0.08, 1), log r ~ U(log 3/4, log 4/3)
+        height = min(H, sqrt(a H W / r)), width = min(W, sqrt(a H W r))
+
+    The usual ten draws until a part fits are one draw here, clipped to the image, so that every image costs
+    the same. Bilinear, with antialiasing. An image's result depends on its own key only.
+
+    Args:
+        keys: typed PRNG keys [B].
+        images: uint8 [B, H, W, C].
+        size: (height, width) of the result.
+
+    Returns:
+        uint8 [B, *size, C].
+
+    Source: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6.
+    """
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        box_key, flip_key = jax.random.split(key)
+        crop = _resized_part(image, *_random_part(box_key, image.shape[:2]), size)
+        return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
+
+    return jax.vmap(one)(keys, images)
+
+
+def _random_part(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """(top, left) and (height, width) of a random part, in pixels, not rounded."""
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    area = jax.random.uniform(area_key, (), jnp.float32, 0.08, 1) * (shape[0] * shape[1])
+    log_ratio = jax.random.uniform(ratio_key, (), jnp.float32, -math.log(4 / 3), math.log(4 / 3))
+    whole = jnp.array(shape, jnp.float32)
+    extent = jnp.minimum(whole, jnp.sqrt(area * jnp.exp(jnp.stack([-log_ratio, log_ratio]))))
+    return jax.random.uniform(place_key, (2,), jnp.float32) * (whole - extent), extent
+
+
+def _resized_part(image: jax.Array, corner: jax.Array, extent: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The part of an image [H, W, C] at a corner (top, left), of an extent (height, width), as [*size, C]."""
+    scale = jnp.array(size, jnp.float32) / extent
+    resized = jax.image.scale_and_translate(
+        image.astype(jnp.float32), (*size, image.shape[2]), (0, 1), scale, -corner * scale, "linear"
+    )
+    # Weighted means of pixels: rounding cannot leave 0..pixel_max.
+    return jnp.round(resized).astype(image.dtype)
+
+
+def _same_size(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    if images.shape[1:3] != size:
+        raise ValueError(f"this augmentation keeps the images' size {images.shape[1:3]}; {size} asked for")
+    return images
+
+
+AUGMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "none": lambda keys, images, size: _same_size(images, size),
+    "crop_flip": lambda keys, images, size: random_crop_flip(keys, _same_size(images, size)),
+    "resized_crop_flip": random_resized_crop_flip,
+}
+"""Keys [B], uint8 images [B, H, W, C] and size (height, width), which is static, to uint8 [B, *size, C]."""
+
+
 def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
     """Checks that labels are in 0..num_classes-1 and that every class occurs.
 
@@ -280,14 +366,14 @@ def check_dataset(dataset: Dataset) -> Dataset:
         The data set itself.
 
     Raises:
-        InputError: wrong dtype or shape, pixels above pixel_max, labels out of range, or a class
-            without a train or a test image.
+        InputError: wrong dtype or shape, labels out of range, a class without a train or a test image, or
+            pixels above pixel_max in an array; images that would have to be read are not.
     """
     for split, images, labels in (
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ):
-        if images.dtype != np.uint8 or images.ndim != 4:
+        if images.dtype != np.uint8 or len(images.shape) != 4:
             raise InputError(
                 f"{split} images must be uint8 [N, H, W, C]: found {images.dtype} {images.shape}"
             )
@@ -297,13 +383,11 @@ def check_dataset(dataset: Dataset) -> Dataset:
                 f"found {labels.dtype} {labels.shape}"
             )
         check_labels(labels, len(dataset.class_names), f"{split} set")
-        if images.max() > dataset.pixel_max:
+        if isinstance(images, np.ndarray) and images.max() > dataset.pixel_max:
             raise InputError(
                 f"{split} images have pixels up to {images.max()}, above pixel_max {dataset.pixel_max}"
             )
-    if dataset.train_images.shape[1:] != dataset.test_images.shape[1:]:
-        raise InputError(
-            f"train and test images differ in shape: {dataset.train_images.shape[1:]} and "
-            f"{dataset.test_images.shape[1:]}"
-        )
+    channels = [images.shape[3] for images in (dataset.train_images, dataset.test_images)]
+    if channels[0] != channels[1]:
+        raise InputError(f"train images have {channels[0]} channels and test images {channels[1]}")
     return dataset

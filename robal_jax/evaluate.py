@@ -11,6 +11,7 @@ again; the accuracy is, before it is reported.
 """
 
 import datetime
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import attacks, audit, autoattack, build, checkpoints, logs, metrics, reporting
+from robal_jax import attacks, audit, autoattack, build, checkpoints, hosts, logs, metrics, reporting
 from robal_jax.errors import InputError
 from robal_jax.state import TrainState
-from robal_jax.train import initial_state, versions
+from robal_jax.train import fingerprint, initial_state, versions
 from robal_jax.unfinished import Unfinished
 from robal_jax.victim import Victim
 
@@ -162,15 +163,13 @@ def evaluate(
     Raises:
       InputError: config, data, checkpoint or folder cannot be used.
     """
-    with logs.stop_signals() as stop:
+    say = hosts.speaker(say)
+    with hosts.stop_signals() as stop:
         job = build.evaluation(config)
         state, path, sha256 = _restore(job, workdir, checkpoint, say)
         victim, surrogate = _victim(job, state), _surrogate(job, say)
         folder = workdir / "evaluation" if folder is None else folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+        hosts.by_first(partial(_make, folder))
         about = {
             **job.about,
             "checkpoint": str(path),
@@ -202,8 +201,15 @@ def evaluate(
             "stages": autoattack.robust_after(job.ensemble, found),
         }
         _report(victim, job, state, outcomes, found, measured, meta, folder, say)
-        shutil.rmtree(unfinished)
+        hosts.by_first(partial(shutil.rmtree, unfinished))
         return folder
+
+
+def _make(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _victim(job: build.Evaluation, state: TrainState) -> Victim:
@@ -223,7 +229,7 @@ def _victim(job: build.Evaluation, state: TrainState) -> Victim:
 
 def _digest(job: build.Evaluation) -> str:
     data = job.training.data
-    return checkpoints.digest({"images": data.test_images, "labels": data.test_labels})
+    return checkpoints.digest({"images": fingerprint(data.test_images), "labels": data.test_labels})
 
 
 def _surrogate(job: build.Evaluation, say: Callable[[str], None]) -> Victim | None:
@@ -239,39 +245,43 @@ def _surrogate(job: build.Evaluation, say: Callable[[str], None]) -> Victim | No
 
 def _restore(
     job: build.Evaluation, workdir: pathlib.Path, checkpoint: pathlib.Path | None, say: Callable[[str], None]
-) -> tuple[TrainState, pathlib.Path, str]:
+) -> checkpoints.Found[TrainState]:
     like = jax.eval_shape(partial(initial_state, job.training))
-    if checkpoint is None:
-        found = checkpoints.restore_latest(
-            workdir / "checkpoints",
-            like,
-            on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why})"),
-        )
-        if found is None:
-            raise InputError(
-                f"no checkpoint in {workdir / 'checkpoints'}; train first, or name one with --checkpoint"
+
+    def read() -> checkpoints.Found[TrainState]:
+        if checkpoint is None:
+            found = checkpoints.restore_latest(
+                workdir / "checkpoints",
+                like,
+                on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why})"),
             )
-        return found
-    if not checkpoint.is_dir():
-        raise InputError(f"no checkpoint {checkpoint}")
-    try:
-        state, sha256 = checkpoints.restore(checkpoint, like)
-    except checkpoints.DamagedCheckpointError as error:
-        raise InputError(
-            f"checkpoint {checkpoint} is damaged ({error}); name another with --checkpoint"
-        ) from error
-    return state, checkpoint, sha256
+            if found is None:
+                raise InputError(
+                    f"no checkpoint in {workdir / 'checkpoints'}; train first, or name one with --checkpoint"
+                )
+            return found
+        if not checkpoint.is_dir():
+            raise InputError(f"no checkpoint {checkpoint}")
+        try:
+            state, sha256 = checkpoints.restore(checkpoint, like)
+        except checkpoints.DamagedCheckpointError as error:
+            raise InputError(
+                f"checkpoint {checkpoint} is damaged ({error}); name another with --checkpoint"
+            ) from error
+        return checkpoints.Found(state, checkpoint, sha256)
+
+    return hosts.by_first(read)
 
 
 def conditions(
-    victim: Victim, job: build.Evaluation, kept: Unfinished, stop: logs.Stop
+    victim: Victim, job: build.Evaluation, kept: Unfinished, stop: hosts.Stop
 ) -> dict[str, np.ndarray] | None:
     """Outcomes ``[n]`` of all test images by ``field_condition``; None if stopped before the end."""
     labels, total = victim.labels, len(victim.labels)
     step = victim.compile(partial(eval_step, threat=job.threat, step_size=job.step_size))
     outcomes = kept.arrays
     done = len(outcomes.get("pred_clean", ()))
-    with logs.Meter("evaluate", total, done) as meter:
+    with hosts.only_first(lambda: logs.Meter("evaluate", total, done)) as meter:
         while done < total and not stop:
             judged = step(np.arange(done, min(done + victim.size, total)))
             for condition in CONDITIONS:  # jit returns dictionaries in the order of their keys
@@ -285,7 +295,7 @@ def conditions(
                 kept.save(outcomes)
     if done < total:
         return None
-    check(outcomes, job.threat, victim.images[0].size)
+    check(outcomes, job.threat, _pixels(victim))
     return outcomes
 
 
@@ -294,7 +304,7 @@ def ensemble(
     job: build.Evaluation,
     outcomes: Mapping[str, np.ndarray],
     kept: Unfinished,
-    stop: logs.Stop,
+    stop: hosts.Stop,
 ) -> autoattack.Progress | None:
     """What the ensemble of attacks found; None if stopped before the end."""
     labels, progress = victim.labels, _read_progress(kept.arrays)
@@ -307,11 +317,12 @@ def ensemble(
 
         def attack(ids: np.ndarray, number: int, step: Callable = step, name: str = stage.name) -> Any:
             found = step(ids, number=np.int32(number))
-            check({f"{field}_{name}": x for field, x in found.items()}, job.threat, victim.images[0].size)
+            check({f"{field}_{name}": x for field, x in found.items()}, job.threat, _pixels(victim))
             return found["images"], found["pred"]
 
         total = stage.rounds * int(np.sum(~autoattack.broken_by(progress, stage.first - 1)))
-        with logs.Meter(stage.name, total, total - autoattack.work_left(stage, progress)) as meter:
+        done = total - autoattack.work_left(stage, progress)
+        with hosts.only_first(partial(logs.Meter, stage.name, total, done)) as meter:
             for _ in autoattack.run(stage, attack, labels, progress, size=victim.size):
                 left = autoattack.work_left(stage, progress)
                 meter.update(total - left, f"robust {progress.robust / len(labels):.1%}")
@@ -344,7 +355,7 @@ def _read_progress(arrays: Mapping[str, np.ndarray]) -> autoattack.Progress | No
 
 
 def audited(
-    victim: Victim, job: build.Evaluation, surrogate: Victim | None, kept: Unfinished, stop: logs.Stop
+    victim: Victim, job: build.Evaluation, surrogate: Victim | None, kept: Unfinished, stop: hosts.Stop
 ) -> dict[str, dict[str, np.ndarray]] | None:
     """The audit's measurements on a sample, with the sample's ``ids``; None if stopped before the end."""
     measured: dict[str, dict[str, np.ndarray]] = {}
@@ -356,7 +367,7 @@ def audited(
     order = np.random.default_rng(job.seed).permutation(len(victim.labels))
     ids = np.sort(order[: job.audit_examples])
     plans = audit.measurements(victim, ids, threat=job.threat, step_size=job.step_size, surrogate=surrogate)
-    with logs.Meter("audit", len(plans), len(measured)) as meter:
+    with hosts.only_first(lambda: logs.Meter("audit", len(plans), len(measured))) as meter:
         for name, measure in plans.items():
             if name not in measured:
                 measured[name] = measure()
@@ -373,6 +384,10 @@ def _flat(measured: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndar
     return {
         f"{name}/{field}": values for name, fields in measured.items() for field, values in fields.items()
     }
+
+
+def _pixels(victim: Victim) -> int:
+    return math.prod(victim.images.shape[1:])
 
 
 def check(outcomes: Mapping[str, np.ndarray], threat: attacks.ThreatModel, pixels: int = 1) -> None:
@@ -412,12 +427,20 @@ def recompute(victim: Victim, path: pathlib.Path, threat: attacks.ThreatModel) -
     Returns:
       For all images ``[n]``.
     """
-    with np.load(path) as file:
-        ids, images = file["ids"], file["images"]
-    everything = np.asarray(victim.images / victim.pixel_max, np.float32)
-    everything[ids] = images
-    step = victim.compile(partial(shown_step, threat=threat))
-    return step(np.arange(len(everything)), everything)
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        with np.load(path) as file:
+            return file["ids"], file["images"]
+
+    ids, images = hosts.by_first(read)
+    row = np.full(len(victim.labels), -1)
+    row[ids] = np.arange(len(ids))
+    step, judged = victim.compile(partial(shown_step, threat=threat)), []
+    for batch in np.split(np.arange(len(row)), range(victim.size, len(row), victim.size)):
+        shown = np.asarray(victim.images[batch] / victim.pixel_max, np.float32)
+        shown[row[batch] >= 0] = images[row[batch][row[batch] >= 0]]
+        judged.append(step(batch, shown))
+    return jax.tree.map(lambda *batches: np.concatenate(batches), *judged)
 
 
 def _report(
@@ -438,21 +461,23 @@ def _report(
         predictions |= autoattack.outcomes(job.version, job.ensemble, found, labels)
     kept: dict[str, Any] = {k: values for k, values in outcomes.items() if k.startswith("distance_")}
     kept |= {f"pred_{name}": values for name, values in predictions.items()}
-    with logs.replacing(folder / "examples.npz") as file:
-        np.savez(file, labels=labels, ids=np.arange(len(labels)), **kept)
-
+    kept |= {"labels": labels, "ids": np.arange(len(labels))}
     summary = metrics.summarize(labels, predictions, data.class_counts, **job.groups)
-    reporting.write_report(
-        folder,
-        summary,
-        meta,
-        audit=_audit(victim, job, found, measured, predictions, folder),
-        norms=_norms(victim, job, state),
-        gallery=_gallery(victim, job, found),
-    )
-    say(f"{meta['method']} on {meta['dataset']}, checkpoint {meta['checkpoint']}")
-    reporting.evaluation_table(summary, reporting.terminal())
-    say(f"report {folder / 'report.html'}")
+    parts = {
+        "audit": _audit(victim, job, found, measured, predictions, folder),
+        "norms": _norms(victim, job, state),
+        "gallery": _gallery(victim, job, found),
+    }
+
+    def write() -> None:
+        with logs.replacing(folder / "examples.npz") as file:
+            np.savez(file, **kept)
+        reporting.write_report(folder, summary, meta, **parts)
+        say(f"{meta['method']} on {meta['dataset']}, checkpoint {meta['checkpoint']}")
+        reporting.evaluation_table(summary, reporting.terminal())
+        say(f"report {folder / 'report.html'}")
+
+    hosts.by_first(write)
 
 
 def _audit(
@@ -465,8 +490,8 @@ def _audit(
 ) -> dict[str, Any] | None:
     """Stores the ensemble's images, looks at them again, and judges all that was measured."""
     found_again = _stored(victim, job, found, folder) if job.ensemble else None
-    if not job.ensemble:
-        (folder / "adversarial.npz").unlink(missing_ok=True)  # of an evaluation before this one
+    if not job.ensemble:  # what lies there is of an evaluation before this one
+        hosts.by_first(partial((folder / "adversarial.npz").unlink, missing_ok=True))
     if not measured:
         return (
             None
@@ -496,16 +521,15 @@ def _stored(
     images = np.array([found.adversarial[number] for number in ids], np.float32).reshape(
         -1, *victim.images.shape[1:]
     )
-    with logs.replacing(path) as file:
-        np.savez(
-            file,
-            ids=ids,
-            images=images,
-            predictions=found.predictions[ids],
-            epsilon=np.array(job.threat.epsilon),
-        )
+
+    def write() -> None:
+        with logs.replacing(path) as file:
+            kept = {"ids": ids, "images": images, "predictions": found.predictions[ids]}
+            np.savez(file, **kept, epsilon=np.array(job.threat.epsilon))
+
+    hosts.by_first(write)
     judged = recompute(victim, path, job.threat)
-    check({f"{field}_stored": values for field, values in judged.items()}, job.threat, victim.images[0].size)
+    check({f"{field}_stored": values for field, values in judged.items()}, job.threat, _pixels(victim))
     return audit.stored_images(
         found.predictions != victim.labels,
         judged["pred"] != victim.labels,

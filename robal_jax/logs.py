@@ -1,12 +1,10 @@
-"""What a long run shows and writes while it goes on: a bar or lines, scalars, and the wish to stop."""
+"""What a long run shows and writes while it goes on: a bar or lines, and scalars."""
 
 import contextlib
 import json
 import pathlib
-import signal
 import sys
 import time
-import types
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -109,41 +107,3 @@ def replace(path: pathlib.Path, content: bytes) -> None:
     """Writes a file so that it is there whole or not at all."""
     with replacing(path) as file:
         file.write(content)
-
-
-class Stop:
-    """Whether SIGTERM or Ctrl-C asked the process to stop at the next safe moment; handles these signals.
-
-    Attributes:
-      asked: whether.
-      handlers: that stood before this one; the ``Stop`` of an enclosing loop is told as well.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-    def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        """A signal came; a second Ctrl-C stops at once."""
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        outer = self.handlers[signal.Signals(number)]
-        if isinstance(outer, Stop):
-            outer(number, frame)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turns SIGTERM and the first Ctrl-C into a flag that loops look at; the handlers before come back."""
-    stop = Stop()
-    for number in stop.handlers:
-        signal.signal(number, stop)
-    try:
-        yield stop
-    finally:
-        for number, handler in stop.handlers.items():
-            signal.signal(number, handler)

@@ -31,6 +31,9 @@ BATCH_NORM_EPSILON = 1e-5
 Convolution = Callable[[chex.Array, chex.Array, int], chex.Array]
 """``(x [B, H, W, C], kernel [k, k, C, O], stride)`` to ``[B, H', W', O]``, padded by k // 2."""
 
+Layers = tuple[tuple[int, int, int], ...]
+"""Features, kernel size and stride of each convolution of a block."""
+
 
 def convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     """Convolution zero-padded by half the kernel on every side: PyTorch's way, not that of 'SAME'."""
@@ -253,50 +256,97 @@ class WideResNet(nn.Module):
         return x.mean((1, 2))
 
 
-class BasicBlock(nn.Module):
-    """Post-activation block: 3x3, BN, ReLU, 3x3, BN, add, ReLU."""
+class ResidualBlock(nn.Module):
+    """Post-activation block: convolutions with BN each and ReLU in between, add the shortcut, ReLU.
 
-    features: int
-    stride: int
+    Attributes:
+      layers: features, kernel size and stride of each convolution.
+      shortcut: what the projection is called, where one is needed.
+      conv: a :class:`Conv`.
+      norm: a :class:`BatchNorm`.
+    """
+
+    layers: Layers
+    shortcut: str
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """``[B, H, W, C]`` to ``[B, H / stride, W / stride, features]``."""
-        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, train))
-        y = self.norm(name="bn2")(self.conv(self.features, 3, name="conv2")(y), train)
+        y = x
+        for i, layer in enumerate(self.layers, 1):
+            y = nn.relu(y) if i > 1 else y
+            y = self.norm(name=f"bn{i}")(self.conv(*layer, name=f"conv{i}")(y), train)
         if x.shape != y.shape:
-            x = self.conv(self.features, 1, self.stride, name="shortcut_0")(x)
-            x = self.norm(name="shortcut_1")(x, train)
+            features, stride = y.shape[-1], max(stride for _, _, stride in self.layers)
+            x = self.conv(features, 1, stride, name=f"{self.shortcut}_0")(x)
+            x = self.norm(name=f"{self.shortcut}_1")(x, train)
         return nn.relu(x + y)
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 with the CIFAR stem (3x3, stride 1, no pooling); features ``[B, 512]``.
+def _basic(width: int, stride: int) -> Layers:
+    return (width, 3, stride), (width, 3, 1)
 
-    Source: He et al. (CVPR 2016), in the CIFAR form that follow-up work on RoBal uses.
+
+def _bottleneck(width: int, stride: int) -> Layers:
+    # The stride stands at the 3x3 convolution, not at the first 1x1 as in the paper: torchvision's v1.5.
+    return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
+
+
+class ResNet(nn.Module):
+    """ResNet with four stages of post-activation blocks; ``ResNet18`` and ``ResNet50`` are made of it.
+
+    Images go in as they are, in [0, 1]: weights that were trained on standardised images do not fit.
+
+    Source: He et al. (CVPR 2016).
 
     Attributes:
+      blocks: number of blocks of each stage.
+      block: width of a stage and stride to the layers of a block.
+      shortcut: see :class:`ResidualBlock`.
+      stem: 'imagenet' (7x7 of stride 2, max pooling), or 'small' for images of 32 to 64 pixels (3x3 of
+        stride 1, no pooling).
       convolution: which implementation, see :func:`loop_convolution`.
       axis_name: see :class:`BatchNorm`.
     """
 
+    blocks: tuple[int, int, int, int]
+    block: Callable[[int, int], Layers]
+    shortcut: str
+    stem: str = "imagenet"
     convolution: Convolution = convolution
     axis_name: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.stem not in ("imagenet", "small"):
+            raise ValueError(f"a ResNet's stem is 'imagenet' or 'small', not {self.stem!r}")
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
-        """Images ``[B, H, W, C]`` to features ``[B, 512]``."""
+        """Images ``[B, H, W, C]`` to features ``[B, D]``."""
         conv = partial(Conv, convolution=self.convolution)
         norm = partial(BatchNorm, axis_name=self.axis_name)
-        x = nn.relu(norm(name="bn1")(conv(64, name="conv1")(x), train))
-        for stage, width in enumerate((64, 128, 256, 512)):
-            for i in range(2):
-                stride = 2 if stage > 0 and i == 0 else 1
-                x = BasicBlock(width, stride, conv, norm, name=f"layer{stage + 1}_{i}")(x, train)
+        large = self.stem == "imagenet"
+        x = conv(64, 7, 2, name="conv1")(x) if large else conv(64, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x, train))
+        if large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, (count, width) in enumerate(zip(self.blocks, (64, 128, 256, 512), strict=True)):
+            for i in range(count):
+                layers = self.block(width, 2 if stage > 0 and i == 0 else 1)
+                name = f"layer{stage + 1}_{i}"
+                x = ResidualBlock(layers, self.shortcut, conv, norm, name=name)(x, train)
         return x.mean((1, 2))
+
+
+# What is bound by position, a config cannot change.
+ResNet18 = partial(ResNet, (2, 2, 2, 2), _basic, "shortcut", stem="small")
+"""ResNet-18 in the CIFAR form that follow-up work on RoBal uses; features ``[B, 512]``."""
+
+ResNet50 = partial(ResNet, (3, 4, 6, 3), _bottleneck, "downsample")
+"""ResNet-50 with torchvision's names; features ``[B, 2048]``."""
 
 
 class SmallCNN(nn.Module):
@@ -323,7 +373,7 @@ class SmallCNN(nn.Module):
         for i, channels in enumerate(self.channels):
             conv = Conv(channels, 3, min(i + 1, 2), self.convolution, name=f"conv{i + 1}")
             x = nn.relu(BatchNorm(self.axis_name, name=f"bn{i + 1}")(conv(x), train))
-        return nn.Dense(self.width, name="fc")(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.width, param_dtype=float, name="fc")(x.reshape(x.shape[0], -1))
 
 
 class Network(nn.Module):
@@ -393,4 +443,5 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "wide_resnet": WideResNet,
     "resnet18": ResNet18,
     "small_cnn": SmallCNN,
+    "resnet50": ResNet50,
 }

@@ -1,4 +1,4 @@
-"""Where the images come from: scikit-learn's digits, CIFAR prepared by TFDS, CIFAR in an .npz file."""
+"""Where the images come from: scikit-learn's digits, CIFAR by TFDS or in an .npz file, folders of images."""
 
 import io
 import os
@@ -13,6 +13,7 @@ import numpy as np
 
 from robal_jax.data import Dataset, check_dataset, check_labels, long_tailed_counts, long_tailed_indices
 from robal_jax.errors import InputError
+from robal_jax.folders import load_image_folder
 
 _SPLITS = ("train", "test")
 _IMAGE_SHAPE = (32, 32, 3)
@@ -148,6 +149,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "digits_lt": load_digits_lt,
     "cifar10_lt": partial(load_cifar_lt, "cifar10"),
     "cifar100_lt": partial(load_cifar_lt, "cifar100"),
+    "image_folder": load_image_folder,
 }
 
 

@@ -52,8 +52,17 @@ IGNORED = ("num_batches_tracked", "moving_ed", "sub_block1")
 # Arrays that the released heads freeze at a value: ignored while they have it and ours has none.
 FROZEN = {"classifier.bias": 0.0, "classifier.cla_scale": 1.0}
 
-# Names that the last layer's weight has: of released linear heads, other heads, WideResNet and ResNet-18.
+# Names that the last layer's weight has: of released linear heads, other heads, WideResNet and ResNet-50,
+# ResNet-18.
 LAST_LAYERS = ("classifier.fc.", "classifier.", "fc.", "linear.")
+
+# Name and config.model, by blocks of each stage, size of the stem and shape of the first block's third
+# convolution: basic blocks have none, wide and grouped bottlenecks a wider one.
+RESNETS: dict[tuple[Any, ...], tuple[str, dict[str, str | int]]] = {
+    ((2, 2, 2, 2), (3, 3), ()): ("ResNet-18", {"name": "resnet18"}),
+    ((3, 4, 6, 3), (7, 7), (256, 64, 1, 1)): ("ResNet-50", {"name": "resnet50", "stem": "imagenet"}),
+    ((3, 4, 6, 3), (3, 3), (256, 64, 1, 1)): ("small ResNet-50", {"name": "resnet50", "stem": "small"}),
+}
 
 Path = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -142,7 +151,8 @@ def from_state_dict(
       like_stats: likewise its running statistics.
       prefixes: how PyTorch names begin where the rule gives others: ``{ours: theirs}``, the first match
         counts. By default the released networks' (:func:`released_prefixes`); for a bare ResNet-18 with
-        its own ``linear`` layer ``{"backbone.": "", "classifier.": "linear."}``.
+        its own ``linear`` layer ``{"backbone.": "", "classifier.": "linear."}``, for torchvision's
+        ResNet-50 with ``fc.`` there.
 
     Returns:
       Parameters and statistics, NumPy arrays.
@@ -210,7 +220,7 @@ class Architecture(NamedTuple):
     """What the names and shapes of a state_dict tell.
 
     Attributes:
-      name: 'WideResNet-34-10', 'ResNet-18', or that of a network that this library does not have.
+      name: 'WideResNet-34-10', one of ``RESNETS``, or that of a network that this library does not have.
       model: the section ``config.model`` for it; empty where the library has no such network.
       num_classes: rows of the last layer.
       backbone: how the backbone's names begin: 'backbone.' or ''.
@@ -292,9 +302,10 @@ def _backbone(found: Shapes) -> tuple[str, dict[str, str | int]]:
         return f"WideResNet-{depth}-{widen}", {"name": "wide_resnet", "depth": depth, "widen": widen}
     if plain:
         stem = found.get("conv1.weight", ())[2:]
-        if plain == [2, 2, 2, 2] and "bn1.weight" in found and stem == (3, 3):
-            return "ResNet-18", {"name": "resnet18"}
         kind = "" if "bn1.weight" in found else "pre-activation "
+        known = (tuple(plain), stem, found.get("layer1.0.conv3.weight", ()))
+        if not kind and known in RESNETS:
+            return RESNETS[known]
         return f"{kind}ResNet with stages of {plain} blocks and stem {list(stem)}", {}
     return "network that is neither WideResNet nor ResNet", {}
 

@@ -11,7 +11,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +25,14 @@ from jax import lax
 from ml_collections import ConfigDict
 
 import robal_jax
-from robal_jax import build, checkpoints, logs, parallel
-from robal_jax.data import epoch_order, random_crop_flip, to_float
+from robal_jax import build, checkpoints, folders, hosts, logs, parallel
+from robal_jax.data import Images, to_float
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.models import Model, update_statistics
 from robal_jax.objectives import Batch, Objective
 from robal_jax.state import TrainState
+
+LONG_DISPATCH = 10.0  # seconds
 
 
 def example_keys(key: chex.PRNGKey, step: chex.Numeric, positions: chex.Array) -> chex.PRNGKey:
@@ -58,8 +60,12 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
+    accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """One update.
+
+    ``g = mean over parts and devices of grad (mean loss of the part's images on the device)``; metrics and
+    batch-norm moments are averaged in the same way.
 
     Args:
       state: before it.
@@ -67,40 +73,60 @@ def train_step(
       model: the network.
       objective: what is minimised.
       optimizer: how.
-      axis_name: mapped axis over which the batch is spread, if any; gradients and metrics are averaged.
+      axis_name: mapped axis over which the batch is spread, if any.
+      accumulation_steps: parts ``A`` in which the device takes its images, one after the other, to need the
+        memory of one. What an objective or batch norm takes from the images together, it takes from a part.
 
     Returns:
       The state after it, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the objective's.
     """
 
-    def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Any]:
-        return objective(model, params, state.stats, batch)
+    def gradients_of(part: tuple[chex.Array, chex.Array, chex.PRNGKey]) -> tuple[chex.ArrayTree, ...]:
+        def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Any]:
+            return objective(model, params, state.stats, Batch(*part, epoch=batch.epoch))
 
-    (loss, outcome), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    metrics = {"loss": loss, **outcome.metrics}
+        (loss, outcome), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return gradients, outcome.moments, {"loss": loss, **outcome.metrics}
+
+    examples = (batch.images, batch.labels, batch.keys)
+    if accumulation_steps == 1:
+        found = gradients_of(examples)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), examples)
+        found = _mean_over(gradients_of, parts)
     if axis_name is not None:
-        gradients, metrics = lax.pmean((gradients, metrics), axis_name)
+        found = lax.pmean(found, axis_name)
+    gradients, moments, metrics = found
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        stats=update_statistics(state.stats, outcome.moments),
+        stats=update_statistics(state.stats, moments),
         opt_state=opt_state,
     )
     return new_state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
 
 
-class DeviceData(NamedTuple):
-    """A training set on the device: images uint8 ``[N, H, W, C]``, labels int32 ``[N]``."""
+def _mean_over(function: Callable[[Any], Any], parts: chex.ArrayTree) -> chex.ArrayTree:
+    """Mean of ``function`` over the leading axis of ``parts``, one after the other."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, parts)
+    return jax.tree.map(lambda x: x / count, total)
 
-    images: chex.Array
-    labels: chex.Array
+
+class Examples(NamedTuple):
+    """Training images on the device: the whole set ``[N, ...]``, or those of some steps ``[T, A, b]``."""
+
+    images: chex.Array  # uint8 [..., H, W, C]
+    labels: chex.Array  # int32 [...]
 
 
 def train_chunk(
     state: TrainState,
-    data: DeviceData,
-    ids: chex.Array,
+    data: Examples | None,
+    rows: chex.Array | Examples,
     count: chex.Numeric,
     key: chex.PRNGKey,
     positions: chex.Array,
@@ -108,31 +134,33 @@ def train_chunk(
     step_fn: Callable[..., tuple[TrainState, dict[str, chex.Array]]],
     steps_per_epoch: int,
     pixel_max: int,
-    crop_flip: bool,
+    augment: Callable[[chex.PRNGKey, chex.Array], chex.Array],
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Several steps in one compiled loop; it ends early after a step that is not finite.
 
     Args:
       state: before the first step.
-      data: the training set.
-      ids: ``[T, B]``, which images each step sees.
+      data: the training set; None where the rows bring the images along.
+      rows: ``[T, A, b]``, which images of ``data`` each step sees in each part of its batch; or they
+        themselves.
       count: how many of the ``T`` steps to make; not static, so one compilation serves any number.
       key: of the run.
-      positions: ``[B]``, positions of these images in the whole batch.
+      positions: ``[A, b]``, positions of these images in the whole batch.
       step_fn: ``(state, batch) -> (state, metrics)``.
       steps_per_epoch: to count the epochs.
       pixel_max: pixel value that stands for 1.
-      crop_flip: whether to augment.
+      augment: ``(keys [n], images [n, H, W, C]) -> images``, integers to integers.
 
     Returns:
       The state, and the metrics summed over the steps made (their number is the growth of ``state.step``).
     """
 
     def one(i: chex.Array, state: TrainState) -> tuple[TrainState, dict[str, chex.Array]]:
-        keys = jax.vmap(partial(jax.random.split, num=2))(example_keys(key, state.step, positions))
-        images, labels = data.images[ids[i]], data.labels[ids[i]]
-        if crop_flip:
-            images = random_crop_flip(keys[:, 0], images)
+        keys = example_keys(key, state.step, positions.reshape(-1))
+        keys = jax.vmap(partial(jax.random.split, num=2))(keys)
+        row = jax.tree.map(lambda x: x[i].reshape(-1, *x.shape[3:]), rows)
+        images, labels = row if data is None else (data.images[row], data.labels[row])
+        images = augment(keys[:, 0], images)
         epoch = state.step // steps_per_epoch + 1
         return step_fn(state, Batch(to_float(images, pixel_max), labels, keys[:, 1], epoch))
 
@@ -150,69 +178,106 @@ def train_chunk(
 
 def initial_state(job: build.Training) -> TrainState:
     """The state before step 0, a function of the seed."""
-    images = jnp.zeros((1, *job.data.train_images.shape[1:]))
+    images = jnp.zeros((1, *job.data.test_images.shape[1:]))  # as training images are once augmented
     # A stream of its own: the steps' keys fold in 0, 1, 2, ...
     key = jax.random.fold_in(jax.random.key(job.seed), 2**32 - 1)
     params, stats = job.model.init(key, images)
     return TrainState(jnp.int32(0), params, stats, job.optimizer.init(params))
 
 
-def fine_tuned_state(job: build.Training, say: Callable[[str], None]) -> TrainState:
-    """:func:`initial_state` with the weights and statistics of the run or checkpoint ``job.start_from``.
+def fine_tuned_state(
+    job: build.Training, start: checkpoints.Found[dict[str, Any]], say: Callable[[str], None]
+) -> TrainState:
+    """:func:`initial_state` with the weights and statistics of a checkpoint.
 
     What the checkpoint lacks (a scale that the new head learns) keeps its initial value.
 
     Raises:
-      InputError: there is no such checkpoint, or it has arrays that the model has no place for.
+      InputError: it has arrays that the model has no place for.
     """
-    path, arrays, sha256 = checkpoints.read_latest(pathlib.Path(job.start_from))
     state = jax.jit(partial(initial_state, job))()
     ours = flatten_dict({"params": state.params, "stats": state.stats}, sep="/")
-    theirs = flatten_dict({"params": arrays["params"], "stats": arrays.get("stats", {})}, sep="/")
+    arrays = {"params": start.tree["params"], "stats": start.tree.get("stats", {})}
+    theirs = flatten_dict(arrays, sep="/")
     for name, array in theirs.items():
         if name not in ours or ours[name].shape != array.shape:
             raise InputError(
-                f"config.train.start_from: checkpoint {path} has {name} {array.shape}, which does not fit "
-                "the model; it must be of the same backbone and of a head with parameters of the same names"
+                f"config.train.start_from: checkpoint {start.path} has {name} {array.shape}, which does not "
+                "fit the model; it must be of the same backbone and a head with parameters of the same names"
             )
     kept = sorted(set(ours) - set(theirs))
-    say(f"starting from {path} sha256 {sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))
+    say(f"starting from {start.path} sha256 {start.sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))
     merged = unflatten_dict({**ours, **theirs}, sep="/")
     return state.replace(params=merged["params"], stats=merged.get("stats", {}))
 
 
-def compiled_chunk(job: build.Training) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
-    """:func:`train_chunk` over all devices of this process, compiled once."""
+def compiled_chunk(
+    job: build.Training, devices: list[jax.Device]
+) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
+    """:func:`train_chunk` over the devices, compiled once."""
     step_fn = partial(
         train_step,
         model=job.model,
         objective=job.objective,
         optimizer=job.optimizer,
-        axis_name=job.axis_name,
+        axis_name=parallel.AXIS,
+        accumulation_steps=job.accumulation_steps,
     )
     chunk = partial(
         train_chunk,
         step_fn=step_fn,
         steps_per_epoch=job.steps_per_epoch,
         pixel_max=job.data.pixel_max,
-        crop_flip=job.crop_flip,
+        augment=job.augment,
     )
-    return parallel.LAYOUTS[job.layout](chunk, jax.local_devices())
+    return parallel.LAYOUTS[job.layout](chunk, devices)
 
 
-def chunk_ids(job: build.Training, step: int) -> tuple[np.ndarray, int]:
-    """The images of the steps from ``step`` on, to the end of a chunk, of the epoch or of the run.
-
-    Returns:
-      Ids ``[steps_per_dispatch, B]``, of which the first ``count`` rows are meant, and ``count``.
-    """
+def step_ids(job: build.Training, step: int) -> np.ndarray:
+    """The images that a step sees, by part of its batch: ``[A, B / A]``."""
     epoch, offset = divmod(step, job.steps_per_epoch)
-    count = min(job.steps_per_dispatch, job.steps_per_epoch - offset, job.total_steps - step)
-    order = epoch_order(job.sampler, job.data.train_labels, job.seed, epoch)
-    ids = np.zeros((job.steps_per_dispatch, job.batch_size), np.int32)
     first = offset * job.batch_size
-    ids[:count] = order[first : first + count * job.batch_size].reshape(count, job.batch_size)
-    return ids, count
+    return job.order(epoch)[first : first + job.batch_size].reshape(job.accumulation_steps, -1)
+
+
+def positions(job: build.Training) -> np.ndarray:
+    """The positions in the whole batch of the images that this process feeds, by part: ``[A, b]``."""
+    everyone = np.arange(job.batch_size).reshape(job.accumulation_steps, -1)
+    return everyone[:, parallel.share(everyone.shape[1])]
+
+
+def chunks(job: build.Training, step: int) -> Iterator[tuple[np.ndarray | Examples, int]]:
+    """What this process feeds to chunk after chunk of steps, from ``step`` to the end of the run.
+
+    A chunk ends where an epoch does. It is a function of the job and the step: nothing is replayed.
+
+    Yields:
+      Rows ``[steps_per_dispatch, A, b]`` for :func:`train_chunk`, of which the first ``count`` are meant, and
+      ``count``: numbers of images where all are on the device, or else images, read ahead of their use.
+    """
+    images, labels = job.data.train_images, job.data.train_labels
+
+    def ids_of(step: int) -> np.ndarray:
+        ids = step_ids(job, step)
+        return ids[:, parallel.share(ids.shape[1])]
+
+    def filled(rows: list[np.ndarray]) -> np.ndarray:
+        missing = job.steps_per_dispatch - len(rows)
+        return np.stack(rows + [np.zeros_like(rows[0])] * missing)
+
+    read = None
+    if not isinstance(images, np.ndarray):
+        steps, ahead = range(step, job.total_steps), job.steps_per_dispatch  # the next chunk's
+        read = folders.stream(images, ids_of, steps, threads=job.reading_threads, ahead=ahead)
+    while step < job.total_steps:
+        left = job.steps_per_epoch - step % job.steps_per_epoch
+        count = min(job.steps_per_dispatch, left, job.total_steps - step)
+        ids = [ids_of(step + i) for i in range(count)]
+        if read is None:
+            yield filled(ids), count
+        else:
+            yield Examples(filled([next(read) for _ in ids]), filled([labels[row] for row in ids])), count
+        step += count
 
 
 def versions() -> dict[str, str]:
@@ -226,9 +291,17 @@ def versions() -> dict[str, str]:
     }
 
 
+def fingerprint(images: Images) -> np.ndarray:
+    """What stands for images in a digest: they themselves, or the names and sizes of their files."""
+    return images.identity() if isinstance(images, folders.ImageFiles) else np.asarray(images)
+
+
 def data_digest(job: build.Training) -> str:
     """Sha256 of the training and the test set."""
-    return checkpoints.digest({k: v for k, v in job.data._asdict().items() if isinstance(v, np.ndarray)})
+    fields = job.data._asdict()
+    arrays = {name: fields[name] for name in ("train_labels", "test_labels")}
+    files = {name: fingerprint(fields[name]) for name in ("train_images", "test_images")}
+    return checkpoints.digest(arrays | files)
 
 
 def prepare_workdir(config: ConfigDict, job: build.Training, workdir: pathlib.Path) -> None:
@@ -290,23 +363,54 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
       InputError: the config, the data or the workdir cannot be used; nothing was changed.
       DivergedError: a loss or gradient was not finite; the last good checkpoint is kept.
     """
-    with logs.stop_signals() as stop:
-        job, folder = build.training(config), workdir / "checkpoints"
+    say, folder = hosts.speaker(say), workdir / "checkpoints"
+    with hosts.stop_signals() as stop:
+        job = build.training(config)
+        _check_devices(job)
         like = jax.eval_shape(partial(initial_state, job))
         # Made before anything is written: weights to start from may be missing.
-        first = fine_tuned_state(job, say) if job.start_from and not checkpoints.steps(folder) else None
-        prepare_workdir(config, job, workdir)
-        found = checkpoints.restore_latest(folder, like, on_damage=partial(_set_aside, workdir, say))
-        if found is not None:
-            state, *_ = found
-            say(f"going on from step {int(state.step)} of {job.total_steps} ({found[1]})")
-        else:
-            state = first or jax.jit(partial(initial_state, job))()
-        path, sha256 = _run(job, workdir, state, found and found[1:], stop)
+        start = hosts.by_first(partial(_weights_to_start_from, job, folder))
+        first = fine_tuned_state(job, start, say) if start else jax.jit(partial(initial_state, job))()
+        found = hosts.by_first(partial(_open, config, job, workdir, like, say))
+        state = found.tree if found else first
+        if found:
+            say(f"going on from step {int(state.step)} of {job.total_steps} ({found.path})")
+        path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command goes on from there")
         say(f"checkpoint {path} sha256 {sha256}")
         return path
+
+
+def _check_devices(job: build.Training) -> None:
+    """Refuses a batch that cannot be spread evenly."""
+    devices, parts = jax.device_count(), job.accumulation_steps
+    if job.batch_size % (devices * parts):
+        raise InputError(
+            f"config.train.batch_size is {job.batch_size}; it must be a multiple of the number of devices, "
+            f"{devices}" + (f", times config.train.accumulation_steps, {parts}" if parts > 1 else "")
+        )
+
+
+def _weights_to_start_from(
+    job: build.Training, folder: pathlib.Path
+) -> checkpoints.Found[dict[str, Any]] | None:
+    if not job.start_from or checkpoints.steps(folder):
+        return None
+    return checkpoints.read_latest(pathlib.Path(job.start_from))
+
+
+def _open(
+    config: ConfigDict,
+    job: build.Training,
+    workdir: pathlib.Path,
+    like: TrainState,
+    say: Callable[[str], None],
+) -> checkpoints.Found[TrainState] | None:
+    """Prepares the workdir; the checkpoint in it to go on from, if any."""
+    prepare_workdir(config, job, workdir)
+    set_aside = partial(_set_aside, workdir, say)
+    return checkpoints.restore_latest(workdir / "checkpoints", like, on_damage=set_aside)
 
 
 def _run(
@@ -314,23 +418,29 @@ def _run(
     workdir: pathlib.Path,
     state: TrainState,
     newest: tuple[pathlib.Path, str] | None,
-    stop: logs.Stop,
+    stop: hosts.Stop,
+    say: Callable[[str], None],
 ) -> tuple[pathlib.Path, str]:
     """Steps from ``state`` to the end or a stop; ``newest`` and the result: a checkpoint and its sha256."""
-    step, total = int(state.step), job.total_steps
-    chunk = compiled_chunk(job)
-    data = DeviceData(job.data.train_images, job.data.train_labels)
-    key, positions = jax.random.key(job.seed), jnp.arange(job.batch_size)
-    state, data, key = parallel.replicate((state, data, key), jax.local_devices())
+    step, total, slow = int(state.step), job.total_steps, False
+    first = step  # its dispatch waits for the compilation
+    devices = parallel.devices_for(job.layout)
+    chunk, where = compiled_chunk(job, devices), positions(job)
+    in_memory = isinstance(job.data.train_images, np.ndarray)
+    data = Examples(job.data.train_images, job.data.train_labels) if in_memory else None
+    state, data, key = parallel.replicate((state, data, jax.random.key(job.seed)), devices)
+    upcoming = chunks(job, step)
+    rows = next(upcoming, None)
     with (
         checkpoints.Saver(workdir / "checkpoints", job.keep_checkpoints) as saver,
-        logs.Scalars(workdir, step) as scalars,
-        logs.Meter("train", total, step) as meter,
+        hosts.only_first(lambda: logs.Scalars(workdir, step)) as scalars,
+        hosts.only_first(lambda: logs.Meter("train", total, step)) as meter,
     ):
-        while step < total and not stop:
+        while rows is not None and not stop:
             started = time.perf_counter()
-            ids, count = chunk_ids(job, step)
-            state, sums = chunk(state, data, ids, count, key, positions)
+            count = rows[1]
+            state, sums = chunk(state, data, rows[0], count, key, where)
+            rows = next(upcoming, None)  # read while the devices work
             made, sums = jax.device_get((state.step, sums))
             means = {name: float(value) / (int(made) - step) for name, value in sums.items()}
             epoch = step // job.steps_per_epoch + 1
@@ -345,6 +455,12 @@ def _run(
                 "learning_rate": float(job.schedule(step)),
                 "images_per_second": count * job.batch_size / seconds,
             }
+            if seconds > LONG_DISPATCH and step > first and not slow:
+                slow = True
+                say(
+                    f"{count} steps take {seconds:.0f} s, and a signal to stop waits for them; a machine "
+                    "that is taken away gives 30 s: lower config.train.steps_per_dispatch"
+                )
             step += count
             scalars.write(step, {"epoch": epoch, **means, **rate})
             meter.update(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from robal_jax import logs
+from robal_jax import hosts, logs
 
 SAVE_SECONDS = 30.0  # between two saves
 
@@ -24,7 +24,7 @@ class Unfinished:
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         self._path, self._settings = path, json.dumps(settings, sort_keys=True)
-        self.arrays = self._read()
+        self.arrays = hosts.by_first(self._read)
         self.seconds, self._saved = float(self.arrays.pop("seconds", 0.0)), time.monotonic()
 
     def _read(self) -> dict[str, np.ndarray]:
@@ -41,9 +41,11 @@ class Unfinished:
         return time.monotonic() - self._saved > SAVE_SECONDS
 
     def save(self, arrays: Mapping[str, Any]) -> None:
-        """Keeps the arrays in the place of those before."""
+        """Keeps the arrays in the place of those before; the first process does."""
         now = time.monotonic()
         self.seconds, self._saved = self.seconds + now - self._saved, now
+        if not hosts.is_first():
+            return
         self._path.parent.mkdir(exist_ok=True)
         with logs.replacing(self._path) as file:
             np.savez(file, settings=np.array(self._settings), seconds=np.array(self.seconds), **arrays)

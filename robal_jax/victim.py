@@ -1,4 +1,4 @@
-"""The model under attack, with the images that it is attacked on, on the devices of this process.
+"""The model under attack, with the images that it is attacked on, on all devices of the job.
 
 What an evaluation does is written as work on one batch, ``(logits_fn, keys, images, labels)``;
 :meth:`Victim.compile` makes of it a function of the images' numbers, which knows of batches and devices.
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from robal_jax import parallel
-from robal_jax.data import to_float
+from robal_jax.data import Images, to_float
 
 Work = Callable[..., chex.ArrayTree]
 """``(logits_fn, keys [b], images [b, H, W, C], labels [b], *parts [b, ...], **shared) -> [b, ...]``."""
@@ -23,7 +23,7 @@ class Victim:
 
     Attributes:
       predict: images to logits, outside of compiled functions.
-      images: uint8 ``[n, H, W, C]``.
+      images: uint8 ``[n, H, W, C]``, in memory or read when they are asked for.
       labels: ``[n]``.
       pixel_max: the pixel value that becomes 1.
       size: images that one call of a compiled function takes, on all devices together.
@@ -34,7 +34,7 @@ class Victim:
         predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array],
         params: chex.ArrayTree,
         stats: chex.ArrayTree,
-        images: np.ndarray,
+        images: Images,
         labels: np.ndarray,
         *,
         pixel_max: int,
@@ -42,7 +42,7 @@ class Victim:
         batch_size: int,
         layout: str,
     ) -> None:
-        """Puts all arrays on all devices.
+        """Puts the model on all devices; images follow batch by batch.
 
         Args:
           predict: ``(params, stats, images) -> logits``.
@@ -55,12 +55,11 @@ class Victim:
           batch_size: images a device and call.
           layout: a key of ``parallel.LAYOUTS``.
         """
-        self._predict, self._layout, self._devices = predict, layout, jax.local_devices()
-        self._key = jax.random.key(seed)
-        self._arrays = parallel.replicate((params, stats, images, labels), self._devices)
+        self._predict, self._layout, self._devices = predict, layout, parallel.devices_for(layout)
+        self._shared = parallel.replicate((params, stats, jax.random.key(seed)), self._devices)
         self.predict = partial(predict, params, stats)
         self.images, self.labels, self.pixel_max = images, labels, pixel_max
-        self.size = batch_size * len(self._devices)
+        self.size = batch_size * jax.device_count()
 
     def compile(self, work: Work, predict: Callable | None = None) -> Callable[..., chex.ArrayTree]:
         """Work on one batch as a function of images' numbers, compiled once whatever their count.
@@ -76,10 +75,10 @@ class Victim:
         predict = self._predict if predict is None else predict
 
         def on_batch(parts: tuple, shared: tuple) -> chex.ArrayTree:
-            (ids, *more), ((params, stats, images, labels), extra) = parts, shared
-            keys = jax.vmap(partial(jax.random.fold_in, self._key))(ids)
+            (ids, images, labels, *more), ((params, stats, key), extra) = parts, shared
+            keys = jax.vmap(partial(jax.random.fold_in, key))(ids)
             logits_fn = partial(predict, params, stats)
-            return work(logits_fn, keys, to_float(images[ids], self.pixel_max), labels[ids], *more, **extra)
+            return work(logits_fn, keys, to_float(images, self.pixel_max), labels, *more, **extra)
 
         compiled = parallel.spread(on_batch, self._layout, self._devices)
 
@@ -88,8 +87,9 @@ class Victim:
             for start in range(0, len(ids), self.size):
                 batch = [np.asarray(part[start : start + self.size]) for part in (ids, *parts)]
                 count = len(batch[0])
-                full = tuple(np.take(part, range(self.size), 0, mode="clip") for part in batch)
-                judged = jax.device_get(compiled(full, (self._arrays, shared)))
+                full, *more = (np.take(part, range(self.size), 0, mode="clip") for part in batch)
+                parts_of_all = (full, self.images[full], self.labels[full], *more)
+                judged = jax.device_get(compiled(parts_of_all, (self._shared, shared)))
                 outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
             return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)
 

@@ -98,7 +98,7 @@ def test_config_file_without_get_config(tmp_path):
         ("--config.head=3", "unknown config key 'head'"),
         ("--config.train.epochs=many", "train.epochs"),
         ("--config.train.batch_size=1.5", "train.batch_size"),
-        ("--config.train.crop_flip=maybe", "train.crop_flip"),
+        ("--config.train.sync_batch_norm=maybe", "train.sync_batch_norm"),
         ("--config.schedule.lr=fast", "schedule.lr"),
     ],
 )

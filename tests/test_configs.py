@@ -1,24 +1,25 @@
-"""Every method's config, on every data set, at toy size."""
+"""Every method's config, on every data set; trained at toy size, except on the two ImageNets."""
 
+import functools
 import json
 import pathlib
 import re
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from robal_jax import build, cli, models, parallel, train
+from robal_jax import build, cli, models, parallel, sources, train
 from robal_jax.data import Dataset
 
 METHODS = sorted(
     path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "__init__")
 )
 DATA = {"digits_lt": 10, "cifar10_lt": 10, "cifar100_lt": 100}
+IMAGENETS = ("tiny_imagenet_lt", "imagenet_lt")
 
 
 def toy_data(num_classes, ratio, profile, seed, path="", head=0, test_per_class=0):
@@ -53,12 +54,14 @@ def toy_config(method, data):
     return config
 
 
-def quickly_compiled(function, *arguments):
-    """The value of a jitted function that XLA does not optimise: these tests wait for compilations only."""
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """XLA does not optimise: these tests wait for compilations only."""
     options = {"xla_backend_optimization_level": 0}
-    return function.lower(*arguments).compile(compiler_options=options)(*arguments)
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", DATA)
 def test_builds_and_trains_two_steps(method, data):
@@ -70,13 +73,14 @@ def test_builds_and_trains_two_steps(method, data):
 
     build.evaluation(config)
     job = build.training(again)
-    state = quickly_compiled(jax.jit(lambda: train.initial_state(job)))
+    state = jax.jit(lambda: train.initial_state(job))()
     before = jax.device_get(state.params)
-    images = train.DeviceData(job.data.train_images, job.data.train_labels)
-    (ids, _), key = train.chunk_ids(job, 0), jax.random.key(0)
-    state, images, key = parallel.replicate((state, images, key), jax.local_devices())
-    positions = jnp.arange(job.batch_size)
-    state, sums = quickly_compiled(train.compiled_chunk(job), state, images, ids, 2, key, positions)
+    images = train.Examples(job.data.train_images, job.data.train_labels)
+    ids, _ = next(train.chunks(job, 0))
+    devices = jax.devices()
+    state, images, key = parallel.replicate((state, images, jax.random.key(0)), devices)
+    chunk = train.compiled_chunk(job, devices)
+    state, sums = chunk(state, images, ids, 2, key, train.positions(job))
     assert int(state.step) == 2
     assert np.isfinite(float(sums["loss"]))
     moved = [
@@ -120,3 +124,96 @@ def test_start_from_names_the_run_that_the_notes_make():
         config = cli.load_config(f"configs/{method}.py:cifar10_lt")
         note = pathlib.Path(ROOT / "configs" / "at.py").read_text()
         assert f"--workdir={config.train.start_from}" in note
+
+
+@functools.cache
+def fields(method, data):
+    """All fields of a config by their full names."""
+
+    def flatten(tree, prefix):
+        for key, value in tree.items():
+            yield from (
+                flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+            )
+
+    return dict(flatten(json.loads(build.to_json(cli.load_config(f"configs/{method}.py:{data}"))), ""))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("data", IMAGENETS)
+def test_on_the_imagenets_a_method_changes_what_it_changes_on_cifar100(method, data):
+    config = cli.load_config(f"configs/{method}.py:{data}")
+    assert config.is_locked
+    again = ConfigDict(json.loads(build.to_json(config)))
+    assert build.to_json(again) == build.to_json(config)
+    assert not build.differences(again, config)
+    build.validate(config)
+
+    there, at_there, found, at = (
+        fields(*key) for key in ((method, "cifar100_lt"), ("at", "cifar100_lt"), (method, data), ("at", data))
+    )
+    changed = {key: value for key, value in there.items() if at_there.get(key, ...) != value}
+    assert changed or method == "at"
+    for key in changed.keys() & {"attack.step_size", "objective.max_epsilon"}:  # these follow epsilon
+        assert found[key] / at["threat.epsilon"] == pytest.approx(changed[key] / at_there["threat.epsilon"])
+        changed[key] = found[key]
+    if "train.start_from" in changed:
+        changed["train.start_from"] = f"runs/{data}/at"
+    kept = {key: value for key, value in at.items() if key in there or key not in at_there}
+    assert found == kept | changed
+
+
+@pytest.mark.parametrize(
+    ("data", "pixels", "training", "expected"),
+    [
+        (
+            "tiny_imagenet_lt",
+            (64, 64),
+            "crop_flip",
+            {"data.ratio": 0.1, "data.train_list": "", "model.stem": "small", "threat.epsilon": 8 / 255},
+        ),
+        (
+            "imagenet_lt",
+            (224, 256),
+            "resized_crop_flip",
+            {
+                "data.ratio": 1.0,
+                "data.train_list": "ImageNet_LT_train.txt",
+                "data.test_list": "ImageNet_LT_test.txt",
+                "model.stem": "imagenet",
+                "threat.epsilon": 4 / 255,
+                "schedule.lr": 0.1,
+                "schedule.milestones": [30, 60, 80],
+                "optimizer.weight_decay": 1e-4,
+                "train.batch_size": 256,
+                "train.epochs": 90,
+            },
+        ),
+    ],
+)
+def test_the_imagenets(data, pixels, training, expected):
+    config, found = cli.load_config(f"configs/at.py:{data}"), fields("at", data)
+    assert expected.items() <= found.items()
+    assert (config.data.image_size, config.data.resize) == pixels
+    assert config.train.augmentation == training
+    assert config.schedule.name == "paper"
+    assert config.attack.step_size == config.evaluation.step_size == config.threat.epsilon / 4
+    assert config.evaluation.epsilon == config.threat.epsilon
+    assert (
+        "path" in build.call("data set", sources.SOURCES, config.data).keywords
+    )  # which takes all others too
+    assert build.call("model", models.BACKBONES, config.model)().blocks == (3, 4, 6, 3)
+    smaller = cli.apply_overrides(config, ["--config.model.name=resnet18"]).model
+    backbone = build.call("model", models.BACKBONES, smaller)()
+    assert (backbone.blocks, backbone.stem) == ((2, 2, 2, 2), expected["model.stem"])
+
+
+@pytest.mark.parametrize(("method", "start", "factor"), [("fgsm", "clean", 1.0), ("fast", "uniform", 1.25)])
+@pytest.mark.parametrize("data", [*DATA, *IMAGENETS])
+def test_one_step_follows_epsilon(method, start, factor, data):
+    config = cli.load_config(f"configs/{method}.py:{data}")
+    assert (config.attack.steps, config.attack.start) == (1, start)
+    assert config.attack.step_size == pytest.approx(factor * config.threat.epsilon)
+    changed = cli.apply_overrides(config, ["--config.threat.epsilon=0.05"])
+    assert changed.attack.step_size == pytest.approx(factor * 0.05)
+    assert changed.evaluation.epsilon == 0.05

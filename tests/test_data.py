@@ -255,6 +255,98 @@ def test_without_padding_only_flips_are_left():
     assert 0 < kept.sum() < 40
 
 
+# ---------------------------------------------------------------- the table of augmentations
+
+SIDE, OUT = 240, 16
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """What 1500 resized crops of one image show of their boxes, from pixels that tell their own position."""
+    rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.uint8)
+    image = np.stack([rows, columns], axis=-1)
+    augment = jax.jit(data.AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
+    keys = jax.random.split(jax.random.key(5), 1500).reshape(15, 100)
+    images = np.tile(image, (100, 1, 1, 1))
+    out = np.concatenate([augment(some, images, (OUT, OUT)) for some in keys])
+    assert out.dtype == np.uint8
+    assert out.shape == (1500, OUT, OUT, 2)
+    # Away from the image's edge the antialiasing filter gives a pixel's centre exactly, before rounding.
+    first, last = 2, OUT - 3
+    down = out[:, :, OUT // 2, 0].astype(float)
+    across = out[:, OUT // 2, :, 1].astype(float)
+    height = (down[:, last] - down[:, first]) * OUT / (last - first)
+    width = (across[:, last] - across[:, first]) * OUT / (last - first)
+    top = down[:, first] + 0.5 - (first + 0.5) * height / OUT
+    left = np.minimum(across[:, first], across[:, last]) + 0.5 - (first + 0.5) * abs(width) / OUT
+    return {"top": top, "left": left, "height": height, "width": abs(width), "flipped": width < 0}
+
+
+def test_resized_crops_have_the_area_and_the_ratio_of_the_definition(parts):
+    area = parts["height"] * parts["width"] / SIDE**2
+    assert 0.06 < area.min() < 0.11
+    assert area.max() > 0.97
+    # Up to 3/4 nothing is clipped, so areas are uniform: three standard deviations are 0.04.
+    for bound in (0.2, 0.4, 0.6, 0.75):
+        assert abs((area < bound).mean() - (bound - 0.08) / 0.92) < 0.04, bound
+    ratio = np.log(parts["width"] / parts["height"])[(area > 0.3) & (area < 0.75)] / np.log(4 / 3)
+    assert abs(ratio).max() < 1.06
+    for bound in (-0.5, 0, 0.5):
+        assert abs((ratio < bound).mean() - (bound + 1) / 2) < 0.07, bound
+
+
+def test_resized_crops_lie_anywhere_in_the_image_and_half_are_flipped(parts):
+    assert 0.44 < parts["flipped"].mean() < 0.56
+    room = SIDE - np.stack([parts["height"], parts["width"]])
+    corner = np.stack([parts["top"], parts["left"]])
+    assert corner.min() > -2
+    assert (corner - room).max() < 2
+    wide = (room > 60).all(axis=0)  # elsewhere the rounding to grey levels hides the place
+    place = corner[:, wide] / room[:, wide]
+    for bound in (0.25, 0.5, 0.75):
+        assert (abs((place < bound).mean(axis=1) - bound) < 0.06).all(), bound
+    assert abs(np.corrcoef(place)[0, 1]) < 0.1
+
+
+def test_resized_crop_depends_on_the_own_key_only():
+    augment = jax.jit(data.AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
+    images = np.random.default_rng(0).integers(0, 256, (6, 9, 8, 3), dtype=np.uint8)
+    keys = jax.random.split(jax.random.key(7), 6)
+    whole = augment(keys, images, (5, 7))
+    assert whole.shape == (6, 5, 7, 3)
+    assert np.array_equal(whole[::-1], augment(keys[::-1], images[::-1], (5, 7)))
+    twins = augment(keys, np.tile(images[:1], (6, 1, 1, 1)), (5, 7))
+    assert len({one.tobytes() for one in np.asarray(twins)}) == 6
+
+
+def test_the_whole_image_as_part_is_the_image_itself():
+    image = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
+    same = data._resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
+    assert same.dtype == np.uint8
+    assert np.array_equal(same, image)
+    corner = data._resized_part(image, jnp.array([2.0, 5.0]), jnp.array([4.0, 6.0]), (4, 6))
+    assert np.array_equal(corner, image[2:6, 5:11])
+
+
+@pytest.mark.parametrize("value", [0, 16, 255])
+def test_resizing_keeps_a_flat_image_flat(value):
+    image = np.full((9, 9, 1), value, np.uint8)
+    for corner, extent in (((0, 0), (9, 9)), ((0.3, 2.9), (8.7, 3.1)), ((6.5, 0), (2.5, 9))):
+        out = data._resized_part(image, jnp.array(corner, float), jnp.array(extent, float), (4, 13))
+        assert np.array_equal(out, np.full((4, 13, 1), value, np.uint8))
+
+
+def test_augmentations_that_keep_the_size():
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    keys = jax.random.split(jax.random.key(7), 6)
+    assert np.array_equal(data.AUGMENTATIONS["none"](keys, images, (8, 8)), images)
+    cropped = data.AUGMENTATIONS["crop_flip"](keys, images, (8, 8))
+    assert np.array_equal(cropped, crop_flip(keys, images))
+    for name in ("none", "crop_flip"):
+        with pytest.raises(ValueError, match=r"keeps the images' size \(8, 8\); \(8, 4\) asked for"):
+            data.AUGMENTATIONS[name](keys, images, (8, 4))
+
+
 # ---------------------------------------------------------------- check_dataset
 
 
@@ -277,6 +369,34 @@ def test_good_dataset_passes():
     assert dataset.class_counts.dtype == np.int64
 
 
+def test_train_images_may_be_larger_than_test_images():
+    dataset = small_dataset(train_images=np.zeros((5, 6, 7, 1), np.uint8))
+    assert data.check_dataset(dataset) is dataset
+
+
+class Unread:
+    """Images of which only the shape is known."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, ids):
+        raise AssertionError("an image was read")
+
+
+def test_images_in_files_are_checked_without_reading_them():
+    good = small_dataset(train_images=Unread(5, 4, 4, 1), test_images=Unread(3, 2, 2, 1))
+    assert data.check_dataset(good) is good
+    for shape in ((4, 4, 4, 1), (5, 4, 4, 3), (5, 4, 4)):
+        with pytest.raises(InputError, match="train"):
+            data.check_dataset(good._replace(train_images=Unread(*shape)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,7 +412,10 @@ def test_good_dataset_passes():
             {"test_images": np.zeros((0, 4, 4, 1), np.uint8), "test_labels": np.zeros(0, np.int32)},
             "test set: class 0 has no image",
         ),
-        ({"test_images": np.zeros((3, 5, 4, 1), np.uint8)}, "train and test images differ in shape"),
+        (
+            {"test_images": np.zeros((3, 4, 4, 3), np.uint8)},
+            "train images have 1 channels and test images 3",
+        ),
         ({"train_images": np.full((5, 4, 4, 1), 17, np.uint8)}, "pixels up to 17, above pixel_max 16"),
     ],
 )

@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # A module imports from layers above its own line only. A new module needs a place here.
 LAYERS = (
     {"errors"},
-    {"losses", "models", "state", "logs", "page", "figures"},
+    {"losses", "models", "state", "logs", "hosts", "page", "figures"},
     {
         "attacks",
         "classifiers",
@@ -26,6 +26,7 @@ LAYERS = (
         "torch_import",
         "parallel",
     },
+    {"folders"},
     {"objectives", "sources", "comparison", "paper", "autopgd", "fab", "square", "victim", "unfinished"},
     {"autoattack", "audit"},
     {"build"},
@@ -37,6 +38,7 @@ OWNERS = {
     "orbax": {"checkpoints"},
     "matplotlib": {"figures"},
     "tensorboardX": {"logs"},
+    "grain": {"folders"},
     "tensorflow": set(),
     "tensorflow_datasets": {"sources"},
     "torch": {"torch_import"},

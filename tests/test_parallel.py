@@ -1,51 +1,170 @@
-"""Several devices give the numbers of one, whichever way they are used."""
+"""Several devices give the numbers of one, whichever way they are used (robal_jax.parallel)."""
 
 import json
 import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
+
+from experiments.benchmarks import layouts
+from robal_jax import build, cli, parallel, train
+
+STEPS = 8
+# float64's resolution 2^-52 times what grows it: sums over a batch of values up to 14, eight updates, and
+# batch norm's division by small standard deviations. A wrong term would show at 1e-3.
+BOUND = 1e-11
+
+
+# ---------------------------------------------------------------- whole runs, by the command line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run in float64 on each layout; not trained twice."""
+    folder, runs = tmp_path_factory.mktemp("layouts"), {}
+    env = {"JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations")}
+
+    def run(layout):
+        if layout not in runs:
+            runs[layout] = layouts.train(layout, folder / str(len(runs)), STEPS, **env)
+        return runs[layout]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layouts.Layout("jit", 4),
+        layouts.Layout("pmap", 4),
+        layouts.Layout("jit", 2, 2),
+        layouts.Layout("pmap", 2, 2),
+    ],
+    ids=str,
+)
+def test_layouts_train_the_same(trained, layout):
+    one, many = trained(layouts.Layout()), trained(layout)
+    assert len(one.losses) == STEPS
+    assert all(array.dtype == np.float64 for array in (*one.params.values(), *one.stats.values()))
+    assert max(layouts.differences(one, many)) < BOUND
+
+
+# ---------------------------------------------------------------- parts of a batch, on four devices
 
 SCRIPT = """
 import json, sys
 from functools import partial
 import jax, numpy as np
-from robal_jax import build, cli, parallel, train
+from robal_jax import attacks, build, cli, parallel, train
 
-def two_steps(layout, devices):
+def two_steps(layout, count, *overrides):
     config = cli.load_config(f"{sys.argv[1]}/configs/robal_n.py:digits_lt")
-    config = cli.apply_overrides(config, [f"--config.train.layout={layout}", "--config.train.crop_flip=true"])
-    job = build.training(config)
-    jax.local_devices = lambda: devices
-    chunk = train.compiled_chunk(job)
-    ids, _ = train.chunk_ids(job, 0)
-    data = train.DeviceData(job.data.train_images, job.data.train_labels)
-    positions = jax.numpy.arange(job.batch_size)
-    return jax.device_get(chunk(train.initial_state(job), data, ids, 2, jax.random.key(0), positions))
+    settings = (f"layout={layout}", "augmentation=crop_flip", "steps_per_dispatch=2", *overrides)
+    job = build.training(cli.apply_overrides(config, [f"--config.train.{setting}" for setting in settings]))
+    devices = jax.devices()[:count]
+    data = train.Examples(job.data.train_images, job.data.train_labels)
+    state, data, key = parallel.replicate((train.initial_state(job), data, jax.random.key(0)), devices)
+    chunk, (ids, _) = train.compiled_chunk(job, devices), next(train.chunks(job, 0))
+    state, sums = jax.device_get(chunk(state, data, ids, 2, key, train.positions(job)))
+    return state.params, state.stats, sums
 
-devices = jax.devices()
-one = two_steps("jit", devices[:1])
+def gap(one, other):
+    differences = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one, other)
+    return max(jax.tree.leaves(differences))
+
+own = "sync_batch_norm=False"
+whole = two_steps("jit", 1)
+parts = two_steps("jit", 1, "accumulation_steps=4")
 for layout in parallel.LAYOUTS:
-    many = two_steps(layout, devices)
-    gap = max(float(np.max(np.abs(a - b))) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many)))
-    print(json.dumps([layout, len(devices), int(many[0].step), gap]))
+    print(json.dumps({
+        "whole batch on four": gap(whole, two_steps(layout, 4)),
+        "four parts on one, each device its own on four": gap(parts, two_steps(layout, 4, own)),
+        "the same, two by two": gap(parts, two_steps(layout, 2, own, "accumulation_steps=2")),
+        "four parts, in common on two": gap(parts, two_steps(layout, 2, "accumulation_steps=4")),
+        "parts are not the whole": gap(whole, parts),
+    }))
+
+rng, traces = np.random.RandomState(0), []
+images, labels = rng.rand(8, 4, 4, 1).astype(np.float32), np.arange(8) % 3
+weight, keys = rng.randn(16, 3).astype(np.float32), jax.random.split(jax.random.key(1), 8)
+
+def predict(weight, images):
+    traces.append(1)
+    return images.reshape(len(images), -1) @ weight
+
+pgd = partial(attacks.pgd, threat=attacks.ThreatModel(0.1), steps=5, step_size=0.025)
+expected = pgd(partial(predict, weight), keys, images, labels)
+for layout in parallel.LAYOUTS:
+    attack = parallel.attack(predict, pgd, layout=layout)
+    del traces[:]
+    found = [np.asarray(attack(weight, keys, images, labels)) for _ in range(2)]
+    print(json.dumps([len(jax.devices()), gap(expected, found[0]), gap(*found), len(traces) < 4]))
 """
 
 
 @pytest.fixture(scope="module")
-def gaps():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+def said():
+    flags = "--xla_force_host_platform_device_count=4"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(ROOT)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("layout", ["jit", "pmap"])
-def test_four_devices_equal_one(gaps, layout):
-    (found,) = [row for row in gaps if row[0] == layout]
-    assert found[1:3] == [4, 2]
-    # Only the order of float32 sums over the batch differs: a few ulp of the sums' largest value, 14 (2^-20).
-    assert found[3] < 16 * 2.0**-20
+@pytest.mark.parametrize("layout", range(2), ids=list(parallel.LAYOUTS))
+def test_the_parts_of_a_batch_may_lie_on_any_devices(said, layout):
+    gaps = said[layout]
+    assert gaps.pop("parts are not the whole") > 1e-3
+    assert len(gaps) == 4
+    for what, gap in gaps.items():
+        assert gap < BOUND, what
+
+
+@pytest.mark.parametrize("layout", range(2), ids=list(parallel.LAYOUTS))
+def test_an_attack_by_itself(said, layout):
+    devices, from_plain, from_again, traced_once = said[2 + layout]
+    assert devices == 4
+    assert from_plain < 1e-6  # float32 images
+    assert from_again == 0
+    assert traced_once
+
+
+# ---------------------------------------------------------------- what each process feeds
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_an_epoch(monkeypatch, processes, accumulation):
+    config = cli.load_config("configs/at.py:digits_lt")
+    job = build.training(cli.apply_overrides(config, [f"--config.train.accumulation_steps={accumulation}"]))
+    whole = [train.step_ids(job, step) for step in range(job.steps_per_epoch)]
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    ids, positions = [], []
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        rows, count = next(train.chunks(job, 0))
+        assert count == job.steps_per_epoch == 5
+        ids.append(rows[:count])
+        positions.append(train.positions(job))
+    np.testing.assert_array_equal(np.concatenate(ids, axis=-1), whole)
+    everyone = np.concatenate([shown.ravel() for shown in ids])
+    assert len(set(everyone)) == len(everyone) == 5 * 64  # nobody's is another's
+    assert sorted(np.concatenate([x.ravel() for x in positions])) == list(range(64))
+    # Who stands where in the batch is the same for all numbers of processes.
+    np.testing.assert_array_equal(np.concatenate(positions, axis=-1), np.arange(64).reshape(accumulation, -1))
+
+
+def test_a_batch_that_cannot_be_spread(tmp_path):
+    config = cli.load_config("configs/at.py:digits_lt")
+    config = cli.apply_overrides(config, ["--config.train.accumulation_steps=3"])
+    with pytest.raises(
+        train.InputError, match=r"batch_size is 64; .*1, times config.train.accumulation_steps, 3"
+    ):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -413,7 +413,7 @@ def test_sources_take_the_common_arguments():
     for name, load in sources.SOURCES.items():
         parameters = inspect.signature(load).parameters
         assert {"ratio", "profile", "seed"} <= parameters.keys()
-        assert ("path" in parameters) == name.startswith("cifar")
+        assert ("path" in parameters) == (name != "digits_lt")
         assert "name" not in parameters
 
 

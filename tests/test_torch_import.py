@@ -219,6 +219,7 @@ def named(model, num_classes=10):
 
 
 W28 = {"name": "wide_resnet", "depth": 28, "widen": 10}
+R50 = {"name": "resnet50", "stem": "imagenet"}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +235,11 @@ W28 = {"name": "wide_resnet", "depth": 28, "widen": 10}
             {"name": "resnet18"},
             W28,
             r"of a ResNet-18, .*set config\.model = ConfigDict\(\{'name': 'resnet18'\}\)$",
+        ),
+        (
+            R50 | {"stem": "small"},
+            R50,
+            r"of a small ResNet-50, .* says ResNet-50; give --config\.model\.stem=small$",
         ),
         (
             {"name": "small_cnn"},
@@ -270,6 +276,23 @@ def test_relatives_of_resnet18_are_told_apart(changes, name):
     found = torch_import.shapes(random_state(*NETWORKS["resnet18"])[2]) | changes
     found = {key: shape for key, shape in found.items() if shape is not None}
     assert torch_import.architecture(found)[:2] == (name, {})
+
+
+@pytest.mark.parametrize(("stem", "name"), [("imagenet", "ResNet-50"), ("small", "small ResNet-50")])
+def test_resnet50_has_torchvisions_names_and_is_told_apart(stem, name):
+    network = models.Network(models.ResNet50(stem=stem), classifiers.LinearHead(3))
+    found = torch_import.torch_shapes(*shapes(network), {"backbone.": "", "classifier.": "fc."})
+    names = {"layer1.0.downsample.1.running_mean": (256,), "layer3.5.conv2.weight": (256, 256, 3, 3)}
+    assert names.items() <= found.items()
+    assert torch_import.architecture(found) == (name, {"name": "resnet50", "stem": stem}, 3, "", "fc.")
+    for change in (
+        {"layer1.0.conv3.weight": (256, 128, 1, 1)},  # twice as wide, or grouped
+        {"layer1.0.conv3.weight": ()},  # ResNet-34 has none
+        {"layer3.6.conv1.weight": (256, 1024, 1, 1)},
+    ):
+        relative = torch_import.architecture(found | change)
+        assert re.match(r"ResNet with stages of \[3, 4, [67], 3\] blocks", relative.name)
+        assert not relative.model
 
 
 def test_relatives_of_wide_resnet_are_told_apart():
@@ -646,7 +669,7 @@ def test_from_pytorch_and_back(safetensors, tmp_path, name):
     images = (np.random.RandomState(1).randint(0, 256, (4, 32, 32, 3)) / 255).astype(np.float32)
     with torch.inference_mode():
         theirs = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
-    _, arrays, _ = checkpoints.read_latest(run)
+    arrays, *_ = checkpoints.read_latest(run)
     model = build.model(build.read_config(run), np.ones(10, int), precision="highest")
     ours = np.asarray(jax.jit(model.predict)(arrays["params"], arrays["stats"], images))
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()

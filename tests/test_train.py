@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from test_checkpoints import empty, flip_a_bit, truncate
 
-from robal_jax import build, checkpoints, cli, logs, sources, train
+from robal_jax import build, checkpoints, cli, logs, parallel, sources, train
+from robal_jax.data import epoch_order
 from robal_jax.errors import DivergedError, InputError
 
 pytestmark = pytest.mark.usefixtures("compilations_are_kept")
@@ -89,14 +90,15 @@ def test_what_a_run_leaves(finished):
 def test_another_seed_is_another_run(finished):
     job, other = (build.training(tiny_config(*overrides)) for overrides in ((), ("seed=1",)))
     assert checkpoints.digest(train.initial_state(job)) != checkpoints.digest(train.initial_state(other))
-    assert not np.array_equal(train.chunk_ids(job, 0)[0], train.chunk_ids(other, 0)[0])
+    assert not np.array_equal(train.step_ids(job, 0), train.step_ids(other, 0))
 
 
-def test_one_compilation_serves_the_whole_run(monkeypatch, tmp_path):
-    original, kept = train.compiled_chunk, []
-    monkeypatch.setattr(train, "compiled_chunk", lambda job: kept.append(original(job)) or kept[-1])
-    run(tmp_path)
-    assert [chunk._cache_size() for chunk in kept] == [1]
+@pytest.mark.parametrize("layout", parallel.LAYOUTS)
+def test_one_compilation_serves_the_whole_run(layout, monkeypatch, tmp_path):
+    original, traces = train.train_chunk, []
+    monkeypatch.setattr(train, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
+    run(tmp_path, f"train.layout={layout}")
+    assert len(traces) == 1
 
 
 def test_steps_of_a_dispatch_change_nothing(finished, tmp_path):
@@ -115,13 +117,14 @@ def test_chunks_cover_an_epoch_once(sampler):
     assert job.steps_per_epoch % job.steps_per_dispatch  # the last chunk is shorter
     for epoch in (0, 1):
         step, end, seen = epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch, []
+        chunks = train.chunks(job, step)
         while step < end:
-            ids, count = train.chunk_ids(job, step)
-            assert ids.shape == (job.steps_per_dispatch, 48)
+            ids, count = next(chunks)
+            assert ids.shape == (job.steps_per_dispatch, 1, 48)
             seen.extend(ids[:count].ravel())
             step += count
         assert step == end  # no chunk reaches into the next epoch
-        order = train.epoch_order(sampler, job.data.train_labels, job.seed, epoch)
+        order = epoch_order(sampler, job.data.train_labels, job.seed, epoch)
         assert seen == order[: len(seen)].tolist()
         assert len(order) - len(seen) < 48
         if sampler == "uniform":
@@ -130,9 +133,9 @@ def test_chunks_cover_an_epoch_once(sampler):
 
 def test_chunks_do_not_depend_on_where_they_start():
     job = build.training(tiny_config())
-    rows_of = {step: train.chunk_ids(job, step)[0][0].tolist() for step in range(10)}
+    rows_of = {step: next(train.chunks(job, step))[0][0].tolist() for step in range(10)}
     for step in (0, 2, 5, 7):
-        assert train.chunk_ids(job, step)[0][1].tolist() == rows_of[step + 1]
+        assert next(train.chunks(job, step))[0][1].tolist() == rows_of[step + 1]
 
 
 def test_example_keys_are_all_different():

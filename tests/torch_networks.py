@@ -95,6 +95,49 @@ class ResNet18(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class Bottleneck(nn.Module):
+    """Post-activation; the stride stands at the 3x3 convolution."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        if stride > 1 or inputs != 4 * width:
+            self.downsample = nn.Sequential(conv(inputs, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        shortcut = self.downsample(x) if hasattr(self, "downsample") else x
+        return (self.bn3(self.conv3(y)) + shortcut).relu()
+
+
+class ResNet50(nn.Module):
+    """The names are torchvision's; with the small stem (3x3, stride 1) there is no pooling."""
+
+    def __init__(self, num_classes, stem="imagenet"):
+        super().__init__()
+        large = stem == "imagenet"
+        self.conv1, self.bn1 = conv(3, 64, 7, 2) if large else conv(3, 64, 3), nn.BatchNorm2d(64)
+        self.pool = nn.MaxPool2d(3, 2, padding=1) if large else nn.Identity()
+        outputs = [64, 256, 512, 1024, 2048]
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(
+                *[
+                    Bottleneck(outputs[i + (j > 0)], 64 * 2**i, 2 if i and not j else 1)
+                    for j in range((3, 4, 6, 3)[i])
+                ]
+            )
+            for i in range(4)
+        )
+        self.fc = nn.Linear(2048, num_classes)
+
+    def forward(self, x):
+        x = self.pool(self.bn1(self.conv1(x)).relu())
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
 class CosineHead(nn.Module):
     """RoBal's scale-invariant classifier: a frozen bias and, where it is trained, an unused ``moving_ed``."""
 

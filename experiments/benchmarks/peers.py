@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
     job = build.evaluation(build.read_config(workdir))
-    _, arrays, _ = checkpoints.read_latest(workdir)
+    arrays, *_ = checkpoints.read_latest(workdir)
     threat = attacks.ThreatModel(float(values["epsilon"] or job.threat.epsilon), norm)
     logits_fn = jax.jit(partial(job.predict, arrays["params"], arrays["stats"]))
     twin = SmallCNN(torch_import.to_state_dict(arrays["params"], arrays["stats"], {}))

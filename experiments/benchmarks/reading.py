@@ -1,0 +1,106 @@
+"""What reading images from files costs: python experiments/benchmarks/reading.py [--images=400] [--batch=50].
+
+Writes smooth random images as files of three kinds, then times, in turn in one process, how fast
+``folders.stream`` gives batches of them with 1, 4 and 16 threads and how fast an array in memory does; prints
+medians and ratios. The files come from the operating system's cache, so this is the cost of decoding.
+"""
+
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from robal_jax import cli
+from robal_jax.folders import ImageFiles, stream
+
+THREADS, AHEAD = (1, 4, 16), 4
+
+
+class Kind(NamedTuple):
+    """Image files: their format, the side in the file, the side of the square that is used."""
+
+    extension: str
+    side: int
+    used: int
+
+
+KINDS = (Kind("png", 64, 64), Kind("jpg", 64, 64), Kind("jpg", 256, 224))
+
+
+def write(folder: pathlib.Path, kind: Kind, count: int) -> ImageFiles:
+    """Files that compress about as photographs do: smooth, with a little noise."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((kind.side, kind.side), Image.Resampling.BICUBIC))
+        noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+        paths.append(str(folder / f"{kind.side}-{i}.{kind.extension}"))
+        Image.fromarray(noisy).save(paths[-1], quality=90)
+    return ImageFiles(tuple(paths), kind.side, kind.used)
+
+
+def rate(batches: Iterable[np.ndarray]) -> float:
+    """Images a second."""
+    started = time.perf_counter()
+    count = sum(len(batch) for batch in batches)
+    return count / (time.perf_counter() - started)
+
+
+def row(kind: Kind, files: ImageFiles, batch: int, repeats: int) -> str:
+    """One line of the table."""
+    array = files[:]
+    steps = range(len(files) // batch)
+    order = np.random.default_rng(0).permutation(len(files))
+
+    def ids_of_step(step: int) -> np.ndarray:
+        return order[step * batch : (step + 1) * batch]
+
+    rates: dict[int, list[float]] = {0: [], **{threads: [] for threads in THREADS}}
+    for _ in range(repeats):
+        rates[0].append(rate(array[ids_of_step(step)] for step in steps))
+        for threads in THREADS:
+            rates[threads].append(rate(stream(files, ids_of_step, steps, threads=threads, ahead=AHEAD)))
+    memory, *folder = (statistics.median(values) for values in rates.values())
+    cells = [f"{value:,.0f} ({memory / value:.0f} : 1)" for value in folder]
+    size = statistics.mean(pathlib.Path(path).stat().st_size for path in files.paths) / 1024
+    name = f"{kind.extension.upper()}, {kind.side} px, {size:.0f} KiB, {kind.used} used"
+    return f"| {' | '.join([name, f'{memory:,.0f}', *cells])} |"
+
+
+def main(arguments: list[str]) -> None:
+    """Times everything, prints a table."""
+    texts = {
+        "images": "files of each kind, 400",
+        "batch": "images a step, 50",
+        "repeats": "timed passes of each, 5",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    count, batch, repeats = (
+        int(values[name] or default) for name, default in (("images", 400), ("batch", 50), ("repeats", 5))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = {kind: write(pathlib.Path(folder), kind, count) for kind in KINDS}
+        first = kinds[KINDS[0]]
+        rate(stream(first, lambda step: np.full(batch, step), range(1), threads=1, ahead=1))  # imports grain
+        print(
+            f"Images a second, and the ratio of memory to folder; {count} files, batch {batch}, "
+            f"{AHEAD} steps ahead, Pillow {PIL.__version__}, medians of {repeats}\n"
+        )
+        print(f"| files | array in memory | {' | '.join(f'{n} thread(s)' for n in THREADS)} |")
+        print("|---" * (2 + len(THREADS)) + "|")
+        for kind, files in kinds.items():
+            print(row(kind, files, batch, repeats))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,472 @@
+"""Images in files: reading them, folders and lists as data sets, reading ahead (robal_jax.folders)."""
+
+import functools
+import gc
+import pickle
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robal_jax import data, sources
+from robal_jax.errors import InputError
+from robal_jax.folders import ImageFiles, load_image_folder, stream
+
+CLASSES = {"ant": (9, 3), "bee": (7, 2), "cat": (8, 2)}  # train and test images of each
+
+
+def pixels(seed, height=10, width=12, channels=(3,)):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+
+def write(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A data set of PNG files, each of other pixels."""
+    root = tmp_path_factory.mktemp("images")
+    seed = 0
+    for name, counts in CLASSES.items():
+        for split, count in zip(("train", "val"), counts, strict=True):
+            for i in range(count):
+                write(root / split / name / f"{i:02d}.png", pixels(seed))
+                seed += 1
+    return root
+
+
+@pytest.fixture
+def root(original, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(original, tmp_path / "images")
+
+
+load = functools.partial(load_image_folder, image_size=8, resize=10)
+
+
+def files(root, split, name):
+    return sorted((root / split / name).iterdir())
+
+
+def plain(path, size):
+    """What is to be read of a file whose shorter side, 10, needs no resizing: its centre."""
+    image = np.asarray(Image.open(path))
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def write_list(root, name, lines):
+    (root / name).write_text("\n".join(lines) + "\n")
+    return name
+
+
+def lines_of(root, split):
+    return [
+        f"{split}/{name}/{file.name} {label}"
+        for label, name in enumerate(CLASSES)
+        for file in files(root, split, name)
+    ]
+
+
+def refused(message, root, **arguments):
+    with pytest.raises(InputError, match=message) as caught:
+        load(str(root), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- ImageFiles
+
+
+def test_png_files_are_read_exactly(tmp_path):
+    colour, grey = pixels(0, 10, 10), pixels(1, 10, 10, ())
+    write(tmp_path / "colour.png", colour)
+    write(tmp_path / "grey.png", grey)
+    write(tmp_path / "alpha.png", np.dstack([colour, grey]))
+    write(tmp_path / "colour.bmp", colour)
+    write(tmp_path / "colour.webp", colour, lossless=True)
+    Image.fromarray(grey, "L").convert("P").save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    names = ("colour.png", "grey.png", "alpha.png", "colour.bmp", "colour.webp", "palette.png")
+    images = ImageFiles(names, 10, 10, str(tmp_path))
+    stacked = np.repeat(grey[..., None], 3, axis=-1)
+    assert np.array_equal(images[np.arange(6)], np.stack([colour, stacked, colour, colour, colour, stacked]))
+
+
+def test_ids_of_any_shape(tmp_path):
+    arrays = np.stack([pixels(i, 6, 6) for i in range(4)])
+    for i, array in enumerate(arrays):
+        write(tmp_path / f"{i}.png", array)
+    images = ImageFiles(tuple(f"{i}.png" for i in range(4)), 6, 6, str(tmp_path))
+    assert (images.shape, images.dtype, len(images)) == (arrays.shape, arrays.dtype, 4)
+    for ids in (2, np.int32(3), [1, 0, 0], np.array([[3], [1]]), np.zeros((0, 2), int), slice(1, 3), -1):
+        found = images[ids]
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, arrays[ids]), ids
+    assert pickle.loads(pickle.dumps(images)) == images
+    assert np.array_equal(pickle.loads(pickle.dumps(images))[:], arrays)
+    with pytest.raises(IndexError):
+        images[4]
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 30), (30, 41), (12, 20), (17, 17)])
+def test_the_shorter_side_is_resized_and_the_centre_cut_out(tmp_path, height, width):
+    write(tmp_path / "one.jpg", pixels(0, height, width), quality=90)
+    decoded = Image.open(tmp_path / "one.jpg")
+    shorter = min(height, width)
+    resized = decoded.resize((width * 20 // shorter, height * 20 // shorter), Image.Resampling.BILINEAR)
+    top, left = (resized.height - 15) // 2, (resized.width - 15) // 2
+    expected = np.asarray(resized)[top : top + 15, left : left + 15]
+    images = ImageFiles((str(tmp_path / "one.jpg"),), resize=20, size=15)
+    assert np.array_equal(images[0], expected)
+
+
+def test_an_image_of_the_right_size_is_not_resized(tmp_path, monkeypatch):
+    write(tmp_path / "one.png", pixels(0, 9, 7))
+    monkeypatch.setattr(Image.Image, "resize", None)
+    images = ImageFiles((str(tmp_path / "one.png"),), resize=7, size=4)
+    assert np.array_equal(images[0], pixels(0, 9, 7)[2:6, 1:5])
+
+
+def damage(content):
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("spoil", [damage, lambda _: b"", lambda _: b"no image", None])
+@pytest.mark.parametrize("name", ["one.png", "one.jpg"])
+def test_a_missing_or_damaged_file_is_named(tmp_path, spoil, name):
+    write(tmp_path / "good.png", pixels(0, 64, 64))
+    write(tmp_path / name, pixels(1, 64, 64))
+    if spoil:
+        (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
+    else:
+        (tmp_path / name).unlink()
+    images = ImageFiles(("good.png", name), 64, 64, str(tmp_path))
+    assert images[0].shape == (64, 64, 3)
+    with pytest.raises(InputError, match=rf"cannot read image .*/{name} \(\w+.*\); put it right") as caught:
+        images[np.array([0, 1])]
+    assert "\n" not in str(caught.value)
+
+
+def test_sixteen_bits_a_channel_are_refused_rather_than_clipped(tmp_path):
+    write(tmp_path / "deep.png", pixels(0, 8, 8, ()).astype(np.uint16) * 257)
+    with pytest.raises(InputError, match=r"deep\.png .*more than 8 bits a channel"):
+        ImageFiles((str(tmp_path / "deep.png"),), 8, 8)[0]
+
+
+@pytest.mark.parametrize("size", [0, 9])
+def test_crop_that_does_not_fit(size):
+    with pytest.raises(ValueError, match=r"size must be in 1\.\.resize \(8\)"):
+        ImageFiles((), 8, size)
+
+
+def test_identity_stands_for_the_files_and_not_for_their_place(root, tmp_path):
+    def identity(root):
+        return load(str(root)).train_images.identity().tobytes()
+
+    before = identity(root)
+    moved = shutil.copytree(root, tmp_path / "elsewhere")
+    assert identity(moved) == before
+    images = load(str(root)).train_images
+    others = [ImageFiles(images.paths, 12, 10, images.root), ImageFiles(images.paths, 10, 9, images.root)]
+    others += [
+        ImageFiles(images.paths[::-1], 10, 10, images.root),
+        ImageFiles(images.paths, 11, 10, images.root),
+    ]
+    assert len({before, *(other.identity().tobytes() for other in others)}) == 5
+    with (root / "train" / "bee" / "03.png").open("ab") as file:
+        file.write(b"\0")
+    assert identity(root) != before
+    (moved / "train" / "bee" / "03.png").rename(moved / "train" / "bee" / "3.png")
+    assert identity(moved) != before
+    (root / "train" / "bee" / "03.png").unlink()
+    with pytest.raises(InputError, match=r"cannot read image .*bee/03\.png"):
+        images.identity()
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folders_are_the_data_set(original):
+    dataset = load(str(original))
+    assert dataset.class_names == ("ant", "bee", "cat")
+    assert dataset.class_counts.tolist() == [9, 7, 8]
+    assert dataset.train_labels.tolist() == [0] * 9 + [1] * 7 + [2] * 8
+    assert np.bincount(dataset.test_labels).tolist() == [3, 2, 2]
+    assert dataset.train_images.shape == (24, 10, 10, 3)
+    assert dataset.test_images.shape == (7, 8, 8, 3)
+    assert dataset.pixel_max == 255
+    train = [plain(file, 10) for name in CLASSES for file in files(original, "train", name)]
+    test = [plain(file, 8) for name in CLASSES for file in files(original, "val", name)]
+    assert np.array_equal(dataset.train_images[:], np.stack(train))
+    assert np.array_equal(dataset.test_images[:], np.stack(test))
+
+
+def test_folders_may_have_other_names_and_folders_in_them(original, root):
+    expected = load(str(original))
+    (root / "val").rename(root / "held out")
+    (root / "train" / "bee").rename(root / "train" / "images")
+    (root / "train" / "bee").mkdir()
+    (root / "train" / "images").rename(root / "train" / "bee" / "images")
+    (root / "train" / "bee" / "boxes.txt").write_text("not an image")
+    # What a file is, its content tells; its name, whether it is read at all.
+    for file, suffix in zip(
+        files(root, "train", "ant"), [".PNG", ".jpg", ".JPEG", ".bmp", ".WebP"], strict=False
+    ):
+        file.rename(file.with_suffix(suffix))
+    found = load(str(root), test="held out")
+    assert np.array_equal(found.train_images[:], expected.train_images[:])
+    assert np.array_equal(found.train_labels, expected.train_labels)
+    assert np.array_equal(found.test_images[:], expected.test_images[:])
+    assert found.class_names == expected.class_names
+    elsewhere = load(str(root / "train"), train=str(root / "train"), test=str(root / "held out"))
+    assert np.array_equal(elsewhere.train_images[:], expected.train_images[:])
+    assert np.array_equal(elsewhere.test_images[:], expected.test_images[:])
+
+
+def test_long_tailed_subset(original):
+    whole = load(str(original))
+    counts = data.long_tailed_counts(7, 3, 0.3)
+    assert counts.tolist() == [7, 3, 2]
+    for seed in (0, 1):
+        subset = load(str(original), ratio=0.3, seed=seed)
+        kept = data.long_tailed_indices(whole.train_labels, counts, seed)
+        assert subset.class_counts.tolist() == counts.tolist()
+        assert np.array_equal(subset.train_labels, whole.train_labels[kept])
+        assert np.array_equal(subset.train_images[:], whole.train_images[kept])
+        assert subset.test_images == whole.test_images
+    assert load(str(original), ratio=0.3, profile="step").class_counts.tolist() == [7, 2, 2]
+
+
+def test_source_of_that_name():
+    assert sources.SOURCES["image_folder"] is load_image_folder
+
+
+def test_no_path():
+    with pytest.raises(InputError, match=r"no folder of images given; set config\.data\.path"):
+        load_image_folder("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "message"),
+    [
+        (lambda root: None, {"train": "training"}, "no folder .*/training; it must hold one sub-folder"),
+        (lambda root: shutil.rmtree(root / "val"), {}, "no folder .*/val; it must hold"),
+        (shutil.rmtree, {}, "no folder .*/train; it must hold"),
+        (lambda root: None, {"test": "val/ant"}, "/val/ant has no sub-folder; it must hold one of images"),
+        (lambda root: (root / "train" / "dog").mkdir(), {}, r"no image in .*/train/dog; each class .*\.webp"),
+        (
+            lambda root: [file.rename(file.with_suffix(".txt")) for file in files(root, "val", "bee")],
+            {},
+            "no image in .*/val/bee; each class needs at least one",
+        ),
+        (
+            lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"),
+            {},
+            "must have the same classes: 2 occur in one only, such as 'bee'",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "val" / "cat"),
+            {},
+            "must have the same classes: 1 occur in one only, such as 'cat'",
+        ),
+        (lambda root: None, {"image_size": 11}, r"image_size 11 must be in 1\.\.resize \(10\)"),
+        (lambda root: None, {"image_size": 0}, r"image_size 0 must be in"),
+        (lambda root: None, {"ratio": 0.1}, "leaves class 2 without an image .head 7"),
+        (lambda root: None, {"ratio": 2.0}, "outside"),
+        (lambda root: None, {"ratio": 0.5, "profile": "flat"}, "choose one of exp, step"),
+    ],
+)
+def test_folders_that_cannot_be_used(root, spoil, arguments, message):
+    spoil(root)
+    refused(message, root, **arguments)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def test_lists_give_the_same_data_set_as_the_folders(root):
+    write_list(root, "train.txt", lines_of(root, "train"))
+    write_list(root, "test.txt", ["", *lines_of(root, "val"), "  "])
+    expected = load(str(root))
+    for lists in (
+        {"train_list": "train.txt", "test_list": "test.txt"},
+        {"train_list": "train.txt"},
+        {"test_list": str(root / "test.txt")},
+    ):
+        found = load(str(root), **lists)
+        assert found.train_images == expected.train_images
+        assert found.test_images == expected.test_images
+        assert np.array_equal(found.train_labels, expected.train_labels)
+        assert np.array_equal(found.test_labels, expected.test_labels)
+        assert found.train_labels.dtype == found.test_labels.dtype == np.int32
+        assert found.class_names == expected.class_names
+
+
+def test_a_list_is_taken_in_its_order_and_may_leave_images_out(root):
+    lines = lines_of(root, "train")
+    chosen = [lines[i] for i in (20, 3, 10, 1)]
+    found = load(str(root), train_list=write_list(root, "train.txt", chosen))
+    assert found.train_labels.tolist() == [2, 0, 1, 0]
+    assert np.array_equal(found.train_images[:], load(str(root)).train_images[[20, 3, 10, 1]])
+
+
+def test_classes_without_folders_of_their_own_are_called_by_their_numbers(root):
+    for i, split in enumerate(("train", "val")):
+        for label in range(2):
+            write(root / split / f"file {label}.png", pixels(10 * i + label))
+        write_list(root, f"{split}.txt", [f"{split}/file {label}.png {label}" for label in range(2)])
+    found = load(str(root), train_list="train.txt", test_list="val.txt")
+    assert found.class_names == ("0", "1")
+    assert found.train_labels.tolist() == [0, 1]
+    # The training list names the classes of a test list that does not, as ImageNet-LT's.
+    write_list(root, "train.txt", lines_of(root, "train"))
+    write_list(root, "val.txt", [f"val/file 0.png {label}" for label in (1, 2, 0)])
+    found = load(str(root), train_list="train.txt", test_list="val.txt")
+    assert found.class_names == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda lines: ["train/ant/00.png"],
+            r"train\.txt, line 1 is 'train/ant/00\.png'; it must have lines",
+        ),
+        (lambda lines: [*lines, "", "a.png 1.5"], r"train\.txt, line 26 is 'a\.png 1\.5'; it must"),
+        (lambda lines: [*lines, "a.png -1"], r"line 25 is 'a\.png -1'"),
+        (lambda lines: ["17", *lines], "line 1 is '17'"),
+        (lambda lines: ["", " "], r"train\.txt names no image; it must have lines"),
+        (
+            lambda lines: [*lines, "train/gone.png 0", "train/too.png 1"],
+            r"2 of the 26 images in .*train\.txt are not there, the first is .*/train/gone\.png; the paths",
+        ),
+        (lambda lines: [*lines, "train 0"], "1 of the 25 images .* are not there"),
+        (lambda lines: [line for line in lines if line[-1] != "1"], "1 occur in one only, such as 'bee'"),
+        (lambda lines: [line[:-1] + "210"[int(line[-1])] for line in lines], "lists number them differently"),
+        (lambda lines: [lines[0][:-1] + "999999999", *lines], r"labels 0\.\.999999999 found"),
+    ],
+)
+def test_lists_that_cannot_be_used(root, change, message):
+    refused(message, root, train_list=write_list(root, "train.txt", change(lines_of(root, "train"))))
+
+
+def test_list_numbers_must_have_no_gap(root):
+    lines = [line[:-1] + "013"[int(line[-1])] for line in lines_of(root, "train")]
+    write_list(root, "train.txt", lines)
+    refused(r"labels 0\.\.3 found, but 3 classes need", root, train_list="train.txt", test_list="train.txt")
+
+
+def test_list_that_is_not_a_text_file(root):
+    refused(r"cannot read the list .*none\.txt \(FileNotFoundError", root, train_list="none.txt")
+    refused(r"cannot read the list .*00\.png \(UnicodeDecodeError", root, test_list="train/ant/00.png")
+
+
+def test_list_is_not_cut_to_a_long_tail(root):
+    write_list(root, "train.txt", lines_of(root, "train"))
+    refused("train_list is used as it is: ratio must be 1, not 0.5", root, train_list="train.txt", ratio=0.5)
+
+
+# ---------------------------------------------------------------- stream
+
+
+def grain_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
+
+
+def threads_end():
+    deadline = time.monotonic() + 5
+    while grain_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not grain_threads()
+
+
+@pytest.fixture(scope="module")
+def images(original):
+    return load(str(original)).train_images
+
+
+def ids_of_step(step):
+    """Six of the 24 images in two rows, each step others."""
+    return np.random.default_rng(step).permutation(24)[:6].reshape(2, 3)
+
+
+@pytest.mark.parametrize(("threads", "ahead"), [(0, 2), (1, 1), (4, 0), (4, 3), (16, 40)])
+def test_stream_gives_the_images_of_each_step(images, threads, ahead):
+    everything = images[:]
+    read = functools.partial(stream, images, ids_of_step, threads=threads, ahead=ahead)
+    whole = list(read(range(8)))
+    assert len(whole) == 8
+    for step, batch in enumerate(whole):
+        assert batch.dtype == np.uint8
+        assert np.array_equal(batch, everything[ids_of_step(step)])
+    parts = [*read(range(3)), *read(range(3, 3)), *read(range(3, 4)), *read(range(4, 8))]
+    assert np.array_equal(parts, whole)
+    in_memory = list(stream(everything, ids_of_step, range(8), threads=threads, ahead=ahead))
+    assert np.array_equal(in_memory, whole)
+    assert threads_end()
+
+
+def test_a_stream_that_starts_late_asks_for_nothing_before(images):
+    asked = set()
+    read = stream(
+        images, lambda step: asked.add(step) or ids_of_step(step), range(100, 104), threads=2, ahead=1
+    )
+    assert np.array_equal(next(read), images[ids_of_step(100)])
+    assert asked <= {100, 101}
+    assert len(list(read)) == 3
+    assert asked == {100, 101, 102, 103}
+
+
+def test_stream_reads_ahead(images):
+    step_reached = threading.Event()
+
+    def ids_of(step):
+        if step == 3:
+            step_reached.set()
+        return ids_of_step(step)
+
+    read = stream(images, ids_of, range(9), threads=2, ahead=3)
+    next(read)
+    assert step_reached.wait(5)  # while step 0 is the only one that was asked for
+    read.close()
+
+
+def test_shares_of_two_hosts_are_the_whole(images):
+    def share(host, step):
+        return data.uniform_order(24, seed=0, epoch=0).reshape(4, 6)[step, 3 * host : 3 * host + 3]
+
+    hosts = [list(stream(images, functools.partial(share, h), range(4), threads=2, ahead=2)) for h in (0, 1)]
+    seen = [image.tobytes() for host in hosts for batch in host for image in batch]
+    assert len(seen) == 24
+    assert set(seen) == {image.tobytes() for image in images[:]}
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_damaged_file_is_reported_when_its_step_is_due(root, threads):
+    (root / "train" / "bee" / "02.png").write_bytes(b"\x89PNG")
+    images = load(str(root)).train_images
+    damaged = images.paths.index("train/bee/02.png")
+    read = stream(images, lambda step: np.array([step]), range(24), threads=threads, ahead=4)
+    for _ in range(damaged):
+        next(read)
+    with pytest.raises(InputError, match=r"^cannot read image .*/train/bee/02\.png \(.*put it right"):
+        next(read)
+    assert threads_end()
+
+
+@pytest.mark.parametrize("end", ["close", "forget", "exhaust"])
+def test_threads_end_with_the_stream(images, end):
+    read = stream(images, ids_of_step, range(6), threads=3, ahead=2)
+    next(read)
+    assert grain_threads()
+    if end == "close":
+        read.close()
+    elif end == "exhaust":
+        assert len(list(read)) == 5
+    del read
+    gc.collect()
+    assert threads_end()

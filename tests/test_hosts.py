@@ -1,0 +1,187 @@
+"""Signals that ask a run to stop, and several processes as one job (robal_jax.hosts)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from experiments.benchmarks.layouts import Layout, finish, free_port, start
+from robal_jax import checkpoints, hosts
+from robal_jax.errors import InputError
+
+TWO = Layout("jit", 2, 2)
+
+# ---------------------------------------------------------------- one process
+
+
+def test_a_signal_asks_every_loop_around():
+    before = signal.getsignal(signal.SIGTERM)
+    with hosts.stop_signals() as outer:
+        with hosts.stop_signals() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner
+            assert outer
+        with hosts.stop_signals() as another:
+            assert not another  # it was not there then
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_second_interrupt_stops_at_once():
+    with hosts.stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("", "2", "0"), "need --coordinator"),
+        (("127.0.0.1:1", "", ""), "needs --processes=N and --process=I"),
+        (("127.0.0.1:1", "two", "0"), "needs --processes=N and --process=I"),
+        (("127.0.0.1:1", "2", "2"), r"--process=2 is not in 0\.\.1"),
+    ],
+)
+def test_flags_that_do_not_fit(arguments, said):
+    with pytest.raises(InputError, match=said):
+        hosts.start(*arguments)
+
+
+def test_alone_all_is_done_here():
+    hosts.start("")
+    assert hosts.is_first()
+    assert hosts.by_first(lambda: 7) == 7
+    assert hosts.only_first(lambda: 8) == 8
+
+
+# ---------------------------------------------------------------- two processes
+
+SCRIPT = """
+import json, sys
+from robal_jax import build, cli, hosts, train
+from robal_jax.errors import InputError
+hosts.start(*sys.argv[1:4])
+import jax, numpy as np
+from robal_jax import parallel
+
+ran, found = [], {"devices": [jax.device_count(), jax.local_device_count()], "first": hosts.is_first()}
+found["told"] = hosts.by_first(lambda: ran.append(1) or {"a": np.arange(3)})["a"].tolist()
+try:
+    hosts.by_first(lambda: (_ for _ in ()).throw(InputError("no such thing")))
+except InputError as error:
+    found["error"] = str(error)
+with hosts.only_first(lambda: open(sys.argv[4], "a")) as file:
+    file.write("one line\\n")
+parts = {"a": np.arange(8.0), "b": np.arange(16).reshape(8, 2)}
+work = lambda parts, shared: jax.tree.map(lambda x: x + shared * jax.numpy.mean(x), parts)
+for layout in parallel.LAYOUTS:
+    spread = parallel.spread(work, layout, parallel.devices_for(layout))(parts, np.float32(2))
+    found[layout] = {name: np.asarray(x).ravel().tolist() for name, x in spread.items()}
+job = build.training(cli.load_config("configs/at.py:digits_lt"))
+rows, count = next(train.chunks(job, job.steps_per_epoch))  # of the second epoch
+print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    """XLA compiles what these tests run once for all of them."""
+    folder = str(tmp_path_factory.mktemp("compilations"))
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def test_what_the_first_process_does_for_all(tmp_path):
+    port, log = free_port(), tmp_path / "log"
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    commands = [[sys.executable, "-c", SCRIPT, f"127.0.0.1:{port}", "2", str(i), str(log)] for i in range(2)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    said = [json.loads(out.splitlines()[-1]) for out in finish(processes)]
+    assert [one["first"] for one in said] == [True, False]
+    assert [one["ran"] for one in said] == [1, 0]
+    assert log.read_text() == "one line\n"
+    for one in said:
+        assert one["devices"] == [4, 2]
+        assert one["told"] == [0, 1, 2]
+        assert one["error"] == "no such thing"
+        for layout in ("jit", "pmap"):
+            # Each device has two rows, and their mean is its own.
+            assert one[layout]["a"] == [i + 2 * (i // 2 * 2 + 0.5) for i in range(8)]
+            assert one[layout]["b"] == [i + 2 * (i // 4 * 4 + 1.5) for i in range(16)]
+    ids = [one["ids"] for one in said]
+    assert not set(ids[0]) & set(ids[1])
+    assert [len(part) for part in ids] == [5 * 32, 5 * 32]
+    assert len(set(ids[0]) | set(ids[1])) == 5 * 64
+
+
+def arguments(workdir, *overrides):
+    return [
+        f"--config={ROOT}/configs/robal_n.py:digits_lt",
+        f"--workdir={workdir}",
+        *(f"--config.{override}" for override in overrides),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, env):
+    """A run of two processes, and what each of them said."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    return workdir, finish(start(TWO, arguments(workdir, "train.epochs=2"), **env))
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_run(trained):
+    workdir, said = trained
+    assert said[0].startswith(f"checkpoint {workdir}/checkpoints/10 sha256 ")
+    assert said[1] == ""
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 10]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert checkpoints.steps(workdir / "checkpoints") == [10]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_does(trained, tmp_path, env):
+    found, said = [], []
+    for layout in (Layout(), TWO):
+        folder = tmp_path / str(layout)
+        flags = [f"--workdir={trained[0]}", f"--folder={folder}", "--autoattack=apgd_ce", "--audit=20"]
+        said.append(finish(start(layout, flags, script="evaluate", **env)))
+        names = ("examples.npz", "adversarial.npz")
+        found.append([dict(np.load(folder / name)) for name in names])
+        results = json.loads((folder / "results.json").read_text())
+        assert results["meta"]["n"] == 700
+    assert [len(lines) for lines in said] == [1, 2]
+    assert all(lines[0].endswith("report.html\n") for lines in said)
+    assert said[1][1] == ""
+    for one, same in zip(*found, strict=True):
+        assert one.keys() == same.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], same[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_stops_both(tmp_path, env):
+    workdir, more = tmp_path / "run", ("train.epochs=2000", "train.checkpoint_epochs=2000")
+    processes = start(TWO, arguments(workdir, *more), **env)
+    log = workdir / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.05)
+    asked = time.monotonic()
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes)  # both with status 0
+    assert time.monotonic() - asked < 30
+    (step,) = checkpoints.steps(workdir / "checkpoints")
+    assert said[0].startswith(f"stopped at step {step} of 10000; the same command goes on from there")
