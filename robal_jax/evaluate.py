@@ -169,6 +169,8 @@ def evaluate(
         state, path, sha256 = _restore(job, workdir, checkpoint, say)
         victim, surrogate = _victim(job, state), _surrogate(job, say)
         folder = workdir / "evaluation" if folder is None else folder
+        hosts.check_agreement("the config", build.to_json(config))
+        hosts.check_agreement("the test set", _digest(job))
         hosts.by_first(partial(_make, folder))
         about = {
             **job.about,

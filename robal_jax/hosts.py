@@ -6,9 +6,11 @@ told what came of it (:func:`by_first`).
 """
 
 import contextlib
+import hashlib
 import itertools
 import pickle
 import signal
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -54,6 +56,7 @@ def start(coordinator: str, processes: str = "", process: str = "") -> None:
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise InputError(f"--process={process} is not in 0..{given['num_processes'] - 1}")
         given["coordinator_address"] = coordinator
+        print(f"process {process} of {processes}: waiting for all at {coordinator}", file=sys.stderr)
     try:
         jax.distributed.initialize(**given, initialization_timeout=START_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -94,6 +97,24 @@ def by_first(function: Callable[[], T]) -> T:
     if isinstance(result, InputError):
         raise result
     return result
+
+
+def check_agreement(what: str, value: str) -> None:
+    """Refuses processes that do not have the same ``value``: in all of them, lest some wait for the others.
+
+    Raises:
+      InputError: they differ.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    found = multihost_utils.process_allgather(mine)
+    others = [i for i, digest in enumerate(found) if not np.array_equal(digest, found[0])]
+    if others:
+        raise InputError(
+            f"{what} of process {others[0]} ({len(others)} of {len(found)} processes) is not that of process "
+            "0; all must be started with the same command, on the same data and the same folders"
+        )
 
 
 class Silent:

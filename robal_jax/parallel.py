@@ -162,8 +162,8 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
       devices: of :func:`devices_for`.
 
     Returns:
-      The same on all devices. Where there are several processes all call it with the same ``parts`` (a
-      multiple of the number of devices), each computes its share, and all get all outputs.
+      The same on all devices, for parts of a multiple of their number. Where there are several processes,
+      each passes its own share of the parts, and all get all outputs.
     """
     alone = jax.process_count() == 1
     everyone = (lambda x: x) if alone else partial(multihost_utils.process_allgather, tiled=True)
@@ -171,8 +171,7 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
         mapped = jax.pmap(function, in_axes=(0, None), devices=devices)
 
         def split(x: Any) -> Any:
-            mine = x[share(len(x))]
-            return mine.reshape(len(devices), -1, *mine.shape[1:])
+            return x.reshape(len(devices), -1, *x.shape[1:])
 
         def run(parts: chex.ArrayTree, shared: chex.ArrayTree) -> chex.ArrayTree:
             outputs = jax.device_get(mapped(jax.tree.map(split, parts), shared))
@@ -186,12 +185,7 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
     )
     if alone:
         return compiled
-
-    def run_with_others(parts: chex.ArrayTree, shared: chex.ArrayTree) -> chex.ArrayTree:
-        mine = jax.tree.map(lambda x: x[share(len(x))], parts)
-        return everyone(compiled(_global(mesh, part, mine), shared))
-
-    return run_with_others
+    return lambda parts, shared: everyone(compiled(_global(mesh, part, parts), shared))
 
 
 def attack(
@@ -217,11 +211,17 @@ def attack(
 
     Returns:
       ``(variables, keys [B], images [B, H, W, C], labels [B]) -> images``, for any ``B`` that is a multiple
-      of the number of devices; compiled once for each ``B``.
+      of the number of devices; compiled once for each ``B``. Where there are several processes, all pass the
+      same arguments.
     """
 
     def on_device(parts: tuple, variables: chex.ArrayTree) -> chex.Array:
         return inner_loop(partial(predict, variables), *parts)
 
-    run = spread(on_device, layout, devices or devices_for(layout))
-    return lambda variables, keys, images, labels: run((keys, images, labels), variables)
+    everywhere = spread(on_device, layout, devices or devices_for(layout))
+
+    def run(variables: Any, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array) -> chex.Array:
+        mine = share(len(images))
+        return everywhere((keys[mine], images[mine], labels[mine]), variables)
+
+    return run

@@ -367,11 +367,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
     with hosts.stop_signals() as stop:
         job = build.training(config)
         _check_devices(job)
+        hosts.check_agreement("the config", build.to_json(config))
+        hosts.check_agreement("the data", data_digest(job))
         like = jax.eval_shape(partial(initial_state, job))
         # Made before anything is written: weights to start from may be missing.
         start = hosts.by_first(partial(_weights_to_start_from, job, folder))
         first = fine_tuned_state(job, start, say) if start else jax.jit(partial(initial_state, job))()
         found = hosts.by_first(partial(_open, config, job, workdir, like, say))
+        hosts.check_agreement(f"what is in {workdir}", str((workdir / "config.json").is_file()))
         state = found.tree if found else first
         if found:
             say(f"going on from step {int(state.step)} of {job.total_steps} ({found.path})")

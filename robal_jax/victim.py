@@ -87,9 +87,10 @@ class Victim:
             for start in range(0, len(ids), self.size):
                 batch = [np.asarray(part[start : start + self.size]) for part in (ids, *parts)]
                 count = len(batch[0])
-                full, *more = (np.take(part, range(self.size), 0, mode="clip") for part in batch)
-                parts_of_all = (full, self.images[full], self.labels[full], *more)
-                judged = jax.device_get(compiled(parts_of_all, (self._shared, shared)))
+                full = (np.take(part, range(self.size), 0, mode="clip") for part in batch)
+                mine, *more = (part[parallel.share(self.size)] for part in full)
+                examples = (mine, self.images[mine], self.labels[mine], *more)
+                judged = jax.device_get(compiled(examples, (self._shared, shared)))
                 outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
             return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)
 

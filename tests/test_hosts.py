@@ -82,7 +82,8 @@ with hosts.only_first(lambda: open(sys.argv[4], "a")) as file:
 parts = {"a": np.arange(8.0), "b": np.arange(16).reshape(8, 2)}
 work = lambda parts, shared: jax.tree.map(lambda x: x + shared * jax.numpy.mean(x), parts)
 for layout in parallel.LAYOUTS:
-    spread = parallel.spread(work, layout, parallel.devices_for(layout))(parts, np.float32(2))
+    mine = jax.tree.map(lambda x: x[parallel.share(8)], parts)
+    spread = parallel.spread(work, layout, parallel.devices_for(layout))(mine, np.float32(2))
     found[layout] = {name: np.asarray(x).ravel().tolist() for name, x in spread.items()}
 job = build.training(cli.load_config("configs/at.py:digits_lt"))
 rows, count = next(train.chunks(job, job.steps_per_epoch))  # of the second epoch

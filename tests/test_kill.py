@@ -112,7 +112,7 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
     assert early  # some kill must have come before the end
     assert exact == KILLS - elsewhere
     # Sums are rounded in another order, 2^-24 each time; a pixel whose gradient is that near to 0 may be
-    # attacked the other way. A step left out or made twice changes parameters by a learning rate's size, 5e-2.
+    # attacked the other way. A step left out or made twice changes parameters by the learning rate's size.
     assert gap < 1e-2
 
 
