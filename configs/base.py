@@ -206,6 +206,7 @@ def _imagenet(config: ConfigDict) -> None:
     config.train.epochs = 90
     config.train.batch_size = 256
     config.train.steps_per_dispatch = 4  # whose images wait in memory, and those of as many more
+    config.train.checkpoint_epochs = 1  # hours lie between two of them
     config.train.augmentation = "resized_crop_flip"
 
 

@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     from robal_jax.evaluate import evaluate
 
     hosts.start(*(values[name] for name in cli.PROCESSES))
+    hosts.check_agreement(f"what is in {workdir}", str((workdir / "config.json").is_file()))
     config = read_config(workdir)
     folder = pathlib.Path(values["folder"]) if values["folder"] else None
     if values["config"]:

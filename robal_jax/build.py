@@ -189,7 +189,7 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """What a second run on one workdir would do differently, as lines ``field: this, there``.
 
     The method's name and the section ``evaluation`` do not change what is trained, and neither does how the
-    devices are used, or where the data lies: the data itself is compared by its digest.
+    devices are used and fed, or where the data lies: the data itself is compared by its digest.
     """
     here, there = training_fields(config), training_fields(other)
     return [
@@ -204,7 +204,7 @@ def training_fields(config: ConfigDict) -> dict[str, Any]:
     fields = _flatten(json.loads(config.to_json()))
     ignored = (
         "method", "evaluation.", "data.path",
-        "train.keep_checkpoints", "train.reading_threads", "train.layout",
+        "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
     )  # fmt: skip
     return {key: value for key, value in fields.items() if not key.startswith(ignored)}
 

@@ -4,7 +4,7 @@ Orbax writes a checkpoint under a temporary name and renames it when complete, s
 none half written. It does not notice a bit that changed on the disk afterwards; the sha256 over all arrays
 that stands in the checkpoint's metadata does. The state is the same on every device, so what is saved are
 host copies: a checkpoint can be read whatever the devices it was made on. All processes of a job save
-together, one alone reads (and tells the others, see ``hosts``).
+together and read what the others read.
 
 This is the only module that knows Orbax.
 """
@@ -144,10 +144,15 @@ def _file_digests(path: pathlib.Path) -> dict[str, str]:
 
 
 def _alone() -> ocp.Context:
-    """Orbax reads without waiting for the job's other processes: the first one reads for all."""
+    """Orbax reads in this process without waiting for the job's others.
+
+    They must all read, though, what one of them does: Orbax numbers its operations, and tells one save of all
+    processes from another by that.
+    """
     context = ocp.Context()
     if jax.process_count() > 1:
-        context.multiprocessing.primary_host, context.multiprocessing.active_processes = 0, {0}
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
     return context
 
 

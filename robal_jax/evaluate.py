@@ -249,30 +249,28 @@ def _restore(
     job: build.Evaluation, workdir: pathlib.Path, checkpoint: pathlib.Path | None, say: Callable[[str], None]
 ) -> checkpoints.Found[TrainState]:
     like = jax.eval_shape(partial(initial_state, job.training))
-
-    def read() -> checkpoints.Found[TrainState]:
-        if checkpoint is None:
-            found = checkpoints.restore_latest(
-                workdir / "checkpoints",
-                like,
-                on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why})"),
+    if checkpoint is None:
+        found = checkpoints.restore_latest(
+            workdir / "checkpoints",
+            like,
+            on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why})"),
+        )
+        if found is None:
+            raise InputError(
+                f"no checkpoint in {workdir / 'checkpoints'}; train first, or name one with --checkpoint"
             )
-            if found is None:
-                raise InputError(
-                    f"no checkpoint in {workdir / 'checkpoints'}; train first, or name one with --checkpoint"
-                )
-            return found
-        if not checkpoint.is_dir():
-            raise InputError(f"no checkpoint {checkpoint}")
+    elif not checkpoint.is_dir():
+        raise InputError(f"no checkpoint {checkpoint}")
+    else:
         try:
             state, sha256 = checkpoints.restore(checkpoint, like)
         except checkpoints.DamagedCheckpointError as error:
             raise InputError(
                 f"checkpoint {checkpoint} is damaged ({error}); name another with --checkpoint"
             ) from error
-        return checkpoints.Found(state, checkpoint, sha256)
-
-    return hosts.by_first(read)
+        found = checkpoints.Found(state, checkpoint, sha256)
+    hosts.check_agreement(f"checkpoint {found.path}", found.sha256)
+    return found
 
 
 def conditions(

@@ -1,8 +1,8 @@
 """The processes of one job, on one machine or many: how they start, who writes, and how all stop together.
 
 Every process runs the same program on the same numbers; only the devices differ that it feeds. So what must
-happen once (reading a checkpoint, mending a folder, writing a log) the first process does, and the others are
-told what came of it (:func:`by_first`).
+happen once (mending a folder, writing a report) the first process does, and the others are told what came of
+it (:func:`by_first`); and what must be the same for all is compared (:func:`check_agreement`).
 """
 
 import contextlib

@@ -371,10 +371,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         hosts.check_agreement("the data", data_digest(job))
         like = jax.eval_shape(partial(initial_state, job))
         # Made before anything is written: weights to start from may be missing.
-        start = hosts.by_first(partial(_weights_to_start_from, job, folder))
+        start = _weights_to_start_from(job, folder)
         first = fine_tuned_state(job, start, say) if start else jax.jit(partial(initial_state, job))()
-        found = hosts.by_first(partial(_open, config, job, workdir, like, say))
-        hosts.check_agreement(f"what is in {workdir}", str((workdir / "config.json").is_file()))
+        hosts.by_first(partial(prepare_workdir, config, job, workdir))
+        found = _newest_whole(workdir, like, say)
         state = found.tree if found else first
         if found:
             say(f"going on from step {int(state.step)} of {job.total_steps} ({found.path})")
@@ -398,22 +398,26 @@ def _check_devices(job: build.Training) -> None:
 def _weights_to_start_from(
     job: build.Training, folder: pathlib.Path
 ) -> checkpoints.Found[dict[str, Any]] | None:
-    if not job.start_from or checkpoints.steps(folder):
-        return None
-    return checkpoints.read_latest(pathlib.Path(job.start_from))
+    found = None
+    if job.start_from and not checkpoints.steps(folder):
+        found = checkpoints.read_latest(pathlib.Path(job.start_from))
+    hosts.check_agreement("config.train.start_from", found.sha256 if found else "none")
+    return found
 
 
-def _open(
-    config: ConfigDict,
-    job: build.Training,
-    workdir: pathlib.Path,
-    like: TrainState,
-    say: Callable[[str], None],
+def _newest_whole(
+    workdir: pathlib.Path, like: TrainState, say: Callable[[str], None]
 ) -> checkpoints.Found[TrainState] | None:
-    """Prepares the workdir; the checkpoint in it to go on from, if any."""
-    prepare_workdir(config, job, workdir)
-    set_aside = partial(_set_aside, workdir, say)
-    return checkpoints.restore_latest(workdir / "checkpoints", like, on_damage=set_aside)
+    """The checkpoint to go on from, if any; newer ones are damaged, and set aside."""
+    damaged: list[tuple[pathlib.Path, str]] = []
+    found = checkpoints.restore_latest(
+        workdir / "checkpoints", like, on_damage=lambda path, why: damaged.append((path, why))
+    )
+    state = found.sha256 if found else "none"
+    hosts.check_agreement(f"what is in {workdir}", f"{(workdir / 'config.json').is_file()} {state}")
+    for path, why in damaged:
+        hosts.by_first(partial(_set_aside, workdir, say, path, why))
+    return found
 
 
 def _run(

@@ -175,14 +175,19 @@ def test_two_processes_evaluate_what_one_does(trained, tmp_path, env):
 @pytest.mark.slow
 def test_a_notice_to_one_process_stops_both(tmp_path, env):
     workdir, more = tmp_path / "run", ("train.epochs=2000", "train.checkpoint_epochs=2000")
-    processes = start(TWO, arguments(workdir, *more), **env)
-    log = workdir / "metrics.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 3:
-        assert [process.poll() for process in processes] == [None, None]
-        time.sleep(0.05)
-    asked = time.monotonic()
-    processes[1].send_signal(signal.SIGTERM)
-    said = finish(processes)  # both with status 0
-    assert time.monotonic() - asked < 30
-    (step,) = checkpoints.steps(workdir / "checkpoints")
-    assert said[0].startswith(f"stopped at step {step} of 10000; the same command goes on from there")
+    log, steps = workdir / "metrics.jsonl", [0]
+    for _ in range(2):  # the second time it goes on from what it saved
+        rows = log.read_text().count("\n") if log.exists() else 0
+        processes = start(TWO, arguments(workdir, *more), **env)
+        while not log.exists() or log.read_text().count("\n") < rows + 3:
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.05)
+        asked = time.monotonic()
+        processes[1].send_signal(signal.SIGTERM)
+        said = finish(processes)  # both with status 0
+        assert time.monotonic() - asked < 30
+        assert steps[-1] == 0 or said[0].startswith(f"going on from step {steps[-1]} of 10000")
+        steps.append(checkpoints.steps(workdir / "checkpoints")[-1])
+        assert f"stopped at step {steps[-1]} of 10000; the same command goes on from there" in said[0]
+        assert said[1] == ""
+    assert 0 < steps[1] < steps[2]

@@ -19,7 +19,7 @@ from conftest import ROOT
 from experiments.benchmarks.layouts import Layout, start
 from robal_jax import checkpoints
 
-KILLS, STOPS = (int(os.environ.get(f"ROBAL_{what}", "3")) for what in ("KILLS", "STOPS"))
+KILLS, STOPS = int(os.environ.get("ROBAL_KILLS", "3")), int(os.environ.get("ROBAL_STOPS", "1"))
 EPOCHS = 12
 ONE, TWO = Layout("jit", 1), Layout("jit", 2)
 
