@@ -128,6 +128,15 @@ def flip_a_bit(folder):
     path.write_bytes(content)
 
 
+def zero(folder):
+    path = biggest_file(folder)
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lose(folder):
+    biggest_file(folder).unlink()
+
+
 def truncate(folder):
     path = biggest_file(folder)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -145,7 +154,7 @@ def forget_digest(folder):
     path.write_text(json.dumps(content))
 
 
-DAMAGES = [flip_a_bit, truncate, empty, forget_digest]
+DAMAGES = [flip_a_bit, zero, lose, truncate, empty, forget_digest]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

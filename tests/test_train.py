@@ -8,7 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from test_checkpoints import empty, flip_a_bit, truncate
+from test_checkpoints import empty, flip_a_bit, lose, truncate, zero
 
 from robal_jax import build, checkpoints, cli, logs, parallel, sources, train
 from robal_jax.data import epoch_order
@@ -325,7 +325,7 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty])
+@pytest.mark.parametrize("damage", [flip_a_bit, zero, lose, truncate, empty])
 def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     damage(newest(copy))
     _, sha256, said = run(copy)
