@@ -72,7 +72,7 @@ def get_config(data: str) -> ConfigDict:
     config.train.start_from = ""  # fine-tune a run's newest checkpoint, or one checkpoint; '': random weights
     # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
     config.train.augmentation = "crop_flip"
-    config.train.reading_threads = 16  # read images that are not held in memory
+    config.train.reading_threads = 16  # read images that are not in memory; no more than a host has cores
     # Steps that the devices make between two looks from the host; a signal to stop waits for them.
     config.train.steps_per_dispatch = 20
     config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end

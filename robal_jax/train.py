@@ -5,13 +5,14 @@ the image in the batch; the images of step ``t`` are a function of (seed, t). So
 step number, and a run that goes on from one makes the same numbers as one that was never interrupted.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -195,7 +196,7 @@ def fine_tuned_state(
     Raises:
       InputError: it has arrays that the model has no place for.
     """
-    state = jax.jit(partial(initial_state, job))()
+    state = jax.device_get(jax.jit(partial(initial_state, job))())
     ours = flatten_dict({"params": state.params, "stats": state.stats}, sep="/")
     arrays = {"params": start.tree["params"], "stats": start.tree.get("stats", {})}
     theirs = flatten_dict(arrays, sep="/")
@@ -246,7 +247,7 @@ def positions(job: build.Training) -> np.ndarray:
     return everyone[:, parallel.share(everyone.shape[1])]
 
 
-def chunks(job: build.Training, step: int) -> Iterator[tuple[np.ndarray | Examples, int]]:
+def chunks(job: build.Training, step: int) -> Generator[tuple[np.ndarray | Examples, int]]:
     """What this process feeds to chunk after chunk of steps, from ``step`` to the end of the run.
 
     A chunk ends where an epoch does. It is a function of the job and the step: nothing is replayed.
@@ -304,8 +305,8 @@ def data_digest(job: build.Training) -> str:
     return checkpoints.digest(arrays | files)
 
 
-def prepare_workdir(config: ConfigDict, job: build.Training, workdir: pathlib.Path) -> None:
-    """Makes the folder of a run, or checks that it is this run's.
+def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
+    """Makes the folder of a run, or checks that it is this run's; ``digest`` is that of the data.
 
     Raises:
       InputError: it cannot be written to, or another config or other data made it.
@@ -317,7 +318,7 @@ def prepare_workdir(config: ConfigDict, job: build.Training, workdir: pathlib.Pa
         raise InputError(f"cannot make workdir {workdir}: {error.strerror}") from error
     if not writable:
         raise InputError(f"workdir {workdir} is not writable; choose another with --workdir")
-    path, digest = workdir / "config.json", data_digest(job)
+    path = workdir / "config.json"
     if path.exists():
         try:
             data_before = json.loads((workdir / "versions.json").read_text())["data_sha256"]
@@ -367,17 +368,20 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
     with hosts.stop_signals() as stop:
         job = build.training(config)
         _check_devices(job)
+        digest = data_digest(job)
         hosts.check_agreement("the config", build.to_json(config))
-        hosts.check_agreement("the data", data_digest(job))
+        hosts.check_agreement("the data", digest)
+        # Looked at before anything is written: what is named may be missing, or not fit.
         like = jax.eval_shape(partial(initial_state, job))
-        # Made before anything is written: weights to start from may be missing.
         start = _weights_to_start_from(job, folder)
-        first = fine_tuned_state(job, start, say) if start else jax.jit(partial(initial_state, job))()
-        hosts.by_first(partial(prepare_workdir, config, job, workdir))
+        state = fine_tuned_state(job, start, say) if start else None
+        hosts.by_first(partial(prepare_workdir, config, digest, workdir))
         found = _newest_whole(workdir, like, say)
-        state = found.tree if found else first
         if found:
+            state = found.tree
             say(f"going on from step {int(state.step)} of {job.total_steps} ({found.path})")
+        elif state is None:
+            state = jax.device_get(jax.jit(partial(initial_state, job))())
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command goes on from there")
@@ -436,13 +440,13 @@ def _run(
     in_memory = isinstance(job.data.train_images, np.ndarray)
     data = Examples(job.data.train_images, job.data.train_labels) if in_memory else None
     state, data, key = parallel.replicate((state, data, jax.random.key(job.seed)), devices)
-    upcoming = chunks(job, step)
-    rows = next(upcoming, None)
     with (
+        contextlib.closing(chunks(job, step)) as upcoming,
         checkpoints.Saver(workdir / "checkpoints", job.keep_checkpoints) as saver,
         hosts.only_first(lambda: logs.Scalars(workdir, step)) as scalars,
         hosts.only_first(lambda: logs.Meter("train", total, step)) as meter,
     ):
+        rows = next(upcoming, None)
         while rows is not None and not stop:
             started = time.perf_counter()
             count = rows[1]

@@ -285,7 +285,7 @@ def saved_run(workdir, spec=DIGITS):
     """A workdir as training leaves it, with a checkpoint of zeros; the checkpoint's folder."""
     config = cli.load_config(spec)
     job = build.training(config)
-    train.prepare_workdir(config, job, workdir)
+    train.prepare_workdir(config, train.data_digest(job), workdir)
     shapes = jax.eval_shape(lambda: train.initial_state(job))
     with checkpoints.Saver(workdir / "checkpoints", 3) as saver:
         return saver.save(5, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))[0]
