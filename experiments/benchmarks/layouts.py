@@ -14,6 +14,7 @@ there on, as if another attack noise had been drawn for one pixel.
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -90,8 +91,9 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     for process, (_, errors) in zip(processes, said, strict=True):
         if process.returncode:
             raise RuntimeError(f"status {process.returncode}: {errors[-2000:]}")
-    lines = [out.splitlines(keepends=True) for out, _ in said]
-    return ["".join(line for line in out if not line.startswith("[Gloo]")) for out in lines]
+    # Several threads write them, and a line's end may come after the next one's beginning.
+    kept = [re.sub(r"\[Gloo\] Rank \d+ is connected to [^:]*: \d+", "", out) for out, _ in said]
+    return ["".join(line for line in out.splitlines(keepends=True) if line.strip()) for out in kept]
 
 
 def train(layout: Layout, workdir: pathlib.Path, steps: int, *overrides: str, **env: str) -> Trained:
