@@ -30,7 +30,9 @@ from robal_jax.errors import InputError
 T = TypeVar("T")
 
 FILES = "files.json"  # beside Orbax's own files: their digests
-SMALL_FILES = 2**18  # bytes that a checkpoint takes beside its arrays, at most: names, types, digests
+# Bytes that a checkpoint takes beside its arrays, and for each of them: names, types, digests. Measured:
+# 33 kB for 46 arrays, 1.1 MB for 1000.
+OVERHEAD, OVERHEAD_EACH = 2**16, 2**11
 
 
 class Found(NamedTuple, Generic[T]):
@@ -238,21 +240,22 @@ class Saver:
         """
         self.wait()
         host = _host(state)
-        self._check_room(sum(array.nbytes for array in _flat(host).values()))
+        self._check_room([array.nbytes for array in _flat(host).values()])
         sha256 = digest(host)
         saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
         path = self._folder / str(step)
         self._pending = saving, path
         return path, sha256
 
-    def _check_room(self, size: int) -> None:
+    def _check_room(self, sizes: list[int]) -> None:
         """Refuses to begin what cannot be ended: Orbax tells of a full disk in pages of tracebacks."""
         free = shutil.disk_usage(self._folder).free
-        if free < size + SMALL_FILES:
+        needed = sum(sizes) + OVERHEAD + OVERHEAD_EACH * len(sizes)
+        if free < needed:
             raise InputError(
-                f"no room for a checkpoint in {self._folder}: it takes {(size + SMALL_FILES) / 2**20:.1f} "
-                f"MiB, {free / 2**20:.1f} MiB are free; those before it are whole, and the same command goes "
-                "on from the newest once there is room"
+                f"no room for a checkpoint in {self._folder}: it takes {needed / 2**20:.1f} MiB, "
+                f"{free / 2**20:.1f} MiB are free; those before it are whole, and the same command goes on "
+                "from the newest once there is room"
             )
 
     def wait(self) -> None:
