@@ -22,28 +22,15 @@ BOUND = 1e-11
 # ---------------------------------------------------------------- whole runs, by the command line
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run in float64 on each layout; not trained twice."""
-    folder, runs = tmp_path_factory.mktemp("layouts"), {}
-    env = {"JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compilations")}
-
-    def run(layout):
-        if layout not in runs:
-            runs[layout] = layouts.train(layout, folder / str(len(runs)), STEPS, **env)
-        return runs[layout]
-
-    return run
-
-
 @pytest.mark.slow
-# One process on four devices: below, with less to compile.
-@pytest.mark.parametrize("layout", [layouts.Layout("jit", 2, 2), layouts.Layout("pmap", 2, 2)], ids=str)
-def test_layouts_train_the_same(trained, layout):
-    one, many = trained(layouts.Layout()), trained(layout)
+def test_two_processes_train_as_one(tmp_path):
+    """By the command line; experiments/benchmarks/layouts.py does it for all layouts."""
+    env = {"JAX_ENABLE_X64": "1"}
+    one = layouts.train(layouts.Layout(), tmp_path / "one", STEPS, **env)
+    two = layouts.train(layouts.Layout("pmap", 2, 2), tmp_path / "two", STEPS, **env)
     assert len(one.losses) == STEPS
     assert all(array.dtype == np.float64 for array in (*one.params.values(), *one.stats.values()))
-    assert max(layouts.differences(one, many)) < BOUND
+    assert max(layouts.differences(one, two)) < BOUND
 
 
 # ---------------------------------------------------------------- parts of a batch, on four devices
@@ -73,14 +60,15 @@ def gap(one, other):
 own = "sync_batch_norm=False"
 whole = two_steps("jit", 1)
 parts = two_steps("jit", 1, "accumulation_steps=4")
-for layout in parallel.LAYOUTS:
-    print(json.dumps({
-        "whole batch on four": gap(whole, two_steps(layout, 4)),
-        "four parts on one, each device its own on four": gap(parts, two_steps(layout, 4, own)),
-        "the same, two by two": gap(parts, two_steps(layout, 2, own, "accumulation_steps=2")),
-        "four parts, in common on two": gap(parts, two_steps(layout, 2, "accumulation_steps=4")),
-        "parts are not the whole": gap(whole, parts),
-    }))
+print(json.dumps({
+    "whole batch on four, jit": gap(whole, two_steps("jit", 4)),
+    "whole batch on four, pmap": gap(whole, two_steps("pmap", 4)),
+    "four parts on one, each device its own on four, jit": gap(parts, two_steps("jit", 4, own)),
+    "four parts on one, each device its own on four, pmap": gap(parts, two_steps("pmap", 4, own)),
+    "the same, two by two": gap(parts, two_steps("pmap", 2, own, "accumulation_steps=2")),
+    "four parts, in common on two": gap(parts, two_steps("jit", 2, "accumulation_steps=4")),
+    "parts are not the whole": gap(whole, parts),
+}))
 
 """
 ATTACK = """
@@ -119,13 +107,11 @@ def said(script):
 
 @pytest.mark.slow
 def test_the_parts_of_a_batch_may_lie_on_any_devices():
-    found = said(SCRIPT)
-    assert len(found) == len(parallel.LAYOUTS)
-    for gaps in found:
-        assert gaps.pop("parts are not the whole") > 1e-3
-        assert len(gaps) == 4
-        for what, gap in gaps.items():
-            assert gap < BOUND, what
+    (gaps,) = said(SCRIPT)
+    assert gaps.pop("parts are not the whole") > 1e-3
+    assert len(gaps) == 6
+    for what, gap in gaps.items():
+        assert gap < BOUND, what
 
 
 def test_an_attack_by_itself():
