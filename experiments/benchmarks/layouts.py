@@ -59,6 +59,9 @@ LAYOUTS = (
 )
 
 
+GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :")
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as listening:
@@ -91,9 +94,9 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     for process, (_, errors) in zip(processes, said, strict=True):
         if process.returncode:
             raise RuntimeError(f"status {process.returncode}: {errors[-2000:]}")
-    # Several threads write them, and a line's end may come after the next one's beginning.
-    kept = [re.sub(r"\[Gloo\] Rank \d+ is connected to [^:]*: \d+", "", out) for out, _ in said]
-    return ["".join(line for line in out.splitlines(keepends=True) if line.strip()) for out in kept]
+    # Several threads write them at the same time, so that pieces of one stand between those of another.
+    kept = [GLOO.sub("", out).splitlines(keepends=True) for out, _ in said]
+    return ["".join(line for line in out if line.strip(" \n0123456789")) for out in kept]
 
 
 def train(layout: Layout, workdir: pathlib.Path, steps: int, *overrides: str, **env: str) -> Trained:
