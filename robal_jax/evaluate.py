@@ -170,13 +170,14 @@ def evaluate(
         victim, surrogate = _victim(job, state), _surrogate(job, say)
         folder = workdir / "evaluation" if folder is None else folder
         hosts.check_agreement("the config", build.to_json(config))
-        hosts.check_agreement("the test set", _digest(job))
+        test_set = _digest(job)
+        hosts.check_agreement("the test set", test_set)
         hosts.by_first(partial(_make, folder))
         about = {
             **job.about,
             "checkpoint": str(path),
             "checkpoint_sha256": sha256,
-            "test_set_sha256": _digest(job),
+            "test_set_sha256": test_set,
             "n": len(victim.labels),
         }
         unfinished = folder / "unfinished"

@@ -72,11 +72,6 @@ def _from_host(put: Callable[[np.ndarray], jax.Array], tree: chex.ArrayTree) -> 
     return jax.tree.map(place, tree)
 
 
-def on_host(tree: chex.ArrayTree) -> chex.ArrayTree:
-    """NumPy copies of what every device holds the same of, as a compiled chunk returns it."""
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
-
-
 def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
     """The chunk compiled for a batch split over ``devices``; the state that goes in is given up.
 

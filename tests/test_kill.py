@@ -111,9 +111,9 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
         )
     assert early  # some kill must have come before the end
     assert exact == KILLS - elsewhere
-    # Sums are rounded in another order, 2^-24 each time; a pixel whose gradient is that near to 0 may be
-    # attacked the other way. A step left out or made twice changes parameters by the learning rate's size.
-    assert gap < 1e-2
+    # Sums are rounded in another order, 2^-24 each time: 6e-7 was the largest of 33. That no step is left out
+    # or made twice is told by the bits of the others.
+    assert gap < 1e-4
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from robal_jax import build, cli, parallel, train
 
 STEPS = 8
 # float64's resolution 2^-52 times what grows it: sums over a batch of values up to 14, eight updates, and
-# batch norm's division by small standard deviations. A wrong term would show at 1e-3.
+# batch norm's division by small standard deviations. Statistics of a part show at 1e-3.
 BOUND = 1e-11
 
 
