@@ -235,7 +235,9 @@ def test_depth_of_a_wide_resnet(depth):
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_resnet50_from_pytorch_and_back(stem):
     torch = pytest.importorskip("torch")
-    nets = pytest.importorskip("torch_networks", reason="needs PyTorch", exc_type=ImportError)
+    nets = pytest.importorskip(
+        "experiments.benchmarks.torch_networks", reason="needs PyTorch", exc_type=ImportError
+    )
     network = nets.randomised(nets.ResNet50(10, stem))
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     found = torch_import.architecture(torch_import.shapes(state))

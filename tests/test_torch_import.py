@@ -638,7 +638,9 @@ def get_config(data):
 
 def pytorch_network(name):
     """Network, a like one that gets what is exported, config, overrides and naming of the export."""
-    nets = pytest.importorskip("torch_networks", reason="needs PyTorch", exc_type=ImportError)
+    nets = pytest.importorskip(
+        "experiments.benchmarks.torch_networks", reason="needs PyTorch", exc_type=ImportError
+    )
     if name == "resnet18":
         return nets.randomised(nets.ResNet18(10)), nets.ResNet18(10), None, (), "bare"
     if name == "wrn10_1_fc":

@@ -1,48 +1,56 @@
-"""The networks in PyTorch, written from the facts about the released code: what imported weights must match.
+"""The networks in PyTorch, written from the facts about the released code: peers, and what imports must match.
 
-Names are those of the released state_dicts. Only tests use this file, those that need PyTorch.
+Names are those of the released state_dicts; the small CNN, which has no such, has ours. Wants PyTorch.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 
-def conv(inputs, outputs, size, stride=1):
+def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size of the image, but for its stride."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
 class WideBlock(nn.Module):
     """Pre-activation; where the width changes, the shortcut starts from relu(bn1(x))."""
 
-    def __init__(self, inputs, outputs, stride):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, outputs, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv(outputs, outputs, 3)
         if inputs != outputs:
             self.convShortcut = conv(inputs, outputs, 1, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to the same of the next width."""
         activated = self.bn1(x).relu()
         shortcut = self.convShortcut(activated) if hasattr(self, "convShortcut") else x
         return shortcut + self.conv2(self.bn2(self.conv1(activated)).relu())
 
 
 class Stage(nn.Module):
-    def __init__(self, blocks, inputs, outputs, stride):
+    """Blocks of one width; the first has the stride."""
+
+    def __init__(self, blocks: int, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.layer = nn.Sequential(
             *[WideBlock(outputs if i else inputs, outputs, 1 if i else stride) for i in range(blocks)]
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to the same of the next width."""
         return self.layer(x)
 
 
 class WideResNet(nn.Module):
     """WideResNet-depth-widen; features if num_classes is None, else logits of ``fc``."""
 
-    def __init__(self, depth, widen, num_classes=None):
+    def __init__(self, depth: int, widen: int, num_classes: int | None = None) -> None:
         super().__init__()
         blocks, widths = (depth - 4) // 6, [16, 16 * widen, 32 * widen, 64 * widen]
         self.conv1 = conv(3, 16, 3)
@@ -52,7 +60,8 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Identity() if num_classes is None else nn.Linear(widths[3], num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, 3, H, W]`` to features or logits."""
         x = self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))).relu()
         return self.fc(x.mean((2, 3)))
 
@@ -60,7 +69,7 @@ class WideResNet(nn.Module):
 class BasicBlock(nn.Module):
     """Post-activation."""
 
-    def __init__(self, inputs, outputs, stride):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
@@ -68,7 +77,8 @@ class BasicBlock(nn.Module):
         parts = [conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)] if projected else []
         self.shortcut = nn.Sequential(*parts)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to the same of the next width."""
         y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
         return (y + self.shortcut(x)).relu()
 
@@ -76,7 +86,7 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """CIFAR stem: 3x3, stride 1, no pooling."""
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes: int | None = None) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(3, 64, 3), nn.BatchNorm2d(64)
         widths = [64, 64, 128, 256, 512]
@@ -87,9 +97,10 @@ class ResNet18(nn.Module):
             )
             for i in range(4)
         )
-        self.linear = nn.Linear(512, num_classes)
+        self.linear = nn.Identity() if num_classes is None else nn.Linear(512, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, 3, H, W]`` to features or logits."""
         x = self.bn1(self.conv1(x)).relu()
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(x.mean((2, 3)))
@@ -98,7 +109,7 @@ class ResNet18(nn.Module):
 class Bottleneck(nn.Module):
     """Post-activation; the stride stands at the 3x3 convolution."""
 
-    def __init__(self, inputs, width, stride):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
@@ -106,7 +117,8 @@ class Bottleneck(nn.Module):
         if stride > 1 or inputs != 4 * width:
             self.downsample = nn.Sequential(conv(inputs, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to the same of the next width."""
         y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
         shortcut = self.downsample(x) if hasattr(self, "downsample") else x
         return (self.bn3(self.conv3(y)) + shortcut).relu()
@@ -115,7 +127,7 @@ class Bottleneck(nn.Module):
 class ResNet50(nn.Module):
     """The names are torchvision's; with the small stem (3x3, stride 1) there is no pooling."""
 
-    def __init__(self, num_classes, stem="imagenet"):
+    def __init__(self, num_classes: int, stem: str = "imagenet") -> None:
         super().__init__()
         large = stem == "imagenet"
         self.conv1, self.bn1 = conv(3, 64, 7, 2) if large else conv(3, 64, 3), nn.BatchNorm2d(64)
@@ -132,16 +144,37 @@ class ResNet50(nn.Module):
         )
         self.fc = nn.Linear(2048, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, 3, H, W]`` to logits."""
         x = self.pool(self.bn1(self.conv1(x)).relu())
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 
 
+class SmallCNN(nn.Module):
+    """``models.SmallCNN``: three convolutions and a linear layer; features ``[B, width]``."""
+
+    def __init__(self, inputs: int = 1, pixels: int = 8, width: int = 64) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, 16, 3), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = conv(16, 32, 3, 2), nn.BatchNorm2d(32)
+        self.conv3, self.bn3 = conv(32, 64, 3, 2), nn.BatchNorm2d(64)
+        self.fc = nn.Linear(64 * (pixels // 4) ** 2, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, C, H, W]`` to features."""
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        return self.fc(x.permute(0, 2, 3, 1).flatten(1))  # in the order of the JAX network
+
+
 class CosineHead(nn.Module):
     """RoBal's scale-invariant classifier: a frozen bias and, where it is trained, an unused ``moving_ed``."""
 
-    def __init__(self, width, num_classes, moving=True, scale=1.0, gamma=1 / 32):
+    def __init__(
+        self, width: int, num_classes: int, moving: bool = True, scale: float = 1.0, gamma: float = 1 / 32
+    ) -> None:
         super().__init__()
         self.scale, self.gamma = scale, gamma
         self.weight = nn.Parameter(torch.empty(num_classes, width))
@@ -149,7 +182,8 @@ class CosineHead(nn.Module):
         if moving:
             self.moving_ed = nn.Parameter(torch.ones(1, width), requires_grad=False)
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """``[B, D]`` to logits."""
         unit = features / features.norm(dim=1, keepdim=True)
         rows = self.weight / (self.weight.norm(dim=1, keepdim=True) + self.gamma)
         return self.scale * functional.linear(unit, rows) + self.bias
@@ -158,19 +192,20 @@ class CosineHead(nn.Module):
 class RoBal(nn.Module):
     """Backbone and classifier, as the released state_dicts name them."""
 
-    def __init__(self, backbone, classifier):
+    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
         self.backbone, self.classifier = backbone, classifier
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, 3, H, W]`` to logits."""
         return self.classifier(self.backbone(x))
 
 
-def randomised(network, seed=0):
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network with random weights and batch-norm statistics that are not trivial, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(like):
+    def draw(like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator)
 
     with torch.no_grad():

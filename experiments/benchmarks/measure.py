@@ -1,0 +1,109 @@
+"""How all benchmarks measure: in turn in one process, medians with their spread, one record of it in JSON."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from robal_jax.data import Dataset
+
+LIBRARIES = ("jax", "jaxlib", "flax", "torch", "torchattacks", "foolbox")
+
+
+class Times(NamedTuple):
+    """Seconds of several calls of one way to do something."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        """Milliseconds; ``spec`` is that of each number: '812 (803-840)'."""
+        median, low, high = (format(1e3 * seconds, spec or ".3g") for seconds in self)
+        return f"{median} ({low}-{high})"
+
+
+def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
+    """Seconds of each way, timed in turn, so that what else the machine does falls on all of them alike.
+
+    Args:
+      ways: each returns once its work is done. One call before those that are timed warms it up.
+      repeats: timed calls of each.
+    """
+    for way in ways.values():
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Times(statistics.median(all_), min(all_), max(all_)) for name, all_ in seconds.items()}
+
+
+def device() -> str:
+    """What JAX computes on: an accelerator by its name, a CPU by its own and the number of its cores."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that are compared, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def heading() -> str:
+    """One line above a table: device, versions, date, the compiler's flags."""
+    said = ", ".join(f"{name} {version}" for name, version in versions().items())
+    flags = f", XLA_FLAGS {os.environ['XLA_FLAGS']}" if os.environ.get("XLA_FLAGS") else ""
+    return f"{device()}, {datetime.date.today()}, {said}{flags}"
+
+
+def record(path: str, rows: list[dict[str, Any]]) -> None:
+    """Writes what was measured, with device, versions, date and command; nothing if the path is ''."""
+    if not path:
+        return
+    fields = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": device(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "rows": rows,
+    }
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def random_images(*, pixels: int, channels: int = 3, images: int = 512, num_classes: int = 10) -> Dataset:
+    """A data set of noise, with which a config trains where only the time matters."""
+    rng = np.random.default_rng(0)
+    shown = rng.integers(0, 256, (images, pixels, pixels, channels), dtype=np.uint8)
+    labels = (np.arange(images) % num_classes).astype(np.int32)
+    names = tuple(str(label) for label in range(num_classes))
+    tests = 2 * num_classes
+    return Dataset(shown, labels, shown[:tests], labels[:tests], 255, names)

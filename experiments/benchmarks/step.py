@@ -1,0 +1,177 @@
+"""The training step beside PyTorch's: python experiments/benchmarks/step.py [--networks=resnet18] [--batch=16,64].
+
+RoBal-N's step and plain adversarial training's, as ``experiments/train.py`` runs them (a chunk of steps in one
+dispatch, with augmentation), against the released algorithm in PyTorch (float32, four outer passes) and against
+the same mathematics as fast as PyTorch goes (two passes; channels_last, torch.compile, and on a GPU bfloat16).
+All in one process and in turn; PyTorch is given ready tensors and does not augment. Wants PyTorch.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from experiments.benchmarks import measure
+from robal_jax import cli
+
+NETWORKS = {
+    "digits_cnn": {"name": "small_cnn"},
+    "wrn_16_2": {"name": "wide_resnet", "depth": 16, "widen": 2},
+    "resnet18": {"name": "resnet18"},
+    "wrn_34_10": {"name": "wide_resnet", "depth": 34, "widen": 10},
+}
+METHODS = ("robal_n", "at")
+
+
+def shape(network: str) -> tuple[int, int]:
+    """Pixels of a side and channels of its images."""
+    return (8, 1) if network == "digits_cnn" else (32, 3)
+
+
+def job_of(network: str, method: str, batch: int, steps: int, precision: str = "default") -> Any:
+    """What training builds from the method's config on CIFAR-10-LT, with noise for images."""
+    import importlib
+
+    from ml_collections import ConfigDict
+
+    from robal_jax import build
+
+    pixels, channels = shape(network)
+    config = (
+        importlib.import_module(f"configs.{method}").get_config("cifar10_lt").copy_and_resolve_references()
+    )
+    with config.unlocked():
+        config.data = ConfigDict(
+            {
+                "name": "experiments.benchmarks.measure:random_images",
+                "pixels": pixels, "channels": channels, "images": max(512, steps * batch),
+            }
+        )  # fmt: skip
+        config.model = ConfigDict(NETWORKS[network])
+        config.train.batch_size, config.train.steps_per_dispatch = batch, steps
+        config.train.precision = precision
+    return build.training(config)
+
+
+def ours(network: str, method: str, batch: int, steps: int, precision: str) -> Callable[[], None]:
+    """A chunk of steps as training makes it."""
+    import jax
+
+    from robal_jax import parallel, train
+
+    job = job_of(network, method, batch, steps, precision)
+    devices = parallel.devices_for(job.layout)
+    chunk, where = train.compiled_chunk(job, devices), train.positions(job)
+    data = train.Examples(job.data.train_images, job.data.train_labels)
+    state = jax.jit(lambda: train.initial_state(job))()
+    state, data, key = parallel.replicate((state, data, jax.random.key(0)), devices)
+    rows, count = next(train.chunks(job, 0))
+    box = [state]
+
+    def run() -> None:
+        box[0], sums = chunk(box[0], data, rows, count, key, where)
+        jax.device_get(sums)
+
+    return run
+
+
+def theirs(network: str, method: str, batch: int, steps: int, variant: Any) -> Callable[[], None]:
+    """The same number of steps in PyTorch."""
+    import torch
+
+    from experiments.benchmarks import torch_networks as nets
+    from experiments.benchmarks import torch_step
+
+    made: dict[str, Callable[[], tuple[torch.nn.Module, int]]] = {
+        "digits_cnn": lambda: (nets.SmallCNN(), 64),
+        "wrn_16_2": lambda: (nets.WideResNet(16, 2), 128),
+        "resnet18": lambda: (nets.ResNet18(), 512),
+        "wrn_34_10": lambda: (nets.WideResNet(34, 10), 640),
+    }
+    backbone, width = made[network]()
+    head = nets.CosineHead(width, 10) if method == "robal_n" else torch.nn.Linear(width, 10)
+    model = nets.randomised(nets.RoBal(backbone, head))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    step = torch_step.stepper(model, variant, robal=method == "robal_n", device=device)
+    pixels, channels = shape(network)
+    x = torch.rand(batch, channels, pixels, pixels, device=device)
+    y = torch.arange(batch, device=device) % 10
+
+    def run() -> None:
+        for _ in range(steps):
+            loss = step(x, y)
+        loss.item()
+
+    return run
+
+
+def main(arguments: list[str]) -> None:
+    """Times everything, prints a table."""
+    texts = {
+        "networks": f"some of {','.join(NETWORKS)}; the first three if not given",
+        "methods": "robal_n,at",
+        "batch": "sizes, 16,64",
+        "steps": "of a timed call, 2",
+        "repeats": "timed calls of each, 5",
+        "precision": "ours, as config.train.precision; several are possible",
+        "variants": "of PyTorch beside the released one: their names as printed, split by ';'; all if not given",
+        "json": "file for the record",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    import torch
+
+    from experiments.benchmarks import torch_step
+
+    networks = (values["networks"] or "digits_cnn,wrn_16_2,resnet18").split(",")
+    methods = (values["methods"] or ",".join(METHODS)).split(",")
+    sizes = [int(size) for size in (values["batch"] or "16,64").split(",")]
+    steps, repeats = int(values["steps"] or 2), int(values["repeats"] or 5)
+    precisions = (values["precision"] or "default").split(",")
+    variants = torch_step.GPU_VARIANTS if torch.cuda.is_available() else torch_step.CPU_VARIANTS
+    chosen = values["variants"].split(";") if values["variants"] else [v.name for v in variants]
+    rows: list[dict[str, Any]] = []
+    print(measure.heading())
+    print(f"Milliseconds a step, medians of {repeats} (least-most) of {steps} steps each, in turn\n")
+    for network in networks:
+        for method in methods:
+            for batch in sizes:
+                ways = {f"ours {p}": ours(network, method, batch, steps, p) for p in precisions}
+                for variant in (torch_step.RELEASED, *(v for v in variants if v.name in chosen)):
+                    ways[variant.name] = theirs(network, method, batch, steps, variant)
+                times = measure.interleaved(ways, repeats)
+                rows += report(network, method, batch, steps, times)
+    measure.record(values["json"], rows)
+
+
+def report(
+    network: str, method: str, batch: int, steps: int, times: dict[str, measure.Times]
+) -> list[dict[str, Any]]:
+    """Prints one configuration's rows and returns them."""
+    peers = {name: t for name, t in times.items() if not name.startswith("ours") and name != "released"}
+    best = min(peers.values()) if peers else None
+    rows = []
+    for name, seconds in times.items():
+        each = measure.Times(*(value / steps for value in seconds))
+        row: dict[str, Any] = {
+            "network": network,
+            "method": method,
+            "batch": batch,
+            "way": name,
+            **each._asdict(),
+        }
+        text = f"{network:10s} {method:8s} {batch:4d}  {name:32s} {each:.4g} ms"
+        if name.startswith("ours"):
+            row["of_released"] = seconds.median / times["released"].median
+            text += f"  {row['of_released']:.2f} of released"
+            if best:
+                row["of_best_tuned"] = seconds.median / best.median
+                text += f", {row['of_best_tuned']:.2f} of best tuned"
+        print(text, flush=True)
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    cli.run(main)
