@@ -78,7 +78,9 @@ def get_config(data: str) -> ConfigDict:
     config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end
     config.train.keep_checkpoints = 3  # the newest ones
     config.train.layout = "jit"  # how the devices are used: 'jit' over a mesh, or 'pmap'; the same numbers
-    config.train.precision = "default"  # of matrix products: on a GPU 'default' may be TF32
+    # Of matrix products: 'default' (TF32 on a GPU), 'high' or 'highest'; or 'bfloat16': the backbone computes
+    # in it, while parameters, batch-norm statistics, head, softmax and the attack's images stay float32.
+    config.train.precision = "default"
 
     config.evaluation = _evaluation(config.threat)
     if data in _DIFFERENCES:

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import io
 import json
-import os
 import pathlib
 import sys
 import time
@@ -77,15 +76,6 @@ def alone_in(folder: pathlib.Path) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"another reproduce.py is at work in {folder}; choose another --out") from error
         yield
-
-
-def keep_compilations(folder: pathlib.Path) -> None:
-    """Lets JAX keep what it compiles; the seeds of a row, and a restart, then compile nothing."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def finished(workdir: pathlib.Path) -> dict[str, str] | None:
@@ -186,7 +176,6 @@ def main(arguments: list[str]) -> None:
     from robal_jax import logs, tables
 
     plan = tables.plan(request)
-    keep_compilations(request.out / "compilation_cache")
     folder = request.out / request.data
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))

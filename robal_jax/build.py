@@ -24,6 +24,7 @@ from robal_jax import (
     attacks,
     autoattack,
     classifiers,
+    convolutions,
     losses,
     metrics,
     models,
@@ -129,8 +130,8 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.sampler": _one_of(SAMPLERS),
     "train.augmentation": _one_of(AUGMENTATIONS),
     "train.layout": _one_of(parallel.LAYOUTS),
-    "train.precision": _one_of(("default", "high", "highest")),
-    "evaluation.precision": _one_of(("default", "high", "highest")),
+    "train.precision": _one_of(models.PRECISIONS),
+    "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),
 }
 """What fields must be, where a config has them."""
 
@@ -239,7 +240,7 @@ def model(
         "model",
         models.BACKBONES,
         config.model,
-        convolution=models.loop_convolution if on_cpu else models.convolution,
+        convolution=convolutions.cpu_convolution if on_cpu else convolutions.convolution,
         axis_name=axis_name if sync_batch_norm else None,
     )
     classifier = call(
@@ -254,7 +255,7 @@ def model(
         network = models.Network(backbone(), classifier())
     except ValueError as error:
         raise InputError(f"config.model or its head: {error}") from error
-    return models.functional(network, precision=None if precision == "default" else precision)
+    return models.functional(network, precision=precision)
 
 
 def objective(

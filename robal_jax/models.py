@@ -25,82 +25,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from robal_jax.convolutions import Convolution, convolution
+
 BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch: PyTorch's convention and default
 BATCH_NORM_EPSILON = 1e-5
-
-Convolution = Callable[[chex.Array, chex.Array, int], chex.Array]
-"""``(x [B, H, W, C], kernel [k, k, C, O], stride)`` to ``[B, H', W', O]``, padded by k // 2."""
 
 Layers = tuple[tuple[int, int, int], ...]
 """Features, kernel size and stride of each convolution of a block."""
 
 
-def convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
-    """Convolution zero-padded by half the kernel on every side: PyTorch's way, not that of 'SAME'."""
-    return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], strides=stride)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def loop_convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
-    """:func:`convolution` whose gradients stay fast inside a compiled loop on the CPU.
-
-    XLA's CPU compiler does not rewrite the gradients of a convolution into its own layout when they stand
-    inside a while loop, and they run several times slower there (jax-ml/jax#12868). Here both gradients
-    are themselves NHWC convolutions. For the CPU only, where precision has no meaning; forward-mode
-    differentiation is not supported.
-    """
-    return convolution(x, kernel, stride)
-
-
-def _nhwc(
-    x: chex.Array,
-    kernel: chex.Array,
-    padding: list[tuple[int, int]],
-    *,
-    strides: int = 1,
-    lhs_dilation: int = 1,
-    rhs_dilation: int = 1,
-) -> chex.Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (strides, strides),
-        padding,
-        (lhs_dilation, lhs_dilation),
-        (rhs_dilation, rhs_dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _loop_convolution_forward(
-    x: chex.Array, kernel: chex.Array, stride: int
-) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
-    return convolution(x, kernel, stride), (x, kernel)
-
-
-def _loop_convolution_backward(
-    stride: int, saved: tuple[chex.Array, chex.Array], dy: chex.Array
-) -> tuple[chex.Array, chex.Array]:
-    x, kernel = saved
-    dx_padding, dw_padding = [], []
-    for n, m, k in zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True):
-        low, dilated = k // 2, (m - 1) * stride + 1
-        dx_padding.append((k - 1 - low, n - dilated + low))
-        dw_padding.append((low, k - 1 + dilated - n - low))
-    # dx: dy, dilated by the stride, by the kernel flipped in space with its channel axes exchanged.
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    dx = _nhwc(dy, flipped, dx_padding, lhs_dilation=stride)
-    # dw: x with batch and channel axes exchanged, by dy dilated by the stride.
-    x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
-    dw = _nhwc(x, dy, dw_padding, rhs_dilation=stride)
-    return dx, dw.transpose(1, 2, 0, 3)
-
-
-loop_convolution.defvjp(_loop_convolution_forward, _loop_convolution_backward)
-
-
 class Conv(nn.Module):
-    """Square convolution without bias; N(0, sqrt(2 / (k * k * out))) at initialisation, as released."""
+    """Square convolution without bias; N(0, sqrt(2 / (k * k * out))) at initialisation, as released.
+
+    It computes in the type of what it is given.
+    """
 
     features: int
     size: int = 3
@@ -112,7 +50,7 @@ class Conv(nn.Module):
         """``[B, H, W, C]`` to ``[B, H', W', features]``."""
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         kernel = self.param("kernel", init, (self.size, self.size, x.shape[-1], self.features))
-        return self.convolution(x, kernel, self.stride)
+        return self.convolution(x, kernel.astype(x.dtype), self.stride)
 
 
 class BatchNorm(nn.Module):
@@ -135,10 +73,12 @@ class BatchNorm(nn.Module):
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """``[..., C]`` to the same shape."""
         width, axes = x.shape[-1:], tuple(range(x.ndim - 1))
+        given = x.dtype
         scale = self.param("scale", nn.initializers.ones, width)
         bias = self.param("bias", nn.initializers.zeros, width)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
         running_var = self.variable("batch_stats", "var", jnp.ones, width)
+        x = x.astype(jnp.promote_types(given, scale.dtype))  # statistics are never bfloat16
         mean, var = running_mean.value, running_var.value
         if train and not self.is_initializing():
             mean, count = x.mean(axes), x.size // x.shape[-1]
@@ -149,7 +89,12 @@ class BatchNorm(nn.Module):
                 var = lax.pmean(var, self.axis_name)
             running_mean.value, running_var.value = mean, var * (count / (count - 1))
         factor = lax.rsqrt(var + BATCH_NORM_EPSILON) * scale
-        return (x - _last(mean, x)) * _last(factor, x) + _last(bias, x)
+        return ((x - _last(mean, x)) * _last(factor, x) + _last(bias, x)).astype(given)
+
+
+def _pooled(x: chex.Array) -> chex.Array:
+    """Means of the channels ``[B, C]``, in float32 at least: where an accelerator's bfloat16 ends."""
+    return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _last(vector: chex.Array, like: chex.Array) -> chex.Array:
@@ -219,7 +164,7 @@ class WideResNet(nn.Module):
       depth: 6 * n + 4 for n blocks a stage.
       widen: width factor of the three stages of 16, 32 and 64 channels.
       activation: inside the blocks; the one before pooling is always ReLU.
-      convolution: which implementation, see :func:`loop_convolution`.
+      convolution: which implementation: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
     """
 
@@ -253,7 +198,7 @@ class WideResNet(nn.Module):
                     name=f"block{stage + 1}_layer_{i}",
                 )(x, train)
         x = nn.relu(norm(name="bn1")(x, train))
-        return x.mean((1, 2))
+        return _pooled(x)
 
 
 class ResidualBlock(nn.Module):
@@ -307,7 +252,7 @@ class ResNet(nn.Module):
       shortcut: see :class:`ResidualBlock`.
       stem: 'imagenet' (7x7 of stride 2, max pooling), or 'small' for images of 32 to 64 pixels (3x3 of
         stride 1, no pooling).
-      convolution: which implementation, see :func:`loop_convolution`.
+      convolution: which implementation: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
     """
 
@@ -338,7 +283,7 @@ class ResNet(nn.Module):
                 layers = self.block(width, 2 if stage > 0 and i == 0 else 1)
                 name = f"layer{stage + 1}_{i}"
                 x = ResidualBlock(layers, self.shortcut, conv, norm, name=name)(x, train)
-        return x.mean((1, 2))
+        return _pooled(x)
 
 
 # What is bound by position, a config cannot change.
@@ -358,7 +303,7 @@ class SmallCNN(nn.Module):
     Attributes:
       channels: of the three convolutions; the second and the third halve the image.
       width: ``D``, number of features.
-      convolution: which implementation, see :func:`loop_convolution`.
+      convolution: which implementation: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
     """
 
@@ -403,38 +348,50 @@ class Model(NamedTuple):
     features: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
 
 
-def functional(network: nn.Module, *, precision: str | None = None) -> Model:
+PRECISIONS = {
+    "default": (None, None),
+    "high": ("high", None),
+    "highest": ("highest", None),
+    "bfloat16": (None, jnp.bfloat16),
+}
+"""Precision of matrix products, and type in which a network computes, None for that of its parameters."""
+
+
+def functional(network: nn.Module, *, precision: str = "default") -> Model:
     """The :class:`Model` of a linen module with call signature ``(images, train)``.
 
     Args:
       network: the module; for ``features`` a :class:`Network`.
-      precision: of all matrix products and convolutions, 'high' or 'highest'; None is the accelerator's
-        default, which may be TF32 on a GPU and bfloat16 on a TPU.
+      precision: a key of ``PRECISIONS``. 'default', 'high' and 'highest' are those of JAX's matrix products
+        and convolutions ('default' may be TF32 on a GPU and bfloat16 on a TPU). With 'bfloat16' the images
+        enter the network in that type, and the library's backbones compute in it; parameters, gradients,
+        batch-norm statistics, head and logits stay float32.
 
     Returns:
       Its functions.
     """
+    products, compute = PRECISIONS[precision]
+
+    def apply(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array, **options: Any) -> Any:
+        images = images if compute is None else images.astype(compute)
+        with jax.default_matmul_precision(products):
+            return network.apply({"params": params, "batch_stats": stats}, images, **options)
 
     def init(key: chex.PRNGKey, images: chex.Array) -> tuple[chex.ArrayTree, chex.ArrayTree]:
         variables = network.init(key, images, train=False)
         return variables["params"], variables.get("batch_stats", {})
 
     def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
-        with jax.default_matmul_precision(precision):
-            return network.apply({"params": params, "batch_stats": stats}, images, train=False)
+        return apply(params, stats, images, train=False)
 
     def train(
         params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
     ) -> tuple[chex.Array, chex.ArrayTree]:
-        variables: dict[str, Any] = {"params": params, "batch_stats": stats}
-        with jax.default_matmul_precision(precision):
-            logits, moments = network.apply(variables, images, train=True, mutable=["batch_stats"])
+        logits, moments = apply(params, stats, images, train=True, mutable=["batch_stats"])
         return logits, moments.get("batch_stats", {})
 
     def features(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
-        variables = {"params": params, "batch_stats": stats}
-        with jax.default_matmul_precision(precision):
-            return network.apply(variables, images, False, method=lambda net, *x: net.backbone(*x))
+        return apply(params, stats, images, train=False, method=lambda net, x, train: net.backbone(x, train))
 
     return Model(init, predict, train, features)
 

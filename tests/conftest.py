@@ -17,6 +17,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilations_of_scripts(tmp_path_factory):
+    """The scripts that tests start share what they compile, and leave the user's own cache alone."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compilations_of_scripts"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_dir():
     """Folder of the numbers made by the released code; skips where it is not at hand."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import attacks, models, torch_import
+from robal_jax import attacks, convolutions, models, torch_import
 
 # One function, or one pass through a network and its gradient: float64 rounding (1e-16) grows by the number
 # of summands and layers to 1e-15 .. 1e-12. A wrong constant (an epsilon, a biased variance) shows at 1e-5.
@@ -24,7 +24,8 @@ SINGLE = 1e-9
 # same steps as the float64 one.
 FLOAT32 = 1e-6
 
-BACKBONE = models.WideResNet(10, 1, convolution=models.loop_convolution)  # of the attacked, trained networks
+# Of the attacked and the trained networks.
+BACKBONE = models.WideResNet(10, 1, convolution=convolutions.cpu_convolution)
 EPSILON, STEP = 0.031, 0.0078
 THREAT = attacks.ThreatModel(EPSILON)
 

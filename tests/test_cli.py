@@ -1,6 +1,8 @@
 """What a user may get wrong gives one line that says what to do (robal_jax.cli and experiments)."""
 
+import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -141,7 +143,7 @@ def test_an_override_changes_its_own_field(key):
         ("train.batch_size=0", r"config\.train\.batch_size is 0; it must be > 0"),
         ("train.batch_size=352", r"batch_size is 352, but an epoch has only 351 images"),
         ("train.sampler=all", "'all'; it must be one of uniform, class_aware"),
-        ("train.precision=half", "'half'; it must be one of default, high, highest"),
+        ("train.precision=half", "'half'; it must be one of default, high, highest, bfloat16"),
         ("attack.start=zero", "'zero'; it must be one of clean, uniform"),
         ("data.ratio=0", r"imbalance ratio 0\.0 is outside \(0, 1\]"),
         ("data.ratio=1.5", r"imbalance ratio 1\.5 is outside \(0, 1\]"),
@@ -382,3 +384,36 @@ def test_script_says_one_line_of_a_damaged_checkpoint(tmp_path):
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: checkpoint ")
     assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+# ---------------------------------------------------------------- before JAX starts
+
+
+def test_what_is_set_before_jax_starts(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.2")
+    found = {"XDG_CACHE_HOME": "/cache", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    cli.prepare_jax(found)
+    assert re.fullmatch(r"/cache/robal_jax/[0-9a-f]{8}", found["JAX_COMPILATION_CACHE_DIR"])
+    count, flag = found["XLA_FLAGS"].split()
+    assert count == "--xla_force_host_platform_device_count=4"
+    assert flag == "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+
+    given = {
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3",
+        "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=",
+    }
+    mine = dict(given)
+    cli.prepare_jax(mine)
+    assert mine == given  # a user's own settings win
+
+
+@pytest.mark.parametrize("case", ["an unknown version", "an accelerator"])
+def test_no_flag_where_it_may_be_unknown(monkeypatch, case):
+    version = "0.99.0" if case == "an unknown version" else "0.10.2"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    if case == "an accelerator":
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [group])
+    found = {}
+    cli.prepare_jax(found)
+    assert "XLA_FLAGS" not in found and "JAX_COMPILATION_CACHE_DIR" in found

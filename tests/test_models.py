@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import models, torch_import
+from robal_jax import convolutions, models, torch_import
 from robal_jax.classifiers import CosineHead, LinearHead
 
 
@@ -111,14 +111,42 @@ def test_convolutions(height, width, size, stride):
     rng = np.random.RandomState(0)
     x = jnp.asarray(rng.randn(2, height, width, 3), jnp.float32)
     kernel = jnp.asarray(rng.randn(size, size, 3, 4), jnp.float32)
-    out, pullback = jax.vjp(lambda x, kernel: models.convolution(x, kernel, stride), x, kernel)
+    out, pullback = jax.vjp(lambda x, kernel: convolutions.convolution(x, kernel, stride), x, kernel)
     np.testing.assert_allclose(out, numpy_convolution(x, kernel, stride), atol=1e-4)
-    found, pullback_2 = jax.vjp(lambda x, kernel: models.loop_convolution(x, kernel, stride), x, kernel)
+    found, pullback_2 = jax.vjp(lambda x, kernel: convolutions.cpu_convolution(x, kernel, stride), x, kernel)
     np.testing.assert_array_equal(found, out)
     dy = jnp.asarray(rng.randn(*out.shape), jnp.float32)
     for expected, gradient in zip(pullback(dy), pullback_2(dy), strict=True):
         # Sums of up to 2 * 10 * 10 products near 1, in another order: 200 * 2^-24 at worst.
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "channels", "features"), [(4, 32, 64), (6, 48, 32)])
+def test_winograd(side, channels, features):
+    """The convolution and both gradients are XLA's, and the products are really fewer."""
+    rng = np.random.RandomState(0)
+    x = jnp.asarray(rng.randn(3, side, side, channels), jnp.float32)
+    kernel = jnp.asarray(rng.randn(3, 3, channels, features) / np.sqrt(9 * channels), jnp.float32)
+
+    def with_pullback(function):
+        def run(dy):
+            out, pullback = jax.vjp(function, x, kernel)
+            return out, *pullback(dy)
+
+        return jax.jit(run)
+
+    dy = jnp.asarray(rng.randn(3, side, side, features), jnp.float32)
+    expected = with_pullback(lambda x, kernel: convolutions.convolution(x, kernel, 1))(dy)
+    found = with_pullback(lambda x, kernel: convolutions.cpu_convolution(x, kernel, 1))(dy)
+    for theirs, ours in zip(expected, found, strict=True):
+        # Sums of up to 9 * 64 products of about 1 / 17, each in another order: 576 * 2^-24 of the largest.
+        np.testing.assert_allclose(ours, theirs, atol=4e-5 * np.abs(theirs).max())
+
+    operations = jax.jit(convolutions.winograd).lower(x, kernel).cost_analysis()["flops"]
+    direct = 2 * 9 * x.shape[0] * side**2 * channels * features
+    # 16 products for 4 pixels instead of 36; the transforms of 16 numbers are less than 6 sums each.
+    transforms = 6 * 16 * (x.size + 3 * side**2 * features) / 4 + 4 * 16 * channels * features
+    assert direct * 16 / 36 < operations < direct * 16 / 36 + transforms
 
 
 # ---------------------------------------------------------------- networks
@@ -264,11 +292,11 @@ def test_resnet50_from_pytorch_and_back(stem):
 
 
 def test_training_and_prediction():
-    """A training pass leaves moments and changes nothing; loop_convolution is the same network."""
+    """A training pass leaves moments and changes nothing; cpu_convolution is the same network."""
     images = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 1), jnp.float32)
     plain, loop = (
         models.functional(models.Network(models.SmallCNN((4, 4, 4), 8, convolution=c), CosineHead(3)))
-        for c in (models.convolution, models.loop_convolution)
+        for c in (convolutions.convolution, convolutions.cpu_convolution)
     )
     init, predict = jax.jit(plain.init), jax.jit(plain.predict)
     params, stats = init(jax.random.key(0), images)
@@ -301,3 +329,39 @@ def test_precision_reaches_every_product_and_its_gradients():
     products = program.count("conv_general_dilated[") + program.count("dot_general[")
     assert products == 2 * (9 + 1)  # nine convolutions, one matrix product, and the gradient of each
     assert len(re.findall(r"precision=\(?Precision.HIGHEST", program)) == products
+
+
+@pytest.mark.parametrize("backbone", [models.WideResNet(10, 1), models.SmallCNN()], ids=["WRN", "small"])
+def test_bfloat16_stays_between_the_images_and_the_head(backbone):
+    """Every convolution and its gradients compute in it; what a step keeps or compares does not."""
+    network = models.Network(backbone, CosineHead(10))
+    model = models.functional(network, precision="bfloat16")
+    images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+    params, stats = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def loss(params, images, stats):
+        logits, moments = model.train(params, stats, images)
+        return jnp.sum(logits**2), (logits, moments)
+
+    gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    program, found = jax.make_jaxpr(gradients, return_shape=True)(params, images, stats)
+    convolved = [
+        variable.aval.dtype
+        for equation in equations(program.jaxpr)
+        if equation.primitive.name == "conv_general_dilated"
+        for variable in equation.outvars
+    ]
+    assert set(convolved) == {jnp.dtype(jnp.bfloat16)}
+    assert len(convolved) == 3 * sum(leaf.ndim == 4 for leaf in jax.tree.leaves(params))
+    kept = jax.tree.leaves((params, stats, found))
+    assert {leaf.dtype for leaf in kept} == {jnp.dtype(jnp.float32)}
+
+
+def equations(program):
+    """Of a program and of those within it."""
+    for equation in program.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

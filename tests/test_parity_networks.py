@@ -7,7 +7,7 @@ import jax
 import pytest
 from parity import checksums, imported, nchw, nhwc
 
-from robal_jax import classifiers, models, torch_import
+from robal_jax import classifiers, convolutions, models, torch_import
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
 
@@ -78,16 +78,16 @@ def check_network(reference, recipe, group, file, name, convolution):
 
 @pytest.mark.parametrize("name", ["wrn10_2", "wrn16_1", "wrn10_1_fc", "wrn10_1_silu"])
 def test_small_networks(reference, recipe, name):
-    check_network(reference, recipe, "small networks", "network_small_f64", name, models.convolution)
+    check_network(reference, recipe, "small networks", "network_small_f64", name, convolutions.convolution)
 
 
-def test_loop_convolution(reference, recipe):
-    group = "small network, loop_convolution"
-    check_network(reference, recipe, group, "network_small_f64", "wrn16_1", models.loop_convolution)
+def test_cpu_convolution(reference, recipe):
+    group = "small network, cpu_convolution"
+    check_network(reference, recipe, group, "network_small_f64", "wrn16_1", convolutions.cpu_convolution)
 
 
 # float32 runs part by 1e-2 in the training gradients of these (ReLU kinks); float64 ones do not meet a kink.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn34_10", "resnet18"])
 def test_big_networks(reference, recipe, name):
-    check_network(reference, recipe, "big networks", "network_big_f64", name, models.convolution)
+    check_network(reference, recipe, "big networks", "network_big_f64", name, convolutions.convolution)

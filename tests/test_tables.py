@@ -1,7 +1,6 @@
 """The paper's tables: their data, the plan of runs, the assembled table, and experiments/reproduce.py."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -373,7 +372,7 @@ def test_a_signal_between_two_jobs_is_the_end(monkeypatch):
     assert done == [("at", False)]
 
 
-def start(folder, env):
+def start(folder):
     command = [
         *(sys.executable, str(ROOT / "experiments/reproduce.py"), "--table=1", "--rows=at,lws"),
         *("--seeds=1", "--out=out", "--config.train.epochs=4", "--config.schedule.milestones=()"),
@@ -381,7 +380,7 @@ def start(folder, env):
     ]
     folder.mkdir(exist_ok=True)
     with (folder / "stdout").open("w") as file:
-        return subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
 
 
 def interrupt(process, folder, seen, number):
@@ -395,18 +394,16 @@ def interrupt(process, folder, seen, number):
 
 @pytest.mark.slow
 def test_a_killed_table_ends_with_the_same_bytes(tmp_path):
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, env).wait() == 0, (whole / "stdout").read_text()
+    assert start(whole).wait() == 0, (whole / "stdout").read_text()
     for number in (1, 3):  # a training, and a fine-tuning
-        process = start(killed, env)
+        process = start(killed)
         assert interrupt(process, killed, f"[{number}/4]", signal.SIGKILL) == -signal.SIGKILL
-    process = start(killed, env)
+    process = start(killed)
     assert interrupt(process, killed, "[4/4]", signal.SIGTERM) == 0
     assert "stopped; the same command goes on" in (killed / "stdout").read_text()
     for folder in (killed, whole):  # the second is complete and does nothing
-        process = start(folder, env)
+        process = start(folder)
         assert process.wait() == 0, (folder / "stdout").read_text()
     assert "] " not in (whole / "stdout").read_text().partition("# RoBal")[0]
     for name in ("table1.md", "table1.json"):

@@ -21,34 +21,12 @@ import numpy as np
 import torch
 import torchattacks
 
-from robal_jax import attacks, autoattack, build, checkpoints, cli, torch_import
+from experiments.benchmarks import evaluation, torch_networks
+from robal_jax import attacks, autoattack, build, checkpoints, cli
 from robal_jax.data import to_float
 from robal_jax.errors import InputError
 
 STEPS = 100
-
-
-class SmallCNN(torch.nn.Module):
-    """``models.SmallCNN`` with a linear head, in PyTorch."""
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        super().__init__()
-        for i in (1, 2, 3):
-            shape = arrays[f"backbone.conv{i}.weight"].shape
-            conv = torch.nn.Conv2d(shape[1], shape[0], 3, min(i, 2), padding=1, bias=False)
-            self.add_module(f"conv{i}", conv)
-            self.add_module(f"bn{i}", torch.nn.BatchNorm2d(shape[0]))
-        self.fc = torch.nn.Linear(*arrays["backbone.fc.weight"].shape[::-1])
-        self.classifier = torch.nn.Linear(*arrays["classifier.weight"].shape[::-1])
-        tensors = {name.removeprefix("backbone."): torch.tensor(array) for name, array in arrays.items()}
-        print("not loaded:", self.load_state_dict(tensors, strict=False))
-        self.eval()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images NCHW to logits."""
-        for i in (1, 2, 3):
-            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)).relu()
-        return self.classifier(self.fc(x.permute(0, 2, 3, 1).flatten(1)))
 
 
 def main(arguments: list[str]) -> None:
@@ -67,7 +45,7 @@ def main(arguments: list[str]) -> None:
     arrays, *_ = checkpoints.read_latest(workdir)
     threat = attacks.ThreatModel(float(values["epsilon"] or job.threat.epsilon), norm)
     logits_fn = jax.jit(partial(job.predict, arrays["params"], arrays["stats"]))
-    twin = SmallCNN(torch_import.to_state_dict(arrays["params"], arrays["stats"], {}))
+    twin = evaluation.twin(torch_networks.SmallCNN(), arrays["params"], arrays["stats"])
 
     data, count = job.training.data, int(values["examples"] or 200)
     ids = np.random.default_rng(0).permutation(len(data.test_labels))[:count]

@@ -1,9 +1,9 @@
-"""The training step beside PyTorch's: python experiments/benchmarks/step.py [--networks=resnet18] [--batch=16,64].
+"""The training step beside PyTorch's: python experiments/benchmarks/step.py [--networks=NAME] [--batch=64].
 
-RoBal-N's step and plain adversarial training's, as ``experiments/train.py`` runs them (a chunk of steps in one
-dispatch, with augmentation), against the released algorithm in PyTorch (float32, four outer passes) and against
-the same mathematics as fast as PyTorch goes (two passes; channels_last, torch.compile, and on a GPU bfloat16).
-All in one process and in turn; PyTorch is given ready tensors and does not augment. Wants PyTorch.
+RoBal-N's step and plain adversarial training's, as ``experiments/train.py`` runs them (a chunk of steps in
+one dispatch, with augmentation), against the released algorithm in PyTorch (float32, four outer passes) and
+against the same mathematics as fast as PyTorch goes (two passes; channels_last, torch.compile, and on a GPU
+bfloat16). All in one process and in turn; PyTorch is given ready tensors and does not augment. Wants PyTorch.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from experiments.benchmarks import measure
 from robal_jax import cli
 
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "digits_cnn": {"name": "small_cnn"},
     "wrn_16_2": {"name": "wide_resnet", "depth": 16, "widen": 2},
     "resnet18": {"name": "resnet18"},
@@ -84,13 +84,7 @@ def theirs(network: str, method: str, batch: int, steps: int, variant: Any) -> C
     from experiments.benchmarks import torch_networks as nets
     from experiments.benchmarks import torch_step
 
-    made: dict[str, Callable[[], tuple[torch.nn.Module, int]]] = {
-        "digits_cnn": lambda: (nets.SmallCNN(), 64),
-        "wrn_16_2": lambda: (nets.WideResNet(16, 2), 128),
-        "resnet18": lambda: (nets.ResNet18(), 512),
-        "wrn_34_10": lambda: (nets.WideResNet(34, 10), 640),
-    }
-    backbone, width = made[network]()
+    backbone, width = nets.BACKBONES[network]()
     head = nets.CosineHead(width, 10) if method == "robal_n" else torch.nn.Linear(width, 10)
     model = nets.randomised(nets.RoBal(backbone, head))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +110,7 @@ def main(arguments: list[str]) -> None:
         "steps": "of a timed call, 2",
         "repeats": "timed calls of each, 5",
         "precision": "ours, as config.train.precision; several are possible",
-        "variants": "of PyTorch beside the released one: their names as printed, split by ';'; all if not given",
+        "variants": "of PyTorch beside the released one: names as printed, split by ';'; all if not given",
         "json": "file for the record",
     }
     values = cli.parse(arguments, texts, __doc__)

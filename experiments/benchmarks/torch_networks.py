@@ -1,11 +1,10 @@
-"""The networks in PyTorch, written from the facts about the released code: peers, and what imports must match.
+"""The networks in PyTorch, from the facts about the released code: peers, and what imports must match.
 
 Names are those of the released state_dicts; the small CNN, which has no such, has ours. Wants PyTorch.
 """
 
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -187,6 +186,15 @@ class CosineHead(nn.Module):
         unit = features / features.norm(dim=1, keepdim=True)
         rows = self.weight / (self.weight.norm(dim=1, keepdim=True) + self.gamma)
         return self.scale * functional.linear(unit, rows) + self.bias
+
+
+# Each of the benchmarks' networks, and how many features it has.
+BACKBONES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
+    "digits_cnn": lambda: (SmallCNN(), 64),
+    "wrn_16_2": lambda: (WideResNet(16, 2), 128),
+    "resnet18": lambda: (ResNet18(), 512),
+    "wrn_34_10": lambda: (WideResNet(34, 10), 640),
+}
 
 
 class RoBal(nn.Module):

@@ -1,4 +1,4 @@
-"""The training step in PyTorch, as a peer: the released algorithm, and the same mathematics as fast as it goes.
+"""The training step in PyTorch, as a peer: the released algorithm, and the same as fast as it goes.
 
 Written from the facts about the released code. Wants PyTorch.
 """

@@ -1,0 +1,178 @@
+"""Share of the device's matrix peak: python experiments/benchmarks/roofline.py [--networks=resnet18].
+
+Operations of a step by formula, two for each multiplication with addition of a convolution or matrix product
+(2 k k C_in C_out H_out W_out an image, products with the padding's zeros included):
+
+    RoBal-N  5 attack steps of 2 F, two training passes of 3 F:  16 F - 2 F1
+    AT       5 attack steps of 2 F, one training pass of 3 F:    13 F - F1
+
+F is a forward pass, a gradient by images or parameters costs as much; F1 is the first convolution, whose
+gradient by the images no training pass needs. scaling.py counts them in the traced program. XLA's own count,
+of the compiled program, leaves out the padding and has all other operations; it takes a loop's body once, so
+that the attack's step and the training passes are compiled by themselves.
+
+The peak is the best median of square matrix products of several sizes, in the arithmetic of --precision.
+Step, peak and PyTorch's step (channels_last) are timed in turn; PyTorch needs as many operations. Wants
+PyTorch.
+"""
+
+import importlib
+import pathlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.benchmarks import measure, scaling, step
+from robal_jax import cli, losses, parallel
+from robal_jax.objectives import Batch
+
+CLASSES = 10
+
+
+class Operations(NamedTuple):
+    """Of one image: a forward pass and a step by formula, a step by XLA's analysis."""
+
+    forward: float
+    step: float
+    analysed: float
+
+
+def described(network: str, method: str) -> scaling.Network:
+    """The network and its config, as :mod:`scaling` counts them."""
+    config = importlib.import_module(f"configs.{method}").get_config("cifar10_lt")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model = ConfigDict(step.NETWORKS[network])
+    pixels, channels = step.shape(network)
+    return scaling.Network(network, config, (pixels, pixels, channels), CLASSES)
+
+
+def passes(job: Any, batch: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """The loop-free parts of a job's step, each with the shapes of its arguments."""
+    model, shape = job.model, job.data.test_images.shape[1:]
+    images, labels = (
+        jax.ShapeDtypeStruct((batch, *shape), jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    params, stats = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def attack(params: Any, stats: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: losses.cross_entropy(model.predict(params, stats, x), y).sum())(x)
+
+    def outer(params: Any, stats: Any, x: jax.Array, adversarial: jax.Array, y: jax.Array) -> Any:
+        batch = Batch(x, y, jax.random.key(0), jnp.int32(1))  # no attack, so the key is not used
+        objective = partial(job.objective, attack=lambda *_: adversarial)
+        return jax.grad(lambda params: objective(model, params, stats, batch)[0])(params)
+
+    mesh, whole = Mesh(jax.devices()[:1], (parallel.AXIS,)), PartitionSpec()
+    alone = partial(jax.shard_map, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    return {
+        "attack": (alone(attack), (params, stats, images, labels)),
+        "outer": (alone(outer), (params, stats, images, images, labels)),
+    }
+
+
+def analysed(function: Callable[..., Any], shapes: tuple[Any, ...]) -> float:
+    """XLA's count of a compiled function's operations."""
+    found = jax.jit(function).lower(*shapes).compile().cost_analysis() or {}
+    return found["flops"]
+
+
+def operations(network: str, method: str, batch: int, precision: str) -> Operations:
+    """Counts a step in both ways."""
+    of = described(network, method)
+    parts = passes(step.job_of(network, method, batch, 1, precision), batch)
+    found = {name: analysed(*part) / batch for name, part in parts.items()}
+    return Operations(
+        forward=scaling.flops(scaling.forward_program(of)),
+        step=scaling.work_of(of).flops,
+        analysed=of.config.attack.steps * found["attack"] + found["outer"],
+    )
+
+
+def product(size: int, precision: str) -> Callable[[], Any]:
+    """A product of two square matrices in the arithmetic of ``config.train.precision``."""
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    exact = precision if precision in ("high", "highest") else None
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    multiply = jax.jit(partial(jnp.matmul, precision=exact))
+    return lambda: multiply(left, right).block_until_ready()
+
+
+def peak_of(times: dict[str, measure.Times], sizes: dict[str, int]) -> float:
+    """Operations a second of the best product: ``max 2 n^3 / median``."""
+    return max(2 * n**3 / times[name].median for name, n in sizes.items())
+
+
+def row_of(
+    times: dict[str, measure.Times], sizes: dict[str, int], found: Operations, images: int
+) -> dict[str, Any]:
+    """Shares of the peak that our step and PyTorch's achieve, and what they follow from."""
+    peak = peak_of(times, sizes)
+    shares = {name: images * found.step / times[name].median / peak for name in ("ours", "PyTorch")}
+    seconds = {f"{name} seconds": times[name]._asdict() for name in shares}
+    ratio = shares["ours"] / shares["PyTorch"]
+    return {**found._asdict(), "peak": peak, "images": images, **seconds, **shares, "ratio": ratio}
+
+
+def text_of(row: dict[str, Any], times: dict[str, measure.Times]) -> str:
+    """Three lines."""
+    forward, all_, by_xla = (row[name] / 1e9 for name in Operations._fields)
+    return (
+        f"{row['network']}: {forward:.4g} GFLOP an image forward, {all_:.4g} a step"
+        f" ({all_ / forward:.2f} F), "
+        f"{by_xla:.4g} by XLA's analysis ({by_xla / all_:.2f} of it)\n"
+        f"    peak {row['peak'] / 1e12:.4g} TFLOP/s; ours {times['ours']:.4g} ms, "
+        f"PyTorch {times['PyTorch']:.4g} ms for {row['images']} images\n"
+        f"    share of the peak: ours {row['ours']:.1%}, PyTorch {row['PyTorch']:.1%}, "
+        f"ratio {row['ratio']:.2f}"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Times everything, prints a table."""
+    texts = {
+        "networks": "some of step.NETWORKS, resnet18",
+        "method": "robal_n or at; robal_n",
+        "batch": "images, 64",
+        "steps": "of a timed call; 1 on a CPU, else 20",
+        "repeats": "timed calls of each, 5",
+        "precision": "as config.train.precision; default",
+        "sizes": "of the matrices; 2048 on a CPU, else 8192,16384",
+        "json": "file for the record",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    from experiments.benchmarks import torch_step
+
+    method, precision = values["method"] or "robal_n", values["precision"] or "default"
+    least, matrices = (1, "2048") if jax.default_backend() == "cpu" else (20, "8192,16384")
+    batch, repeats = int(values["batch"] or 64), int(values["repeats"] or 5)
+    steps = int(values["steps"] or least)
+    sizes = {f"matmul {size}": int(size) for size in (values["sizes"] or matrices).split(",")}
+    variant = torch_step.Variant("channels_last", channels_last=True, bfloat16=precision == "bfloat16")
+    print(measure.heading())
+    print(f"{method}, batch {batch}, {precision}; medians of {repeats}, in turn\n")
+    rows = []
+    for network in (values["networks"] or "resnet18").split(","):
+        found = operations(network, method, batch, precision)
+        ways = {name: product(size, precision) for name, size in sizes.items()}
+        ways["ours"] = step.ours(network, method, batch, steps, precision)
+        ways["PyTorch"] = step.theirs(network, method, batch, steps, variant)
+        times = measure.interleaved(ways, repeats)
+        row = row_of(times, sizes, found, batch * steps)
+        row = {"network": network, "method": method, "precision": precision, **row}
+        print(text_of(row, times), flush=True)
+        rows.append(row)
+    measure.record(values["json"], rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
