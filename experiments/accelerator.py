@@ -196,7 +196,6 @@ def run_job(job: Job, work: pathlib.Path, seconds: float) -> str:
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(work / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # PyTorch in the same process needs memory too
         **job.environment,
     }
     command, stopped = [sys.executable, *job.arguments], False

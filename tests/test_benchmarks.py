@@ -1,6 +1,7 @@
 """What the benchmarks under experiments/benchmarks/ compute beside times."""
 
 import json
+import os
 import sys
 
 import jax
@@ -135,3 +136,16 @@ def test_a_whole_chunk_lowers_from_shapes_alone():
 
 def test_fresh_processes_return_json():
     assert startup.in_fresh_process("step", "shape", "digits_cnn") == [8, 1]
+
+
+def test_a_way_in_its_own_process():
+    pid = measure.in_own_process(process_number)
+    assert pid() == pid() != os.getpid()
+    with pytest.raises(RuntimeError, match=r"process_number\(1,\) failed"):
+        measure.in_own_process(process_number, 1)
+
+
+def process_number(*wrong):
+    if wrong:
+        raise SystemExit(3)
+    return os.getpid

@@ -6,8 +6,8 @@ weights.
 
 Ours runs as ``experiments/evaluate.py`` does, in float32, and on an accelerator at its default precision too
 (on a GPU TF32, as PyTorch's convolutions there). torchattacks runs as it is, and with the network in
-channels_last. All in one process and in turn; compilation is reported apart. Robust accuracies, and the
-number of images in which they differ from those of torchattacks as it is, stand beside the times: a weak
+channels_last. In turn, each in a process of its own; compilation is reported apart. Robust accuracies, and
+the number of images in which they differ from those of torchattacks as it is, stand beside the times: a weak
 attack is fast.
 
 ``torchattacks.AutoAttack`` makes 10 steps where AutoAttack makes 100, and has another schedule of Square's.
@@ -249,10 +249,11 @@ def compare(
     network: Network, attack: str, settings: Settings, precisions: list[str], repeats: int
 ) -> list[dict[str, Any]]:
     """Prints the rows of one attack on one network, and returns them."""
-    ways: dict[str, Way] = {f"ours {p}": ours(network, attack, settings, p) for p in precisions}
+    given = (network, attack, settings)
+    ways: dict[str, Way] = {f"ours {p}": measure.in_own_process(ours, *given, p) for p in precisions}
     first = {name: seconds_of(way) for name, way in ways.items()}
-    ways["torchattacks"] = theirs(network, attack, settings, False)
-    ways["torchattacks, channels_last"] = theirs(network, attack, settings, True)
+    ways["torchattacks"] = measure.in_own_process(theirs, *given, False)
+    ways["torchattacks, channels_last"] = measure.in_own_process(theirs, *given, True)
     robust: dict[str, np.ndarray] = {}
     kept = {name: partial(lambda name: robust.update({name: ways[name]()}), name) for name in ways}
     times = measure.interleaved(kept, repeats)

@@ -1,8 +1,10 @@
 """How all benchmarks measure: in turn in one process, medians with their spread, one record of it in JSON."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -11,11 +13,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from robal_jax.data import Dataset
+
+# PyTorch, and other processes, need a GPU's memory too; read when JAX looks for its devices.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 LIBRARIES = ("jax", "jaxlib", "flax", "torch", "torchattacks", "foolbox")
 
@@ -49,6 +55,43 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
             way()
             seconds[name].append(time.perf_counter() - started)
     return {name: Times(statistics.median(all_), min(all_), max(all_)) for name, all_ in seconds.items()}
+
+
+def in_own_process(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[], Any]:
+    """What ``make(*arguments)`` returns, in a process of its own that lives as long as this one.
+
+    So that two libraries do not share an allocator, threads, or a GPU's memory that one of them has taken.
+
+    Args:
+      make: a function of a module; it runs in the other process, and so does what it returns, whose results
+        come here.
+      *arguments: of it.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    context.Process(target=_serve, args=(theirs, make, arguments), daemon=True).start()
+    theirs.close()
+
+    def answer() -> Any:
+        try:
+            return ours.recv()
+        except EOFError as error:
+            raise RuntimeError(f"{make.__name__}{arguments} failed; what it said stands above") from error
+
+    def run() -> Any:
+        ours.send(True)
+        return answer()
+
+    answer()  # that it is made
+    return run
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], arguments: Any) -> None:
+    run = make(*arguments)
+    connection.send(True)
+    with contextlib.suppress(EOFError):  # the other side has ended
+        while connection.recv():
+            connection.send(run())
 
 
 def device() -> str:

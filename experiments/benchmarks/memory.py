@@ -6,7 +6,6 @@ its memory (a GPU or TPU does), also its peak after one real chunk; on a GPU bes
 Every line is a process of its own, because a peak is one of a process.
 """
 
-import os
 import pathlib
 import sys
 from typing import Any
@@ -77,8 +76,6 @@ def main(arguments: list[str]) -> None:
         "json": "file for the record",
     }
     values = cli.parse(arguments, texts, __doc__)
-    # One that has looked for its devices would keep most of a GPU's memory from the processes that it starts.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from experiments.benchmarks import measure
     from robal_jax import build
 

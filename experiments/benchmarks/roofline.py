@@ -104,7 +104,11 @@ def product(size: int, precision: str) -> Callable[[], Any]:
     exact = precision if precision in ("high", "highest") else None
     left, right = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     multiply = jax.jit(partial(jnp.matmul, precision=exact))
-    return lambda: multiply(left, right).block_until_ready()
+
+    def run() -> None:
+        multiply(left, right).block_until_ready()
+
+    return run
 
 
 def peak_of(times: dict[str, measure.Times], sizes: dict[str, int]) -> float:
@@ -163,9 +167,10 @@ def main(arguments: list[str]) -> None:
     rows = []
     for network in (values["networks"] or "resnet18").split(","):
         found = operations(network, method, batch, precision)
-        ways = {name: product(size, precision) for name, size in sizes.items()}
-        ways["ours"] = step.ours(network, method, batch, steps, precision)
-        ways["PyTorch"] = step.theirs(network, method, batch, steps, variant)
+        ways = {name: measure.in_own_process(product, size, precision) for name, size in sizes.items()}
+        given = (network, method, batch, steps)
+        ways["ours"] = measure.in_own_process(step.ours, *given, precision)
+        ways["PyTorch"] = measure.in_own_process(step.theirs, *given, variant)
         times = measure.interleaved(ways, repeats)
         row = row_of(times, sizes, found, batch * steps)
         row = {"network": network, "method": method, "precision": precision, **row}

@@ -9,8 +9,7 @@ left there; beside PyTorch's eager step (two passes), and with --compiled=yes to
     compile    XLA's compilation of it, or its reading from the cache
     first      the step; PyTorch compiles here
 
-A run: experiments/train.py on the digits from its first line to its last checkpoint. Of the programs that XLA
-compiles JAX keeps those that took JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, a second. Wants PyTorch.
+A run: experiments/train.py on the digits from its first line to its last checkpoint. Wants PyTorch.
 """
 
 import itertools

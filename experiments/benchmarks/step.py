@@ -3,7 +3,8 @@
 RoBal-N's step and plain adversarial training's, as ``experiments/train.py`` runs them (a chunk of steps in
 one dispatch, with augmentation), against the released algorithm in PyTorch (float32, four outer passes) and
 against the same mathematics as fast as PyTorch goes (two passes; channels_last, torch.compile, and on a GPU
-bfloat16). All in one process and in turn; PyTorch is given ready tensors and does not augment. Wants PyTorch.
+bfloat16). In turn, each in a process of its own; PyTorch is given ready tensors and does not augment. Wants
+PyTorch.
 """
 
 import pathlib
@@ -131,9 +132,10 @@ def main(arguments: list[str]) -> None:
     for network in networks:
         for method in methods:
             for batch in sizes:
-                ways = {f"ours {p}": ours(network, method, batch, steps, p) for p in precisions}
+                given = (network, method, batch, steps)
+                ways = {f"ours {p}": measure.in_own_process(ours, *given, p) for p in precisions}
                 for variant in (torch_step.RELEASED, *(v for v in variants if v.name in chosen)):
-                    ways[variant.name] = theirs(network, method, batch, steps, variant)
+                    ways[variant.name] = measure.in_own_process(theirs, *given, variant)
                 times = measure.interleaved(ways, repeats)
                 rows += report(network, method, batch, steps, times)
     measure.record(values["json"], rows)
