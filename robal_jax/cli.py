@@ -31,7 +31,7 @@ PROCESSES = {
 # Eigen's convolutions instead of YNNPACK's, which are slower on two cores (experiments/benchmarks/NOTES.md).
 CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type", "-individual_convolution"
 # Versions of jaxlib that know it; another one might abort.
-KNOWN_IN = "0.10.2", "0.11.2", "0.12.0", "0.12.0.1"
+KNOWN_IN = "0.10.2", "0.11.2", "0.12.0.1"
 
 
 def prepare_jax(environment: MutableMapping[str, str]) -> None:
