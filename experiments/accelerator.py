@@ -20,7 +20,7 @@ default) as accelerator.tar.gz, renewed after every job.
     --stage=status            what is done
     --only=train,evaluation   jobs whose names begin so; with autoattack, these are the real runs
     --precision=bfloat16      of training; by default TF32 on a GPU
-    --work=/tmp/robal         folder of everything on the machine
+    --work=DIR                folder of everything on the machine; robal in that for temporary files
     --toy=yes                 all of it, tiny, for a CPU: --toy=yes --work=runs/toy --minutes=2
 """
 
@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -349,7 +350,11 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--stage", required=True, choices=("pack", "setup", "run", "status"))
     parser.add_argument("--minutes", type=float, default=9.0)
-    for name, value in {"carried": "runs/carried", "data": "cifar10.npz", "work": "/tmp/robal"}.items():
+    for name, value in {
+        "carried": "runs/carried",
+        "data": "cifar10.npz",
+        "work": pathlib.Path(tempfile.gettempdir(), "robal"),
+    }.items():
         parser.add_argument(f"--{name}", type=pathlib.Path, default=value)
     for name, value in {"only": "", "precision": "default", "toy": ""}.items():
         parser.add_argument(f"--{name}", default=value)

@@ -1,6 +1,7 @@
 """What a user may get wrong gives one line that says what to do (robal_jax.cli and experiments)."""
 
 import importlib.metadata
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -389,8 +390,14 @@ def test_script_says_one_line_of_a_damaged_checkpoint(tmp_path):
 # ---------------------------------------------------------------- before JAX starts
 
 
-def test_what_is_set_before_jax_starts(monkeypatch):
+@pytest.fixture
+def only_a_cpu(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_what_is_set_before_jax_starts(only_a_cpu):
     found = {"XDG_CACHE_HOME": "/cache", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     cli.prepare_jax(found)
     assert re.fullmatch(r"/cache/robal_jax/[0-9a-f]{8}", found["JAX_COMPILATION_CACHE_DIR"])
@@ -409,10 +416,10 @@ def test_what_is_set_before_jax_starts(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["an unknown version", "an accelerator"])
-def test_no_flag_where_it_may_be_unknown(monkeypatch, case):
-    version = "0.99.0" if case == "an unknown version" else "0.10.2"
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    if case == "an accelerator":
+def test_no_flag_where_it_may_be_unknown(monkeypatch, only_a_cpu, case):
+    if case == "an unknown version":
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
+    else:
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [group])
     found = {}
     cli.prepare_jax(found)
