@@ -38,8 +38,8 @@ def arguments(workdir, epochs=EPOCHS):
 def env(tmp_path_factory):
     """The compilation cache only makes the restarts faster; what is compiled is the same.
 
-    In float64, because on two devices a sign of a gradient that is 0 but for its rounding may flip: in float32
-    that was seen to move parameters by 3e-3.
+    In float64, because on two devices a sign of a gradient that is 0 but for its rounding may flip: that was
+    seen to move parameters by 3e-3 in float32.
     """
     return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilations")), "JAX_ENABLE_X64": "1"}
 
