@@ -28,8 +28,9 @@ PROCESSES = {
 """Flags of scripts that can run in several processes, for ``hosts.start``."""
 
 
-# Eigen's convolutions instead of YNNPACK's, which are slower on two cores (experiments/benchmarks/NOTES.md).
-CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type", "-individual_convolution"
+# Eigen's convolutions and matrix products instead of YNNPACK's, which are slower on two cores
+# (experiments/benchmarks/NOTES.md).
+CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type", "-individual_convolution,-individual_dot"
 # Versions of jaxlib that know it; another one might abort.
 KNOWN_IN = "0.10.2", "0.11.2", "0.12.0.1"
 

@@ -96,8 +96,8 @@ def _kernel_gradient(
 cpu_convolution.defvjp(_forward, _backward)
 
 # With less, transforming tiles and starting forty small operations costs more than it saves: measured.
-WINOGRAD_CHANNELS = 64
-WINOGRAD_OPERATIONS = 4e8
+WINOGRAD_CHANNELS = 32
+WINOGRAD_OPERATIONS = 2e8
 
 
 def _winograd_pays(x: chex.Array, kernel: chex.Array, stride: int) -> bool:

@@ -403,7 +403,7 @@ def test_what_is_set_before_jax_starts(only_a_cpu):
     assert re.fullmatch(r"/cache/robal_jax/[0-9a-f]{8}", found["JAX_COMPILATION_CACHE_DIR"])
     count, flag = found["XLA_FLAGS"].split()
     assert count == "--xla_force_host_platform_device_count=4"
-    assert flag == "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    assert flag == "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-individual_dot"
 
     given = {
         "JAX_COMPILATION_CACHE_DIR": "",
