@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> None:
         "networks": "some of step.NETWORKS, resnet18",
         "method": "robal_n or at; robal_n",
         "batch": "images, 64",
-        "steps": "of a timed call; 1 on a CPU, else 20",
+        "steps": "of a timed call; 4 on a CPU, else 20",
         "repeats": "timed calls of each, 5",
         "precision": "as config.train.precision; default",
         "sizes": "of the matrices; 2048 on a CPU, else 8192,16384",

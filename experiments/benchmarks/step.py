@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
         "networks": f"some of {','.join(NETWORKS)}; the first three if not given",
         "methods": "robal_n,at",
         "batch": "sizes, 16,64",
-        "steps": "of a timed call, 2",
+        "steps": "of a timed call, in one dispatch: 4; a training run makes 20",
         "repeats": "timed calls of each, 5",
         "precision": "ours, as config.train.precision; several are possible",
         "variants": "of PyTorch beside the released one: names as printed, split by ';'; all if not given",
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
     networks = (values["networks"] or "digits_cnn,wrn_16_2,resnet18").split(",")
     methods = (values["methods"] or ",".join(METHODS)).split(",")
     sizes = [int(size) for size in (values["batch"] or "16,64").split(",")]
-    steps, repeats = int(values["steps"] or 2), int(values["repeats"] or 5)
+    steps, repeats = int(values["steps"] or 4), int(values["repeats"] or 5)
     precisions = (values["precision"] or "default").split(",")
     variants = torch_step.GPU_VARIANTS if torch.cuda.is_available() else torch_step.CPU_VARIANTS
     chosen = values["variants"].split(";") if values["variants"] else [v.name for v in variants]
@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> None:
                     ways[variant.name] = measure.in_own_process(theirs, *given, variant)
                 times = measure.interleaved(ways, repeats)
                 rows += report(network, method, batch, steps, times)
-    measure.record(values["json"], rows)
+                measure.record(values["json"], rows)
 
 
 def report(
