@@ -172,7 +172,7 @@ def theirs(network: Network, attack: str, settings: Settings, channels_last: boo
     if channels_last:  # the network only: the attacks reshape images in a way that wants them as they are
         model = model.to(memory_format=torch.channels_last)
         model.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
-    images = np.moveaxis(as_floats(network.images), -1, 1)
+    images = np.ascontiguousarray(np.moveaxis(as_floats(network.images), -1, 1))  # the attacks use view
     x = torch.tensor(images, device=device).split(settings.batch)
     y = torch.tensor(network.labels, device=device).long().split(settings.batch)
 

@@ -76,7 +76,7 @@ def in_own_process(make: Callable[..., Callable[[], Any]], *arguments: Any) -> C
         try:
             return ours.recv()
         except EOFError as error:
-            raise RuntimeError(f"{make.__name__}{arguments} failed; what it said stands above") from error
+            raise RuntimeError(f"{make.__name__} failed; what it said stands above") from error
 
     def run() -> Any:
         ours.send(True)

@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> None:
     from experiments.benchmarks import torch_step
 
     method, precision = values["method"] or "robal_n", values["precision"] or "default"
-    least, matrices = (1, "2048") if jax.default_backend() == "cpu" else (20, "8192,16384")
+    least, matrices = (4, "2048") if jax.default_backend() == "cpu" else (20, "8192,16384")
     batch, repeats = int(values["batch"] or 64), int(values["repeats"] or 5)
     steps = int(values["steps"] or least)
     sizes = {f"matmul {size}": int(size) for size in (values["sizes"] or matrices).split(",")}
