@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import reprlib
 import shlex
 import statistics
 import sys
@@ -76,7 +77,8 @@ def in_own_process(make: Callable[..., Callable[[], Any]], *arguments: Any) -> C
         try:
             return ours.recv()
         except EOFError as error:
-            raise RuntimeError(f"{make.__name__} failed; what it said stands above") from error
+            name = f"{make.__name__}{reprlib.repr(arguments)}"
+            raise RuntimeError(f"{name} failed; what it said stands above") from error
 
     def run() -> Any:
         ours.send(True)
