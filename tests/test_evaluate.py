@@ -269,22 +269,26 @@ evaluate.evaluate(config, pathlib.Path(workdir))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["jit", "pmap"])
-def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout):
-    overrides = "--config.evaluation.audit.examples=0", f"--config.train.layout={layout}"
+@pytest.mark.parametrize(("layout", "ensemble"), [("jit", "standard"), ("pmap", "apgd_ce")])
+def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble):
+    fields = "evaluation.audit.examples=0", f"train.layout={layout}", f"evaluation.autoattack={ensemble}"
+    overrides = [f"--config.{field}" for field in fields]
     env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=4")
     done = subprocess.run(
         subprocess_command(EVALUATED, copy, *overrides), env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found, expected = examples(copy / "evaluation"), examples(evaluated / "evaluation")
-    for name in expected:  # the pixels agree up to the order of XLA's sums, the outcomes exactly
+    assert "pred_apgd_ce" in found
+    assert ensemble != "standard" or found.keys() == expected.keys()
+    for name in found:  # the pixels agree up to the order of XLA's sums, the outcomes exactly
         if name.startswith("pred_"):
             np.testing.assert_array_equal(found[name], expected[name])
         else:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
-    ids = [np.load(f / "evaluation" / "adversarial.npz")["ids"] for f in (copy, evaluated)]
-    np.testing.assert_array_equal(*ids)
+    last = "pred_autoattack" if ensemble == "standard" else "pred_apgd_ce"
+    broken = np.flatnonzero((found["pred_clean"] == found["labels"]) & (found[last] != found["labels"]))
+    np.testing.assert_array_equal(np.load(copy / "evaluation" / "adversarial.npz")["ids"], broken)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -130,6 +129,7 @@ def arguments(workdir, *overrides):
     return [
         f"--config={ROOT}/configs/robal_n.py:digits_lt",
         f"--workdir={workdir}",
+        "--config.data.test_per_class=10",
         *(f"--config.{override}" for override in overrides),
     ]
 
@@ -162,7 +162,7 @@ def test_two_processes_evaluate_what_one_does(trained, tmp_path, env):
         names = ("examples.npz", "adversarial.npz")
         found.append([dict(np.load(folder / name)) for name in names])
         results = json.loads((folder / "results.json").read_text())
-        assert results["meta"]["n"] == 700
+        assert results["meta"]["n"] == 100
     assert [len(lines) for lines in said] == [1, 2]
     assert all(lines[0].endswith("report.html\n") for lines in said)
     assert said[1][1] == ""
@@ -170,24 +170,3 @@ def test_two_processes_evaluate_what_one_does(trained, tmp_path, env):
         assert one.keys() == same.keys()
         for name in one:
             np.testing.assert_array_equal(one[name], same[name], err_msg=name)
-
-
-@pytest.mark.slow
-def test_a_notice_to_one_process_stops_both(tmp_path, env):
-    workdir, more = tmp_path / "run", ("train.epochs=2000", "train.checkpoint_epochs=2000")
-    log, steps = workdir / "metrics.jsonl", [0]
-    for _ in range(2):  # the second time it goes on from what it saved
-        rows = log.read_text().count("\n") if log.exists() else 0
-        processes = start(TWO, arguments(workdir, *more), **env)
-        while not log.exists() or log.read_text().count("\n") < rows + 3:
-            assert [process.poll() for process in processes] == [None, None]
-            time.sleep(0.05)
-        asked = time.monotonic()
-        processes[1].send_signal(signal.SIGTERM)
-        said = finish(processes)  # both with status 0
-        assert time.monotonic() - asked < 30
-        assert steps[-1] == 0 or said[0].startswith(f"going on from step {steps[-1]} of 10000")
-        steps.append(checkpoints.steps(workdir / "checkpoints")[-1])
-        assert f"stopped at step {steps[-1]} of 10000; the same command goes on from there" in said[0]
-        assert said[1] == ""
-    assert 0 < steps[1] < steps[2]

@@ -376,7 +376,7 @@ def start(folder):
     command = [
         *(sys.executable, str(ROOT / "experiments/reproduce.py"), "--table=1", "--rows=at,lws"),
         *("--seeds=1", "--out=out", "--config.train.epochs=4", "--config.schedule.milestones=()"),
-        "--config.train.checkpoint_epochs=1",
+        *("--config.train.checkpoint_epochs=1", "--config.data.test_per_class=10"),
     ]
     folder.mkdir(exist_ok=True)
     with (folder / "stdout").open("w") as file:
