@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from flax.traverse_util import flatten_dict
@@ -46,7 +47,9 @@ def losses(run):
 def test_commands(tmp_path):
     for name in ("configs", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
-    printed = [run(block, tmp_path, tmp_path / "cache") for block in BASH]
+    # Both processes end with status 0: ``wait`` alone does not say.
+    blocks = [block.replace("\nwait\n", "\nwait %1\nwait %2\n") for block in BASH]
+    printed = [run(block, tmp_path, tmp_path / "cache") for block in blocks]
     one, devices, two, evaluated = printed
     assert one.splitlines()[-1].split(" sha256 ")[0].endswith("/checkpoints/10")
     assert devices.count("CpuDevice") == 4
@@ -61,8 +64,15 @@ def test_commands(tmp_path):
     assert sorted(double) == list(range(5, 101, 5))
     for step, loss in single.items():
         assert double[step] == pytest.approx(loss, rel=1e-4)
-    results = json.loads((runs / "two/evaluation/results.json").read_text())
-    assert results["meta"]["n"] == 700
+    # What two processes leave is written once, and is what one process finds.
+    assert len(list((runs / "two/tensorboard").iterdir())) == 2  # one file a start
+    alone = "--workdir=runs/devices/two --folder=alone --autoattack=none --audit=0"
+    run(f".venv/bin/python experiments/evaluate.py {alone}", tmp_path, tmp_path / "cache")
+    found, expected = (np.load(f / "examples.npz") for f in (runs / "two/evaluation", tmp_path / "alone"))
+    assert len(found["labels"]) == 700
+    assert set(found) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
 def test_what_is_written_as_a_field_is_one():

@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop, and several processes as one job (robal_jax.hosts)."""
+"""Signals that ask a run to stop, and several processes as one job (robal_jax.hosts).
+
+Whole runs and evaluations of two processes: test_devices_page.py.
+"""
 
 import json
 import os
@@ -6,15 +9,12 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments.benchmarks.layouts import Layout, finish, free_port, start
-from robal_jax import checkpoints, hosts
+from experiments.benchmarks.layouts import finish, free_port
+from robal_jax import hosts
 from robal_jax.errors import InputError
-
-TWO = Layout("jit", 2, 2)
 
 # ---------------------------------------------------------------- one process
 
@@ -90,13 +90,6 @@ print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()
 """
 
 
-@pytest.fixture(scope="module")
-def env(tmp_path_factory):
-    """XLA compiles what these tests run once for all of them."""
-    folder = str(tmp_path_factory.mktemp("compilations"))
-    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
 def test_what_the_first_process_does_for_all(tmp_path):
     port, log = free_port(), tmp_path / "log"
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
@@ -123,50 +116,3 @@ def test_what_the_first_process_does_for_all(tmp_path):
     assert not set(ids[0]) & set(ids[1])
     assert [len(part) for part in ids] == [5 * 32, 5 * 32]
     assert len(set(ids[0]) | set(ids[1])) == 5 * 64
-
-
-def arguments(workdir, *overrides):
-    return [
-        f"--config={ROOT}/configs/robal_n.py:digits_lt",
-        f"--workdir={workdir}",
-        "--config.data.test_per_class=10",
-        *(f"--config.{override}" for override in overrides),
-    ]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, env):
-    """A run of two processes, and what each of them said."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    return workdir, finish(start(TWO, arguments(workdir, "train.epochs=2"), **env))
-
-
-@pytest.mark.slow
-def test_two_processes_leave_one_run(trained):
-    workdir, said = trained
-    assert said[0].startswith(f"checkpoint {workdir}/checkpoints/10 sha256 ")
-    assert said[1] == ""
-    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [5, 10]
-    assert len(list((workdir / "tensorboard").iterdir())) == 1
-    assert checkpoints.steps(workdir / "checkpoints") == [10]
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_what_one_does(trained, tmp_path, env):
-    found, said = [], []
-    for layout in (Layout(), TWO):
-        folder = tmp_path / str(layout)
-        flags = [f"--workdir={trained[0]}", f"--folder={folder}", "--autoattack=apgd_ce", "--audit=0"]
-        said.append(finish(start(layout, flags, script="evaluate", **env)))
-        names = ("examples.npz", "adversarial.npz")
-        found.append([dict(np.load(folder / name)) for name in names])
-        results = json.loads((folder / "results.json").read_text())
-        assert results["meta"]["n"] == 100
-    assert [len(lines) for lines in said] == [1, 2]
-    assert all(lines[0].endswith("report.html\n") for lines in said)
-    assert said[1][1] == ""
-    for one, same in zip(*found, strict=True):
-        assert one.keys() == same.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], same[name], err_msg=name)

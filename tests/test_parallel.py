@@ -1,4 +1,8 @@
-"""Several devices give the numbers of one, whichever way they are used (robal_jax.parallel)."""
+"""Several devices give the numbers of one, whichever way they are used (robal_jax.parallel).
+
+Several processes: test_streaming.py (pmap), test_devices_page.py (jit); all layouts, in float64:
+experiments/benchmarks/layouts.py.
+"""
 
 import json
 import os
@@ -10,27 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments.benchmarks import layouts
 from robal_jax import build, cli, parallel, train
 
-STEPS = 8
 # float64's resolution 2^-52 times what grows it: sums over a batch of values up to 14, eight updates, and
 # batch norm's division by small standard deviations. Statistics of a part show at 1e-3.
 BOUND = 1e-11
-
-
-# ---------------------------------------------------------------- whole runs, by the command line
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    """By the command line; experiments/benchmarks/layouts.py does it for all layouts."""
-    env = {"JAX_ENABLE_X64": "1"}
-    one = layouts.train(layouts.Layout(), tmp_path / "one", STEPS, **env)
-    two = layouts.train(layouts.Layout("pmap", 2, 2), tmp_path / "two", STEPS, **env)
-    assert len(one.losses) == STEPS
-    assert all(array.dtype == np.float64 for array in (*one.params.values(), *one.stats.values()))
-    assert max(layouts.differences(one, two)) < BOUND
 
 
 # ---------------------------------------------------------------- parts of a batch, on four devices

@@ -98,7 +98,7 @@ def test_a_folder_trains_as_its_list_does(root, streamed, tmp_path):
 @pytest.mark.slow
 def test_two_processes_read_their_own_images(root, streamed, tmp_path):
     arguments = [f"--config={root / 'config.py'}", f"--workdir={tmp_path / 'run'}", *settings(root)]
-    finish(start(Layout("jit", 2, 2), arguments))
+    finish(start(Layout("pmap", 2, 2), arguments))
     one, two = (checkpoints.read_latest(workdir).tree for workdir in (streamed[0], tmp_path / "run"))
     gaps = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one["params"], two["params"])
     # As for every layout: float32 sums in another order, 2^-24 an addition, over 15 steps.
