@@ -48,7 +48,7 @@ def test_commands(tmp_path):
     for name in ("configs", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     # Both processes end with status 0: ``wait`` alone does not say.
-    blocks = [block.replace("\nwait\n", "\nwait %1\nwait %2\n") for block in BASH]
+    blocks = [block.replace("\nwait\n", "\nfor job in $(jobs -p); do wait $job; done\n") for block in BASH]
     printed = [run(block, tmp_path, tmp_path / "cache") for block in blocks]
     one, devices, two, evaluated = printed
     assert one.splitlines()[-1].split(" sha256 ")[0].endswith("/checkpoints/10")

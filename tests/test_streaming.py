@@ -95,10 +95,28 @@ def test_a_folder_trains_as_its_list_does(root, streamed, tmp_path):
     assert run(tmp_path, root, *lists) == streamed[1]
 
 
+def run_until(stop_at, workdir, root, monkeypatch):
+    """Trains and is stopped when it has looked so often whether it shall; the step of its checkpoint."""
+    calls = []
+
+    class Stop(train.hosts.Stop):
+        def __bool__(self):
+            calls.append(1)
+            return len(calls) > stop_at
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.hosts, "Stop", Stop)
+        run(workdir, root)
+    return checkpoints.steps(workdir / "checkpoints")[-1]
+
+
 @pytest.mark.slow
-def test_two_processes_read_their_own_images(root, streamed, tmp_path):
+def test_two_processes_go_on_and_read_their_own_images(root, streamed, tmp_path, monkeypatch):
+    assert run_until(1, tmp_path / "run", root, monkeypatch) == 2
     arguments = [f"--config={root / 'config.py'}", f"--workdir={tmp_path / 'run'}", *settings(root)]
-    finish(start(Layout("pmap", 2, 2), arguments))
+    first, second = finish(start(Layout("pmap", 2, 2), [*arguments, "--config.train.layout=pmap"]))
+    assert first.startswith("going on from step 2 of 15 ")
+    assert second == ""  # only the first one speaks
     one, two = (checkpoints.read_latest(workdir).tree for workdir in (streamed[0], tmp_path / "run"))
     gaps = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one["params"], two["params"])
     # As for every layout: float32 sums in another order, 2^-24 an addition, over 15 steps.
@@ -111,19 +129,9 @@ def test_number_of_threads_changes_nothing(root, streamed, tmp_path):
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
 def test_stopped_in_mid_epoch_and_continued(root, streamed, tmp_path, monkeypatch, stop_at):
-    read, calls = folders.ImageFiles.__getitem__, []
-
-    class Stop(train.hosts.Stop):
-        def __bool__(self):
-            calls.append(1)
-            return len(calls) > stop_at
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train.hosts, "Stop", Stop)
-        run(tmp_path, root)
-    (*_, step) = checkpoints.steps(tmp_path / "checkpoints")
+    step = run_until(stop_at, tmp_path, root, monkeypatch)
     assert step == {1: 2, 3: 5, 5: 9}[stop_at]
-    seen = []
+    read, seen = folders.ImageFiles.__getitem__, []
     monkeypatch.setattr(
         folders.ImageFiles, "__getitem__", lambda self, ids: seen.append(np.size(ids)) or read(self, ids)
     )
