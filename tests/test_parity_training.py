@@ -177,10 +177,7 @@ def test_training_steps(reference, recipe, watched, mode):
     optimizer = optax.chain(KEEP_GRADIENTS, build.optimizer(config, steps_per_epoch=1000)[0])
     params, stats = imported(recipe, f"trainnet_{mode}", model)
     now = state.TrainState(jnp.int32(0), params, stats, optimizer.init(params))
-    step = jax.jit(
-        functools.partial(train.train_step, model=model, objective=objective, optimizer=optimizer),
-        compiler_options={"xla_backend_optimization_level": 1},  # compiling takes longer than three steps
-    )
+    step = jax.jit(functools.partial(train.train_step, model=model, objective=objective, optimizer=optimizer))
 
     # The released optimiser moves the momentum of parameters of rate 0, too, which has no effect. Ours has
     # none: theirs is then held against that of an optimiser that trains all, at the same gradients.
