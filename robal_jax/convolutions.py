@@ -30,7 +30,6 @@ def _nhwc(
     padding: list[tuple[int, int]],
     *,
     strides: int = 1,
-    lhs_dilation: int = 1,
     rhs_dilation: int = 1,
 ) -> chex.Array:
     return lax.conv_general_dilated(
@@ -38,21 +37,43 @@ def _nhwc(
         kernel,
         (strides, strides),
         padding,
-        (lhs_dilation, lhs_dilation),
-        (rhs_dilation, rhs_dilation),
+        rhs_dilation=(rhs_dilation, rhs_dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def cpu_convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     """:func:`convolution` for the CPU: fewer products where they can be saved, and gradients that stay fast.
 
     XLA's CPU compiler does not rewrite the gradients of a convolution into its own layout when they stand
     inside a while loop, and they run several times slower there (jax-ml/jax#12868). Here both gradients
-    are themselves NHWC convolutions, and 3x3 convolutions of stride 1 are :func:`winograd`'s where the
-    network is wide enough. Precision has no meaning here; forward-mode differentiation is not supported.
+    are themselves NHWC convolutions of stride 1, 3x3 convolutions of stride 1 are :func:`winograd`'s where
+    the network is wide enough, and those of 1x1, or of few inputs, are one matrix product.
+    Precision has no meaning here; forward-mode differentiation is not supported.
     """
+    if kernel.shape[0] <= stride or kernel[..., 0].size <= PRODUCT_INPUTS:
+        return _as_product(x, kernel, stride)
+    return _spatial(x, kernel, stride)
+
+
+# A 3x3 convolution of RGB images: its channels are too few for Eigen's vectors. Measured.
+PRODUCT_INPUTS = 27
+
+
+def _as_product(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
+    """``[pixels, k * k * C]``, each output pixel's inputs side by side, times the kernel."""
+    k, _, _, features = kernel.shape
+    low = k // 2
+    b, h, w = len(x), *((n + 2 * low - k) // stride + 1 for n in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (low, low), (low, low), (0, 0)))
+    rows, columns = (h - 1) * stride + 1, (w - 1) * stride + 1
+    inputs = [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(k) for j in range(k)]
+    pixels = jnp.concatenate(inputs, -1).reshape(b * h * w, -1)  # flat: XLA's products are faster so
+    return (pixels @ kernel.reshape(-1, features)).reshape(b, h, w, features)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _spatial(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     if _winograd_pays(x, kernel, stride):
         return winograd(x, kernel)
     return convolution(x, kernel, stride)
@@ -61,28 +82,53 @@ def cpu_convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Arra
 def _forward(
     x: chex.Array, kernel: chex.Array, stride: int
 ) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
-    return cpu_convolution(x, kernel, stride), (x, kernel)
+    return _spatial(x, kernel, stride), (x, kernel)
 
 
 def _backward(
     stride: int, saved: tuple[chex.Array, chex.Array], dy: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
     x, kernel = saved
-    dx_padding, dw_padding = [], []
-    for n, m, k in zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True):
-        low, dilated = k // 2, (m - 1) * stride + 1
-        dx_padding.append((k - 1 - low, n - dilated + low))
-        dw_padding.append((low, k - 1 + dilated - n - low))
     if _winograd_pays(x, kernel, stride):
         dx = winograd(dy, kernel, transposed=True)
     else:
-        # dy, dilated by the stride, by the kernel flipped in space with its channel axes exchanged.
-        flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        dx = _nhwc(dy, flipped, dx_padding, lhs_dilation=stride)
+        dx = _image_gradient(dy, kernel, stride, x.shape[1:3])
+    padding = []
+    for n, m, k in zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True):
+        low, dilated = k // 2, (m - 1) * stride + 1
+        padding.append((low, k - 1 + dilated - n - low))
     # Of a large batch in pieces, whose transposed arrays a cache holds.
     pieces = math.gcd(len(x), 64) // 16 or 1
     parts = zip(jnp.split(x, pieces), jnp.split(dy, pieces), strict=True)
-    return dx, sum(_kernel_gradient(*part, dw_padding, stride) for part in parts)
+    return dx, sum(_kernel_gradient(*part, padding, stride) for part in parts)
+
+
+def _image_gradient(dy: chex.Array, kernel: chex.Array, stride: int, size: tuple[int, ...]) -> chex.Array:
+    """A convolution of dy for each phase: the pixels of every ``stride``-th row and column.
+
+    In one convolution of dy, dilated by the stride, most products would be with zeros.
+    """
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    rows, columns = (
+        [_taps(phase, *lengths, stride) for phase in range(stride)]
+        for lengths in zip(size, dy.shape[1:3], kernel.shape[:2], strict=True)
+    )
+    dx = [[_nhwc(dy, flipped[i, j], [above, left]) for j, left in columns] for i, above in rows]
+    phases = jnp.stack([jnp.stack(row, axis=3) for row in dx], axis=2)
+    _, height, _, width, *_ = phases.shape
+    return phases.reshape(len(dy), height * stride, width * stride, -1)[:, : size[0], : size[1]]
+
+
+def _taps(phase: int, n: int, m: int, k: int, stride: int) -> tuple[slice, tuple[int, int]]:
+    """What of a flipped kernel of k reaches the pixels ``q * stride + phase`` of n, and m outputs' padding.
+
+    Tap u, k - 1 - u of the flipped kernel, goes from output i to pixel ``i * stride + u - k // 2``: the taps
+    of a phase are ``stride`` apart, and one pixel's outputs side by side.
+    """
+    first = (k - 1 - k // 2 - phase) % stride
+    nearest = (phase + k // 2 - (k - 1 - first)) // stride  # output of pixel q less q, for the first tap
+    farthest = nearest + (k - 1 - first) // stride
+    return slice(first, None, stride), (-nearest, -(-n // stride) - m + farthest)
 
 
 def _kernel_gradient(
@@ -93,7 +139,7 @@ def _kernel_gradient(
     return _nhwc(x, dy, padding, rhs_dilation=stride).transpose(1, 2, 0, 3)
 
 
-cpu_convolution.defvjp(_forward, _backward)
+_spatial.defvjp(_forward, _backward)
 
 # With less, transforming tiles and starting forty small operations costs more than it saves: measured.
 WINOGRAD_CHANNELS = 32

@@ -1,5 +1,6 @@
 """Layers against NumPy, ResNet-50 against PyTorch, sizes, running statistics (robal_jax.models)."""
 
+import math
 import re
 from functools import partial
 
@@ -106,15 +107,17 @@ SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("channels", [3, 5])  # of 3 and 3x3 it is one matrix product
 @pytest.mark.parametrize(("height", "width", "size", "stride"), SIZES)
-def test_convolutions(height, width, size, stride):
+def test_convolutions(height, width, size, stride, channels):
     rng = np.random.RandomState(0)
-    x = jnp.asarray(rng.randn(2, height, width, 3), jnp.float32)
-    kernel = jnp.asarray(rng.randn(size, size, 3, 4), jnp.float32)
+    x = jnp.asarray(rng.randn(2, height, width, channels), jnp.float32)
+    kernel = jnp.asarray(rng.randn(size, size, channels, 4), jnp.float32)
     out, pullback = jax.vjp(lambda x, kernel: convolutions.convolution(x, kernel, stride), x, kernel)
     np.testing.assert_allclose(out, numpy_convolution(x, kernel, stride), atol=1e-4)
     found, pullback_2 = jax.vjp(lambda x, kernel: convolutions.cpu_convolution(x, kernel, stride), x, kernel)
-    np.testing.assert_array_equal(found, out)
+    # Sums of up to 7 * 7 * 5 products near 1, in another order: 245 * 2^-24.
+    np.testing.assert_allclose(found, out, rtol=2e-5, atol=2e-5)
     dy = jnp.asarray(rng.randn(*out.shape), jnp.float32)
     for expected, gradient in zip(pullback(dy), pullback_2(dy), strict=True):
         # Sums of up to 2 * 10 * 10 products near 1, in another order: 200 * 2^-24 at worst.
@@ -151,6 +154,20 @@ def test_winograd(batch, side, channels, features):
     ]  # fmt: skip
     of_images = [equation.invars[0].aval.shape for equation in products]
     assert of_images == [(batch, side // 2, side // 2, channels)] * 16  # 16 for 4 pixels, instead of 36
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_strided_gradient_multiplies_no_zeros(size):
+    """Over its phases a convolution's gradient by the images uses each tap of the kernel once."""
+    x, kernel = jnp.zeros((2, 8, 8, 5)), jnp.zeros((size, size, 5, 4))
+    out, pullback = jax.vjp(lambda x: convolutions.cpu_convolution(x, kernel, 2), x)
+    convolved = [
+        equation for equation in equations(jax.make_jaxpr(pullback)(out).jaxpr)
+        if equation.primitive.name == "conv_general_dilated"
+    ]  # fmt: skip
+    gradient = [equation for equation in convolved if equation.params["rhs_dilation"] == (1, 1)]
+    assert all(equation.params["lhs_dilation"] == (1, 1) for equation in gradient)
+    assert sum(math.prod(equation.invars[1].aval.shape[:2]) for equation in gradient) == size**2
 
 
 @pytest.mark.parametrize(("batch", "side", "channels"), [(96, 8, 64), (32, 7, 4), (64, 4, 3)])
