@@ -15,6 +15,7 @@ A training pass does not touch the running statistics: it returns the batch's mo
 Module names follow the released PyTorch code with ``_`` for ``.``; ``torch_import`` relies on it.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -357,7 +358,7 @@ PRECISIONS = {
 """Precision of matrix products, and type in which a network computes, None for that of its parameters."""
 
 
-def functional(network: nn.Module, *, precision: str = "default") -> Model:
+def functional(network: nn.Module, *, precision: str = "default", piece: int | None = None) -> Model:
     """The :class:`Model` of a linen module with call signature ``(images, train)``.
 
     Args:
@@ -366,6 +367,9 @@ def functional(network: nn.Module, *, precision: str = "default") -> Model:
         and convolutions ('default' may be TF32 on a GPU and bfloat16 on a TPU). With 'bfloat16' the images
         enter the network in that type, and the library's backbones compute in it; parameters, gradients,
         batch-norm statistics, head and logits stay float32.
+      piece: ``predict`` takes batches of more pixels (images times height times width) in pieces of as many,
+        one after the other, where whole pieces make up the batch; None takes each batch at once. The logits
+        are the same up to rounding; a processor keeps more of a smaller piece in its caches.
 
     Returns:
       Its functions.
@@ -382,7 +386,12 @@ def functional(network: nn.Module, *, precision: str = "default") -> Model:
         return variables["params"], variables.get("batch_stats", {})
 
     def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
-        return apply(params, stats, images, train=False)
+        whole = partial(apply, params, stats, train=False)
+        size = piece // math.prod(images.shape[1:3]) if piece else 0
+        if not size or len(images) <= size or len(images) % size:
+            return whole(images)
+        logits = lax.map(whole, images.reshape(-1, size, *images.shape[1:]))
+        return logits.reshape(len(images), *logits.shape[2:])
 
     def train(
         params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array

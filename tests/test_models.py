@@ -355,6 +355,33 @@ def test_training_and_prediction():
     )
 
 
+@pytest.mark.parametrize(
+    ("batch", "piece", "pieces"),
+    [(12, 4 * 64, 3), (12, 5 * 64, 0), (4, 4 * 64, 0), (12, 63, 0), (12, None, 0)],
+)
+def test_prediction_in_pieces(batch, piece, pieces):
+    """Whole pieces one after the other, else the batch at once: the same logits and gradients."""
+    network = models.Network(models.SmallCNN((4, 4, 4), 8), CosineHead(3))
+    whole, model = models.functional(network), models.functional(network, piece=piece)
+    images = jnp.asarray(np.random.RandomState(0).rand(batch, 8, 8, 1), jnp.float32)
+    params, stats = jax.jit(whole.init)(jax.random.key(0), images)
+
+    def largest(model, images):
+        logits = model.predict(params, stats, images)
+        return logits.max(1).sum(), logits
+
+    loops = [
+        e
+        for e in equations(jax.make_jaxpr(partial(largest, model))(images).jaxpr)
+        if "scan" in str(e.primitive)
+    ]
+    assert [loop.params["length"] for loop in loops] == [pieces] * (pieces > 0)
+    found, expected = (jax.jit(jax.grad(partial(largest, m), has_aux=True))(images) for m in (model, whole))
+    # Logits are cosines, at most 1, and both ways of the same sums: some roundings of float32, 6e-8 each.
+    for name, x, y in zip(("gradient", "logits"), found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max(), err_msg=name)
+
+
 def test_initial_convolution_is_he_normal_by_outputs():
     params = models.Conv(64, 3).init(jax.random.key(0), jnp.zeros((1, 8, 8, 32)))["params"]
     # 18,432 draws: standard error of the deviation is 0.5 %.
