@@ -9,7 +9,8 @@ Operations of a step by formula, two for each multiplication with addition of a 
 F is a forward pass, a gradient by images or parameters costs as much; F1 is the first convolution, whose
 gradient by the images no training pass needs. scaling.py counts them in the traced program. XLA's own count,
 of the compiled program, leaves out the padding and has all other operations; it takes a loop's body once, so
-that the attack's step and the training passes are compiled by themselves.
+that the attack's step and the training passes are compiled by themselves, for as many images as a CPU takes
+without a loop.
 
 The peak is the best median of square matrix products of several sizes, in the arithmetic of --precision.
 Step, peak and PyTorch's step (channels_last) are timed in turn; PyTorch needs as many operations. Wants
@@ -31,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.benchmarks import measure, scaling, step
-from robal_jax import cli, losses, parallel
+from robal_jax import build, cli, losses, parallel
 from robal_jax.objectives import Batch
 
 CLASSES = 10
@@ -89,8 +90,10 @@ def analysed(function: Callable[..., Any], shapes: tuple[Any, ...]) -> float:
 def operations(network: str, method: str, batch: int, precision: str) -> Operations:
     """Counts a step in both ways."""
     of = described(network, method)
-    parts = passes(step.job_of(network, method, batch, 1, precision), batch)
-    found = {name: analysed(*part) / batch for name, part in parts.items()}
+    pixels, _ = step.shape(network)
+    few = min(batch, build.CPU_PIECE // pixels**2)
+    parts = passes(step.job_of(network, method, few, 1, precision), few)
+    found = {name: analysed(*part) / few for name, part in parts.items()}
     return Operations(
         forward=scaling.flops(scaling.forward_program(of)),
         step=scaling.work_of(of).flops,
