@@ -17,6 +17,9 @@ benchmark begins only if the time that it may take is left. When the minutes are
 get SIGTERM, have 40 s to save, and go on in the next call. Logs, tables and metrics lie in $OUT (runs/out by
 default) as accelerator.tar.gz, renewed after every job.
 
+Where a machine is there for a quarter of an hour only, --only chooses what it is for: the goals for one GPU want
+step-wrn, kernels-wrn, roofline-wrn and attacks; the real runs take a machine or two of their own.
+
     --stage=status            what is done
     --only=train,evaluation   jobs whose names begin so; with autoattack, these are the real runs
     --precision=bfloat16      of training; by default TF32 on a GPU
@@ -60,11 +63,12 @@ COLLECTED_BYTES = 2 * 2**20  # of a file
 
 # Seconds that it may take, name, script and flags. The first tables matter most.
 BENCHMARKS = """
-420 step-wrn_34_10     step --networks=wrn_34_10 --methods=robal_n --batch=64 {both}
+300 step-wrn_34_10     step --networks=wrn_34_10 --methods=robal_n --batch=64 {goal}
 150 kernels-wrn_34_10  kernels --networks=wrn_34_10 --precision=bfloat16
 300 roofline-wrn_34_10 roofline --networks=wrn_34_10 --precision=bfloat16
-420 step-resnet18      step --networks=resnet18 --methods=robal_n --batch=64 {both}
 420 attacks-resnet18   evaluation --networks=resnet18
+420 step-resnet18      step --networks=resnet18 --methods=robal_n --batch=64 {both}
+420 step-all           step --networks=wrn_34_10 --methods=robal_n --batch=64 {both}
 200 xla-none           {xla}
 200 xla-nhwc           {xla} XLA_FLAGS=--xla_gpu_force_conv_nhwc=true
 200 xla-nhwc_tf32      {xla},default XLA_FLAGS=--xla_gpu_force_conv_nhwc=true
@@ -95,8 +99,10 @@ TOY_BENCHMARKS = """
 0 loops           loops --network=digits_cnn --batch=4 --repeats=1
 """
 SHORT = {
+    # torch.compile takes minutes, so what the goals want comes without the other ways
+    "goal": "--steps=10 --precision=bfloat16 '--variants=channels_last, bf16;channels_last, bf16, compiled'",
     "both": "--steps=10 --precision=bfloat16,default",
-    "eager": "'--variants=channels_last, bf16'",  # torch.compile takes minutes
+    "eager": "'--variants=channels_last, bf16'",
     "xla": "step --networks=wrn_34_10 --methods=robal_n --batch=64 --steps=10 --variants=none"
     " --precision=bfloat16",
     "tiny": "step --networks=digits_cnn --steps=1 --repeats=1 --variants=none",

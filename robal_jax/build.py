@@ -44,6 +44,21 @@ LATE = ("epoch",)
 CPU_PIECE = 16 * 32 * 32
 
 
+def at_once(batch_size: int, pixels: int) -> int:
+    """Images that a device evaluates in one call: ``batch_size``, on a CPU at most ``CPU_PIECE`` pixels.
+
+    There more at once is no faster, and the fewer survivors an attack leaves, the more of a batch that is
+    filled up is computed for nothing.
+
+    Args:
+      batch_size: of the config.
+      pixels: of an image; where one alone has more than ``CPU_PIECE``, the batch stays as it is.
+    """
+    if jax.default_backend() != "cpu":
+        return batch_size
+    return min(batch_size, CPU_PIECE // pixels or batch_size)
+
+
 def call(
     kind: str, table: Mapping[str, Callable[..., Any]], section: ConfigDict, **given: Any
 ) -> functools.partial:
@@ -448,7 +463,7 @@ class Evaluation:
       ensemble: its stages; none for the version 'none'.
       audit_examples: test images that the audit looks at; 0 for no audit.
       surrogate: folder of another run on the same data, '' for none.
-      batch_size: images a device and call.
+      batch_size: images a device and call: see :func:`at_once`.
       seed: of the attacks' starts.
       groups: ``head_classes`` and ``tail_classes``, 0 for a third.
       about: what reports say of method, data and attack.
@@ -487,6 +502,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
         return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
 
     threat, version = attacks.ThreatModel(settings.epsilon, config.threat.norm), settings.autoattack
+    pixels = math.prod(data.test_images.shape[1:3])
     ensemble = () if version == "none" else autoattack.stages(version, len(counts), threat=threat)
     return Evaluation(
         training=parts,
@@ -498,7 +514,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
         ensemble=ensemble,
         audit_examples=min(settings.audit.examples, len(data.test_labels)),
         surrogate=settings.audit.surrogate,
-        batch_size=min(settings.batch_size, len(data.test_labels)),
+        batch_size=min(at_once(settings.batch_size, pixels), len(data.test_labels)),
         seed=settings.seed,
         groups={"head_classes": settings.head_classes, "tail_classes": settings.tail_classes},
         about={

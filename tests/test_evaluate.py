@@ -186,6 +186,21 @@ def test_batch_size_changes_nothing(evaluated, copy):
         assert changed <= (0 if condition == "clean" else 1), condition
 
 
+@pytest.mark.parametrize(
+    ("device", "batch_size", "pixels", "expected"),
+    [
+        ("cpu", 500, 32 * 32, 16),
+        ("cpu", 10, 32 * 32, 10),
+        ("cpu", 120, 8 * 8, 120),
+        ("cpu", 100, 224 * 224, 100),
+        ("gpu", 500, 32 * 32, 500),
+    ],
+)
+def test_images_at_once(monkeypatch, device, batch_size, pixels, expected):
+    monkeypatch.setattr("jax.default_backend", lambda: device)
+    assert build.at_once(batch_size, pixels) == expected
+
+
 def test_one_compilation_for_every_attack(copy, monkeypatch):
     """Partial batches, rounds and restarts included: each piece of work is traced once."""
     original, traced = victim.Victim.compile, []

@@ -15,6 +15,7 @@ So its four attacks get AutoAttack's constants here, and run one after the other
 Wants PyTorch and torchattacks (pip install --no-deps torchattacks).
 """
 
+import math
 import pathlib
 import sys
 import time
@@ -45,7 +46,7 @@ class Settings(NamedTuple):
       epsilon: radius in L-infinity.
       steps: of APGD and FAB.
       queries: of Square.
-      batch: images a call.
+      batch: images a call, of ours at most those that an evaluation takes at once.
     """
 
     epsilon: float
@@ -114,7 +115,7 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
     """An attack as an evaluation runs it."""
     import jax.numpy as jnp
 
-    from robal_jax import attacks, autoattack, evaluate
+    from robal_jax import attacks, autoattack, build, evaluate
     from robal_jax.victim import Victim
 
     labels, everyone = network.labels, np.arange(len(network.labels))
@@ -126,7 +127,7 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
         labels,
         pixel_max=LARGEST,
         seed=0,
-        batch_size=settings.batch,
+        batch_size=build.at_once(settings.batch, math.prod(network.images.shape[1:3])),
         layout="jit",
     )
     threat = attacks.ThreatModel(settings.epsilon)
@@ -297,7 +298,7 @@ def main(arguments: list[str]) -> None:
         "attacks": "split by ';': pgd_20, standard (AutoAttack), or a list such as apgd_ce,square; "
         "pgd_20;standard if not given",
         "images": "to attack, 200",
-        "batch": "images a call, of both sides; all if not given",
+        "batch": "images a call, of both sides; all if not given, of ours at most build.at_once",
         "epsilon": "in 255ths; by default each network's own",
         "steps": "of APGD and FAB, 100",
         "queries": "of Square, 5000",
