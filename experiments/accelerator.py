@@ -17,8 +17,8 @@ benchmark begins only if the time that it may take is left. When the minutes are
 get SIGTERM, have 40 s to save, and go on in the next call. Logs, tables and metrics lie in $OUT (runs/out by
 default) as accelerator.tar.gz, renewed after every job.
 
-Where a machine is there for a quarter of an hour only, --only chooses what it is for: the goals for one GPU want
-step-wrn, kernels-wrn, roofline-wrn and attacks; the real runs take a machine or two of their own.
+Where a machine is there for a quarter of an hour only, --only chooses what it is for: the goals for one GPU
+want step-wrn, kernels-wrn, roofline-wrn and attacks; the real runs take a machine or two of their own.
 
     --stage=status            what is done
     --only=train,evaluation   jobs whose names begin so; with autoattack, these are the real runs
