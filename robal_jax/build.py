@@ -40,23 +40,35 @@ from robal_jax.models import Model
 # What a function may ask for that is known only when a step is made.
 LATE = ("epoch",)
 
-# Pixels that a CPU predicts at once: 16 images of CIFAR's size, whose activations stay in its caches.
-CPU_PIECE = 16 * 32 * 32
+LEVEL_2_CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+
+def cpu_piece() -> int:
+    """Pixels that a CPU predicts at once, so that its caches hold what a network makes of them.
+
+    A pixel for 32 bytes of a core's level-2 cache: 16 images of CIFAR's size for 512 KiB, 32 for 1 MiB, each
+    measured on a processor with that (experiments/benchmarks/NOTES.md); 512 KiB where it is not known.
+    """
+    try:
+        kib = int(LEVEL_2_CACHE.read_text().strip().removesuffix("K"))  # Linux writes 1024K
+    except (OSError, ValueError):
+        kib = 0
+    return max(kib, 512) * 1024 // 32
 
 
 def at_once(batch_size: int, pixels: int) -> int:
-    """Images that a device evaluates in one call: ``batch_size``, on a CPU at most ``CPU_PIECE`` pixels.
+    """Images that a device evaluates in one call: ``batch_size``, on a CPU at most :func:`cpu_piece` pixels.
 
     There more at once is no faster, and the fewer survivors an attack leaves, the more of a batch that is
     filled up is computed for nothing.
 
     Args:
       batch_size: of the config.
-      pixels: of an image; where one alone has more than ``CPU_PIECE``, the batch stays as it is.
+      pixels: of an image; where one alone has more than a piece, the batch stays as it is.
     """
     if jax.default_backend() != "cpu":
         return batch_size
-    return min(batch_size, CPU_PIECE // pixels or batch_size)
+    return min(batch_size, cpu_piece() // pixels or batch_size)
 
 
 def call(
@@ -273,7 +285,7 @@ def model(
         network = models.Network(backbone(), classifier())
     except ValueError as error:
         raise InputError(f"config.model or its head: {error}") from error
-    return models.functional(network, precision=precision, piece=CPU_PIECE if on_cpu else None)
+    return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
 
 
 def objective(

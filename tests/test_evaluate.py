@@ -198,7 +198,19 @@ def test_batch_size_changes_nothing(evaluated, copy):
 )
 def test_images_at_once(monkeypatch, device, batch_size, pixels, expected):
     monkeypatch.setattr("jax.default_backend", lambda: device)
+    monkeypatch.setattr(build, "cpu_piece", lambda: 16 * 32 * 32)
     assert build.at_once(batch_size, pixels) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "images"), [("512K\n", 16), ("1024K\n", 32), ("256K\n", 16), ("0\n", 16), ("?", 16), (None, 16)]
+)
+def test_a_cpu_s_piece_goes_with_its_cache(monkeypatch, tmp_path, size, images):
+    path = tmp_path / "size"
+    if size is not None:
+        path.write_text(size)
+    monkeypatch.setattr(build, "LEVEL_2_CACHE", path)
+    assert build.cpu_piece() == images * 32 * 32
 
 
 def test_one_compilation_for_every_attack(copy, monkeypatch):

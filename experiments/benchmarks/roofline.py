@@ -91,7 +91,7 @@ def operations(network: str, method: str, batch: int, precision: str) -> Operati
     """Counts a step in both ways."""
     of = described(network, method)
     pixels, _ = step.shape(network)
-    few = min(batch, build.CPU_PIECE // pixels**2)
+    few = min(batch, build.cpu_piece() // pixels**2)
     parts = passes(step.job_of(network, method, few, 1, precision), few)
     found = {name: analysed(*part) / few for name, part in parts.items()}
     return Operations(
