@@ -38,7 +38,7 @@ def test_times_are_shown_in_milliseconds():
 
 
 def test_a_record_says_what_was_measured_on_what(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["step.py", "--batch=16,64"])
+    monkeypatch.setattr(sys, "argv", ["step.py", "--batch=16,64", "--json=record.json"])
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     measure.record(str(tmp_path / "new" / "record.json"), [{"way": "ours", "median": 0.5}])
     found = json.loads((tmp_path / "new" / "record.json").read_text())

@@ -132,7 +132,7 @@ def record(path: str, rows: list[dict[str, Any]]) -> None:
         return
     fields = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *(a for a in sys.argv if not a.startswith("--json"))]),
         "device": device(),
         "cores": os.cpu_count(),
         "versions": versions(),
