@@ -91,7 +91,7 @@ def get_config(data: str) -> ConfigDict:
 def _evaluation(threat: ConfigDict) -> ConfigDict:
     """The section evaluation: the protocol, and what a method does at inference."""
     config = ConfigDict()
-    config.batch_size = 500  # images a device and call; a CPU takes 16 or 32 of CIFAR's size
+    config.batch_size = 500  # images a device and call; a CPU takes fewer: build.at_once
     config.seed = 0  # of the attacks' random starts
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = 0.0078
