@@ -266,9 +266,9 @@ def digest(path: pathlib.Path) -> str:
     """sha256 of CIFAR-10-LT as the library reads it."""
     import numpy as np
 
-    from robal_jax.sources import load_cifar_lt
+    from robal_jax.data import cifar
 
-    arrays = load_cifar_lt("cifar10", str(path))[:4]
+    arrays = cifar.load_cifar_lt("cifar10", str(path))[:4]
     return hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in arrays)).hexdigest()
 
 

@@ -8,9 +8,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from robal_jax import cli, comparison
+from robal_jax import cli
 from robal_jax.errors import InputError
-from robal_jax.reporting import terminal
+from robal_jax.reporting import comparison
+from robal_jax.reporting.results import read_runs
+from robal_jax.reporting.terminal import terminal
 
 
 def main(arguments: list[str]) -> None:
@@ -18,7 +20,7 @@ def main(arguments: list[str]) -> None:
     folders = [argument for argument in arguments if not argument.startswith("-")]
     flags = [argument for argument in arguments if argument.startswith("-")]
     out = cli.parse(flags, {"out": "also writes the tables to this file, in Markdown"}, __doc__)["out"]
-    tables = comparison.compare(comparison.load_runs(folders))
+    tables = comparison.compare(read_runs(folders))
     comparison.print_comparison(tables, terminal())
     if out:
         try:

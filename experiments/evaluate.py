@@ -39,20 +39,20 @@ def main(arguments: list[str]) -> None:
     else:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
-    from robal_jax import hosts
-    from robal_jax.build import read_config, with_inference_of
-    from robal_jax.evaluate import evaluate
+    from robal_jax import builder, evaluation
+    from robal_jax.devices import hosts
+    from robal_jax.storage.config_file import read_config
 
     hosts.start(*(values[name] for name in cli.PROCESSES))
     hosts.check_agreement(f"what is in {workdir}", str((workdir / "config.json").is_file()))
     config = read_config(workdir)
     folder = pathlib.Path(values["folder"]) if values["folder"] else None
     if values["config"]:
-        config = with_inference_of(config, cli.load_config(values["config"]))
+        config = builder.with_inference_of(config, cli.load_config(values["config"]))
         folder = folder or workdir / f"evaluation-{pathlib.Path(values['config'].partition(':')[0]).stem}"
     command = shlex.join(["python", "experiments/evaluate.py", *arguments])
     config = cli.apply_overrides(config, overrides)
-    evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
+    evaluation.evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 
 
 if __name__ == "__main__":

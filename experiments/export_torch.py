@@ -49,15 +49,17 @@ def main(arguments: list[str]) -> None:
     if naming not in ("released", "bare"):
         raise InputError(f"--naming is {naming!r}; it must be released or bare")
 
-    from robal_jax import build, checkpoints, torch_import
+    from robal_jax import pytorch
+    from robal_jax.storage import checkpoints
+    from robal_jax.storage.config_file import read_config, to_json
 
-    config = build.read_config(pathlib.Path(values["workdir"]))
+    config = read_config(pathlib.Path(values["workdir"]))
     arrays, path, sha256 = checkpoints.read_latest(pathlib.Path(values["checkpoint"] or values["workdir"]))
     params, stats = arrays["params"], arrays.get("stats", {})
-    network = torch_import.architecture(torch_import.torch_shapes(params, stats))
+    network = pytorch.architecture(pytorch.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None
-    state_dict = torch_import.complete_state_dict(params, stats, prefixes)
-    resolved = build.to_json(config)
+    state_dict = pytorch.complete_state_dict(params, stats, prefixes)
+    resolved = to_json(config)
     metadata = {
         "format": "pt",
         "method": config.method,
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> None:
         "checkpoint": str(path),
         "checkpoint_sha256": sha256,
     }
-    torch_import.write_weights(out, state_dict, metadata)
+    pytorch.write_weights(out, state_dict, metadata)
     print(f"checkpoint {path} sha256 {sha256}")
     print(f"wrote {out}: a {network.name}, {network.num_classes} classes, {len(state_dict)} arrays")
     print(f"in PyTorch: model.load_state_dict(safetensors.torch.load_file({str(out)!r}))")

@@ -28,11 +28,11 @@ DATA_SHAPES = {
 
 def data_shape(config: ConfigDict) -> tuple[int, tuple[int, ...]]:
     """Number of classes and shape of an image; data of the user's own are read."""
-    from robal_jax import build
+    from robal_jax import builder
 
     if config.data.name in DATA_SHAPES:
         return DATA_SHAPES[config.data.name]
-    data = build.dataset(config)
+    data = builder.dataset(config)
     return len(data.class_counts), data.test_images.shape[1:]
 
 
@@ -52,30 +52,31 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
     import jax.numpy as jnp
     import numpy as np
 
-    from robal_jax import build, checkpoints, logs, torch_import
-    from robal_jax.state import TrainState
-    from robal_jax.train import versions
+    from robal_jax import builder, pytorch
+    from robal_jax.storage import checkpoints
+    from robal_jax.storage.config_file import to_json
+    from robal_jax.storage.files import write_whole
+    from robal_jax.storage.workdir import versions
+    from robal_jax.training import TrainState
 
     if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
         raise InputError(f"workdir {workdir} holds a run already; choose another with --workdir")
-    build.validate(config)
+    builder.validate(config)
     num_classes, image_shape = data_shape(config)
     # Of the class counts only their number matters here, and of an epoch's length nothing.
-    model = build.model(config, np.ones(num_classes, int), precision="highest")
-    optimizer, _ = build.optimizer(config, 1)
+    model = builder.model(config, np.ones(num_classes, int), precision="highest")
+    optimizer, _ = builder.optimizer(config, 1)
     images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     like_params, like_stats = like = jax.eval_shape(model.init, jax.random.key(0), images)
 
-    state_dict = torch_import.read_weights(weights, entry)
-    network = torch_import.architecture(torch_import.shapes(state_dict))
-    torch_import.check_architecture(
-        network, torch_import.architecture(torch_import.torch_shapes(like_params, like_stats))
-    )
+    state_dict = pytorch.read_weights(weights, entry)
+    network = pytorch.architecture(pytorch.shapes(state_dict))
+    pytorch.check_architecture(network, pytorch.architecture(pytorch.torch_shapes(like_params, like_stats)))
     prefixes = network.prefixes(like_params, like_stats)
-    found = torch_import.from_state_dict(state_dict, like_params, like_stats, prefixes)
+    found = pytorch.from_state_dict(state_dict, like_params, like_stats, prefixes)
     params, stats = jax.tree.map(lambda array, to: np.asarray(array, to.dtype, order="C"), found, like)
-    wanted = torch_import.torch_shapes(like_params, like_stats, prefixes)
-    ignored = torch_import.ignored(state_dict, wanted)
+    wanted = pytorch.torch_shapes(like_params, like_stats, prefixes)
+    ignored = pytorch.ignored(state_dict, wanted)
     reasons = dict(sorted(collections.Counter(ignored.values()).items()))
     origin = {
         "weights": str(weights.absolute()),
@@ -86,8 +87,8 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        logs.replace(workdir / "import.json", (json.dumps(origin, indent=2) + "\n").encode())
-        logs.replace(workdir / "config.json", build.to_json(config).encode())
+        write_whole(workdir / "import.json", (json.dumps(origin, indent=2) + "\n").encode())
+        write_whole(workdir / "config.json", to_json(config).encode())
     except OSError as error:
         raise InputError(f"cannot write to workdir {workdir}: {error.strerror}") from error
     with checkpoints.Saver(workdir / "checkpoints", 1) as saver:

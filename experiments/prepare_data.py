@@ -14,8 +14,8 @@ import urllib.request
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
-from robal_jax.errors import InputError
-from robal_jax.sources import find_tfds, has_array_record, one_line, tfds_folder
+from robal_jax.data import cifar
+from robal_jax.errors import InputError, one_line
 
 DATA_SETS = ("cifar10", "cifar100")
 FILE_FORMAT = "array_record"  # the one that needs no TensorFlow to be read
@@ -48,9 +48,9 @@ def prepare(name: str, data_dir: str) -> str:
         InputError: TensorFlow is missing, the host cannot be reached, the download fails, or the
             folder holds the data in another format.
     """
-    root = tfds_folder(data_dir)
-    folder = find_tfds(name, data_dir)
-    if folder and has_array_record(folder):
+    root = cifar.tfds_folder(data_dir)
+    folder = cifar.find_tfds(name, data_dir)
+    if folder and cifar.has_array_record(folder):
         return f"{name} is already prepared in {folder}"
     if folder:
         raise InputError(

@@ -21,7 +21,7 @@ from robal_jax import cli
 from robal_jax.errors import DivergedError, InputError
 
 if TYPE_CHECKING:  # it imports JAX
-    from robal_jax.tables import Job, Request
+    from experiments.paper.plan import Job, Request
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FLAGS = {
@@ -39,19 +39,20 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     Raises:
       InputError: no such table, data set or row, or not a number of seeds.
     """
-    from robal_jax import paper, tables
+    from experiments.paper.plan import Request
+    from experiments.paper.published import DATA_SETS, rows_of
 
     data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
-    if data not in paper.DATA_SETS:
-        raise InputError(f"unknown data set {data!r}; known: {', '.join(paper.DATA_SETS)}")
+    if data not in DATA_SETS:
+        raise InputError(f"unknown data set {data!r}; known: {', '.join(DATA_SETS)}")
     if not seeds.isdecimal() or not int(seeds):
         raise InputError(f"--seeds is {seeds!r}; it must be a number of seeds, 1 or more")
     keys = [key for key in values["rows"].split(",") if key]
-    return tables.Request(
+    return Request(
         table=values["table"],
         data=data,
         seeds=tuple(range(int(seeds))),
-        rows=paper.rows_of(values["table"], data, keys),
+        rows=rows_of(values["table"], data, keys),
         overrides=tuple(override.lstrip("-").removeprefix("config.") for override in overrides),
         out=pathlib.Path(values["out"] or "runs/tables"),
         configs=CONFIGS,
@@ -107,24 +108,26 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
     Raises:
       DivergedError: the training diverged.
     """
-    from robal_jax import build, checkpoints, logs
-    from robal_jax.evaluate import evaluate
-    from robal_jax.train import train
+    from robal_jax import builder, evaluation, training
+    from robal_jax.storage import checkpoints
+    from robal_jax.storage.files import write_whole
 
     if job.folder is not None:
         newest = read_json(job.workdir / "finished.json")["checkpoint"]
         with contextlib.redirect_stdout(io.StringIO()):  # its table
-            evaluate(
+            evaluation.evaluate(
                 job.config,
                 job.workdir,
                 checkpoint=job.workdir / "checkpoints" / newest,
                 folder=job.folder,
                 say=say,
             )
-    elif train(job.config, job.workdir, say=say).name == str(build.training(job.config).total_steps):
+    elif training.train(job.config, job.workdir, say=say).name == str(
+        builder.training(job.config).total_steps
+    ):
         _, path, sha256 = checkpoints.read_latest(job.workdir)
         marker = {"checkpoint": path.name, "sha256": sha256}
-        logs.replace(job.workdir / "finished.json", json.dumps(marker).encode())
+        write_whole(job.workdir / "finished.json", json.dumps(marker).encode())
 
 
 def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | None:
@@ -137,7 +140,7 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | Non
     Returns:
       The runs that diverged, or None if it was stopped before the end.
     """
-    from robal_jax import hosts
+    from robal_jax.devices import hosts
 
     left = [job for job in jobs if not is_done(job)]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done")
@@ -173,9 +176,11 @@ def main(arguments: list[str]) -> None:
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
-    from robal_jax import logs, tables
+    from experiments.paper.plan import make_plan
+    from experiments.paper.table import assemble, markdown
+    from robal_jax.storage.files import write_whole
 
-    plan = tables.plan(request)
+    plan = make_plan(request)
     folder = request.out / request.data
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
@@ -189,11 +194,11 @@ def main(arguments: list[str]) -> None:
             }
             for key, settings in plan.folders.items()
         }
-        table = tables.assemble(request, results)
-        text = tables.markdown(table)
+        table = assemble(request, results)
+        text = markdown(table)
         path = folder / f"table{request.table}.md"
-        logs.replace(path, text.encode())
-        logs.replace(
+        write_whole(path, text.encode())
+        write_whole(
             path.with_suffix(".json"), (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
         )
         print(f"\n{text.partition('## Commands')[0]}table, and commands of its rows: {path}")

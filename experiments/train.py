@@ -19,11 +19,11 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"--{name} is missing; usage: {__doc__}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
-    from robal_jax import hosts  # after the cheap checks: it imports JAX
-    from robal_jax.train import train
+    from robal_jax import training
+    from robal_jax.devices import hosts  # after the cheap checks: it imports JAX
 
     hosts.start(*(values[name] for name in cli.PROCESSES))
-    train(config, pathlib.Path(values["workdir"]))
+    training.train(config, pathlib.Path(values["workdir"]))
 
 
 if __name__ == "__main__":

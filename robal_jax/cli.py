@@ -6,18 +6,16 @@ nearest key where one is unknown, and turns errors into one line.
 
 import difflib
 import errno
-import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
-import platform
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from robal_jax.devices.cpu import prepare_jax
 from robal_jax.errors import DivergedError, InputError
 
 PROCESSES = {
@@ -26,43 +24,6 @@ PROCESSES = {
     "process": "number of this one, from 0, with HOST:PORT",
 }
 """Flags of scripts that can run in several processes, for ``hosts.start``."""
-
-
-# Eigen's convolutions and matrix products instead of YNNPACK's, which are slower on two cores
-# (experiments/benchmarks/NOTES.md).
-CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type", "-individual_convolution,-individual_dot"
-# Versions of jaxlib that know it; another one might abort.
-KNOWN_IN = "0.10.2", "0.11.2", "0.12.0.1"
-
-
-def prepare_jax(environment: MutableMapping[str, str]) -> None:
-    """Sets what JAX reads when it is imported and when it starts; what is set already stays as it is.
-
-    - ``JAX_COMPILATION_CACHE_DIR``: a folder of the user's for what was compiled, one for each kind of
-      processor, because compiled code may use all instructions of the one it was compiled on. Set to '' it
-      is not kept.
-    - ``XLA_FLAGS``: ``CPU_FLAG``, where no accelerator's plugin is installed.
-
-    Args:
-      environment: changed; that of the process is ``os.environ``.
-    """
-    home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "robal_jax" / _processor()))
-    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    if plugins or importlib.util.find_spec("libtpu"):
-        return
-    given, (name, value) = environment.get("XLA_FLAGS", ""), CPU_FLAG
-    if name not in given and importlib.metadata.version("jaxlib") in KNOWN_IN:
-        environment["XLA_FLAGS"] = f"{given} --{name}={value}".strip()
-
-
-def _processor() -> str:
-    """Stands for the instructions that the processor knows."""
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    return hashlib.sha256("".join([platform.machine(), *known]).encode()).hexdigest()[:8]
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -1,6 +1,11 @@
 """The exceptions that speak to the user; everything else that is raised is a bug of ours."""
 
 
+def one_line(error: Exception) -> str:
+    """An exception as one line of at most 200 characters, for a message that quotes it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 class InputError(ValueError):
     """Something that the user gave (config, data, checkpoint, folder) cannot be used.
 

@@ -26,12 +26,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from robal_jax import checks
+
 Loss = Callable[[chex.Array, chex.Array], chex.Array]
+
 Weights: TypeAlias = chex.Array | None
 
 
 def _is_true(logits: chex.Array, labels: chex.Array) -> chex.Array:
     """``[i = y_b]`` as booleans ``[B, K]``."""
+    checks.logits_and_labels(logits, labels)
     return jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
 
 
@@ -85,6 +89,7 @@ def cross_entropy(
     Returns:
       ``l [B]``, at least 0; its mean over the batch is ``sum_b w_{y_b} CE_b / sum_b w_{y_b}``.
     """
+    checks.logits_and_labels(logits, labels)
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     if class_weights is None:
         return values

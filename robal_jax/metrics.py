@@ -242,8 +242,7 @@ def summarize(
     predictions: Mapping[str, np.ndarray],
     class_counts: Sequence[int] | np.ndarray,
     *,
-    head_classes: int = 0,
-    tail_classes: int = 0,
+    groups: Mapping[str, ArrayLike] | None = None,
 ) -> dict[str, Any]:
     """Compute every figure of an evaluation, ready for JSON.
 
@@ -257,11 +256,10 @@ def summarize(
         labels: true classes, int [n] in [0, K).
         predictions: predicted classes by condition, each int [n]; the first condition must be 'clean'.
         class_counts: training images per class, int [K].
-        head_classes: see `class_groups`.
-        tail_classes: see `class_groups`.
+        groups: classes by the name of their group; those of `class_groups` if None.
 
     Returns:
-        'class_counts' [K]; 'groups' {'head' | 'medium' | 'tail': classes}; 'conditions', which maps each
+        'class_counts' [K]; 'groups' {name: classes}; 'conditions', which maps each
         condition in order, and 'worst' (see `worst_case`) after them, to: FIGUREs 'accuracy',
         'balanced_accuracy' and 'recall' (the same number under both of its names), 'precision',
         'f_score' (macro means), one per group over the test images of its classes, 'natural_error',
@@ -270,7 +268,7 @@ def summarize(
         classes in rows; for K >= 100 'groups_of_ten', ten means of recall.
 
     Raises:
-        InputError: a class without a test image, a class outside [0, K), or unusable group sizes.
+        InputError: a class without a test image, or a class outside [0, K).
         ValueError: the first condition is not 'clean', or one is called 'worst'.
 
     Source:
@@ -280,7 +278,7 @@ def summarize(
         raise ValueError(f"conditions must start with 'clean' and leave out 'worst': {list(predictions)}")
     counts = np.asarray(class_counts)
     labels = np.asarray(labels)
-    groups = class_groups(counts, head_classes, tail_classes)
+    named = class_groups(counts) if groups is None else {k: np.asarray(v) for k, v in groups.items()}
     absent = np.setdiff1d(np.arange(len(counts)), labels)
     if len(absent):
         raise InputError(f"The test set has no image of class {absent[0]} ({len(absent)} such classes).")
@@ -290,9 +288,9 @@ def summarize(
     everything = {**predictions, "worst": worst_case(labels, predictions)}
     return {
         "class_counts": counts.tolist(),
-        "groups": {name: classes.tolist() for name, classes in groups.items()},
+        "groups": {name: classes.tolist() for name, classes in named.items()},
         "conditions": {
-            name: _condition(labels, prediction, clean_right, groups, len(counts))
+            name: _condition(labels, prediction, clean_right, named, len(counts))
             for name, prediction in everything.items()
         },
     }

@@ -22,9 +22,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from robal_jax import losses
-from robal_jax.attacks import Attack, LogitsFn, ThreatModel, shortest_adversarial
-from robal_jax.models import Model
+from robal_jax import attacks, losses, models
+from robal_jax.attacks import Attack, LogitsFn, ThreatModel
+from robal_jax.keys import MIXING, fold_in
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     metrics: dict[str, chex.Array]
 
 
-Objective = Callable[[Model, chex.ArrayTree, chex.ArrayTree, Batch], tuple[chex.Array, Outcome]]
+Objective = Callable[[models.Model, chex.ArrayTree, chex.ArrayTree, Batch], tuple[chex.Array, Outcome]]
 
 # Order of the training passes: what the released code runs, or each distinct pass once.
 BATCH_NORM_ORDERS = ("released", "each_pass_once")
@@ -66,7 +66,7 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
-def as_attacked(model: Model, params: chex.ArrayTree, stats: chex.ArrayTree) -> LogitsFn:
+def as_attacked(model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree) -> LogitsFn:
     """The current model with running statistics; no gradient flows back to it."""
     # Stopped here and not only at the attack's end: the loop inside must not be differentiated at all.
     params, stats = jax.lax.stop_gradient((params, stats))
@@ -74,14 +74,14 @@ def as_attacked(model: Model, params: chex.ArrayTree, stats: chex.ArrayTree) -> 
 
 
 def adversarial_images(
-    attack: Attack, model: Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch
+    attack: Attack, model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch
 ) -> chex.Array:
     """The attack's images against the current model."""
     return attack(as_attacked(model, params, stats), batch.keys, batch.images, batch.labels)
 
 
 def plain(
-    model: Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch, *, loss: losses.Loss
+    model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch, *, loss: losses.Loss
 ) -> tuple[chex.Array, Outcome]:
     """Training without an adversary.
 
@@ -103,7 +103,7 @@ def plain(
 
 
 def pgd_at(
-    model: Model,
+    model: models.Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     batch: Batch,
@@ -177,7 +177,7 @@ REGULARISERS: dict[str, tuple[Callable[..., chex.Array], tuple[str, ...]]] = {
 
 
 def regularised(
-    model: Model,
+    model: models.Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     batch: Batch,
@@ -237,7 +237,7 @@ def _accuracies(nat: chex.Array, adv: chex.Array, batch: Batch) -> dict[str, che
 
 
 def trades(
-    model: Model,
+    model: models.Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     batch: Batch,
@@ -281,7 +281,7 @@ def trades(
 
 
 def mart(
-    model: Model,
+    model: models.Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     batch: Batch,
@@ -320,12 +320,11 @@ def mart(
 
 def mixing_weights(keys: chex.PRNGKey, dtype: chex.ArrayDType) -> chex.Array:
     """One uniform number in [0, 1) an image, ``[B]``, from a stream of its own beside the attack's."""
-    # fold_in of a small number would be what split gives to the attack.
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2**32 - 1), (), dtype))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (), dtype))(fold_in(keys, MIXING))
 
 
 def avmixup(
-    model: Model,
+    model: models.Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     batch: Batch,
@@ -367,7 +366,7 @@ def avmixup(
 
 
 def mma(
-    model: Model,
+    model: models.Model,
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     batch: Batch,
@@ -407,7 +406,7 @@ def mma(
     Source: Ding et al. (ICLR 2020), algorithms 1 and 2, equation 12.
     """
     logits_fn, (images, labels, keys, _) = as_attacked(model, params, stats), batch
-    boundary, length = shortest_adversarial(
+    boundary, length = attacks.shortest_adversarial(
         logits_fn, keys, images, labels, attack=attack, threat=threat, max_epsilon=1.05 * max_epsilon,
         search_steps=search_steps,
     )  # fmt: skip

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import attacks, convolutions, models, torch_import
+from robal_jax import models, pytorch
+from robal_jax.attacks import ThreatModel
+from robal_jax.models import convolutions
 
 # One function, or one pass through a network and its gradient: float64 rounding (1e-16) grows by the number
 # of summands and layers to 1e-15 .. 1e-12. A wrong constant (an epsilon, a biased variance) shows at 1e-5.
@@ -27,7 +29,7 @@ FLOAT32 = 1e-6
 # Of the attacked and the trained networks.
 BACKBONE = models.WideResNet(10, 1, convolution=convolutions.cpu_convolution)
 EPSILON, STEP = 0.031, 0.0078
-THREAT = attacks.ThreatModel(EPSILON)
+THREAT = ThreatModel(EPSILON)
 
 
 class Reference:
@@ -101,7 +103,7 @@ def imported(recipe, name, model, prefixes=None):
     """Parameters and statistics of one of the released code's networks, float64."""
     like = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), float))
     weights = {key: np.asarray(value, float) for key, value in recipe.net_state(name).items()}
-    return torch_import.from_state_dict(weights, *like, prefixes)
+    return pytorch.from_state_dict(weights, *like, prefixes)
 
 
 def checksums(recipe, arrays, names):

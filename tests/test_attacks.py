@@ -10,11 +10,21 @@ import optax
 import pytest
 
 from robal_jax import attacks, losses
+from robal_jax.attacks import (
+    STARTS,
+    ThreatModel,
+    clean_start,
+    gaussian_start,
+    one_sided_start,
+    starting_points,
+    uniform_start,
+)
+from robal_jax.keys import image_keys
 
 EPSILON = 0.1
 SHAPE = (4, 4, 2)
 SIZE = 32
-THREATS = {"linf": attacks.ThreatModel(EPSILON), "l2": attacks.ThreatModel(EPSILON, "l2")}
+THREATS = {"linf": ThreatModel(EPSILON), "l2": ThreatModel(EPSILON, "l2")}
 THREAT = THREATS["linf"]
 each_norm = pytest.mark.parametrize("norm", THREATS)
 # x + e is rounded once to float32 (half an ulp of a number below 2: 2^-24), e itself by far less. A vector of
@@ -47,11 +57,11 @@ def to_all_targets(*arguments, threat, **settings):
 
 BOTH, LINF = ("linf", "l2"), ("linf",)
 ROWS = {  # norms, attack
-    "fgsm": (LINF, partial(attacks.pgd, steps=1, step_size=EPSILON, start=attacks.clean_start)),
-    "pgd clean": (BOTH, partial(attacks.pgd, **STEPS, start=attacks.clean_start)),
+    "fgsm": (LINF, partial(attacks.pgd, steps=1, step_size=EPSILON, start=clean_start)),
+    "pgd clean": (BOTH, partial(attacks.pgd, **STEPS, start=clean_start)),
     "pgd uniform": (BOTH, partial(attacks.pgd, **STEPS)),
-    "pgd one_sided": (LINF, partial(attacks.pgd, **STEPS, start=attacks.one_sided_start)),
-    "pgd gaussian": (LINF, partial(attacks.pgd, **STEPS, start=attacks.gaussian_start)),
+    "pgd one_sided": (LINF, partial(attacks.pgd, **STEPS, start=one_sided_start)),
+    "pgd gaussian": (LINF, partial(attacks.pgd, **STEPS, start=gaussian_start)),
     "mim": (BOTH, partial(attacks.pgd, **STEPS, momentum=1.0)),
     "cw": (LINF, partial(attacks.pgd, **STEPS, loss=attacks.negative_margin)),
     "restarts": (BOTH, partial(attacks.pgd, **STEPS, restarts=3)),
@@ -167,7 +177,7 @@ def test_linear_model_is_attacked_along_its_weights_in_l2(steps):
     images = 0.25 + 0.5 * images  # no pixel meets a bound
     found = attacks.pgd(
         logits_fn, keys, images, labels,
-        threat=THREATS["l2"], steps=steps, step_size=EPSILON, start=attacks.clean_start,
+        threat=THREATS["l2"], steps=steps, step_size=EPSILON, start=clean_start,
     )  # fmt: skip
     towards = weight[:, 1 - np.asarray(labels)] - weight[:, np.asarray(labels)]
     unit = (towards / np.linalg.norm(towards, axis=0)).T.reshape(images.shape)
@@ -179,7 +189,7 @@ def test_linear_model_is_attacked_along_its_weights_in_l2(steps):
 )
 def test_random_starts_depend_on_the_key_alone(name, norm):
     keys, images, _ = batch()
-    start = jax.jit(partial(attacks.starting_points, attacks.STARTS[name], threat=THREATS[norm]))
+    start = jax.jit(partial(starting_points, STARTS[name], threat=THREATS[norm]))
     noise = np.asarray(start(keys, images) - images)
     assert len({row.tobytes() for row in noise}) == len(noise), "images share their noise"
     np.testing.assert_array_equal(start(keys[::-1], images[::-1])[::-1] - images, noise)
@@ -189,8 +199,8 @@ def test_random_starts_depend_on_the_key_alone(name, norm):
 def test_ranges_of_the_starts():
     keys, images = jax.random.split(jax.random.key(1), 200), jnp.full((200, *SHAPE), 0.5)
     noise = {
-        name: np.asarray(jax.jit(partial(attacks.starting_points, start, threat=THREAT))(keys, images)) - 0.5
-        for name, start in attacks.STARTS.items()
+        name: np.asarray(jax.jit(partial(starting_points, start, threat=THREAT))(keys, images)) - 0.5
+        for name, start in STARTS.items()
     }
     np.testing.assert_array_equal(noise["clean"], 0)
     # 6,400 draws; rounding of 0.5 + noise.
@@ -205,7 +215,7 @@ def test_ranges_of_the_starts():
 
 def test_uniform_start_fills_the_l2_ball():
     keys, images = jax.random.split(jax.random.key(1), 400), jnp.zeros((400, *SHAPE))
-    start = jax.jit(partial(attacks.starting_points, attacks.uniform_start, threat=THREATS["l2"]))
+    start = jax.jit(partial(starting_points, uniform_start, threat=THREATS["l2"]))
     noise = np.float64(start(keys, images)).reshape(400, SIZE)
     volume = (np.linalg.norm(noise, axis=1) / EPSILON) ** SIZE  # of the ball inside of the point
     assert volume.max() <= 1 + SIZE * ROUNDINGS["l2"] / EPSILON
@@ -260,7 +270,7 @@ def test_against_numpy(norm, momentum, bounds):
         start,
         images,
         labels,
-        threat=attacks.ThreatModel(EPSILON, norm, *bounds),
+        threat=ThreatModel(EPSILON, norm, *bounds),
         **{**settings, "steps": (7,)},
     )[0]
     np.testing.assert_allclose(found, expected, atol=1e-6)  # 7 additions in float32
@@ -272,7 +282,7 @@ def test_against_numpy(norm, momentum, bounds):
 def test_path_is_that_of_separate_runs(momentum):
     logits_fn, _ = linear_model(classes=5)
     keys, images, labels = batch()
-    start = attacks.starting_points(attacks.uniform_start, keys, images, THREAT)
+    start = starting_points(uniform_start, keys, images, THREAT)
     run = partial(
         attacks.pgd_path, logits_fn, start, images, labels,
         threat=THREAT, step_size=EPSILON / 8, momentum=momentum,
@@ -292,7 +302,7 @@ def test_path_is_that_of_separate_runs(momentum):
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_no_gradient_leaves_the_start_where_it_is(momentum):
     keys, images, labels = batch()
-    start = attacks.starting_points(attacks.uniform_start, keys, images, THREAT)
+    start = starting_points(uniform_start, keys, images, THREAT)
     found = attacks.pgd(
         lambda x: 0.0 * x.reshape(len(x), -1)[:, :3], keys, images, labels,
         threat=THREAT, **STEPS, momentum=momentum,
@@ -306,16 +316,16 @@ def test_no_gradient_leaves_the_start_where_it_is(momentum):
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, float("nan")])
 def test_radius_must_be_positive(epsilon):
     with pytest.raises(ValueError, match="epsilon must be > 0"):
-        attacks.ThreatModel(epsilon)
+        ThreatModel(epsilon)
 
 
 def test_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="norm must be one of linf, l2, not 'l1'"):
-        attacks.ThreatModel(0.1, "l1")
+        ThreatModel(0.1, "l1")
 
 
 def test_project():
-    threat = attacks.ThreatModel(0.25)
+    threat = ThreatModel(0.25)
     images = jnp.array([0.5, 0.5, 0.5, 0.0, 1.0, 0.125])
     candidates = jnp.array([0.5, 2.0, -2.0, -0.1, 1.1, 0.0])
     np.testing.assert_array_equal(threat.project(candidates, images), [0.5, 0.75, 0.25, 0.0, 1.0, 0.0])
@@ -334,7 +344,7 @@ L2_PROJECTIONS = [  # image, candidate, projection into the ball of radius 1/4
 @pytest.mark.parametrize(("image", "candidate", "expected"), L2_PROJECTIONS)
 def test_project_in_l2(image, candidate, expected):
     image, candidate = (jnp.array(x).reshape(1, 2, 1, 1) for x in (image, candidate))
-    found = attacks.ThreatModel(0.25, "l2").project(candidate, image)
+    found = ThreatModel(0.25, "l2").project(candidate, image)
     np.testing.assert_allclose(found.reshape(-1), expected, atol=ROUNDING)
 
 
@@ -454,14 +464,14 @@ def test_one_key_is_split_by_position(name):
 
 def test_image_keys():
     _, images, _ = batch()
-    keys = attacks.image_keys(jax.random.key(3), images)
+    keys = image_keys(jax.random.key(3), images)
     assert keys.shape == (6,)
     assert len(np.unique(jax.random.key_data(keys), axis=0)) == 6
     for same in keys, jax.random.PRNGKey(3), jax.random.key_data(keys):
-        assert (attacks.image_keys(same, images) == keys).all()
+        assert (image_keys(same, images) == keys).all()
     for wrong in keys[:5], keys[:, None], jax.random.split(jax.random.PRNGKey(3), 7):
-        with pytest.raises(ValueError, match="key must be one key or 6, one an image"):
-            attacks.image_keys(wrong, images)
+        with pytest.raises(ValueError, match=r"give one key, or one key per image, \[6\]"):
+            image_keys(wrong, images)
 
 
 # ---------------------------------------------------------------- expectation over transformation
@@ -484,7 +494,7 @@ def test_loss_gradient_averages_over_draws(draws):
     _, weight = linear_model()
     labels, targets = jnp.zeros_like(labels), jnp.ones_like(labels)
     logits_fn, loss = noisy_linear_model(weight, 1.0), partial(attacks.targeted_margin, targets=targets)
-    keys = attacks.image_keys(jax.random.key(7), images)
+    keys = image_keys(jax.random.key(7), images)
     look = jax.jit(partial(attacks.loss_gradient, logits_fn, loss, eot=draws))
     logits, values, gradient = look(images, labels, keys)
 
@@ -519,7 +529,7 @@ def test_averaged_gradients_find_what_single_draws_miss():
     for draws in 1, 100:
         found = attacks.pgd(
             logits_fn, keys, 0.5 + 0 * images, labels,
-            threat=THREAT, steps=1, step_size=EPSILON, start=attacks.clean_start, eot=draws,
+            threat=THREAT, steps=1, step_size=EPSILON, start=clean_start, eot=draws,
             loss=partial(attacks.targeted_margin, targets=1 - labels),
         )  # fmt: skip
         agreement.append((np.sign(found - 0.5) == right).mean())
@@ -533,7 +543,7 @@ def test_noise_is_new_in_every_step():
     logits_fn = noisy_linear_model(jnp.zeros((SIZE, 2)), 1.0)
     path = attacks.pgd_path(
         logits_fn, images, images, labels,
-        threat=attacks.ThreatModel(10.0, lower=-99.0, upper=99.0), steps=(1, 2, 3), step_size=0.1,
+        threat=ThreatModel(10.0, lower=-99.0, upper=99.0), steps=(1, 2, 3), step_size=0.1,
         loss=partial(attacks.targeted_margin, targets=1 - labels), eot=1, keys=keys,
     )  # fmt: skip
     signs = np.sign(np.diff(np.concatenate([images[None], path]), axis=0)).reshape(3, -1)
@@ -570,7 +580,7 @@ def choose(results, success, score):
 
 def test_restarts_keep_the_best_of_their_runs():
     count = 40
-    keys = attacks.image_keys(jax.random.key(2), jnp.zeros(count))
+    keys = image_keys(jax.random.key(2), jnp.zeros(count))
     images, labels, logits_fn = jnp.full((count, *SHAPE), 0.5), jnp.zeros(count, jnp.int32), wavy_model()
     run = partial(attacks.pgd, logits_fn, threat=THREAT, steps=5, step_size=0.003)
     one = jax.jit(run)
@@ -618,7 +628,7 @@ def test_multi_targeted_keeps_the_best_of_its_runs():
     rows, (keys, images, _) = np.arange(40), batch(40)
     clean = logits_fn(images)
     labels = clean.argmax(-1)
-    attack = partial(attacks.pgd, threat=attacks.ThreatModel(0.05), steps=3, step_size=0.03)
+    attack = partial(attacks.pgd, threat=ThreatModel(0.05), steps=3, step_size=0.03)
     results = []
     for rank, keys_of_run in zip((1, 2, 3), folded(keys, (1, 2, 3)), strict=True):
         target = np.argsort(-clean, axis=1)[:, rank]  # the label leads
@@ -638,7 +648,7 @@ def test_scaled_logits_change_what_cross_entropy_sees(scale):
     images, labels = jnp.full((6, *SHAPE), 0.5), jnp.zeros(6, jnp.int32)
     found = attacks.pgd(
         attacks.scaled(masked_model, scale), jax.random.key(0), images, labels,
-        threat=THREAT, **STEPS, start=attacks.clean_start,
+        threat=THREAT, **STEPS, start=clean_start,
     )  # fmt: skip
     # Flat: the class that rises fastest. As it is: the runner-up. Saturated: nothing.
     mean = {0.1: -EPSILON, 1.0: EPSILON, 1000.0: 0.0}[scale]
@@ -699,7 +709,7 @@ def at_known_distances(norm):
 @each_norm
 def test_shortest_adversarial_finds_the_boundary(norm):
     logits_fn, images, labels, step = at_known_distances(norm)
-    threat, traces = attacks.ThreatModel(LENGTH, norm), []
+    threat, traces = ThreatModel(LENGTH, norm), []
 
     @partial(jax.jit, static_argnames="search_steps")
     def search(keys, images, labels, search_steps):
@@ -707,7 +717,7 @@ def test_shortest_adversarial_finds_the_boundary(norm):
             traces.append(x)
             return logits_fn(x)
 
-        attack = partial(attacks.pgd, threat=threat, steps=1, step_size=LENGTH, start=attacks.clean_start)
+        attack = partial(attacks.pgd, threat=threat, steps=1, step_size=LENGTH, start=clean_start)
         return attacks.shortest_adversarial(
             counted, keys, images, labels,
             attack=attack, threat=threat, max_epsilon=MAX_LENGTH, search_steps=search_steps,
@@ -752,8 +762,8 @@ def test_shortest_adversarial_stays_in_bounds_and_finds_nothing_without_a_gradie
 @each_norm
 def test_shortest_adversarial_takes_only_the_direction_of_an_attack_that_goes_too_far(norm):
     logits_fn, images, labels, _ = at_known_distances(norm)
-    threat = attacks.ThreatModel(2 * MAX_LENGTH, norm)
-    attack = partial(attacks.pgd, threat=threat, steps=1, step_size=2 * MAX_LENGTH, start=attacks.clean_start)
+    threat = ThreatModel(2 * MAX_LENGTH, norm)
+    attack = partial(attacks.pgd, threat=threat, steps=1, step_size=2 * MAX_LENGTH, start=clean_start)
     keys = jax.random.split(jax.random.key(0), len(images))
     _, lengths = attacks.shortest_adversarial(
         logits_fn, keys, images, labels,

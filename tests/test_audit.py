@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import attacks, audit, figures, metrics
-from robal_jax.victim import Victim
+from robal_jax import metrics
+from robal_jax.attacks import NORMS, ThreatModel
+from robal_jax.evaluation import measurements, verdicts
+from robal_jax.evaluation.victim import Victim
+from robal_jax.reporting import figures
 
 # ---------------------------------------------------------------- judging what was measured by hand
 
@@ -29,20 +32,20 @@ def healthy():
     logits = rng.uniform(-1, 1, (N, CLASSES)).astype(np.float32)
     called = np.where(first(480), LABELS, (LABELS + 1) % CLASSES)
     logits[np.arange(N), called] = 3
-    looks = {f"forward_{number}": {"logits": logits.copy()} for number in range(audit.FORWARDS)}
+    looks = {f"forward_{number}": {"logits": logits.copy()} for number in range(measurements.FORWARDS)}
     looks["forward_0"]["gradient"] = rng.uniform(0.01, 1, N)
     left = {1: 360, 2: 340, 5: 320, 10: 303}
-    main = np.stack([first(300)] * len(audit.STEPS), 1)
+    main = np.stack([first(300)] * len(measurements.STEPS), 1)
     right = {
-        "steps": np.stack([first(left.get(count, 300 - count // 500)) for count in audit.STEPS], 1),
+        "steps": np.stack([first(left.get(count, 300 - count // 500)) for count in measurements.STEPS], 1),
         "unbounded": first(6),  # 1 %
         # Less than clean; and a random search repairs some of what was wrong.
         "gradient_free": first(400) | ~first(590),
         "transfer": first(420),
     }
-    for number, scale in enumerate(audit.SCALES):
+    for number, scale in enumerate(measurements.SCALES):
         right[f"scale_{scale:g}"] = main & first(295 if scale == 3 else 300 + number)[:, None]
-    for number in range(1, audit.RESTARTS):  # one image more in each of the first four
+    for number in range(1, measurements.RESTARTS):  # one image more in each of the first four
         right[f"restart_{number}"] = main & (np.arange(N) != number % 5)[:, None]
     return {
         **looks,
@@ -57,7 +60,7 @@ def judged(measured, survived=None, by_square=None):
     survived = first(280) if survived is None else survived
     # Square breaks one image that no other attack breaks, and many that were broken.
     by_square = ~first(280) | first(1) if by_square is None else by_square
-    found, curves = audit.verdicts(measured, LABELS, survived, by_square)
+    found, curves = verdicts.give_verdicts(measured, LABELS, survived, by_square)
     assert json.loads(json.dumps([v._asdict() for v in found], allow_nan=False))
     assert json.loads(json.dumps(curves, allow_nan=False))
     assert all(v.flagged in (True, False, None) and v.title and v.statement.endswith(".") for v in found)
@@ -104,13 +107,13 @@ def column(number, right):
 
 def one_by_one(measured):
     """Each restart breaks two other images, which alone would not count."""
-    for number in range(1, audit.RESTARTS):
+    for number in range(1, measurements.RESTARTS):
         measured[f"restart_{number}"]["right"][20 * number : 20 * number + 2] = False
 
 
 def almost_level(measured):
     """Two passes differ by next to nothing, but on the other side of a tie."""
-    for number in range(audit.FORWARDS):
+    for number in range(measurements.FORWARDS):
         logits = measured[f"forward_{number}"]["logits"]
         logits[0, 1] = logits[0, 0] + np.float32(-1e-6 if number < 4 else 1e-6)
     measured["backwards"]["logits"] = measured["forward_0"]["logits"]
@@ -127,7 +130,7 @@ def one_is_zero(gradient):
     return gradient
 
 
-last_step = len(audit.STEPS) - 1
+last_step = len(measurements.STEPS) - 1
 FAULTS = {
     "zero gradient of one image": ("zero_gradients", replaced("forward_0", "gradient", one_is_zero)),
     "large scale": ("logit_scale", replaced("scale_0.01", "right", lambda r: r & first(270)[:, None])),
@@ -182,9 +185,9 @@ def test_statements_say_what_was_measured():
 def test_curves_are_what_the_report_draws():
     _, curves = judged(healthy())
     assert {name: curve["x"] for name, curve in curves.items()} == {
-        "scale": list(audit.SCALES),
-        "steps": list(audit.STEPS),
-        "restarts": list(range(1, audit.RESTARTS + 1)),
+        "scale": list(measurements.SCALES),
+        "steps": list(measurements.STEPS),
+        "restarts": list(range(1, measurements.RESTARTS + 1)),
     }
     counts = {
         "scale": ("PGD-20", [300] * 5 + [295] + [300] * 3),
@@ -234,7 +237,7 @@ def test_square_after_all_others_may_break_one_image_or_two_in_a_thousand(images
 def test_a_small_or_doubtful_gap_does_not_count(n, lost, gained, expected):
     than = np.arange(n) >= gained
     attack = (np.arange(n) < gained) | ((np.arange(n) >= gained + lost) & than)
-    stronger, gap = audit._stronger(attack, than)
+    stronger, gap = verdicts._stronger(attack, than)
     assert stronger is expected
     assert gap["value"] == pytest.approx((lost - gained) / n)
 
@@ -245,7 +248,7 @@ def test_stored_images(differ):
     computed = reported.copy()
     computed[599] ^= differ
     distance = np.linspace(0, 0.1, N)
-    found = audit.stored_images(reported, computed, distance, 0.1)
+    found = verdicts.stored_images(reported, computed, distance, 0.1)
     assert (found.name, found.flagged) == ("stored_images", bool(differ))
     accuracy = (300 - differ) / N
     assert found.evidence == {"accuracy": pytest.approx(accuracy), "differ": differ, "distance": 0.1}
@@ -290,7 +293,7 @@ ONE = np.zeros((1, 2, 2, 1), np.uint8)
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_model_asks_for_no_derivative(name):
-    assert audit.gradient_calls(PLAIN[name], ONE) == 0
+    assert measurements.gradient_calls(PLAIN[name], ONE) == 0
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -298,7 +301,7 @@ def test_a_model_that_adapts_asks_for_derivatives(name):
     compiled_before(jnp.zeros(ONE.shape))
     ADAPTIVE[name](jnp.zeros(ONE.shape))
     # What has been traced before, here or by someone else, counts as well.
-    assert [audit.gradient_calls(ADAPTIVE[name], ONE) for _ in range(2)] == [1, 1]
+    assert [measurements.gradient_calls(ADAPTIVE[name], ONE) for _ in range(2)] == [1, 1]
 
 
 def test_counting_leaves_the_profiler_as_it_was():
@@ -307,7 +310,7 @@ def test_counting_leaves_the_profiler_as_it_was():
     sys.setprofile(mine)
     try:
         with pytest.raises(ZeroDivisionError):
-            audit.gradient_calls(lambda x: 1 // 0, ONE)
+            measurements.gradient_calls(lambda x: 1 // 0, ONE)
         kept = sys.getprofile()
     finally:
         sys.setprofile(before)
@@ -318,7 +321,7 @@ def test_counting_leaves_the_profiler_as_it_was():
 
 SHAPE, KINDS = (4, 4, 1), 4
 SIZE, BATCH = 110, 16
-THREAT = attacks.ThreatModel(0.15)
+THREAT = ThreatModel(0.15)
 STEP_SIZE = 0.04
 SAMPLE = np.sort(np.random.RandomState(2).permutation(SIZE)[:101])  # no multiple of the batch
 TRACES = []
@@ -352,7 +355,9 @@ def victim(predict=nearest_mean, scale=5.0, shift=0.0):
 
 
 def plans(model, surrogate=None):
-    return audit.measurements(model, SAMPLE, threat=THREAT, step_size=STEP_SIZE, surrogate=surrogate)
+    return measurements.plan_measurements(
+        model, SAMPLE, threat=THREAT, step_size=STEP_SIZE, surrogate=surrogate
+    )
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +376,7 @@ def judged_model(measured):
     labels = labels[SAMPLE]
     survived = measured["steps"]["right"].all(1)
     by_square = ~measured["gradient_free"]["right"]
-    found, curves = audit.verdicts(measured, labels, survived, by_square)
+    found, curves = verdicts.give_verdicts(measured, labels, survived, by_square)
     json.dumps([[verdict._asdict() for verdict in found], curves], allow_nan=False)
     return {verdict.name: verdict for verdict in found}
 
@@ -398,8 +403,8 @@ def test_arrays_are_of_the_sample(measured):
     error = p - np.eye(KINDS)[labels[SAMPLE]]
     gradient = np.abs((error[:, :, None, None, None] * -10 * apart).sum(1)).sum((1, 2, 3))
     np.testing.assert_allclose(honest["forward_0"]["gradient"], gradient, rtol=1e-4)
-    assert honest["steps"]["right"].shape == (len(SAMPLE), len(audit.STEPS))
-    main = audit.STEPS.index(audit.MAIN_STEPS)
+    assert honest["steps"]["right"].shape == (len(SAMPLE), len(measurements.STEPS))
+    main = measurements.STEPS.index(measurements.MAIN_STEPS)
     np.testing.assert_array_equal(honest["scale_1"]["right"][:, 0], honest["steps"]["right"][:, main])
 
 
@@ -481,8 +486,8 @@ def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
     @partial(jax.jit, static_argnames="logits_fn")
     def probe(logits_fn, scale, restart):
         steps = np.array([1, 2, 40])
-        settings = {"threat": attacks.ThreatModel(0.3), "step_size": 0.02, "steps": steps}
-        return audit.probe(logits_fn, *few(64), scale=scale, restart=restart, **settings)["right"]
+        settings = {"threat": ThreatModel(0.3), "step_size": 0.02, "steps": steps}
+        return measurements.probe(logits_fn, *few(64), scale=scale, restart=restart, **settings)["right"]
 
     found = probe(linear, 1.0, 0)
     assert found.shape == (64, 3)
@@ -496,22 +501,22 @@ def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
     assert probe(linear, -1.0, 0)[:, 2].all()
 
 
-@pytest.mark.parametrize("norm", attacks.NORMS)
+@pytest.mark.parametrize("norm", NORMS)
 def test_an_attack_without_a_bound_may_show_any_image(norm):
     keys, images, _ = few()
     images, labels = images.at[:4].set(1.0).at[4:].set(0.0), jnp.array([0] * 4 + [1] * 4)
-    right = jax.jit(partial(audit.unbounded, linear, norm=norm))(keys, images, labels)["right"]
+    right = jax.jit(partial(measurements.unbounded, linear, norm=norm))(keys, images, labels)["right"]
     assert not right.any()
 
 
 def test_square_and_shown_and_crafted():
     keys, images, labels = few()
-    threat = attacks.ThreatModel(0.2)
-    attack = jax.jit(partial(audit.crafted, linear, threat=threat, step_size=0.05))
+    threat = ThreatModel(0.2)
+    attack = jax.jit(partial(measurements.crafted, linear, threat=threat, step_size=0.05))
     made = attack(keys, images, labels)["images"]
     assert np.abs(made - images).max() == pytest.approx(0.2, abs=1e-6)
-    assert audit.shown(linear, keys, images, labels, images)["right"].all()
-    assert not audit.shown(linear, keys, images, labels, made)["right"].any()
-    search = jax.jit(partial(audit.gradient_free, linear), static_argnames=("threat", "queries"))
+    assert measurements.shown(linear, keys, images, labels, images)["right"].all()
+    assert not measurements.shown(linear, keys, images, labels, made)["right"].any()
+    search = jax.jit(partial(measurements.gradient_free, linear), static_argnames=("threat", "queries"))
     assert not search(keys, images, labels, threat=threat, queries=50)["right"].any()
-    assert search(keys, images, labels, threat=attacks.ThreatModel(1e-5), queries=5)["right"].all()
+    assert search(keys, images, labels, threat=ThreatModel(1e-5), queries=5)["right"].all()

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import attacks, autoattack, autopgd, losses
-from robal_jax.autoattack import CLEAN, ROBUST, Stage
+from robal_jax import (
+    attacks,
+    losses,
+)
+from robal_jax.attacks import ThreatModel, autoattack, autopgd
 from robal_jax.errors import InputError
 
-THREAT = attacks.ThreatModel(0.1)
+THREAT = ThreatModel(0.1)
 
 
 def listed(version, num_classes):
@@ -117,7 +120,7 @@ def test_stages_pass_on_their_settings(asked):
     for version, eot in ("standard", 0), ("plus", 0), ("rand", 20):
         name, settings, _ = asked(version, "apgd_ce", 0)
         assert (name, settings) == ("apgd", {**common, "loss": losses.cross_entropy, "eot": eot})
-    assert asked("rand", "apgd_dlr", 0)[1] == {**common, "loss": autopgd.dlr, "eot": 20}
+    assert asked("rand", "apgd_dlr", 0)[1] == {**common, "loss": attacks.dlr, "eot": 20}
     for number in 0, 8:
         assert asked("standard", "apgd_t", number)[:2] == ("targeted_apgd", {**common, "rank": number + 2})
     assert asked("standard", "square", 0)[:2] == ("square", {"threat": THREAT, "queries": 11})
@@ -144,7 +147,11 @@ def test_fab_s_images_beyond_the_radius_do_not_count(asked):
 
 # ---------------------------------------------------------------- what is attacked, by pretence
 
-STAGES = (Stage("first", None, 2, 1), Stage("second", None, 1, 3), Stage("third", None, 3, 4))
+STAGES = (
+    autoattack.Stage("first", None, 2, 1),
+    autoattack.Stage("second", None, 1, 3),
+    autoattack.Stage("third", None, 3, 4),
+)
 LABELS = np.arange(13) % 4
 # Rounds in which images break, among them one where none, and one where several in different batches break.
 PLAN = {0: 1, 2: 1, 12: 1, 3: 2, 7: 4, 8: 4, 9: 5, 11: 6}
@@ -214,12 +221,12 @@ def test_what_is_found_is_kept():
     np.testing.assert_array_equal(clean, before, "the clean predictions were changed in place")
     for i, label in enumerate(LABELS):
         if i in WRONG_WHEN_CLEAN:
-            assert (progress.broken_in[i], progress.predictions[i]) == (CLEAN, clean[i])
+            assert (progress.broken_in[i], progress.predictions[i]) == (autoattack.CLEAN, clean[i])
         elif i in PLAN:
             assert (progress.broken_in[i], progress.predictions[i]) == (PLAN[i], (label + 1) % 4)
             np.testing.assert_array_equal(progress.adversarial[i], [i, PLAN[i]])
         else:
-            assert (progress.broken_in[i], progress.predictions[i]) == (ROBUST, label)
+            assert (progress.broken_in[i], progress.predictions[i]) == (autoattack.ROBUST, label)
     assert set(progress.adversarial) == set(PLAN)
     assert progress.robust == len(LABELS) - len(PLAN) - len(WRONG_WHEN_CLEAN)
     assert (progress.round, progress.done) == (7, 0)
@@ -261,7 +268,7 @@ def test_interruptions_after_every_batch_change_nothing():
 def test_nothing_to_attack():
     progress = autoattack.begin(LABELS, (LABELS + 1) % 4)
     assert run_all(progress) == ([], [])
-    assert (progress.broken_in == CLEAN).all()
+    assert (progress.broken_in == autoattack.CLEAN).all()
     assert all(autoattack.work_left(stage, progress) == 0 for stage in STAGES)
 
 
@@ -313,8 +320,8 @@ def test_outcomes_have_the_names_of_the_parts(version, ends):
     last = stages[-1].last
     # Image i is broken in round i; the first is wrong when clean, the one after the last round is robust.
     labels = np.arange(last + 2) % 4
-    broken_in = np.append(np.arange(last + 1), ROBUST)
-    predictions = np.where(broken_in == ROBUST, labels, (labels + 1) % 4)
+    broken_in = np.append(np.arange(last + 1), autoattack.ROBUST)
+    predictions = np.where(broken_in == autoattack.ROBUST, labels, (labels + 1) % 4)
     progress = autoattack.Progress(broken_in, predictions, {})
     found = autoattack.outcomes(version, stages, progress, labels)
     assert list(found) == list(ends)
@@ -360,7 +367,7 @@ def ensemble(norm, size):
     logits_fn, images, labels, keys = problem()
     predict = jax.jit(logits_fn)
     stages = autoattack.stages(
-        "standard", CLASSES, threat=attacks.ThreatModel(EPSILONS[norm], norm), steps=5, queries=30
+        "standard", CLASSES, threat=ThreatModel(EPSILONS[norm], norm), steps=5, queries=30
     )
     progress, compiled = autoattack.begin(labels, np.asarray(predict(images)).argmax(-1)), {}
     for stage in stages:
@@ -392,10 +399,10 @@ def test_an_ensemble_finds_allowed_images(norm):
     assert compiled == dict.fromkeys(("apgd_ce", "apgd_t", "fab_t", "square"), 1)
 
     numbers = np.array(sorted(progress.adversarial))
-    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in > CLEAN), numbers)
-    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in == CLEAN), [2, 11])
+    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in > autoattack.CLEAN), numbers)
+    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in == autoattack.CLEAN), [2, 11])
     # By the cross entropy; by the DLR where that has no gradient; by Square where nothing has; not at all.
-    assert {stages[0].first, stages[1].first, stages[3].first, ROBUST} <= set(progress.broken_in)
+    assert {stages[0].first, stages[1].first, stages[3].first, autoattack.ROBUST} <= set(progress.broken_in)
     found = np.stack([progress.adversarial[number] for number in numbers])
     delta = (np.float64(found) - images[numbers]).reshape(len(numbers), -1)
     distance = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)

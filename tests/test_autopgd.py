@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import attacks, autopgd, losses
+from robal_jax import attacks, losses
+from robal_jax.attacks import ThreatModel, autopgd, starting_points
+from robal_jax.keys import image_keys
 
 SHAPE, SIZE, CLASSES, COUNT, STEPS = (4, 4, 2), 32, 5, 9, 25
 EPSILONS = {"linf": 0.05, "l2": 0.2}
-THREATS = {norm: attacks.ThreatModel(epsilon, norm) for norm, epsilon in EPSILONS.items()}
-LOSSES = {"ce": losses.cross_entropy, "dlr": autopgd.dlr}
+THREATS = {norm: ThreatModel(epsilon, norm) for norm, epsilon in EPSILONS.items()}
+LOSSES = {"ce": losses.cross_entropy, "dlr": attacks.dlr}
 # x + d is rounded once to float32, by 2^-25 for what is below 1; in L2 each of 32 entries is, and the length.
 ROUNDINGS = {"linf": 2.0**-24, "l2": np.sqrt(SIZE) * 2.0**-25 + 4 * 2.0**-24}
 each_norm = pytest.mark.parametrize("norm", THREATS)
@@ -42,7 +44,7 @@ def batch(count=COUNT, seed=1):
 
 def start_of(norm):
     keys, images, _ = batch()
-    return attacks.starting_points(autopgd.boundary_start, keys, images, THREATS[norm])
+    return starting_points(autopgd.boundary_start, keys, images, THREATS[norm])
 
 
 @functools.cache
@@ -248,7 +250,7 @@ def test_step_sizes_are_halved_at_checks_and_the_best_only_gets_better(norm, nam
 
 @functools.cache
 def attack(norm, steps=STEPS):
-    return compiled(partial(autopgd.apgd, logits_fn, threat=THREATS[norm], steps=steps))
+    return compiled(partial(attacks.apgd, logits_fn, threat=THREATS[norm], steps=steps))
 
 
 @each_norm
@@ -278,24 +280,24 @@ def test_an_image_s_result_is_its_own(norm):
 
 def test_one_key_for_all_and_one_step():
     _, images, labels = batch()
-    found = compiled(partial(autopgd.apgd, logits_fn, threat=THREATS["linf"], steps=1))
+    found = compiled(partial(attacks.apgd, logits_fn, threat=THREATS["linf"], steps=1))
     one = found(jax.random.key(3), images, labels)
-    np.testing.assert_array_equal(one, found(attacks.image_keys(jax.random.key(3), images), images, labels))
+    np.testing.assert_array_equal(one, found(image_keys(jax.random.key(3), images), images, labels))
     assert distances("linf", one, images).max() <= EPSILONS["linf"] + ROUNDINGS["linf"]
 
 
 def test_no_gradient_flows_back():
     keys, images, labels = batch()
-    run = partial(autopgd.apgd, logits_fn, threat=THREATS["linf"], steps=1)
+    run = partial(attacks.apgd, logits_fn, threat=THREATS["linf"], steps=1)
     gradient = compiled(jax.grad(lambda x: run(keys, x, labels).sum()))(images)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(images))
 
 
 def test_apgd_is_at_least_as_strong_as_pgd_20():
     keys, images, labels = batch(60)
-    threat = attacks.ThreatModel(0.05)
+    threat = ThreatModel(0.05)
     settings = {"threat": threat, "steps": 20}
-    ours = compiled(partial(autopgd.apgd, logits_fn, **settings))(keys, images, labels)
+    ours = compiled(partial(attacks.apgd, logits_fn, **settings))(keys, images, labels)
     theirs = compiled(partial(attacks.pgd, logits_fn, **settings, step_size=0.05 / 4))(keys, images, labels)
     logits = [logits_fn(x) for x in (images, theirs, ours)]
     loss = [float(losses.cross_entropy(z, labels).mean()) for z in logits]
@@ -348,7 +350,7 @@ def test_noise_is_new_in_every_step():
         images, images, labels, keys=keys
     )
     assert len(np.unique(logits)) == logits.size
-    assert state.best_loss.max() > losses.cross_entropy(logits, jnp.stack([labels] * 4)).min()
+    assert state.best_loss.max() > jax.vmap(losses.cross_entropy, (0, None))(logits, labels).min()
     first = attacks.loss_gradient(only_noise, losses.cross_entropy, images, labels, keys, eot=1)[0]
     assert not np.intersect1d(first, logits).size
 
@@ -360,7 +362,7 @@ def test_apgd_hands_its_keys_to_a_random_model():
     @compiled
     def runs(keys):
         state, _ = autopgd.search(random_fn, start, images, labels, keys=keys, **settings)
-        return autopgd.apgd(random_fn, keys, images, labels, **settings), state
+        return attacks.apgd(random_fn, keys, images, labels, **settings), state
 
     found, state = runs(keys)
     expected = jnp.where(state.robust[:, None, None, None], state.best, state.adversarial)
@@ -375,14 +377,14 @@ def test_apgd_hands_its_keys_to_a_random_model():
 @each_norm
 def test_boundary_start_lies_on_the_boundary(norm):
     keys, images, _ = batch()
-    free = attacks.ThreatModel(EPSILONS[norm], norm, lower=-9.0, upper=9.0)
-    start = attacks.starting_points(autopgd.boundary_start, keys, images, free)
+    free = ThreatModel(EPSILONS[norm], norm, lower=-9.0, upper=9.0)
+    start = starting_points(autopgd.boundary_start, keys, images, free)
     np.testing.assert_allclose(distances(norm, start, images), EPSILONS[norm], rtol=1e-5)
     noise = np.asarray(start - images)
     assert len({row.tobytes() for row in noise}) == COUNT
     assert 0.3 < (noise > 0).mean() < 0.7
     assert start.max() > 1
-    within = attacks.starting_points(autopgd.boundary_start, keys, images, THREATS[norm])
+    within = starting_points(autopgd.boundary_start, keys, images, THREATS[norm])
     np.testing.assert_array_equal(within, jnp.clip(start, 0, 1))
 
 
@@ -401,9 +403,9 @@ def test_difference_of_logits_ratios():
     logits = rng.randn(60, CLASSES).astype(np.float32)
     labels, targets = rng.randint(0, CLASSES, (2, 60))
     kinds = {
-        "dlr": (autopgd.dlr, [numpy_dlr(*row) for row in zip(np.float64(logits), labels, strict=True)]),
+        "dlr": (attacks.dlr, [numpy_dlr(*row) for row in zip(np.float64(logits), labels, strict=True)]),
         "targeted": (
-            partial(autopgd.targeted_dlr, targets=jnp.asarray(targets)),
+            partial(attacks.targeted_dlr, targets=jnp.asarray(targets)),
             [numpy_dlr(*row) for row in zip(np.float64(logits), labels, targets, strict=True)],
         ),
     }
@@ -412,7 +414,7 @@ def test_difference_of_logits_ratios():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(loss(50 * logits + 3, labels), expected, rtol=1e-3, atol=1e-4)
     right = logits.argmax(-1) == labels
-    np.testing.assert_array_equal(autopgd.dlr(logits, labels) > 0, ~right)
+    np.testing.assert_array_equal(attacks.dlr(logits, labels) > 0, ~right)
     assert 0 < right.sum() < 60
     ahead = logits[np.arange(60), targets] > logits[np.arange(60), labels]
     np.testing.assert_array_equal(kinds["targeted"][0](logits, labels) > 0, ahead)
@@ -421,18 +423,18 @@ def test_difference_of_logits_ratios():
 def test_level_logits_give_finite_losses():
     level = jnp.zeros((2, CLASSES))
     labels, targets = jnp.array([0, 1]), jnp.array([1, 0])
-    for loss in (autopgd.dlr, partial(autopgd.targeted_dlr, targets=targets)):
+    for loss in (attacks.dlr, partial(attacks.targeted_dlr, targets=targets)):
         np.testing.assert_array_equal(loss(level, labels), 0)
         assert jnp.isfinite(jax.grad(lambda z, loss=loss: loss(z, labels).sum())(level)).all()
 
 
 def test_too_few_classes():
     logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
-    assert autopgd.dlr(logits, labels).shape == (2,)
+    assert attacks.dlr(logits, labels).shape == (2,)
     with pytest.raises(ValueError, match=r"DLR needs at least 3 classes; the model has 2"):
-        autopgd.dlr(logits[:, :2], labels)
+        attacks.dlr(logits[:, :2], labels)
     with pytest.raises(ValueError, match=r"targeted DLR needs at least 4 classes; the model has 3"):
-        autopgd.targeted_dlr(logits, labels, targets=labels)
+        attacks.targeted_dlr(logits, labels, targets=labels)
 
 
 def prototypes(x):
@@ -450,7 +452,7 @@ def test_targets_are_the_classes_of_a_rank_and_share_one_compilation():
     @compiled
     def run(rank):
         traces.append(rank)
-        return autopgd.targeted_apgd(
+        return attacks.targeted_apgd(
             prototypes, keys, images, labels, threat=THREATS["linf"], rank=rank, steps=20
         )
 
@@ -460,11 +462,11 @@ def test_targets_are_the_classes_of_a_rank_and_share_one_compilation():
     targets = jnp.asarray(np.argsort(-np.asarray(clean), 1)[:, 1:])
 
     def reached(z):
-        return [float(autopgd.targeted_dlr(z, labels, targets=target).mean()) for target in targets.T]
+        return [float(attacks.targeted_dlr(z, labels, targets=target).mean()) for target in targets.T]
 
     # Of all runs, the one towards a class comes nearest to it.
     np.testing.assert_array_equal(np.argmax([reached(z) for z in logits], 0), np.arange(CLASSES - 1))
     assert reached(logits[0])[0] > 0
     settings = {"threat": THREATS["linf"], "steps": 20}
-    second = compiled(partial(autopgd.targeted_apgd, prototypes, **settings))(keys, images, labels)
+    second = compiled(partial(attacks.targeted_apgd, prototypes, **settings))(keys, images, labels)
     np.testing.assert_allclose(reached(prototypes(second)), reached(logits[0]), atol=0.02)

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from robal_jax import checkpoints
+from robal_jax import optimizers
 from robal_jax.errors import InputError
-from robal_jax.state import TrainState, sgd
+from robal_jax.storage import checkpoints
+from robal_jax.training import TrainState
 
 
 def tree(seed=0, width=3, dtype=np.float32):
@@ -20,7 +21,7 @@ def tree(seed=0, width=3, dtype=np.float32):
     params = {
         "layer": {"weight": rng.randn(4, width).astype(dtype), "bias": rng.randn(width).astype(np.float32)}
     }
-    optimizer = sgd(optax.constant_schedule(0.1), clip_norm=1.0)
+    optimizer = optimizers.sgd(optax.constant_schedule(0.1), clip_norm=1.0)
     stats = {
         "large": rng.randn(20_000).astype(np.float32),  # makes the biggest file one of data
         "half": jnp.asarray(rng.randn(5), jnp.bfloat16),

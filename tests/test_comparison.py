@@ -9,8 +9,10 @@ from conftest import ROOT
 from rich.console import Console
 from test_reporting import AUDIT, META, fake_evaluation, verdict
 
-from robal_jax import comparison, metrics
+from robal_jax import metrics
 from robal_jax.errors import InputError
+from robal_jax.reporting import comparison
+from robal_jax.reporting.results import EvaluatedRun, read_runs
 
 
 def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, audit=None, **meta):
@@ -38,9 +40,7 @@ def compare(*arguments):
 
 
 def test_difference_is_paired(tmp_path):
-    first, second = comparison.load_runs(
-        [save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")]
-    )
+    first, second = read_runs([save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")])
     for condition in ("clean", "pgd_20", "worst"):
         for group in ("all", "head", "medium", "tail"):
             shares = [comparison.share_right(run, condition, group)["value"] for run in (first, second)]
@@ -56,7 +56,7 @@ def test_difference_is_paired(tmp_path):
 
 
 def test_runs_of_a_method_are_averaged_and_paired_by_seed(tmp_path):
-    runs = comparison.load_runs(
+    runs = read_runs(
         [
             save_run(tmp_path / f"{method}{seed}", seed=seed, strength=strength, method=method)
             for method, strength, seeds in (("A", 1.0, (0, 1)), ("B", 0.5, (1, 2)))
@@ -75,7 +75,7 @@ def test_runs_of_a_method_are_averaged_and_paired_by_seed(tmp_path):
 
 
 def test_comparison_of_one_run_has_no_differences(tmp_path):
-    text = printed(comparison.load_runs([save_run(tmp_path / "a", method="RoBal [ours]")]))
+    text = printed(read_runs([save_run(tmp_path / "a", method="RoBal [ours]")]))
     assert "RoBal [ours]" in text  # brackets are no markup
     assert "Accuracy in percent" in text
     assert "Difference" not in text
@@ -85,7 +85,7 @@ def test_runs_with_equal_methods_and_seeds_are_named_by_folder(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         save_run(tmp_path / name)
-    text = printed(comparison.load_runs(["first", "second"]))
+    text = printed(read_runs(["first", "second"]))
     assert "Difference to first" in text
     assert "second" in text
 
@@ -99,22 +99,20 @@ def test_runs_with_equal_methods_and_seeds_are_named_by_folder(tmp_path, monkeyp
     ],
 )
 def test_difference_refuses_runs_that_do_not_match(tmp_path, change, message):
-    first, second = comparison.load_runs(
-        [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", **change)]
-    )
+    first, second = read_runs([save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", **change)])
     with pytest.raises(InputError, match=message):
         comparison.difference(second, first, "clean", "all")
 
 
 def test_difference_refuses_other_groups(tmp_path):
-    run = comparison.load_runs([save_run(tmp_path / "a")])[0]
-    moved = comparison.Run("moved", run.meta, {**run.summary, "groups": {"head": [0]}}, run.examples)
+    run = read_runs([save_run(tmp_path / "a")])[0]
+    moved = EvaluatedRun("moved", run.meta, {**run.summary, "groups": {"head": [0]}}, run.examples)
     with pytest.raises(InputError, match="different groups"):
         comparison.difference(moved, run, "clean", "all")
 
 
 def test_runs_with_other_conditions_are_compared_in_those_they_share(tmp_path):
-    runs = comparison.load_runs(
+    runs = read_runs(
         [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", conditions=["clean", "pgd_20"])]
     )
     shared = comparison.shared_conditions(runs)
@@ -132,7 +130,7 @@ def test_runs_with_other_conditions_are_compared_in_those_they_share(tmp_path):
 
 
 def test_main_attack_that_only_one_run_has(tmp_path):
-    runs = comparison.load_runs(
+    runs = read_runs(
         [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", conditions=["clean", "fgsm"])]
     )
     assert [row[0] for row in comparison.compare(runs)[1].rows] == ["Clean", "Clean", "Worst", "Worst"]
@@ -145,7 +143,7 @@ def test_audits_of_runs(tmp_path):
         "C": None,
     }
     runs = [save_run(tmp_path / name, method=name, audit=audit) for name, audit in audits.items()]
-    overview = comparison.compare(comparison.load_runs(runs))[0]
+    overview = comparison.compare(read_runs(runs))[0]
     assert [row[:2] for row in overview.rows] == [
         ("A", "flagged: logit_scale"),
         ("B", "clean (1 of 2 checks run)"),
@@ -154,9 +152,7 @@ def test_audits_of_runs(tmp_path):
 
 
 def test_differences_come_with_their_p_value(tmp_path):
-    runs = comparison.load_runs(
-        [save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.2, method="B")]
-    )
+    runs = read_runs([save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.2, method="B")])
     tables = comparison.compare(runs)
     found = comparison.difference(runs[1], runs[0], "pgd_20", "all")
     assert found["p_value"] < 0.001
@@ -175,9 +171,9 @@ def test_load_runs_refuses_what_it_cannot_read(tmp_path):
     workdir = save_run(tmp_path / "a")
     for names in ([], [workdir, workdir]):
         with pytest.raises(InputError, match="at least one folder"):
-            comparison.load_runs(names)
+            read_runs(names)
     with pytest.raises(InputError, match="has not been evaluated"):
-        comparison.load_runs([str(tmp_path / "none")])
+        read_runs([str(tmp_path / "none")])
     folder = tmp_path / "a" / "evaluation"
     for name, content in (
         ("examples.npz", "junk"),
@@ -187,7 +183,7 @@ def test_load_runs_refuses_what_it_cannot_read(tmp_path):
     ):
         (folder / name).write_text(content)
         with pytest.raises(InputError, match="is damaged"):
-            comparison.load_runs([workdir])
+            read_runs([workdir])
 
 
 def test_compare_script(tmp_path):

@@ -12,8 +12,12 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from robal_jax import build, cli, models, parallel, sources, train
-from robal_jax.data import Dataset
+from robal_jax import builder, cli, models, training
+from robal_jax.builder import call
+from robal_jax.data import Dataset, sources
+from robal_jax.devices import parallel
+from robal_jax.storage.config_file import differences, to_json
+from robal_jax.training import initial_state
 
 METHODS = sorted(
     path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "__init__")
@@ -66,24 +70,24 @@ def quickly_compiled(monkeypatch):
 def test_builds(method, data):
     config = toy_config(method, data)
     assert config.is_locked
-    again = ConfigDict(json.loads(build.to_json(config)))
-    assert build.to_json(again) == build.to_json(config)
-    assert not build.differences(again, config)
-    build.evaluation(again)  # with the training
+    again = ConfigDict(json.loads(to_json(config)))
+    assert to_json(again) == to_json(config)
+    assert not differences(again, config)
+    builder.evaluation(again)  # with the training
 
 
 @pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_two_steps(method):
-    job = build.training(toy_config(method, "cifar100_lt"))
-    state = jax.jit(lambda: train.initial_state(job))()
+    job = builder.training(toy_config(method, "cifar100_lt"))
+    state = jax.jit(lambda: initial_state(job))()
     before = jax.device_get(state.params)
-    images = train.Examples(job.data.train_images, job.data.train_labels)
-    ids, _ = next(train.chunks(job, 0))
+    images = training.Examples(job.data.train_images, job.data.train_labels)
+    ids, _ = next(training.chunks(job, 0))
     devices = jax.devices()
     state, images, key = parallel.replicate((state, images, jax.random.key(0)), devices)
-    chunk = train.compiled_chunk(job, devices)
-    state, sums = chunk(state, images, ids, 2, key, train.positions(job))
+    chunk = training.compiled_chunk(job, devices)
+    state, sums = chunk(state, images, ids, 2, key, training.positions(job))
     assert int(state.step) == 2
     assert np.isfinite(float(sums["loss"]))
     moved = [
@@ -139,7 +143,7 @@ def fields(method, data):
                 flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
             )
 
-    return dict(flatten(json.loads(build.to_json(cli.load_config(f"configs/{method}.py:{data}"))), ""))
+    return dict(flatten(json.loads(to_json(cli.load_config(f"configs/{method}.py:{data}"))), ""))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -147,10 +151,10 @@ def fields(method, data):
 def test_on_the_imagenets_a_method_changes_what_it_changes_on_cifar100(method, data):
     config = cli.load_config(f"configs/{method}.py:{data}")
     assert config.is_locked
-    again = ConfigDict(json.loads(build.to_json(config)))
-    assert build.to_json(again) == build.to_json(config)
-    assert not build.differences(again, config)
-    build.validate(config)
+    again = ConfigDict(json.loads(to_json(config)))
+    assert to_json(again) == to_json(config)
+    assert not differences(again, config)
+    builder.validate(config)
 
     there, at_there, found, at = (
         fields(*key) for key in ((method, "cifar100_lt"), ("at", "cifar100_lt"), (method, data), ("at", data))
@@ -202,12 +206,10 @@ def test_the_imagenets(data, pixels, training, expected):
     assert config.schedule.name == "paper"
     assert config.attack.step_size == config.evaluation.step_size == config.threat.epsilon / 4
     assert config.evaluation.epsilon == config.threat.epsilon
-    assert (
-        "path" in build.call("data set", sources.SOURCES, config.data).keywords
-    )  # which takes all others too
-    assert build.call("model", models.BACKBONES, config.model)().blocks == (3, 4, 6, 3)
+    assert "path" in call("data set", sources.SOURCES, config.data).keywords  # which takes all others too
+    assert call("model", models.BACKBONES, config.model)().blocks == (3, 4, 6, 3)
     smaller = cli.apply_overrides(config, ["--config.model.name=resnet18"]).model
-    backbone = build.call("model", models.BACKBONES, smaller)()
+    backbone = call("model", models.BACKBONES, smaller)()
     assert (backbone.blocks, backbone.stem) == ((2, 2, 2, 2), expected["model.stem"])
 
 

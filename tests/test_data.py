@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import data
+from robal_jax.data import (
+    AUGMENTATIONS,
+    PROFILES,
+    SAMPLERS,
+    Dataset,
+    check_dataset,
+    class_aware_order,
+    epoch_order,
+    long_tailed_counts,
+    long_tailed_indices,
+    random_crop_flip,
+    to_float,
+    uniform_order,
+)
+from robal_jax.data.augmentation import _resized_part
 from robal_jax.errors import InputError
 
 CASES = [
@@ -17,7 +31,7 @@ CASES = [
 ]
 
 
-crop_flip = jax.jit(data.random_crop_flip, static_argnums=2)
+crop_flip = jax.jit(random_crop_flip, static_argnums=2)
 
 
 def n_max_and_classes(name):
@@ -28,68 +42,68 @@ def n_max_and_classes(name):
 
 
 def test_counts_of_the_main_setting():
-    counts = data.long_tailed_counts(5000, 10, 0.02, "exp")
+    counts = long_tailed_counts(5000, 10, 0.02, "exp")
     assert counts.tolist() == [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
     assert counts.dtype == np.int64
-    assert data.long_tailed_counts(500, 100, 0.1, "exp").sum() == 19573
+    assert long_tailed_counts(500, 100, 0.1, "exp").sum() == 19573
 
 
 def test_counts_of_the_step_profile():
-    assert data.long_tailed_counts(50, 5, 0.1, "step").tolist() == [50, 50, 5, 5, 5]
+    assert long_tailed_counts(50, 5, 0.1, "step").tolist() == [50, 50, 5, 5, 5]
 
 
 def test_ratio_one_is_balanced():
-    for profile in data.PROFILES:
-        assert data.long_tailed_counts(7, 4, 1, profile).tolist() == [7] * 4
+    for profile in PROFILES:
+        assert long_tailed_counts(7, 4, 1, profile).tolist() == [7] * 4
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan")])
 def test_ratio_out_of_range(ratio):
     with pytest.raises(InputError, match=r"ratio .* is outside \(0, 1\]"):
-        data.long_tailed_counts(100, 10, ratio)
+        long_tailed_counts(100, 10, ratio)
 
 
 def test_unknown_profile_lists_the_known():
     with pytest.raises(InputError, match="unknown long-tail profile 'linear'; choose one of exp, step"):
-        data.long_tailed_counts(100, 10, 0.1, "linear")
+        long_tailed_counts(100, 10, 0.1, "linear")
 
 
 @pytest.mark.parametrize(("n_max", "num_classes"), [(0, 10), (10, 1)])
 def test_too_small_a_set(n_max, num_classes):
     with pytest.raises(InputError, match="head of 1 image or more and 2 classes or more"):
-        data.long_tailed_counts(n_max, num_classes, 0.1)
+        long_tailed_counts(n_max, num_classes, 0.1)
 
 
 @pytest.mark.parametrize("n_max", [49, 50, 104, 5000])
-@pytest.mark.parametrize("profile", list(data.PROFILES))
+@pytest.mark.parametrize("profile", list(PROFILES))
 def test_empty_class_names_the_smallest_ratio_that_works(n_max, profile):
     with pytest.raises(InputError, match=r"leaves class \d without an image") as caught:
-        data.long_tailed_counts(n_max, 10, 0.5 / n_max, profile)
+        long_tailed_counts(n_max, 10, 0.5 / n_max, profile)
     smallest = float(str(caught.value).rsplit(" ", 1)[1])
-    assert data.long_tailed_counts(n_max, 10, smallest, profile).min() == 1
+    assert long_tailed_counts(n_max, 10, smallest, profile).min() == 1
     with pytest.raises(InputError):
-        data.long_tailed_counts(n_max, 10, smallest * (1 - 1e-9), profile)
+        long_tailed_counts(n_max, 10, smallest * (1 - 1e-9), profile)
 
 
 def test_indices_have_the_counts_and_the_class_order():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 30))
     counts = np.array([30, 11, 4, 1])
-    indices = data.long_tailed_indices(labels, counts)
+    indices = long_tailed_indices(labels, counts)
     assert labels[indices].tolist() == np.repeat(np.arange(4), counts).tolist()
     assert len(set(indices.tolist())) == len(indices)
-    assert np.array_equal(indices, data.long_tailed_indices(labels, counts, seed=0))
-    assert not np.array_equal(indices, data.long_tailed_indices(labels, counts, seed=1))
+    assert np.array_equal(indices, long_tailed_indices(labels, counts, seed=0))
+    assert not np.array_equal(indices, long_tailed_indices(labels, counts, seed=1))
 
 
 def test_indices_of_a_class_that_is_too_small():
     with pytest.raises(InputError, match="class 1 has 2 images but the long-tailed set asks for 3"):
-        data.long_tailed_indices(np.array([0, 0, 0, 1, 1]), np.array([3, 3]))
+        long_tailed_indices(np.array([0, 0, 0, 1, 1]), np.array([3, 3]))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(("name", "profile", "ratio"), CASES)
 def test_counts_match_the_released_code(golden, name, profile, ratio):
-    counts = data.long_tailed_counts(*n_max_and_classes(name), ratio, profile)
+    counts = long_tailed_counts(*n_max_and_classes(name), ratio, profile)
     assert counts.tolist() == golden("longtail")[f"counts/{name}/{profile}/{ratio}"].tolist()
 
 
@@ -98,8 +112,8 @@ def test_counts_match_the_released_code(golden, name, profile, ratio):
 @pytest.mark.parametrize(("name", "profile", "ratio"), CASES)
 def test_indices_match_the_released_code(golden, name, profile, ratio, labels):
     numbers = golden("longtail")
-    counts = data.long_tailed_counts(*n_max_and_classes(name), ratio, profile)
-    indices = data.long_tailed_indices(numbers[f"labels/{labels}/{name}"], counts)
+    counts = long_tailed_counts(*n_max_and_classes(name), ratio, profile)
+    indices = long_tailed_indices(numbers[f"labels/{labels}/{name}"], counts)
     assert np.array_equal(indices, numbers[f"indices/{labels}/{name}/{profile}/{ratio}"])
 
 
@@ -108,7 +122,7 @@ def test_indices_match_the_released_code(golden, name, profile, ratio, labels):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_counts_of_a_smaller_balanced_set_match_the_released_code(golden, name, existing_ratio):
     n_max, num_classes = n_max_and_classes(name)
-    counts = data.long_tailed_counts(int(n_max * existing_ratio), num_classes, 1.0)
+    counts = long_tailed_counts(int(n_max * existing_ratio), num_classes, 1.0)
     assert counts.tolist() == golden("longtail")[f"counts_small/{name}/{existing_ratio}"].tolist()
 
 
@@ -125,15 +139,15 @@ def test_class_aware_order_matches_the_released_sampler(golden, name, labels):
     full = numbers[f"labels/{labels}/{name}"]
     # The ratio of the recorded runs is the data set's main setting.
     ratio = 0.02 if name == "cifar10" else 0.1
-    counts = data.long_tailed_counts(*n_max_and_classes(name), ratio, "exp")
-    order = data.class_aware_order(full[data.long_tailed_indices(full, counts)], random.Random(0))
+    counts = long_tailed_counts(*n_max_and_classes(name), ratio, "exp")
+    order = class_aware_order(full[long_tailed_indices(full, counts)], random.Random(0))
     assert len(order) == length
     assert np.array_equal(order[: len(expected)], expected)
 
 
 def test_class_aware_order_visits_classes_and_images_in_rounds():
     labels = np.repeat(np.arange(3), [6, 2, 1])
-    order = data.class_aware_order(labels, random.Random(5))
+    order = class_aware_order(labels, random.Random(5))
     assert order.dtype == np.int32
     assert len(order) == 6 * 3
     assert all(sorted(labels[order[i : i + 3]]) == [0, 1, 2] for i in range(0, 18, 3))
@@ -144,45 +158,45 @@ def test_class_aware_order_visits_classes_and_images_in_rounds():
 
 def test_class_aware_order_needs_every_class():
     with pytest.raises(InputError, match="class 1 has no image"):
-        data.class_aware_order(np.array([0, 2]), random.Random(0))
+        class_aware_order(np.array([0, 2]), random.Random(0))
 
 
 def test_uniform_order_is_a_fixed_permutation():
-    order = data.uniform_order(8, seed=3, epoch=2)
+    order = uniform_order(8, seed=3, epoch=2)
     assert order.dtype == np.int32
     assert order.tolist() == [6, 5, 0, 7, 2, 1, 3, 4]
-    assert sorted(data.uniform_order(1000, 0, 0).tolist()) == list(range(1000))
+    assert sorted(uniform_order(1000, 0, 0).tolist()) == list(range(1000))
 
 
 def test_mixed_order_draws_from_both_samplers_in_turn():
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(3), [41, 15, 4])).astype(np.int32)
-    order = data.epoch_order("mixed", labels, 1, 2)
+    order = epoch_order("mixed", labels, 1, 2)
     assert order.dtype == np.int32
     assert len(order) == 2 * 60
     even, odd = order[::2], order[1::2]
     assert sorted(even.tolist()) == list(range(60))
     assert np.bincount(labels[odd]).tolist() == [20, 20, 20]  # 60 draws are 20 rounds of 3 classes
-    assert np.array_equal(even, data.epoch_order("uniform", labels, 1, 2))
-    assert np.array_equal(odd, data.epoch_order("class_aware", labels, 1, 2)[:60])
+    assert np.array_equal(even, epoch_order("uniform", labels, 1, 2))
+    assert np.array_equal(odd, epoch_order("class_aware", labels, 1, 2)[:60])
 
 
-@pytest.mark.parametrize("sampler", list(data.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_epoch_order_depends_on_seed_and_epoch_only(sampler):
     labels = np.repeat(np.arange(3), [20, 10, 5]).astype(np.int32)
-    order = data.epoch_order(sampler, labels, 1, 2)
+    order = epoch_order(sampler, labels, 1, 2)
     assert order.dtype == np.int32
     random.seed(99)
     np.random.seed(99)
-    assert np.array_equal(order, data.epoch_order(sampler, labels, 1, 2))
-    others = [data.epoch_order(sampler, labels, *se) for se in ((1, 3), (2, 2), (2, 1))]
+    assert np.array_equal(order, epoch_order(sampler, labels, 1, 2))
+    others = [epoch_order(sampler, labels, *se) for se in ((1, 3), (2, 2), (2, 1))]
     assert all(not np.array_equal(order, other) for other in others)
-    one, other = data.epoch_order(sampler, labels, 1, 23), data.epoch_order(sampler, labels, 12, 3)
+    one, other = epoch_order(sampler, labels, 1, 23), epoch_order(sampler, labels, 12, 3)
     assert not np.array_equal(one, other)
 
 
 def test_unknown_sampler_lists_the_known():
     with pytest.raises(InputError, match="unknown sampler 'sqrt'; choose one of uniform, class_aware, mixed"):
-        data.epoch_order("sqrt", np.array([0, 1]), 0, 0)
+        epoch_order("sqrt", np.array([0, 1]), 0, 0)
 
 
 # ---------------------------------------------------------------- pixels
@@ -192,7 +206,7 @@ def test_unknown_sampler_lists_the_known():
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jax.jit(f, static_argnums=1)])
 def test_to_float_is_the_correctly_rounded_quotient(pixel_max, wrap):
     pixels = np.arange(pixel_max + 1, dtype=np.uint8)
-    floats = wrap(data.to_float)(pixels, pixel_max)
+    floats = wrap(to_float)(pixels, pixel_max)
     assert floats.dtype == jnp.float32
     assert np.array_equal(floats, pixels.astype(np.float32) / np.float32(pixel_max))
 
@@ -200,7 +214,7 @@ def test_to_float_is_the_correctly_rounded_quotient(pixel_max, wrap):
 def test_to_float_in_double_precision():
     pixels = np.arange(256, dtype=np.uint8).reshape(2, 128)
     with jax.enable_x64(True):
-        floats = data.to_float(pixels, 255)
+        floats = to_float(pixels, 255)
     assert floats.dtype == jnp.float64
     assert np.array_equal(floats, pixels / 255)
 
@@ -265,7 +279,7 @@ def parts():
     """What 1500 resized crops of one image show of their boxes, from pixels that tell their own position."""
     rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.uint8)
     image = np.stack([rows, columns], axis=-1)
-    augment = jax.jit(data.AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
+    augment = jax.jit(AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
     keys = jax.random.split(jax.random.key(5), 1500).reshape(15, 100)
     images = np.tile(image, (100, 1, 1, 1))
     out = np.concatenate([augment(some, images, (OUT, OUT)) for some in keys])
@@ -309,7 +323,7 @@ def test_resized_crops_lie_anywhere_in_the_image_and_half_are_flipped(parts):
 
 
 def test_resized_crop_depends_on_the_own_key_only():
-    augment = jax.jit(data.AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
+    augment = jax.jit(AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
     images = np.random.default_rng(0).integers(0, 256, (6, 9, 8, 3), dtype=np.uint8)
     keys = jax.random.split(jax.random.key(7), 6)
     whole = augment(keys, images, (5, 7))
@@ -321,10 +335,10 @@ def test_resized_crop_depends_on_the_own_key_only():
 
 def test_the_whole_image_as_part_is_the_image_itself():
     image = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
-    same = data._resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
+    same = _resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
     assert same.dtype == np.uint8
     assert np.array_equal(same, image)
-    corner = data._resized_part(image, jnp.array([2.0, 5.0]), jnp.array([4.0, 6.0]), (4, 6))
+    corner = _resized_part(image, jnp.array([2.0, 5.0]), jnp.array([4.0, 6.0]), (4, 6))
     assert np.array_equal(corner, image[2:6, 5:11])
 
 
@@ -332,26 +346,26 @@ def test_the_whole_image_as_part_is_the_image_itself():
 def test_resizing_keeps_a_flat_image_flat(value):
     image = np.full((9, 9, 1), value, np.uint8)
     for corner, extent in (((0, 0), (9, 9)), ((0.3, 2.9), (8.7, 3.1)), ((6.5, 0), (2.5, 9))):
-        out = data._resized_part(image, jnp.array(corner, float), jnp.array(extent, float), (4, 13))
+        out = _resized_part(image, jnp.array(corner, float), jnp.array(extent, float), (4, 13))
         assert np.array_equal(out, np.full((4, 13, 1), value, np.uint8))
 
 
 def test_augmentations_that_keep_the_size():
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     keys = jax.random.split(jax.random.key(7), 6)
-    assert np.array_equal(data.AUGMENTATIONS["none"](keys, images, (8, 8)), images)
-    cropped = data.AUGMENTATIONS["crop_flip"](keys, images, (8, 8))
+    assert np.array_equal(AUGMENTATIONS["none"](keys, images, (8, 8)), images)
+    cropped = AUGMENTATIONS["crop_flip"](keys, images, (8, 8))
     assert np.array_equal(cropped, crop_flip(keys, images))
     for name in ("none", "crop_flip"):
         with pytest.raises(ValueError, match=r"keeps the images' size \(8, 8\); \(8, 4\) asked for"):
-            data.AUGMENTATIONS[name](keys, images, (8, 4))
+            AUGMENTATIONS[name](keys, images, (8, 4))
 
 
 # ---------------------------------------------------------------- check_dataset
 
 
 def small_dataset(**changes):
-    dataset = data.Dataset(
+    dataset = Dataset(
         train_images=np.zeros((5, 4, 4, 1), np.uint8),
         train_labels=np.array([0, 0, 0, 1, 2], np.int32),
         test_images=np.zeros((3, 4, 4, 1), np.uint8),
@@ -364,14 +378,14 @@ def small_dataset(**changes):
 
 def test_good_dataset_passes():
     dataset = small_dataset()
-    assert data.check_dataset(dataset) is dataset
+    assert check_dataset(dataset) is dataset
     assert dataset.class_counts.tolist() == [3, 1, 1]
     assert dataset.class_counts.dtype == np.int64
 
 
 def test_train_images_may_be_larger_than_test_images():
     dataset = small_dataset(train_images=np.zeros((5, 6, 7, 1), np.uint8))
-    assert data.check_dataset(dataset) is dataset
+    assert check_dataset(dataset) is dataset
 
 
 class Unread:
@@ -391,10 +405,10 @@ class Unread:
 
 def test_images_in_files_are_checked_without_reading_them():
     good = small_dataset(train_images=Unread(5, 4, 4, 1), test_images=Unread(3, 2, 2, 1))
-    assert data.check_dataset(good) is good
+    assert check_dataset(good) is good
     for shape in ((4, 4, 4, 1), (5, 4, 4, 3), (5, 4, 4)):
         with pytest.raises(InputError, match="train"):
-            data.check_dataset(good._replace(train_images=Unread(*shape)))
+            check_dataset(good._replace(train_images=Unread(*shape)))
 
 
 @pytest.mark.parametrize(
@@ -421,5 +435,5 @@ def test_images_in_files_are_checked_without_reading_them():
 )
 def test_bad_dataset(changes, message):
     with pytest.raises(InputError, match=message) as caught:
-        data.check_dataset(small_dataset(**changes))
+        check_dataset(small_dataset(**changes))
     assert "\n" not in str(caught.value)

@@ -14,8 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import attacks, autoattack, build, checkpoints, cli, evaluate, logs, train, victim
+from robal_jax import (
+    attacks,
+    builder,
+    cli,
+    evaluation,
+    training,
+)
+from robal_jax.attacks import ThreatModel, autoattack, clean_start
+from robal_jax.devices import cpu
 from robal_jax.errors import InputError
+from robal_jax.evaluation.victim import Victim
+from robal_jax.storage import checkpoints
+from robal_jax.storage.config_file import read_config
+from robal_jax.storage.progress import Meter
+from robal_jax.storage.workdir import restore_weights
 
 pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 
@@ -41,7 +54,7 @@ def evaluated(tmp_path_factory, compilations_are_kept):
         config.model.channels, config.model.width = (4, 4, 4), 16
     config = cli.apply_overrides(config, [f"--config.{override}" for override in SETTINGS])
     workdir = tmp_path_factory.mktemp("runs") / "evaluated"
-    train.train(config, workdir)
+    training.train(config, workdir)
     assert run(workdir)[0] == workdir / "evaluation"
     return workdir
 
@@ -55,8 +68,8 @@ def copy(evaluated, tmp_path):
 def run(workdir, *overrides, **keywords):
     """Evaluates; the folder and all that was said."""
     said = []
-    config = cli.apply_overrides(build.read_config(workdir), [f"--config.{o}" for o in overrides])
-    return evaluate.evaluate(config, workdir, say=said.append, **keywords), said
+    config = cli.apply_overrides(read_config(workdir), [f"--config.{o}" for o in overrides])
+    return evaluation.evaluate(config, workdir, say=said.append, **keywords), said
 
 
 def examples(folder):
@@ -65,9 +78,8 @@ def examples(folder):
 
 
 def state_of(workdir):
-    job = build.evaluation(build.read_config(workdir))
-    like = jax.eval_shape(lambda: train.initial_state(job.training))
-    return job, checkpoints.restore_latest(workdir / "checkpoints", like, on_damage=pytest.fail)
+    job = builder.evaluation(read_config(workdir))
+    return job, restore_weights(workdir, None, job.variables, pytest.fail)
 
 
 # ---------------------------------------------------------------- what an evaluation leaves
@@ -76,7 +88,7 @@ def state_of(workdir):
 def test_files(evaluated):
     assert {path.name for path in (evaluated / "evaluation").iterdir()} == FILES
     saved = examples(evaluated / "evaluation")
-    for condition in evaluate.CONDITIONS:
+    for condition in evaluation.CONDITIONS:
         assert saved[f"pred_{condition}"].shape == (TEST_IMAGES,)
         assert saved[f"distance_{condition}"].shape == (TEST_IMAGES,)
     np.testing.assert_array_equal(saved["labels"], np.repeat(np.arange(10), 6))
@@ -87,7 +99,7 @@ def test_accuracies_can_be_computed_again(evaluated):
     saved = examples(evaluated / "evaluation")
     results = json.loads((evaluated / "evaluation" / "results.json").read_text())["summary"]
     labels, worst = saved["labels"], np.ones(TEST_IMAGES, bool)
-    for condition in (*evaluate.CONDITIONS, "apgd_ce", "robal_aa", "autoattack"):
+    for condition in (*evaluation.CONDITIONS, "apgd_ce", "robal_aa", "autoattack"):
         hits = saved[f"pred_{condition}"] == labels
         found = results["conditions"][condition]
         assert found["accuracy"]["value"] == pytest.approx(hits.mean(), abs=1e-12)
@@ -107,20 +119,20 @@ def test_results_say_what_was_evaluated(evaluated):
 
 def test_predictions_are_those_of_the_model(evaluated):
     """Clean predictions and FGSM by a direct computation."""
-    job, (state, _, _) = state_of(evaluated)
-    data = job.training.data
-    images = jnp.asarray(np.float32(data.test_images) / np.float32(16))
-    predict = jax.jit(lambda x: job.predict(state.params, state.stats, x))
-    cosines = np.float64(jax.jit(job.training.model.predict)(state.params, state.stats, images))
-    prior = np.log(data.class_counts / data.class_counts.sum())
+    job, (weights, _, _) = state_of(evaluated)
+    images = jnp.asarray(np.float32(job.test.images) / np.float32(16))
+    predict = jax.jit(lambda x: job.predict(weights["params"], weights["stats"], x))
+    model = builder.training(read_config(evaluated)).model
+    cosines = np.float64(jax.jit(model.predict)(weights["params"], weights["stats"], images))
+    prior = np.log(job.test.class_counts / job.test.class_counts.sum())
     np.testing.assert_allclose(predict(images), 10.0 * cosines - 0.1 * prior, atol=1e-4)
     saved = examples(evaluated / "evaluation")
     agree = np.argmax(10.0 * cosines - 0.1 * prior, -1) == saved["pred_clean"]
     assert agree.mean() > 0.98  # one may be a tie up to rounding
     keys = jax.random.split(jax.random.key(0), TEST_IMAGES)
     shown = attacks.pgd(
-        predict, keys, images, jnp.asarray(data.test_labels),
-        threat=job.threat, steps=1, step_size=EPSILON, start=attacks.clean_start,
+        predict, keys, images, jnp.asarray(job.test.labels),
+        threat=job.threat, steps=1, step_size=EPSILON, start=clean_start,
     )  # fmt: skip
     agree = np.argmax(predict(shown), -1) == saved["pred_fgsm"]
     assert agree.mean() > 0.98  # a gradient near 0 may change its sign with the order of a sum
@@ -129,15 +141,15 @@ def test_predictions_are_those_of_the_model(evaluated):
 def test_distances(evaluated):
     saved = examples(evaluated / "evaluation")
     np.testing.assert_array_equal(saved["distance_clean"], 0)
-    for condition in evaluate.CONDITIONS[1:]:
+    for condition in evaluation.CONDITIONS[1:]:
         distance = saved[f"distance_{condition}"]
-        assert distance.max() <= EPSILON + evaluate.DISTANCE_TOLERANCE
+        assert distance.max() <= EPSILON + evaluation.DISTANCE_TOLERANCE
         assert distance.min() > 0.9 * EPSILON  # some pixel of every image is moved to the edge
 
 
 def test_more_steps_are_a_stronger_attack(evaluated):
     saved = examples(evaluated / "evaluation")
-    accuracy = {c: (saved[f"pred_{c}"] == saved["labels"]).mean() for c in evaluate.CONDITIONS}
+    accuracy = {c: (saved[f"pred_{c}"] == saved["labels"]).mean() for c in evaluation.CONDITIONS}
     assert accuracy["clean"] > accuracy["fgsm"] > accuracy["pgd_20"]
     assert accuracy["pgd_5"] >= accuracy["pgd_10"] >= accuracy["pgd_20"]
     assert abs(accuracy["mim_20"] - accuracy["pgd_20"]) < 0.05
@@ -146,29 +158,31 @@ def test_more_steps_are_a_stronger_attack(evaluated):
 
 def test_another_head_stands_in_for_the_trained_one(copy):
     """The inference of another config, over this run's checkpoint, into a folder of its own."""
-    other = build.with_inference_of(build.read_config(copy), cli.load_config("configs/robal_r.py:digits_lt"))
-    assert (other.evaluation.tau_p, build.read_config(copy).evaluation.tau_p) == (0.0, 0.1)
+    other = builder.with_inference_of(read_config(copy), cli.load_config("configs/robal_r.py:digits_lt"))
+    assert (other.evaluation.tau_p, read_config(copy).evaluation.tau_p) == (0.0, 0.1)
     with other.unlocked():
         other.evaluation.head = {"name": "cosine", "scale": 3.0, "gamma": 0.0}
         other.evaluation.autoattack, other.evaluation.audit.examples = "none", 0
     said = []
-    folder = evaluate.evaluate(other, copy, folder=copy / "other", say=said.append)
+    folder = evaluation.evaluate(other, copy, folder=copy / "other", say=said.append)
     assert folder == copy / "other"
     meta = json.loads((folder / "results.json").read_text())["meta"]
     assert (meta["method"], meta["head"]) == ("RoBal-R", "cosine, gamma 0.0, scale 3.0")
-    job, (state, _, _) = build.evaluation(other), state_of(copy)[1]
-    images = jnp.asarray(np.float32(job.training.data.test_images[:20]) / np.float32(16))
-    logits = job.predict(state.params, state.stats, images) / other.evaluation.logit_scale
+    job, (weights, _, _) = builder.evaluation(other), state_of(copy)[1]
+    images = jnp.asarray(np.float32(job.test.images[:20]) / np.float32(16))
+    logits = job.predict(weights["params"], weights["stats"], images) / other.evaluation.logit_scale
     assert 1.0 < np.abs(logits).max() <= 3.0 * (1 + 1e-5)  # cosines up to rounding
 
 
 def test_a_head_without_its_variables_is_refused(copy):
-    config = build.read_config(copy)
+    config = read_config(copy)
     with config.unlocked():
         config.evaluation.head = {"name": "tau_norm"}
-    message = "'tau_norm' cannot stand in for the trained head 'cosine': they differ in .*classifier/bias"
+    message = (
+        "'tau_norm' cannot be used in place of the trained head 'cosine': they differ in .*classifier/bias"
+    )
     with pytest.raises(InputError, match=message):
-        evaluate.evaluate(config, copy)
+        evaluation.evaluate(config, copy)
 
 
 # ---------------------------------------------------------------- batches and interruptions
@@ -179,7 +193,7 @@ def test_batch_size_changes_nothing(evaluated, copy):
     found, expected = examples(folder), examples(evaluated / "evaluation")
     for name in ("labels", "ids", "distance_clean"):
         np.testing.assert_array_equal(found[name], expected[name])
-    for condition in evaluate.CONDITIONS:
+    for condition in evaluation.CONDITIONS:
         # XLA's convolutions may sum in another order for another batch; the sign of a gradient near 0, and
         # with it an image on the decision border, may then change. A wrong key or image changes far more.
         changed = (found[f"pred_{condition}"] != expected[f"pred_{condition}"]).sum()
@@ -197,9 +211,8 @@ def test_batch_size_changes_nothing(evaluated, copy):
     ],
 )
 def test_images_at_once(monkeypatch, device, batch_size, pixels, expected):
-    monkeypatch.setattr("jax.default_backend", lambda: device)
-    monkeypatch.setattr(build, "cpu_piece", lambda: 16 * 32 * 32)
-    assert build.at_once(batch_size, pixels) == expected
+    monkeypatch.setattr(cpu, "cpu_piece", lambda: 16 * 32 * 32)
+    assert cpu.at_once(batch_size, pixels, device) == expected
 
 
 @pytest.mark.parametrize(
@@ -209,13 +222,13 @@ def test_a_cpu_s_piece_goes_with_its_cache(monkeypatch, tmp_path, size, images):
     path = tmp_path / "size"
     if size is not None:
         path.write_text(size)
-    monkeypatch.setattr(build, "LEVEL_2_CACHE", path)
-    assert build.cpu_piece() == images * 32 * 32
+    monkeypatch.setattr(cpu, "LEVEL_2_CACHE", path)
+    assert cpu.cpu_piece() == images * 32 * 32
 
 
 def test_one_compilation_for_every_attack(copy, monkeypatch):
     """Partial batches, rounds and restarts included: each piece of work is traced once."""
-    original, traced = victim.Victim.compile, []
+    original, traced = Victim.compile, []
 
     def compile(self, work, predict=None):
         name = getattr(work, "func", work).__name__
@@ -227,7 +240,7 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
 
         return original(self, counted, predict)
 
-    monkeypatch.setattr(victim.Victim, "compile", compile)
+    monkeypatch.setattr(Victim, "compile", compile)
     run(copy)
     audited = ["outputs", "probe", "unbounded", "gradient_free"]
     assert sorted(traced) == sorted(
@@ -238,7 +251,7 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
 @pytest.mark.parametrize("after", [2, 4, 40])
 def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
     """In the conditions, in the ensemble and in the audit."""
-    original, updates = logs.Meter.update, []
+    original, updates = Meter.update, []
 
     def update(self, done, note=""):
         updates.append((self._title, done))
@@ -246,9 +259,9 @@ def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
         if len(updates) == after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(logs.Meter, "update", update)
+    monkeypatch.setattr(Meter, "update", update)
     folder, said = run(copy)
-    assert said[-1].startswith("stopped; the same command goes on")
+    assert said[-1].startswith("stopped; the same command resumes")
     assert {path.name for path in folder.iterdir()} == {"unfinished"}
     folder, _ = run(copy)
     assert len(updates) == len(set(updates)), "something was done twice"
@@ -287,11 +300,13 @@ def environment(**more):
 
 EVALUATED = """
 import pathlib, sys
-from robal_jax import build, cli, evaluate, unfinished
+from robal_jax import cli, evaluation
+from robal_jax.storage import unfinished
+from robal_jax.storage.config_file import read_config
 unfinished.SAVE_SECONDS = 0.0
 workdir, *overrides = sys.argv[1:]
-config = cli.apply_overrides(build.read_config(pathlib.Path(workdir)), overrides)
-evaluate.evaluate(config, pathlib.Path(workdir))
+config = cli.apply_overrides(read_config(pathlib.Path(workdir)), overrides)
+evaluation.evaluate(config, pathlib.Path(workdir))
 """
 
 
@@ -344,7 +359,7 @@ def test_killed_three_times(evaluated, copy):
 
 def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     """Everything said of the ensemble follows from the stored images."""
-    folder, (job, (state, _, _)) = evaluated / "evaluation", state_of(evaluated)
+    folder, (job, (weights, _, _)) = evaluated / "evaluation", state_of(evaluated)
     saved, results = examples(folder), json.loads((folder / "results.json").read_text())
     right = {c: saved[f"pred_{c}"] == saved["labels"] for c in ("clean", "apgd_ce", "robal_aa", "autoattack")}
     for weaker, stronger in itertools.pairwise(right.values()):
@@ -358,13 +373,13 @@ def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     with np.load(folder / "adversarial.npz") as file:
         ids, images = file["ids"], file["images"]
     np.testing.assert_array_equal(ids, np.flatnonzero(right["clean"] & ~right["autoattack"]))
-    clean = np.float32(job.training.data.test_images) / np.float32(16)
-    assert np.abs(np.float64(images) - clean[ids]).max() <= EPSILON + evaluate.DISTANCE_TOLERANCE
+    clean = np.float32(job.test.images) / np.float32(16)
+    assert np.abs(np.float64(images) - clean[ids]).max() <= EPSILON + evaluation.DISTANCE_TOLERANCE
     assert images.min() >= 0
     assert images.max() <= 1
     shown = clean.copy()
     shown[ids] = images
-    called = np.argmax(job.predict(state.params, state.stats, jnp.asarray(shown)), -1)
+    called = np.argmax(job.predict(weights["params"], weights["stats"], jnp.asarray(shown)), -1)
     # Another batch and another compilation: an image on the border may fall to the other side.
     assert np.sum(called != saved["pred_autoattack"]) <= 1
     stored = {verdict["name"]: verdict for verdict in results["audit"]["verdicts"]}["stored_images"]
@@ -415,8 +430,8 @@ def test_an_unknown_ensemble(copy):
 
 
 def test_checkpoint_that_is_not_finite(copy):
-    _, (state, _, _) = state_of(copy)
-    broken = state.replace(params=jax.tree.map(lambda x: np.full_like(x, np.nan), state.params))
+    _, (weights, _, _) = state_of(copy)
+    broken = {**weights, "params": jax.tree.map(lambda x: np.full_like(x, np.nan), weights["params"])}
     with checkpoints.Saver(copy / "checkpoints", 10) as saver:
         path, _ = saver.save(99, broken)
     with pytest.raises(InputError, match=r"logits are not finite for 60 of 60 images \(clean\)"):
@@ -435,9 +450,9 @@ def test_checkpoint_that_is_not_finite(copy):
     ],
 )
 def test_outcomes_that_no_honest_evaluation_gives(outcomes, error, message):
-    threat = attacks.ThreatModel(0.1)
+    threat = ThreatModel(0.1)
     if error is None:
-        evaluate.check(outcomes, threat)
+        evaluation.check(outcomes, threat)
     else:
         with pytest.raises(error, match=message):
-            evaluate.check(outcomes, threat)
+            evaluation.check(outcomes, threat)

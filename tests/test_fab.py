@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from robal_jax import attacks, fab
+from robal_jax import attacks
+from robal_jax.attacks import NORMS, ThreatModel, clean_start, fab_attack, starting_points
 
 SHAPE, SIZE, CLASSES = (4, 4, 2), 32, 4
-PROJECTIONS = {norm: jax.jit(project) for norm, project in fab.PROJECTIONS.items()}
-THREATS = {norm: attacks.ThreatModel(0.1, norm) for norm in attacks.NORMS}
+PROJECTIONS = {norm: jax.jit(project) for norm, project in fab_attack.PROJECTIONS.items()}
+THREATS = {norm: ThreatModel(0.1, norm) for norm in NORMS}
 each_norm = pytest.mark.parametrize("norm", THREATS)
 each_rank = pytest.mark.parametrize("rank", [2, None])
 ROUNDING = 2.0**-23  # of a pixel in float32; an entry of a displacement takes a few of them
@@ -121,7 +122,7 @@ def test_weights_too_small_for_a_square_do_not_matter():
 
 
 def test_every_norm_has_a_projection():
-    assert fab.PROJECTIONS.keys() == attacks.NORMS.keys()
+    assert fab_attack.PROJECTIONS.keys() == NORMS.keys()
 
 
 # ---------------------------------------------------------------- linear models
@@ -148,7 +149,7 @@ def test_linear_model_is_left_by_the_shortest_way(norm):
     shortest = distances.min(1)
     assert shortest.max() < 0.4
     with jax.enable_x64(True):
-        attack = jax.jit(functools.partial(fab.fab, logits_fn, None, images, labels, threat=threat))
+        attack = jax.jit(functools.partial(attacks.fab, logits_fn, None, images, labels, threat=threat))
         found = {rank: np.asarray(threat.distance(attack(rank=rank), images)) for rank in (2, 3, 4)}
         nearest = np.asarray(threat.distance(attack(), images))
     # A step of 1.05 displacements from 0.9 of the distance ends about 0.5 % behind the boundary.
@@ -191,7 +192,7 @@ def attack(norm, targeted):
     @jax.jit
     def run(images, labels, start, rank, n_iter):
         rank = rank if targeted else None
-        return fab.fab(
+        return attacks.fab(
             logits_fn, None, images, labels, threat=THREATS[norm], rank=rank, n_iter=n_iter, start=start
         )
 
@@ -239,9 +240,9 @@ def test_an_image_does_not_depend_on_the_others(norm, rank):
 
 def test_bounds_of_the_threat_model():
     images, labels = batch()
-    wide = fab.fab(
+    wide = attacks.fab(
         lambda x: logits_fn((x + 1) / 2), None, 2 * images - 1, labels,
-        threat=attacks.ThreatModel(0.2, "linf", -1.0, 1.0), n_iter=5,
+        threat=ThreatModel(0.2, "linf", -1.0, 1.0), n_iter=5,
     )  # fmt: skip
     np.testing.assert_allclose(wide, 2 * closest("linf", None, n_iter=5) - 1, atol=1e-5)
     assert wide.min() == -1
@@ -249,7 +250,9 @@ def test_bounds_of_the_threat_model():
 
 def test_no_gradient_flows_back():
     images, labels = batch()
-    gradient = jax.grad(lambda x: fab.fab(logits_fn, None, x, labels, threat=THREATS["l2"], n_iter=2).sum())
+    gradient = jax.grad(
+        lambda x: attacks.fab(logits_fn, None, x, labels, threat=THREATS["l2"], n_iter=2).sum()
+    )
     np.testing.assert_array_equal(gradient(images), jnp.zeros_like(images))
 
 
@@ -257,9 +260,9 @@ def test_no_gradient_flows_back():
 def test_closer_than_pgd(norm):
     """Even than the boundary on the way to where PGD ends."""
     images, labels = (a[:-2] for a in batch())
-    threat = attacks.ThreatModel({"linf": 0.5, "l2": 2.0}[norm], norm)
+    threat = ThreatModel({"linf": 0.5, "l2": 2.0}[norm], norm)
     pgd = functools.partial(
-        attacks.pgd, threat=threat, steps=20, step_size=threat.epsilon / 8, start=attacks.clean_start
+        attacks.pgd, threat=threat, steps=20, step_size=threat.epsilon / 8, start=clean_start
     )
     found, shortest = attacks.shortest_adversarial(
         logits_fn, jax.random.key(0), images, labels, attack=pgd, threat=threat, max_epsilon=threat.epsilon
@@ -298,9 +301,9 @@ def test_one_compilation_for_all_ranks(norm):
 @each_norm
 def test_random_start(norm):
     images, labels = batch()
-    threat = attacks.ThreatModel(0.2, norm)
+    threat = ThreatModel(0.2, norm)
     keys = jax.random.split(jax.random.key(0), len(images))
-    random_start = jax.jit(functools.partial(attacks.starting_points, fab.fab_start, threat=threat))
+    random_start = jax.jit(functools.partial(starting_points, fab_attack.fab_start, threat=threat))
     start = random_start(keys, images)
     assert start.min() >= 0
     assert start.max() <= 1
@@ -323,7 +326,7 @@ def test_a_constant_model_leaves_the_images_as_they_are(norm, rank):
     images, _ = batch()
     constant = lambda x: 0.0 * x.reshape(len(x), -1)[:, :CLASSES] + jnp.arange(4.0)[None]  # noqa: E731
     labels, threat = jnp.full(len(images), 3), THREATS[norm]
-    found = fab.fab(constant, None, images, labels, threat=threat, rank=rank, n_iter=3)
+    found = attacks.fab(constant, None, images, labels, threat=threat, rank=rank, n_iter=3)
     np.testing.assert_array_equal(found, images)
 
 
@@ -331,4 +334,4 @@ def test_a_constant_model_leaves_the_images_as_they_are(norm, rank):
 def test_rank_out_of_range_is_refused(rank):
     images, labels = batch()
     with pytest.raises(ValueError, match=f"rank must be in 2 to 4, the number of classes, not {rank}"):
-        fab.fab(logits_fn, None, images, labels, threat=THREATS["linf"], rank=rank)
+        attacks.fab(logits_fn, None, images, labels, threat=THREATS["linf"], rank=rank)

@@ -5,7 +5,9 @@ import pytest
 from matplotlib.figure import Figure
 from test_reporting import AUDIT, META, fake_evaluation, fake_summary, gallery, norms
 
-from robal_jax import figures, metrics
+from robal_jax import metrics
+from robal_jax.reporting import figures
+from robal_jax.reporting.names import display_name, headline, headline_attack
 
 
 def labels_of(axis):
@@ -40,7 +42,7 @@ def test_display_names():
         "square": "Square",
         "worst": "Worst",
     }
-    assert {name: figures.display_name(name) for name in names} == names
+    assert {name: display_name(name) for name in names} == names
 
 
 @pytest.mark.parametrize(
@@ -56,8 +58,8 @@ def test_display_names():
 )
 def test_headline(conditions, main, attack, shown):
     summary, meta = {"conditions": dict.fromkeys(conditions.split())}, {"main_attack": main}
-    assert figures.headline_attack(summary, meta) == attack
-    assert figures.headline(summary, meta) == shown.split()
+    assert headline_attack(summary, meta) == attack
+    assert headline(summary, meta) == shown.split()
 
 
 def test_classes_are_sorted_by_count():

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robal_jax import data, sources
+from robal_jax.data import image_folder, long_tailed_counts, long_tailed_indices, sources, uniform_order
 from robal_jax.errors import InputError
-from robal_jax.folders import ImageFiles, load_image_folder, stream
 
 CLASSES = {"ant": (9, 3), "bee": (7, 2), "cat": (8, 2)}  # train and test images of each
 
@@ -46,7 +45,7 @@ def root(original, tmp_path):
     return shutil.copytree(original, tmp_path / "images")
 
 
-load = functools.partial(load_image_folder, image_size=8, resize=10)
+load = functools.partial(image_folder.load_image_folder, image_size=8, resize=10)
 
 
 def files(root, split, name):
@@ -91,7 +90,7 @@ def test_png_files_are_read_exactly(tmp_path):
     write(tmp_path / "colour.webp", colour, lossless=True)
     Image.fromarray(grey, "L").convert("P").save(tmp_path / "palette.png", transparency=bytes(range(256)))
     names = ("colour.png", "grey.png", "alpha.png", "colour.bmp", "colour.webp", "palette.png")
-    images = ImageFiles(names, 10, 10, str(tmp_path))
+    images = image_folder.ImageFiles(names, 10, 10, str(tmp_path))
     stacked = np.repeat(grey[..., None], 3, axis=-1)
     assert np.array_equal(images[np.arange(6)], np.stack([colour, stacked, colour, colour, colour, stacked]))
 
@@ -100,7 +99,7 @@ def test_ids_of_any_shape(tmp_path):
     arrays = np.stack([pixels(i, 6, 6) for i in range(4)])
     for i, array in enumerate(arrays):
         write(tmp_path / f"{i}.png", array)
-    images = ImageFiles(tuple(f"{i}.png" for i in range(4)), 6, 6, str(tmp_path))
+    images = image_folder.ImageFiles(tuple(f"{i}.png" for i in range(4)), 6, 6, str(tmp_path))
     assert (images.shape, images.dtype, len(images)) == (arrays.shape, arrays.dtype, 4)
     for ids in (2, np.int32(3), [1, 0, 0], np.array([[3], [1]]), np.zeros((0, 2), int), slice(1, 3), -1):
         found = images[ids]
@@ -120,14 +119,14 @@ def test_the_shorter_side_is_resized_and_the_centre_cut_out(tmp_path, height, wi
     resized = decoded.resize((width * 20 // shorter, height * 20 // shorter), Image.Resampling.BILINEAR)
     top, left = (resized.height - 15) // 2, (resized.width - 15) // 2
     expected = np.asarray(resized)[top : top + 15, left : left + 15]
-    images = ImageFiles((str(tmp_path / "one.jpg"),), resize=20, size=15)
+    images = image_folder.ImageFiles((str(tmp_path / "one.jpg"),), resize=20, size=15)
     assert np.array_equal(images[0], expected)
 
 
 def test_an_image_of_the_right_size_is_not_resized(tmp_path, monkeypatch):
     write(tmp_path / "one.png", pixels(0, 9, 7))
     monkeypatch.setattr(Image.Image, "resize", None)
-    images = ImageFiles((str(tmp_path / "one.png"),), resize=7, size=4)
+    images = image_folder.ImageFiles((str(tmp_path / "one.png"),), resize=7, size=4)
     assert np.array_equal(images[0], pixels(0, 9, 7)[2:6, 1:5])
 
 
@@ -144,7 +143,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, spoil, name):
         (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
     else:
         (tmp_path / name).unlink()
-    images = ImageFiles(("good.png", name), 64, 64, str(tmp_path))
+    images = image_folder.ImageFiles(("good.png", name), 64, 64, str(tmp_path))
     assert images[0].shape == (64, 64, 3)
     with pytest.raises(InputError, match=rf"cannot read image .*/{name} \(\w+.*\); put it right") as caught:
         images[np.array([0, 1])]
@@ -154,13 +153,13 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, spoil, name):
 def test_sixteen_bits_a_channel_are_refused_rather_than_clipped(tmp_path):
     write(tmp_path / "deep.png", pixels(0, 8, 8, ()).astype(np.uint16) * 257)
     with pytest.raises(InputError, match=r"deep\.png .*more than 8 bits a channel"):
-        ImageFiles((str(tmp_path / "deep.png"),), 8, 8)[0]
+        image_folder.ImageFiles((str(tmp_path / "deep.png"),), 8, 8)[0]
 
 
 @pytest.mark.parametrize("size", [0, 9])
 def test_crop_that_does_not_fit(size):
     with pytest.raises(ValueError, match=r"size must be in 1\.\.resize \(8\)"):
-        ImageFiles((), 8, size)
+        image_folder.ImageFiles((), 8, size)
 
 
 def test_identity_stands_for_the_files_and_not_for_their_place(root, tmp_path):
@@ -171,10 +170,13 @@ def test_identity_stands_for_the_files_and_not_for_their_place(root, tmp_path):
     moved = shutil.copytree(root, tmp_path / "elsewhere")
     assert identity(moved) == before
     images = load(str(root)).train_images
-    others = [ImageFiles(images.paths, 12, 10, images.root), ImageFiles(images.paths, 10, 9, images.root)]
+    others = [
+        image_folder.ImageFiles(images.paths, 12, 10, images.root),
+        image_folder.ImageFiles(images.paths, 10, 9, images.root),
+    ]
     others += [
-        ImageFiles(images.paths[::-1], 10, 10, images.root),
-        ImageFiles(images.paths, 11, 10, images.root),
+        image_folder.ImageFiles(images.paths[::-1], 10, 10, images.root),
+        image_folder.ImageFiles(images.paths, 11, 10, images.root),
     ]
     assert len({before, *(other.identity().tobytes() for other in others)}) == 5
     with (root / "train" / "bee" / "03.png").open("ab") as file:
@@ -229,11 +231,11 @@ def test_folders_may_have_other_names_and_folders_in_them(original, root):
 
 def test_long_tailed_subset(original):
     whole = load(str(original))
-    counts = data.long_tailed_counts(7, 3, 0.3)
+    counts = long_tailed_counts(7, 3, 0.3)
     assert counts.tolist() == [7, 3, 2]
     for seed in (0, 1):
         subset = load(str(original), ratio=0.3, seed=seed)
-        kept = data.long_tailed_indices(whole.train_labels, counts, seed)
+        kept = long_tailed_indices(whole.train_labels, counts, seed)
         assert subset.class_counts.tolist() == counts.tolist()
         assert np.array_equal(subset.train_labels, whole.train_labels[kept])
         assert np.array_equal(subset.train_images[:], whole.train_images[kept])
@@ -242,12 +244,12 @@ def test_long_tailed_subset(original):
 
 
 def test_source_of_that_name():
-    assert sources.SOURCES["image_folder"] is load_image_folder
+    assert sources.SOURCES["image_folder"] is image_folder.load_image_folder
 
 
 def test_no_path():
     with pytest.raises(InputError, match=r"no folder of images given; set config\.data\.path"):
-        load_image_folder("")
+        image_folder.load_image_folder("")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def ids_of_step(step):
 @pytest.mark.parametrize(("threads", "ahead"), [(0, 2), (1, 1), (4, 0), (4, 3), (16, 40)])
 def test_stream_gives_the_images_of_each_step(images, threads, ahead):
     everything = images[:]
-    read = functools.partial(stream, images, ids_of_step, threads=threads, ahead=ahead)
+    read = functools.partial(image_folder.stream, images, ids_of_step, threads=threads, ahead=ahead)
     whole = list(read(range(8)))
     assert len(whole) == 8
     for step, batch in enumerate(whole):
@@ -405,14 +407,14 @@ def test_stream_gives_the_images_of_each_step(images, threads, ahead):
         assert np.array_equal(batch, everything[ids_of_step(step)])
     parts = [*read(range(3)), *read(range(3, 3)), *read(range(3, 4)), *read(range(4, 8))]
     assert np.array_equal(parts, whole)
-    in_memory = list(stream(everything, ids_of_step, range(8), threads=threads, ahead=ahead))
+    in_memory = list(image_folder.stream(everything, ids_of_step, range(8), threads=threads, ahead=ahead))
     assert np.array_equal(in_memory, whole)
     assert threads_end()
 
 
 def test_a_stream_that_starts_late_asks_for_nothing_before(images):
     asked = set()
-    read = stream(
+    read = image_folder.stream(
         images, lambda step: asked.add(step) or ids_of_step(step), range(100, 104), threads=2, ahead=1
     )
     assert np.array_equal(next(read), images[ids_of_step(100)])
@@ -429,7 +431,7 @@ def test_stream_reads_ahead(images):
             step_reached.set()
         return ids_of_step(step)
 
-    read = stream(images, ids_of, range(9), threads=2, ahead=3)
+    read = image_folder.stream(images, ids_of, range(9), threads=2, ahead=3)
     next(read)
     assert step_reached.wait(5)  # while step 0 is the only one that was asked for
     read.close()
@@ -437,9 +439,12 @@ def test_stream_reads_ahead(images):
 
 def test_shares_of_two_hosts_are_the_whole(images):
     def share(host, step):
-        return data.uniform_order(24, seed=0, epoch=0).reshape(4, 6)[step, 3 * host : 3 * host + 3]
+        return uniform_order(24, seed=0, epoch=0).reshape(4, 6)[step, 3 * host : 3 * host + 3]
 
-    hosts = [list(stream(images, functools.partial(share, h), range(4), threads=2, ahead=2)) for h in (0, 1)]
+    hosts = [
+        list(image_folder.stream(images, functools.partial(share, h), range(4), threads=2, ahead=2))
+        for h in (0, 1)
+    ]
     seen = [image.tobytes() for host in hosts for batch in host for image in batch]
     assert len(seen) == 24
     assert set(seen) == {image.tobytes() for image in images[:]}
@@ -450,7 +455,7 @@ def test_a_damaged_file_is_reported_when_its_step_is_due(root, threads):
     (root / "train" / "bee" / "02.png").write_bytes(b"\x89PNG")
     images = load(str(root)).train_images
     damaged = images.paths.index("train/bee/02.png")
-    read = stream(images, lambda step: np.array([step]), range(24), threads=threads, ahead=4)
+    read = image_folder.stream(images, lambda step: np.array([step]), range(24), threads=threads, ahead=4)
     for _ in range(damaged):
         next(read)
     with pytest.raises(InputError, match=r"^cannot read image .*/train/bee/02\.png \(.*put it right"):
@@ -460,7 +465,7 @@ def test_a_damaged_file_is_reported_when_its_step_is_due(root, threads):
 
 @pytest.mark.parametrize("end", ["close", "forget", "exhaust"])
 def test_threads_end_with_the_stream(images, end):
-    read = stream(images, ids_of_step, range(6), threads=3, ahead=2)
+    read = image_folder.stream(images, ids_of_step, range(6), threads=3, ahead=2)
     next(read)
     assert grain_threads()
     if end == "close":

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from experiments.benchmarks.layouts import finish, free_port
-from robal_jax import hosts
+from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 
 # ---------------------------------------------------------------- one process
@@ -64,11 +64,12 @@ def test_alone_all_is_done_here():
 
 SCRIPT = """
 import json, sys
-from robal_jax import build, cli, hosts, train
+from robal_jax import builder, cli, training
+from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 hosts.start(*sys.argv[1:4])
 import jax, numpy as np
-from robal_jax import parallel
+from robal_jax.devices import parallel
 
 ran, found = [], {"devices": [jax.device_count(), jax.local_device_count()], "first": hosts.is_first()}
 found["told"] = hosts.by_first(lambda: ran.append(1) or {"a": np.arange(3)})["a"].tolist()
@@ -84,8 +85,8 @@ for layout in parallel.LAYOUTS:
     mine = jax.tree.map(lambda x: x[parallel.share(8)], parts)
     spread = parallel.spread(work, layout, parallel.devices_for(layout))(mine, np.float32(2))
     found[layout] = {name: np.asarray(x).ravel().tolist() for name, x in spread.items()}
-job = build.training(cli.load_config("configs/at.py:digits_lt"))
-rows, count = next(train.chunks(job, job.steps_per_epoch))  # of the second epoch
+job = builder.training(cli.load_config("configs/at.py:digits_lt"))
+rows, count = next(training.chunks(job, job.steps_per_epoch))  # of the second epoch
 print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()}))
 """
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from experiments.benchmarks.layouts import Layout, start
-from robal_jax import checkpoints
+from robal_jax.storage import checkpoints
 
 KILLS, STOPS = int(os.environ.get("ROBAL_KILLS", "2")), int(os.environ.get("ROBAL_STOPS", "1"))
 EPOCHS = 12

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import convolutions, models, torch_import
-from robal_jax.classifiers import CosineHead, LinearHead
+from robal_jax import classifiers, models, pytorch
+from robal_jax.models import convolutions
 
 
 def arrays_like(tree, seed):
@@ -68,9 +68,9 @@ def test_update_statistics_of_a_head():
 def test_statistics_of_a_batch_that_is_spread():
     """Two halves under an axis name give what the whole batch gives."""
     images = jnp.asarray(np.random.RandomState(0).rand(8, 8, 8, 1), jnp.float32)
-    whole = models.functional(models.Network(models.SmallCNN((4, 4, 4), 8), LinearHead(3)))
+    whole = models.functional(models.Network(models.SmallCNN((4, 4, 4), 8), classifiers.LinearHead(3)))
     spread = models.functional(
-        models.Network(models.SmallCNN((4, 4, 4), 8, axis_name="devices"), LinearHead(3))
+        models.Network(models.SmallCNN((4, 4, 4), 8, axis_name="devices"), classifiers.LinearHead(3))
     )
     params, stats = jax.jit(whole.init)(jax.random.key(0), images)
     logits, moments = jax.jit(whole.train)(params, stats, images)
@@ -249,7 +249,7 @@ NETWORKS = [
 )
 def test_networks(backbone, shape, width, size):
     """Shapes and sizes only, without computing anything."""
-    model = models.functional(models.Network(backbone, LinearHead(10)))
+    model = models.functional(models.Network(backbone, classifiers.LinearHead(10)))
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     params, stats = jax.eval_shape(model.init, jax.random.key(0), images)
     assert sum(x.size for x in jax.tree.leaves(params["backbone"])) == size
@@ -309,23 +309,23 @@ def test_resnet50_from_pytorch_and_back(stem):
     )
     network = nets.randomised(nets.ResNet50(10, stem))
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    found = torch_import.architecture(torch_import.shapes(state))
+    found = pytorch.architecture(pytorch.shapes(state))
     options = dict(found.model)
     backbone = models.BACKBONES[options.pop("name")](**options)
-    model = models.functional(models.Network(backbone, LinearHead(10)), precision="highest")
+    model = models.functional(models.Network(backbone, classifiers.LinearHead(10)), precision="highest")
 
     pixels = 64 if stem == "imagenet" else 16
     images = (np.random.RandomState(1).randint(0, 256, (4, pixels, pixels, 3)) / 255).astype(np.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), images)
     prefixes = found.prefixes(*like)
-    params, stats = torch_import.from_state_dict(state, *like, prefixes)
+    params, stats = pytorch.from_state_dict(state, *like, prefixes)
     with torch.inference_mode():
         theirs = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
     error = np.abs(jax.jit(model.predict)(params, stats, images) - theirs).max() / np.abs(theirs).max()
     print(f"ResNet-50, stem {stem}: largest relative difference {error:.1e}")
     assert error <= 1e-5  # float32 rounding in 53 layers: 1e-6 to 2e-6 was seen
 
-    exported = torch_import.complete_state_dict(params, stats, prefixes)
+    exported = pytorch.complete_state_dict(params, stats, prefixes)
     target = nets.ResNet50(10, stem)
     target.load_state_dict({key: torch.from_numpy(value) for key, value in exported.items()}, strict=True)
     for key, value in target.state_dict().items():
@@ -336,7 +336,9 @@ def test_training_and_prediction():
     """A training pass leaves moments and changes nothing; cpu_convolution is the same network."""
     images = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 1), jnp.float32)
     plain, loop = (
-        models.functional(models.Network(models.SmallCNN((4, 4, 4), 8, convolution=c), CosineHead(3)))
+        models.functional(
+            models.Network(models.SmallCNN((4, 4, 4), 8, convolution=c), classifiers.CosineHead(3))
+        )
         for c in (convolutions.convolution, convolutions.cpu_convolution)
     )
     init, predict = jax.jit(plain.init), jax.jit(plain.predict)
@@ -361,7 +363,7 @@ def test_training_and_prediction():
 )
 def test_prediction_in_pieces(batch, piece, pieces):
     """Whole pieces one after the other, else the batch at once: the same logits and gradients."""
-    network = models.Network(models.SmallCNN((4, 4, 4), 8), CosineHead(3))
+    network = models.Network(models.SmallCNN((4, 4, 4), 8), classifiers.CosineHead(3))
     whole, model = models.functional(network), models.functional(network, piece=piece)
     images = jnp.asarray(np.random.RandomState(0).rand(batch, 8, 8, 1), jnp.float32)
     params, stats = jax.jit(whole.init)(jax.random.key(0), images)
@@ -389,7 +391,7 @@ def test_initial_convolution_is_he_normal_by_outputs():
 
 
 def test_precision_reaches_every_product_and_its_gradients():
-    network = models.Network(models.WideResNet(10, 1), CosineHead(10))
+    network = models.Network(models.WideResNet(10, 1), classifiers.CosineHead(10))
     model = models.functional(network, precision="highest")
     images = jnp.ones((2, 32, 32, 3))
     params, stats = model.init(jax.random.key(0), images)
@@ -402,7 +404,7 @@ def test_precision_reaches_every_product_and_its_gradients():
 @pytest.mark.parametrize("backbone", [models.WideResNet(10, 1), models.SmallCNN()], ids=["WRN", "small"])
 def test_bfloat16_stays_between_the_images_and_the_head(backbone):
     """Every convolution and its gradients compute in it; what a step keeps or compares does not."""
-    network = models.Network(backbone, CosineHead(10))
+    network = models.Network(backbone, classifiers.CosineHead(10))
     model = models.functional(network, precision="bfloat16")
     images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
     params, stats = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from robal_jax import attacks, losses, objectives
-from robal_jax.models import Model
-from robal_jax.objectives import Batch
+from robal_jax import (
+    attacks,
+    losses,
+    models,
+    objectives,
+)
+from robal_jax.attacks import NORMS, ThreatModel, gaussian_start, starting_points, uniform_start
 
 B, SIZE, K = 8, 12, 3
 MAX_EPSILON, SEARCH_STEPS = 0.1, 20
@@ -35,7 +39,7 @@ def tiny_model(axis_name=None, shown=None):
         mean = images.mean() if axis_name is None else jax.lax.pmean(images.mean(), axis_name)
         return logits_of(params, images, mean), {"mean": mean}
 
-    return Model(
+    return models.Model(
         init=None,
         predict=lambda params, stats, images: logits_of(params, images, stats["mean"]),
         train=train,
@@ -53,7 +57,7 @@ STATS = {"mean": jnp.float32(0.4)}
 IMAGES = jnp.asarray(RNG.uniform(0.2, 0.8, (B, 2, 2, 3)), jnp.float32)
 LABELS = jnp.asarray(RNG.randint(0, K, B), jnp.int32)
 KEYS = jax.random.split(jax.random.key(0), B)
-BATCH = Batch(IMAGES, LABELS, KEYS, jnp.int32(1))
+BATCH = objectives.Batch(IMAGES, LABELS, KEYS, jnp.int32(1))
 SHIFT = jnp.asarray(0.03 + 0.1 * RNG.randn(*IMAGES.shape), jnp.float32)
 MARGINS = 0.1 * np.arange(K)
 margin_loss = partial(losses.margin_adjusted_cross_entropy, margins=MARGINS, biases=np.zeros(K), scale=2.0)
@@ -207,7 +211,7 @@ CASES = {
     "mma": Case(
         partial(
             objectives.mma,
-            **{"attack": fixed_attack, "threat": attacks.ThreatModel(0.05), "loss": margin_loss},
+            **{"attack": fixed_attack, "threat": ThreatModel(0.05), "loss": margin_loss},
             **{"max_epsilon": MAX_EPSILON, "search_steps": SEARCH_STEPS, "nat_weight": 0.4},
         ),
         mma_value,
@@ -312,10 +316,10 @@ def test_attack_sees_running_statistics_keys_and_labels(name):
 
 PGD = partial(
     attacks.pgd,
-    threat=attacks.ThreatModel(0.1),
+    threat=ThreatModel(0.1),
     steps=3,
     step_size=0.05,
-    start=attacks.gaussian_start,
+    start=gaussian_start,
     loss=losses.soft_logit_margin,
 )
 
@@ -361,10 +365,8 @@ def test_mixing_weights_belong_to_the_key_and_not_to_the_attack():
     @jax.jit
     def drawn(keys):
         noise = [
-            attacks.starting_points(
-                attacks.uniform_start, keys, jnp.zeros((len(keys), 1)), attacks.ThreatModel(1.0, norm)
-            )[:, 0]
-            for norm in attacks.NORMS
+            starting_points(uniform_start, keys, jnp.zeros((len(keys), 1)), ThreatModel(1.0, norm))[:, 0]
+            for norm in NORMS
         ]
         return objectives.mixing_weights(keys, jnp.float32), noise
 
@@ -376,7 +378,7 @@ def test_mixing_weights_belong_to_the_key_and_not_to_the_attack():
     assert abs(weights.mean() - 0.5) < 4 / np.sqrt(12 * draws)  # four standard errors
     np.testing.assert_array_equal(drawn(keys[::-1])[0][::-1], weights)
     np.testing.assert_array_equal(objectives.mixing_weights(keys[:B], jnp.float32), weights[:B])
-    for norm, start in zip(attacks.NORMS, noise, strict=True):
+    for norm, start in zip(NORMS, noise, strict=True):
         for what in (start, np.abs(start)):  # in L2 the distance is a draw of its own
             assert abs(np.corrcoef(what, weights)[0, 1]) < 4 / np.sqrt(draws), norm
 
@@ -431,7 +433,7 @@ def test_misclassified_images_are_trained_on_as_they_are():
 
 def test_images_far_from_the_boundary_contribute_nothing():
     labels = predicted(IMAGES).argmax(1)
-    found, metrics, _ = mma(labels, max_epsilon=1e-4, threat=attacks.ThreatModel(5e-5))
+    found, metrics, _ = mma(labels, max_epsilon=1e-4, threat=ThreatModel(5e-5))
     expected = 0.4 * value(CASES["plain"].objective, batch=with_labels(labels))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["margin"], 1.05e-4, rtol=1e-5)
@@ -440,7 +442,7 @@ def test_images_far_from_the_boundary_contribute_nothing():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_images_near_the_boundary_are_on_its_far_side(norm):
     labels = predicted(IMAGES).argmax(1)
-    threat = attacks.ThreatModel(0.5 if norm == "l2" else 0.1, norm)
+    threat = ThreatModel(0.5 if norm == "l2" else 0.1, norm)
     _, _, shown = mma(labels, threat=threat, max_epsilon=10.0)
     logits = predicted(shown)
     reached = np.asarray(threat.distance(shown, IMAGES)) < threat.epsilon

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from robal_jax import page
+from robal_jax.reporting import page
 
 ODD = '<b>a</b> & "c" | `d` *e* _f_ g_h\nnext'
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from robal_jax import build, cli, parallel, train
+from robal_jax import builder, cli, training
+from robal_jax.devices import parallel
+from robal_jax.errors import InputError
 
 # float64's resolution 2^-52 times what grows it: sums over a batch of values up to 14, eight updates, and
 # batch norm's division by small standard deviations. Statistics of a part show at 1e-3.
@@ -26,19 +28,20 @@ BOUND = 1e-11
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from robal_jax import build, cli, parallel, train
+from robal_jax import builder, cli, training
+from robal_jax.devices import parallel
 
 def two_steps(layout, count, *overrides):
     config = cli.load_config(f"{sys.argv[1]}/configs/robal_n.py:digits_lt")
     with config.unlocked():
         config.model.channels, config.model.width, config.attack.steps = (4, 4, 4), 16, 2
     settings = (f"layout={layout}", "augmentation=crop_flip", "steps_per_dispatch=2", *overrides)
-    job = build.training(cli.apply_overrides(config, [f"--config.train.{setting}" for setting in settings]))
+    job = builder.training(cli.apply_overrides(config, [f"--config.train.{setting}" for setting in settings]))
     devices = jax.devices()[:count]
-    data = train.Examples(job.data.train_images, job.data.train_labels)
-    state, data, key = parallel.replicate((train.initial_state(job), data, jax.random.key(0)), devices)
-    chunk, (ids, _) = train.compiled_chunk(job, devices), next(train.chunks(job, 0))
-    state, sums = jax.device_get(chunk(state, data, ids, 2, key, train.positions(job)))
+    data = training.Examples(job.data.train_images, job.data.train_labels)
+    state, data, key = parallel.replicate((training.initial_state(job), data, jax.random.key(0)), devices)
+    chunk, (ids, _) = training.compiled_chunk(job, devices), next(training.chunks(job, 0))
+    state, sums = jax.device_get(chunk(state, data, ids, 2, key, training.positions(job)))
     return state.params, state.stats, sums
 
 def gap(one, other):
@@ -63,7 +66,8 @@ ATTACK = """
 import json
 from functools import partial
 import jax, numpy as np
-from robal_jax import attacks, parallel
+from robal_jax import attacks
+from robal_jax.devices import parallel
 
 rng, traces = np.random.RandomState(0), []
 images, labels = rng.rand(8, 4, 4, 1).astype(np.float32), np.arange(8) % 3
@@ -119,16 +123,16 @@ def test_an_attack_by_itself():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_an_epoch(monkeypatch, processes, accumulation):
     config = cli.load_config("configs/at.py:digits_lt")
-    job = build.training(cli.apply_overrides(config, [f"--config.train.accumulation_steps={accumulation}"]))
-    whole = [train.step_ids(job, step) for step in range(job.steps_per_epoch)]
+    job = builder.training(cli.apply_overrides(config, [f"--config.train.accumulation_steps={accumulation}"]))
+    whole = [training.step_ids(job, step) for step in range(job.steps_per_epoch)]
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     ids, positions = [], []
     for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        rows, count = next(train.chunks(job, 0))
+        rows, count = next(training.chunks(job, 0))
         assert count == job.steps_per_epoch == 5
         ids.append(rows[:count])
-        positions.append(train.positions(job))
+        positions.append(training.positions(job))
     np.testing.assert_array_equal(np.concatenate(ids, axis=-1), whole)
     everyone = np.concatenate([shown.ravel() for shown in ids])
     assert len(set(everyone)) == len(everyone) == 5 * 64  # nobody's is another's
@@ -140,8 +144,6 @@ def test_processes_share_an_epoch(monkeypatch, processes, accumulation):
 def test_a_batch_that_cannot_be_spread(tmp_path):
     config = cli.load_config("configs/at.py:digits_lt")
     config = cli.apply_overrides(config, ["--config.train.accumulation_steps=3"])
-    with pytest.raises(
-        train.InputError, match=r"batch_size is 64; .*1, times config.train.accumulation_steps, 3"
-    ):
-        train.train(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"batch_size is 64; .*1, times config.train.accumulation_steps, 3"):
+        training.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

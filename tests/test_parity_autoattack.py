@@ -15,7 +15,7 @@ import pytest
 from autoattack_net import network
 from parity import nhwc
 
-from robal_jax import attacks, autoattack
+from robal_jax.attacks import ThreatModel, autoattack
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ def attacked(reference):
     """``robust(version, upto)``: which images are right after the stage ``upto``, bool ``[200]``."""
     load = lambda key: reference("autoattack", key)  # noqa: E731
     images, labels = np.float32(nhwc(load("x"))), np.asarray(load("y"))
-    threat = attacks.ThreatModel(float(load("eps")))
+    threat = ThreatModel(float(load("eps")))
     logits_fn = jax.jit(network({key: np.float32(a) for key, a in reference.load("autoattack").items()}))
     clean = np.asarray(logits_fn(images))
     reference.check("autoattack", "autoattack", "clean_logits", clean, 1e-5)

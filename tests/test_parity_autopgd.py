@@ -9,7 +9,8 @@ import pytest
 from autoattack_net import network
 from parity import nchw, nhwc
 
-from robal_jax import attacks, autopgd, losses
+from robal_jax import attacks, losses
+from robal_jax.attacks import ThreatModel, autopgd, margins
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
 
@@ -22,12 +23,12 @@ def attacked(reference):
     load = functools.partial(reference, "autoattack")
     rows = reference(FILE, "idx")
     reference(FILE, "eps")
-    threat = attacks.ThreatModel(float(load("eps")))
+    threat = ThreatModel(float(load("eps")))
     images, labels = nhwc(load("x")[rows]), jnp.asarray(load("y")[rows])
     logits_fn = jax.jit(network(reference.load("autoattack")))
     reference.check("autopgd", FILE, "clean_logits", logits_fn(images))
     draws = 2 * nhwc(reference(FILE, "start_u")) - 1
-    start = images + threat.epsilon * draws / (jnp.abs(draws).max((1, 2, 3), keepdims=True) + autopgd.TINY)
+    start = images + threat.epsilon * draws / (jnp.abs(draws).max((1, 2, 3), keepdims=True) + margins.TINY)
     targets = attacks.ranked_class(logits_fn(images), 2)
     reference.check("autopgd", FILE, "apgd_target", targets, 0)
     return logits_fn, images, labels, jnp.clip(start, 0, 1), threat, targets
@@ -39,8 +40,8 @@ def test_every_step(reference, attacked, name, steps):
     logits_fn, images, labels, start, threat, targets = attacked
     loss = {
         "ce": losses.cross_entropy,
-        "dlr": autopgd.dlr,
-        "dlr-targeted": functools.partial(autopgd.targeted_dlr, targets=targets),
+        "dlr": attacks.dlr,
+        "dlr-targeted": functools.partial(attacks.targeted_dlr, targets=targets),
     }[name]
 
     @jax.jit

@@ -13,7 +13,8 @@ import pytest
 from autoattack_net import network
 from parity import FLOAT32, nchw, nhwc
 
-from robal_jax import attacks, fab
+from robal_jax import attacks
+from robal_jax.attacks import ThreatModel, fab_attack
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
 
@@ -32,12 +33,13 @@ def attacked(reference):
 def traces(reference):
     """FAB at the second class, of two lengths and from two starts: name, images, distances, predictions."""
     logits_fn, images, labels = attacked(reference)
-    threat = attacks.ThreatModel(float(reference(FILE, "eps")))
+    threat = ThreatModel(float(reference(FILE, "eps")))
     noise = 2 * nhwc(reference(FILE, "start_u")) - 1
     noise = noise / jnp.abs(noise).max((1, 2, 3), keepdims=True)
     starts = {"": images, "_rs": jnp.clip(images + threat.epsilon / 2 * noise, 0, 1)}
     attack = jax.jit(
-        functools.partial(fab.fab, logits_fn, None, images, labels, threat=threat), static_argnames="n_iter"
+        functools.partial(attacks.fab, logits_fn, None, images, labels, threat=threat),
+        static_argnames="n_iter",
     )
     for steps in 5, 100:
         for suffix, start in starts.items():
@@ -47,7 +49,7 @@ def traces(reference):
 
 def test_projection(reference):
     points, w, b = (reference(FILE, f"projection_linf/{key}") for key in ("points", "w", "b"))
-    found = jax.jit(fab.project_onto_hyperplane_linf)(points, w, b)
+    found = jax.jit(fab_attack.project_onto_hyperplane_linf)(points, w, b)
     reference.check("FAB", FILE, "projection_linf/d", found)
 
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 from parity import checksums, imported, nchw, nhwc
 
-from robal_jax import classifiers, convolutions, models, torch_import
+from robal_jax import classifiers, models, pytorch
+from robal_jax.models import convolutions
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
 
@@ -29,7 +30,7 @@ def check_network(reference, recipe, group, file, name, convolution):
         network = models.Network(network, classifiers.LinearHead(10))
     model = models.functional(network)
     params, stats = imported(recipe, name, model, prefixes)
-    to_state_dict = functools.partial(torch_import.to_state_dict, prefixes=prefixes)
+    to_state_dict = functools.partial(pytorch.to_state_dict, prefixes=prefixes)
     check = functools.partial(reference.check, group, file)
 
     x, cotangent = nhwc(reference(file, f"{name}/x")), reference(file, f"{name}/cotangent")

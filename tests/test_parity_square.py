@@ -9,7 +9,7 @@ import pytest
 from autoattack_net import network
 from parity import FLOAT32, SINGLE, nchw, nhwc
 
-from robal_jax import attacks, square
+from robal_jax.attacks import ThreatModel, square_attack
 
 pytestmark = pytest.mark.parity
 
@@ -39,9 +39,9 @@ def test_square(reference, file, bound):
             return jnp.asarray(table)[number, :, :count]
 
         search = functools.partial(
-            square.square_search,
+            square_attack.square_search,
             network({key: reference("autoattack", key) for key in weights}),
-            threat=attacks.ThreatModel(float(read("eps"))),
+            threat=ThreatModel(float(read("eps"))),
             queries=len(squares),
             draw=draw,
         )

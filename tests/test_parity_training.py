@@ -14,7 +14,21 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from parity import BACKBONE, EPSILON, FLOAT32, STEP, checksums, imported, nchw, nhwc
 
-from robal_jax import attacks, build, classifiers, cli, data, models, objectives, state, torch_import, train
+from robal_jax import (
+    attacks,
+    builder,
+    classifiers,
+    cli,
+    models,
+    objectives,
+    optimizers,
+    pytorch,
+    training,
+)
+from robal_jax.attacks import projected_gradient, threat
+from robal_jax.data import long_tailed_counts
+from robal_jax.keys import image_keys
+from robal_jax.training import TrainState
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
 
@@ -52,7 +66,7 @@ def load_config(name, changes):
 
 
 def class_counts(config):
-    return data.long_tailed_counts(5000, 10, config.data.ratio, config.data.profile)
+    return long_tailed_counts(5000, 10, config.data.ratio, config.data.profile)
 
 
 def batch_of(reference, recipe, mode, i):
@@ -77,10 +91,9 @@ def numbers_are_given(monkeypatch):
     for name in "uniform", "normal":
         monkeypatch.setattr(jax.random, name, give(name))
     monkeypatch.setattr(objectives, "mixing_weights", lambda keys, _: keys["alpha"])
-    image_keys = attacks.image_keys
-    monkeypatch.setattr(
-        attacks, "image_keys", lambda key, images: key if isinstance(key, dict) else image_keys(key, images)
-    )
+    given = lambda key, images: key if isinstance(key, dict) else image_keys(key, images)  # noqa: E731
+    for module in (projected_gradient, threat):
+        monkeypatch.setattr(module, "image_keys", given)
 
 
 @pytest.fixture
@@ -100,7 +113,7 @@ def watched(monkeypatch):
         seen.update(path=path, gradients=gradients, logits=logits, natural_logits=logits_fn(images))
         return path[-1:]
 
-    monkeypatch.setattr(attacks, "pgd_path", pgd_path)
+    monkeypatch.setattr(projected_gradient, "pgd_path", pgd_path)
 
     def watching(objective, model, params, stats, batch):
         passes = []
@@ -172,23 +185,25 @@ def check_attack(reference, recipe, check, at, batch, seen):
 def test_training_steps(reference, recipe, watched, mode):
     config = load_config(*MODES[mode])
     counts = class_counts(config)
-    model = build.model(config, counts, precision="default")
-    objective = watched(build.objective(config, counts))
-    optimizer = optax.chain(KEEP_GRADIENTS, build.optimizer(config, steps_per_epoch=1000)[0])
+    model = builder.model(config, counts, precision="default")
+    objective = watched(builder.objective(config, counts))
+    optimizer = optax.chain(KEEP_GRADIENTS, builder.optimizer(config, steps_per_epoch=1000)[0])
     params, stats = imported(recipe, f"trainnet_{mode}", model)
-    now = state.TrainState(jnp.int32(0), params, stats, optimizer.init(params))
-    step = jax.jit(functools.partial(train.train_step, model=model, objective=objective, optimizer=optimizer))
+    now = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
+    step = jax.jit(
+        functools.partial(training.train_step, model=model, objective=objective, optimizer=optimizer)
+    )
 
     # The released optimiser moves the momentum of parameters of rate 0, too, which has no effect. Ours has
     # none: theirs is then held against that of an optimiser that trains all, at the same gradients.
     with config.unlocked():
         config.optimizer.trainable = ""
-    trains_all, _ = build.optimizer(config, steps_per_epoch=1000)
+    trains_all, _ = builder.optimizer(config, steps_per_epoch=1000)
     of_all = trains_all.init(params)
 
     names, bn_names = (reference(FILE, f"{mode}/{kind}_names") for kind in ("param", "bn"))
-    prefixes = torch_import.released_prefixes(params, stats)
-    to_state_dict = functools.partial(torch_import.to_state_dict, prefixes=prefixes)
+    prefixes = pytorch.released_prefixes(params, stats)
+    to_state_dict = functools.partial(pytorch.to_state_dict, prefixes=prefixes)
     check = functools.partial(reference.check, f"training, {mode}", FILE)
     direction, updates = jnp.zeros(64), 0
     for i in range(STEPS):
@@ -237,10 +252,10 @@ def test_mart(reference, recipe):
     assert "RuntimeError" in str(reference(FILE, "reg_mart/error"))
     config = load_config("mart", {})
     counts = class_counts(config)
-    model, objective = build.model(config, counts, precision="default"), build.objective(config, counts)
+    model, objective = builder.model(config, counts, precision="default"), builder.objective(config, counts)
     params, stats = imported(recipe, "trainnet_reg_mart", model)
     names, bn_names = (reference(FILE, f"reg_mart/{kind}_names") for kind in ("param", "bn"))
-    assert {*names, *bn_names} == set(torch_import.to_state_dict(params, stats))
+    assert {*names, *bn_names} == set(pytorch.to_state_dict(params, stats))
     loss, _ = jax.jit(functools.partial(objective, model))(params, stats, batch_of(reference, recipe, "", 0))
     assert jnp.isfinite(loss)
     # Together with the modes above nothing is left out.
@@ -259,7 +274,7 @@ def test_mart(reference, recipe):
     ],
 )
 def test_schedule(reference, name, settings):
-    rates = state.learning_rates(0.1, compounding=True, **settings)
+    rates = optimizers.learning_rates(0.1, compounding=True, **settings)
     theirs = reference.load("schedule")[f"{name}/lr"]
     np.testing.assert_allclose(rates, theirs, rtol=1e-12)  # each rate by itself: they end at 1e-79
     reference.check("schedule", "schedule", f"{name}/lr", rates, 1e-12)

@@ -8,8 +8,15 @@ import pytest
 from rich.console import Console
 from test_page import Text
 
-from robal_jax import figures, metrics, reporting
+from robal_jax import (
+    metrics,
+)
 from robal_jax.errors import InputError
+from robal_jax.reporting import figures
+from robal_jax.reporting.names import display_name
+from robal_jax.reporting.report import write_report
+from robal_jax.reporting.sections import audit_verdict
+from robal_jax.reporting.terminal import evaluation_table
 
 META = {
     "method": "RoBal",
@@ -102,7 +109,7 @@ def printed(function, *args, **options):
 @pytest.mark.parametrize("num_classes", [2, 10])
 def test_evaluation_table_has_a_row_per_condition(num_classes):
     summary = fake_summary(num_classes)
-    lines = printed(reporting.evaluation_table, summary).splitlines()
+    lines = printed(evaluation_table, summary).splitlines()
     for name in ("Clean", "FGSM", "PGD-20", "NEW-ATTACK", "Worst"):
         assert sum(line.strip().startswith(name) for line in lines) == 1
     accuracy = summary["conditions"]["clean"]["accuracy"]
@@ -121,7 +128,7 @@ def test_report_files(tmp_path, num_classes):
     summary = fake_summary(num_classes)
     meta = META | {"class_names": [f"name {k}" for k in range(num_classes)]}
     folder = tmp_path / "new" / "evaluation"
-    files = reporting.write_report(folder, summary, meta)
+    files = write_report(folder, summary, meta)
     assert sorted(files) == sorted(folder.iterdir())  # and no partial file is left
     assert {file.name for file in files} == FILES
     text = (folder / "results.json").read_text()
@@ -176,7 +183,7 @@ def full_report(folder, num_classes=10, **changes):
         "stages": {"apgd_ce": 0.4321, "square": 0.4},
     }
     inputs = {"audit": AUDIT, "norms": norms(num_classes), "gallery": gallery(), **changes}
-    reporting.write_report(folder, fake_summary(num_classes), meta, **inputs)
+    write_report(folder, fake_summary(num_classes), meta, **inputs)
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 
 
@@ -255,7 +262,7 @@ def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
 @pytest.mark.parametrize("given", ["audit", "norms", "gallery"])
 def test_every_input_may_be_missing(tmp_path, undrawn, given):
     inputs = {"audit": AUDIT, "norms": norms(10), "gallery": gallery()}
-    reporting.write_report(tmp_path, fake_summary(), META, **{given: inputs[given]})
+    write_report(tmp_path, fake_summary(), META, **{given: inputs[given]})
     picture = {"audit": "curves", "norms": "norms", "gallery": "gallery"}[given]
     assert {file.name for file in tmp_path.iterdir()} == FILES | {f"{picture}.png"}
     markdown = (tmp_path / "report.md").read_text()
@@ -282,7 +289,7 @@ def test_audit_without_curves_and_norms_without_weights(tmp_path, undrawn):
     ],
 )
 def test_verdict_of_the_audit(outcomes, flagged, words):
-    found = reporting.audit_verdict({"verdicts": [verdict("a", outcome) for outcome in outcomes]})
+    found = audit_verdict({"verdicts": [verdict("a", outcome) for outcome in outcomes]})
     assert found[0] is flagged
     assert found[1].startswith(words)
 
@@ -295,14 +302,14 @@ def test_verdict_of_the_audit(outcomes, flagged, words):
     ],
 )
 def test_what_is_not_to_be_believed(names, sentence):
-    found = reporting.audit_verdict({"verdicts": [verdict(name, True) for name in names]})
+    found = audit_verdict({"verdicts": [verdict(name, True) for name in names]})
     assert found[0] is True
     assert found[1].startswith(sentence)
 
 
 def test_report_without_an_audit_says_so():
-    assert reporting.audit_verdict(None)[0] is None
-    assert "No audit" in reporting.audit_verdict(None)[1]
+    assert audit_verdict(None)[0] is None
+    assert "No audit" in audit_verdict(None)[1]
 
 
 @pytest.mark.parametrize("ensembles", [(), ("robal_aa",), ("robal_aa", "autoattack")])
@@ -310,27 +317,27 @@ def test_ensembles(tmp_path, undrawn, ensembles):
     labels, predictions = fake_evaluation()
     predictions |= dict.fromkeys(ensembles, predictions["new_attack"])
     summary = metrics.summarize(labels, predictions, np.arange(20, 10, -1))
-    reporting.write_report(tmp_path, summary, META)
+    write_report(tmp_path, summary, META)
     markdown = (tmp_path / "report.md").read_text()
     assert ("**AutoAttack** was not run" in markdown) == ("autoattack" not in ensembles)
     assert ("two of the four attacks of AutoAttack" in markdown) == ("robal_aa" in ensembles)
     header = markdown[: markdown.index("## Summary")]
-    names = [reporting.display_name(name) for name in ("clean", "pgd_20", *ensembles[-1:], "worst")]
+    names = [display_name(name) for name in ("clean", "pgd_20", *ensembles[-1:], "worst")]
     assert re.findall(r"^- (.*): \*\*", header, re.MULTILINE) == names
-    lines = printed(reporting.evaluation_table, summary).splitlines()
+    lines = printed(evaluation_table, summary).splitlines()
     assert max(map(len, lines)) <= 100
     assert "…" not in "".join(lines)
 
 
 def test_numbers_in_strings_keep_their_spaces(tmp_path, undrawn):
     meta = META | {"remark": "[1,  2]", "list": [1, [2, 3]], "empty": []}
-    reporting.write_report(tmp_path, fake_summary(), meta)
+    write_report(tmp_path, fake_summary(), meta)
     assert json.loads((tmp_path / "results.json").read_text())["meta"] == meta
 
 
 def test_report_replaces_an_older_one(tmp_path, undrawn):
-    reporting.write_report(tmp_path, fake_summary(), META)
-    reporting.write_report(tmp_path, fake_summary(), META | {"method": "other"})
+    write_report(tmp_path, fake_summary(), META)
+    write_report(tmp_path, fake_summary(), META | {"method": "other"})
     assert json.loads((tmp_path / "results.json").read_text())["meta"]["method"] == "other"
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
@@ -338,16 +345,16 @@ def test_report_replaces_an_older_one(tmp_path, undrawn):
 def test_report_without_attacks(tmp_path):
     labels, predictions = fake_evaluation()
     summary = metrics.summarize(labels, {"clean": predictions["clean"]}, np.arange(20, 10, -1))
-    reporting.write_report(tmp_path, summary, META | {"main_attack": "clean"})
+    write_report(tmp_path, summary, META | {"main_attack": "clean"})
     assert (tmp_path / "per_class.png").is_file()
 
 
 def test_report_refuses_an_unknown_main_attack(tmp_path):
     with pytest.raises(InputError, match="'pgd_99' is not among"):
-        reporting.write_report(tmp_path, fake_summary(), META | {"main_attack": "pgd_99"})
+        write_report(tmp_path, fake_summary(), META | {"main_attack": "pgd_99"})
 
 
 def test_report_refuses_a_folder_that_is_a_file(tmp_path, undrawn):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot write the report"):
-        reporting.write_report(tmp_path / "file", fake_summary(), META)
+        write_report(tmp_path / "file", fake_summary(), META)

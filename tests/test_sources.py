@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robal_jax import sources
+from robal_jax.data import cifar, sources
 from robal_jax.errors import InputError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def same(one, other):
 def refused(message, **arguments):
     """Loads CIFAR-10-LT, expects one line that matches and is short enough to be read."""
     with pytest.raises(InputError, match=message) as caught:
-        sources.load_cifar_lt("cifar10", **(LT | arguments))
+        cifar.load_cifar_lt("cifar10", **(LT | arguments))
     assert "\n" not in str(caught.value)
     assert "InputError" not in str(caught.value)  # a message of ours must not be quoted in another
 
@@ -177,7 +177,7 @@ def test_digits_refused(arguments, message):
 
 
 def test_npz_gives_the_subset_and_the_whole_test_set(tmp_path):
-    dataset = sources.load_cifar_lt("cifar10", write_npz(tmp_path), **LT)
+    dataset = cifar.load_cifar_lt("cifar10", write_npz(tmp_path), **LT)
     arrays = fake_cifar()
     rng = np.random.RandomState(0)
     kept = []
@@ -197,7 +197,7 @@ def test_npz_gives_the_subset_and_the_whole_test_set(tmp_path):
 def test_npz_seed_changes_the_subset(tmp_path):
     file = write_npz(tmp_path)
     assert not same(
-        sources.load_cifar_lt("cifar10", file, **LT), sources.load_cifar_lt("cifar10", file, seed=1, **LT)
+        cifar.load_cifar_lt("cifar10", file, **LT), cifar.load_cifar_lt("cifar10", file, seed=1, **LT)
     )
 
 
@@ -208,8 +208,8 @@ def test_npz_floats_of_k_over_255_are_the_same_images(tmp_path, dtype):
         key: (value / 255).astype(dtype) for key, value in fake_cifar().items() if key.endswith("images")
     }
     assert same(
-        sources.load_cifar_lt("cifar10", write_npz(tmp_path), **LT),
-        sources.load_cifar_lt("cifar10", write_npz(tmp_path / "float", **floats), **LT),
+        cifar.load_cifar_lt("cifar10", write_npz(tmp_path), **LT),
+        cifar.load_cifar_lt("cifar10", write_npz(tmp_path / "float", **floats), **LT),
     )
 
 
@@ -305,18 +305,18 @@ def tfds_dir(tmp_path_factory):
 
 
 def test_tfds_gives_the_same_data_set_as_npz(tfds_dir, tmp_path, monkeypatch):
-    expected = sources.load_cifar_lt("cifar10", write_npz(tmp_path), **LT)
-    assert same(sources.load_cifar_lt("cifar10", str(tfds_dir), **LT), expected)
-    assert same(sources.load_cifar_lt("cifar10", str(tfds_dir / "cifar10" / "3.0.2"), **LT), expected)
+    expected = cifar.load_cifar_lt("cifar10", write_npz(tmp_path), **LT)
+    assert same(cifar.load_cifar_lt("cifar10", str(tfds_dir), **LT), expected)
+    assert same(cifar.load_cifar_lt("cifar10", str(tfds_dir / "cifar10" / "3.0.2"), **LT), expected)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
-    assert same(sources.load_cifar_lt("cifar10", **LT), expected)
+    assert same(cifar.load_cifar_lt("cifar10", **LT), expected)
 
 
 def test_tfds_decodes_only_what_is_needed(tfds_dir, monkeypatch):
     decoded = []
-    decode = sources._decode
-    monkeypatch.setattr(sources, "_decode", lambda png: decoded.append(png) or decode(png))
-    sources.load_cifar_lt("cifar10", str(tfds_dir), **LT)
+    decode = cifar._decode
+    monkeypatch.setattr(cifar, "_decode", lambda png: decoded.append(png) or decode(png))
+    cifar.load_cifar_lt("cifar10", str(tfds_dir), **LT)
     assert len(decoded) == sum(COUNTS) + 20
 
 
@@ -325,8 +325,8 @@ def test_tfds_array_record_added_beside_tfrecord(tmp_path):
     for split in PER_CLASS:
         (folder / f"cifar10-{split}.tfrecord-00000-of-00001").write_bytes(b"")
     assert same(
-        sources.load_cifar_lt("cifar10", str(tmp_path / "both"), **LT),
-        sources.load_cifar_lt("cifar10", write_npz(tmp_path), **LT),
+        cifar.load_cifar_lt("cifar10", str(tmp_path / "both"), **LT),
+        cifar.load_cifar_lt("cifar10", write_npz(tmp_path), **LT),
     )
 
 
@@ -341,13 +341,13 @@ def test_tfds_newest_version_is_found(tmp_path):
     for version in ("3.0.2", "3.0.10", "2.9.9", "3.0.11.incomplete"):
         (tmp_path / "cifar10" / version).mkdir(parents=True)
         (tmp_path / "cifar10" / version / "dataset_info.json").write_text("{}")
-    assert sources.find_tfds("cifar10", str(tmp_path)).name == "3.0.10"
-    assert sources.find_tfds("cifar100", str(tmp_path)) is None
+    assert cifar.find_tfds("cifar10", str(tmp_path)).name == "3.0.10"
+    assert cifar.find_tfds("cifar100", str(tmp_path)) is None
 
 
 def test_tfds_default_folder(monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert sources.tfds_folder() == pathlib.Path.home() / "tensorflow_datasets"
+    assert cifar.tfds_folder() == pathlib.Path.home() / "tensorflow_datasets"
 
 
 def test_tfds_not_found_names_the_place_and_both_ways(tmp_path):
@@ -395,9 +395,9 @@ def test_tfds_damaged(tmp_path, name, content):
 def test_tfds_is_read_without_tensorflow_and_in_silence(tfds_dir):
     code = (
         "import sys\n"
-        "from robal_jax import sources\n"
+        "from robal_jax.data import cifar\n"
         "assert 'tensorflow_datasets' not in sys.modules and 'sklearn' not in sys.modules\n"
-        f"sources.load_cifar_lt('cifar10', {str(tfds_dir)!r}, ratio=0.5, n_max=6)\n"
+        f"cifar.load_cifar_lt('cifar10', {str(tfds_dir)!r}, ratio=0.5, n_max=6)\n"
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules\n"
     )
     done = subprocess.run(
@@ -418,7 +418,7 @@ def test_sources_take_the_common_arguments():
 
 
 def test_class_names():
-    hundred = sources._CIFAR["cifar100"][1].split()
+    hundred = cifar._CIFAR["cifar100"][1].split()
     assert len(set(hundred)) == 100
     assert hundred == sorted(hundred)
     # Labels that occur in well-known files: cattle 19, mushroom 51, willow_tree 96.
@@ -427,7 +427,7 @@ def test_class_names():
 
 def test_unknown_cifar():
     with pytest.raises(InputError, match="unknown CIFAR set 'cifar20'; choose one of cifar10, cifar100"):
-        sources.load_cifar_lt("cifar20")
+        cifar.load_cifar_lt("cifar20")
 
 
 # ---------------------------------------------------------------- the real data, where they are at hand
@@ -442,7 +442,7 @@ def test_real_cifar10_lt_is_the_released_subset(golden, variable):
     numbers = golden("longtail")
     dataset = sources.SOURCES["cifar10_lt"](path=path, ratio=0.02)
     assert dataset.class_counts.tolist() == numbers["counts/cifar10/exp/0.02"].tolist()
-    train, _ = (sources._open_npz if path.endswith(".npz") else sources._open_tfds)("cifar10", path)
+    train, _ = (cifar._open_npz if path.endswith(".npz") else cifar._open_tfds)("cifar10", path)
     kept = numbers["indices/real/cifar10/exp/0.02"]
     assert np.array_equal(train.labels, numbers["labels/real/cifar10"])
     assert np.array_equal(dataset.train_labels, train.labels[kept])

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import attacks, square
+from robal_jax import attacks
+from robal_jax.attacks import ThreatModel, square_attack
 
 SHAPE = (8, 8, 2)
 SIZE = 128
 QUERIES = 400
 EPSILONS = {"linf": 0.1, "l2": 0.5}
-THREATS = {norm: attacks.ThreatModel(epsilon, norm) for norm, epsilon in EPSILONS.items()}
+THREATS = {norm: ThreatModel(epsilon, norm) for norm, epsilon in EPSILONS.items()}
 # x + d is rounded once to float32, by 2^-25 for what is below 1. In L2 so is each of 128 entries, and a
 # length of 1/2 is itself known to a few roundings of 2^-24 only.
 ROUNDINGS = {"linf": 2.0**-24, "l2": np.sqrt(SIZE) * 2.0**-25 + 4 * 2.0**-24}
@@ -70,7 +71,7 @@ def searcher(norm):
         traced.append(images.shape)
         return logits_fn(images)
 
-    search = functools.partial(square.square_search, counted, threat=THREATS[norm])
+    search = functools.partial(square_attack.square_search, counted, threat=THREATS[norm])
     return jax.jit(lambda keys, x, y, queries=QUERIES: search(keys, x, y, queries=queries)), traced
 
 
@@ -161,7 +162,7 @@ def test_finds_what_random_noise_does_not(norm):
 def test_square_is_the_best_image_of_its_search(norm):
     logits_fn, _ = model()
     keys, images, labels = batch(norm, SHARES[norm])
-    attack = functools.partial(square.square, logits_fn, threat=THREATS[norm], queries=QUERIES)
+    attack = functools.partial(attacks.square, logits_fn, threat=THREATS[norm], queries=QUERIES)
     found = jax.jit(attack)(keys, images, labels)
     np.testing.assert_array_equal(found, searcher(norm)[0](keys, images, labels).best)
     gradient = jax.grad(lambda x: attack(keys, x, labels, queries=2).sum())(images)
@@ -171,21 +172,21 @@ def test_square_is_the_best_image_of_its_search(norm):
 @each_norm
 def test_other_bounds(norm):
     logits_fn, _ = model()
-    threat = attacks.ThreatModel(EPSILONS[norm], norm, 0.3, 0.6)
+    threat = ThreatModel(EPSILONS[norm], norm, 0.3, 0.6)
     keys, images, labels = saturated()
     images = 0.3 + 0.3 * images
-    found = square.square(logits_fn, keys, images, labels, threat=threat, queries=20)
+    found = attacks.square(logits_fn, keys, images, labels, threat=threat, queries=20)
     assert found.min() == np.float32(0.3)
     assert found.max() == np.float32(0.6)
 
 
 def test_draws_are_of_the_key_and_the_number_alone():
     keys = jax.random.split(jax.random.key(0), 500)
-    first, second = (np.asarray(square.uniform_draw(keys, number, 4)) for number in (0, 1))
+    first, second = (np.asarray(square_attack.uniform_draw(keys, number, 4)) for number in (0, 1))
     assert first.min() >= 0
     assert first.max() < 1
     assert len(np.unique(np.concatenate([first, second]))) > 3950  # 4000 of 2^23 numbers: about one repeats
-    np.testing.assert_array_equal(square.uniform_draw(keys[::-1], jnp.array(1), 4)[::-1], second)
+    np.testing.assert_array_equal(square_attack.uniform_draw(keys[::-1], jnp.array(1), 4)[::-1], second)
 
 
 def test_margin():
@@ -196,7 +197,7 @@ def test_margin():
 @pytest.mark.parametrize("p_init", [0.0, -1.0, 1.1, float("nan")])
 def test_shares_that_no_square_has_are_refused(p_init):
     with pytest.raises(ValueError, match=r"p_init must be in \(0, 1\]"):
-        square.square(model()[0], *batch("linf", SHARES["linf"]), threat=THREATS["linf"], p_init=p_init)
+        attacks.square(model()[0], *batch("linf", SHARES["linf"]), threat=THREATS["linf"], p_init=p_init)
 
 
 # ---------------------------------------------------------------- sizes
@@ -204,10 +205,10 @@ def test_shares_that_no_square_has_are_refused(p_init):
 
 def test_smallest_images():
     with pytest.raises(ValueError, match=r"at least 5 x 5 pixels, not \(8, 4\)"):
-        square.l2_moves(THREATS["l2"], (8, 4, 3), 0.8)
+        square_attack.l2_moves(THREATS["l2"], (8, 4, 3), 0.8)
     rng = np.random.RandomState(0)
     for norm, shape in ("l2", (5, 5, 1)), ("l2", (5, 9, 1)), ("linf", (1, 2, 1)):
-        moves = square.MOVES[norm](THREATS[norm], shape, 1.0)
+        moves = square_attack.MOVES[norm](THREATS[norm], shape, 1.0)
         propose = jax.jit(moves.propose)
         image = jnp.full(shape, 0.5)
         start = jax.jit(moves.start)(rng.rand(moves.start_draws), image)
@@ -236,19 +237,19 @@ def test_sides_of_the_queries():
         """All of the start is -, all squares are +."""
         return jnp.where(number == 0, 0.0, 0.9) * jnp.ones((1, count))
 
-    square.square(
+    attacks.square(
         logits_fn, jax.random.split(jax.random.key(0), 1), image, jnp.array([0]),
         threat=THREATS["linf"], queries=queries, draw=draw,
     )  # fmt: skip
     jax.effects_barrier()
     expected = [SIDES[sum(earlier > h for h in HALVINGS)] ** 2 for earlier in range(queries)]
     np.testing.assert_array_equal(changed, [0, *expected])
-    assert square.HALVINGS == HALVINGS
+    assert square_attack.HALVINGS == HALVINGS
 
 
 def test_sides_of_l2_squares_are_odd():
     shape = (32, 32, 1)
-    moves = square.l2_moves(THREATS["l2"], shape, 0.8)
+    moves = square_attack.l2_moves(THREATS["l2"], shape, 0.8)
     propose = jax.jit(moves.propose)
     image = jnp.full(shape, 0.5)
     for halvings, side in enumerate(ODD_SIDES):
@@ -344,10 +345,10 @@ def test_l2_against_numpy():
         return jnp.asarray(steps)[number - 1, :, :size]
 
     with jax.enable_x64(True):
-        found = square.square_search(
+        found = square_attack.square_search(
             lambda x: logits_of(x, jnp.tanh, jnp), jax.random.split(jax.random.key(0), count),
             jnp.asarray(images), jnp.asarray(labels),
-            threat=attacks.ThreatModel(epsilon, "l2"), queries=queries, draw=draw,
+            threat=ThreatModel(epsilon, "l2"), queries=queries, draw=draw,
         )  # fmt: skip
         np.testing.assert_array_equal(found.queries_used, used)
         np.testing.assert_allclose(found.margin, margins, atol=1e-12)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robal_jax import state
+from robal_jax import optimizers
 from robal_jax.errors import InputError
 
 RATES = [
@@ -27,13 +27,13 @@ RATES = [
 
 @pytest.mark.parametrize(("name", "keywords", "expected"), RATES)
 def test_learning_rates(name, keywords, expected):
-    rates = state.SCHEDULES[name](lr=0.1, epochs=len(expected), **keywords)
+    rates = optimizers.SCHEDULES[name](lr=0.1, epochs=len(expected), **keywords)
     assert rates.dtype == np.float64
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
 def test_per_step():
-    schedule = state.per_step(np.array([0.5, 0.25, 0.125]), steps_per_epoch=2)
+    schedule = optimizers.per_step(np.array([0.5, 0.25, 0.125]), steps_per_epoch=2)
     expected = [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.125, 0.125]  # the last one stays
     assert [float(schedule(step)) for step in range(8)] == expected
     assert [float(jax.jit(schedule)(jnp.int32(step))) for step in range(8)] == expected
@@ -63,8 +63,8 @@ def test_sgd_is_pytorch_s(momentum, weight_decay, clip_norm):
         return {"weight": rng.randn(3, 4).astype(np.float32), "bias": rng.randn(4).astype(np.float32)}
 
     start, gradients, rates = draw(), [draw() for _ in range(5)], np.array([0.1, 0.1, 0.01, 0.01, 0.001])
-    optimizer = state.sgd(
-        state.per_step(rates, 1), momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
+    optimizer = optimizers.sgd(
+        optimizers.per_step(rates, 1), momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
     )
     params = jax.tree.map(jnp.asarray, start)
     opt_state = optimizer.init(params)
@@ -78,7 +78,7 @@ def test_sgd_is_pytorch_s(momentum, weight_decay, clip_norm):
 
 def test_weight_decay_reaches_biases():
     params = {"bias": jnp.ones(3)}
-    optimizer = state.sgd(optax.constant_schedule(0.5), weight_decay=0.1)
+    optimizer = optimizers.sgd(optax.constant_schedule(0.5), weight_decay=0.1)
     updates, _ = optimizer.update({"bias": jnp.zeros(3)}, optimizer.init(params), params)
     np.testing.assert_allclose(updates["bias"], -0.05, rtol=1e-6)
 
@@ -105,7 +105,9 @@ def test_trainable_freezes_the_other_parameters(pattern, trained, clip_norm):
 
     def run(names, trainable):
         """The parameters after all updates of these alone."""
-        optimizer = state.sgd(state.per_step(np.array([0.1, 0.01]), 2), trainable=trainable, **settings)
+        optimizer = optimizers.sgd(
+            optimizers.per_step(np.array([0.1, 0.01]), 2), trainable=trainable, **settings
+        )
         tree = lambda flat: unflatten_dict({name: flat[name] for name in names}, sep="/")  # noqa: E731
         params = jax.tree.map(jnp.asarray, tree(start))
         opt_state = optimizer.init(params)
@@ -132,4 +134,4 @@ def test_trainable_freezes_the_other_parameters(pattern, trained, clip_norm):
 def test_trainable_that_cannot_be_used(pattern, message):
     params = unflatten_dict({name: jnp.zeros(shape) for name, shape in SHAPES.items()}, sep="/")
     with pytest.raises(InputError, match=f"config.optimizer.trainable {message}"):
-        state.sgd(optax.constant_schedule(0.1), trainable=pattern).init(params)
+        optimizers.sgd(optax.constant_schedule(0.1), trainable=pattern).init(params)

@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from experiments.benchmarks.layouts import Layout, finish, start
-from robal_jax import checkpoints, cli, evaluate, folders, train
+from robal_jax import (
+    cli,
+    evaluation,
+    training,
+)
+from robal_jax.data import image_folder
+from robal_jax.devices import hosts
+from robal_jax.errors import InputError
+from robal_jax.storage import checkpoints
 
 pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 
@@ -28,11 +36,11 @@ def get_config():
 
 def in_memory(**options):
     """What the folder holds, as arrays."""
-    files = folders.load_image_folder(**options)
+    files = image_folder.load_image_folder(**options)
     return files._replace(train_images=files.train_images[:], test_images=files.test_images[:])
 
 
-in_memory.__signature__ = inspect.signature(folders.load_image_folder)
+in_memory.__signature__ = inspect.signature(image_folder.load_image_folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,7 @@ def config(root, *overrides, source="image_folder"):
 def run(workdir, *arguments, **keywords):
     """Trains; the sha256 of the last checkpoint."""
     said = []
-    train.train(config(*arguments, **keywords), workdir, say=said.append)
+    training.train(config(*arguments, **keywords), workdir, say=said.append)
     return said[-1].split("sha256 ")[1]
 
 
@@ -99,13 +107,13 @@ def run_until(stop_at, workdir, root, monkeypatch):
     """Trains and is stopped when it has looked so often whether it shall; the step of its checkpoint."""
     calls = []
 
-    class Stop(train.hosts.Stop):
+    class Stop(hosts.Stop):
         def __bool__(self):
             calls.append(1)
             return len(calls) > stop_at
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.hosts, "Stop", Stop)
+        patched.setattr(hosts, "Stop", Stop)
         run(workdir, root)
     return checkpoints.steps(workdir / "checkpoints")[-1]
 
@@ -131,9 +139,9 @@ def test_number_of_threads_changes_nothing(root, streamed, tmp_path):
 def test_stopped_in_mid_epoch_and_continued(root, streamed, tmp_path, monkeypatch, stop_at):
     step = run_until(stop_at, tmp_path, root, monkeypatch)
     assert step == {1: 2, 3: 5, 5: 9}[stop_at]
-    read, seen = folders.ImageFiles.__getitem__, []
+    read, seen = image_folder.ImageFiles.__getitem__, []
     monkeypatch.setattr(
-        folders.ImageFiles, "__getitem__", lambda self, ids: seen.append(np.size(ids)) or read(self, ids)
+        image_folder.ImageFiles, "__getitem__", lambda self, ids: seen.append(np.size(ids)) or read(self, ids)
     )
     assert run(tmp_path, root) == streamed[1]
     assert sum(seen) == 8 * (15 - step)  # what came before is not read again
@@ -142,7 +150,7 @@ def test_stopped_in_mid_epoch_and_continued(root, streamed, tmp_path, monkeypatc
 def test_other_files_are_noticed_at_a_resume(root, streamed, tmp_path):
     lists = (root / "train.txt").read_text().splitlines()
     (root / "other.txt").write_text("\n".join([*lists[1:], lists[1]]) + "\n")
-    with pytest.raises(train.InputError, match=r"data: sha256|train_list"):
+    with pytest.raises(InputError, match=r"data: sha256|train_list"):
         run(streamed[0], root, "data.train_list=other.txt")
 
 
@@ -150,7 +158,7 @@ def test_evaluation_reads_files_as_arrays(root, streamed, tmp_path):
     outcomes = []
     for source in ("image_folder", "test_streaming:in_memory"):
         folder = tmp_path / source.partition(":")[0]
-        evaluate.evaluate(config(root, source=source), streamed[0], folder=folder, say=lambda _: None)
+        evaluation.evaluate(config(root, source=source), streamed[0], folder=folder, say=lambda _: None)
         with np.load(folder / "examples.npz") as file:
             outcomes.append(dict(file))
     assert len(outcomes[0]["labels"]) == 5 * CLASSES
@@ -161,5 +169,5 @@ def test_evaluation_reads_files_as_arrays(root, streamed, tmp_path):
 def test_a_damaged_file_is_named(root, tmp_path):
     (root / "damaged.png").write_bytes((root / "train/n0000/00.png").read_bytes()[:50])
     (root / "damaged.txt").write_text((root / "train.txt").read_text() + "damaged.png 0\n" * 8)
-    with pytest.raises(train.InputError, match=r"damaged\.png"):
+    with pytest.raises(InputError, match=r"damaged\.png"):
         run(tmp_path, root, "data.train_list=damaged.txt")

@@ -11,10 +11,11 @@ import pytest
 from conftest import ROOT
 
 from experiments import reproduce
-from robal_jax import paper, tables
+from experiments.paper.configs_readme import configs_readme
+from experiments.paper.plan import Job, Request, commands, make_plan, row_config, run_name
+from experiments.paper.published import DATA_SETS, TABLES, published, rows_of
+from experiments.paper.table import assemble, markdown
 from robal_jax.errors import DivergedError, InputError
-from robal_jax.paper import DATA_SETS, TABLES, rows_of
-from robal_jax.tables import Job, Request
 
 CONFIGS = ROOT / "configs"
 EVERY = [(name, data) for name in TABLES for data in DATA_SETS]
@@ -42,7 +43,7 @@ def test_rows(name, data):
     for row in rows:
         assert row.baseline in keys
         for setting in row.settings:
-            tables.row_config(row, request, setting)
+            row_config(row, request, setting)
         for figures in (row.cifar10, row.cifar100):
             assert len(figures) in (0, len(table.columns))
             assert all(0 <= figure <= 100 for figure in figures)
@@ -56,7 +57,7 @@ def test_number_of_rows():
 def test_tables_agree_where_they_show_the_same():
     """Table 1 and table 2 have AT and HE in common, tables 2 and 4 the AT of IR 50 but for one figure."""
     figures = {
-        (name, row.key): paper.published(TABLES[name], row, "cifar10_lt")
+        (name, row.key): published(TABLES[name], row, "cifar10_lt")
         for name in ("1", "2", "4")
         for row in TABLES[name].rows
     }
@@ -68,7 +69,7 @@ def test_tables_agree_where_they_show_the_same():
 
 def test_the_loss_of_the_attack():
     rows = rows_of("S6", "digits_lt", ["cdt_inside", "cdt_outside", "cdt_both"])
-    configs = [tables.row_config(row, request_for("S6")) for row in rows]
+    configs = [row_config(row, request_for("S6")) for row in rows]
     cdt, entropy = "class_temperature", "cross_entropy"
     places = [(c.attack.loss.name, c.loss.name) for c in configs]
     assert places == [(cdt, entropy), (entropy, cdt), (cdt, cdt)]
@@ -76,7 +77,7 @@ def test_the_loss_of_the_attack():
 
 def test_the_readme_of_the_configs_is_up_to_date():
     text = (CONFIGS / "README.md").read_text()
-    assert text == tables.configs_readme(CONFIGS)
+    assert text == configs_readme(CONFIGS)
     lines = {
         path.name: next(x for x in text.splitlines() if f"`{path.name}`" in x)
         for path in CONFIGS.glob("*.py")
@@ -84,7 +85,7 @@ def test_the_readme_of_the_configs_is_up_to_date():
     for name in ("1", "2"):
         for row in TABLES[name].rows:
             for data in ("cifar10_lt", "cifar100_lt"):
-                figures = paper.published(TABLES[name], row, data)
+                figures = published(TABLES[name], row, data)
                 shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "robal_aa") if figures]
                 assert all(f" {figure} |" in lines[f"{row.config}.py"] for figure in shown)
 
@@ -93,7 +94,7 @@ def test_the_readme_of_the_configs_is_up_to_date():
 
 
 def test_table_1_shares_runs():
-    plan = tables.plan(request_for("1"))
+    plan = make_plan(request_for("1"))
     assert len(trainings(plan)) == 3 * 13
     assert len(plan.jobs) == 3 * (13 + 16)
     at, lws, post = (plan.folders[key][""] for key in ("at", "lws", "la_post"))
@@ -111,7 +112,7 @@ def test_table_1_shares_runs():
 @pytest.mark.parametrize("name", TABLES)
 def test_jobs_come_after_what_they_need(name):
     done = set()
-    for job in tables.plan(request_for(name, seeds=(0,))).jobs:
+    for job in make_plan(request_for(name, seeds=(0,))).jobs:
         if job.folder is None:
             assert job.start is None or job.start in done
             assert job.workdir not in done
@@ -121,9 +122,9 @@ def test_jobs_come_after_what_they_need(name):
 
 
 def test_a_fine_tuning_alone_brings_the_run_it_starts_from():
-    plan = tables.plan(request_for("1", "lws", seeds=(0,)))
+    plan = make_plan(request_for("1", "lws", seeds=(0,)))
     assert [job.key for job in plan.jobs] == ["at", "lws", "lws"]
-    full = tables.plan(request_for("1"))
+    full = make_plan(request_for("1"))
     assert {job.workdir for job in plan.jobs} <= {job.workdir for job in full.jobs}
 
 
@@ -136,7 +137,7 @@ def test_tables_share_runs():
         "S6": ("at", "ldam_outside", "ldam_both"),
     }
     requests = [request_for(table, *keys[table]) for table in keys]
-    names = {(r.table, row.key): tables.run_name(row, r) for r in requests for row in r.rows}
+    names = {(r.table, row.key): run_name(row, r) for r in requests for row in r.rows}
     at = names["1", "at"]
     assert at == names["2", "at"] == names["1", "tau_norm"] == names["4", "at_20"] == names["S6", "at"]
     assert names["2", "robal_n"] == names["3", "tau_m_0"] == names["4", "robal_n_20"]
@@ -145,7 +146,7 @@ def test_tables_share_runs():
 
 
 def test_the_grid_of_table_3_shares_evaluations():
-    plan = tables.plan(request_for("3", "margin_0", "margin_0_best", seeds=(0,)))
+    plan = make_plan(request_for("3", "margin_0", "margin_0_best", seeds=(0,)))
     assert len(trainings(plan)) == 1
     assert len(plan.jobs) == 1 + 5
     grid = plan.folders["margin_0_best"]
@@ -155,7 +156,7 @@ def test_the_grid_of_table_3_shares_evaluations():
 
 def test_folders_tell_settings_apart():
     def folders(*overrides):
-        jobs = tables.plan(request_for("1", "at", seeds=(0,), overrides=overrides)).jobs
+        jobs = make_plan(request_for("1", "at", seeds=(0,), overrides=overrides)).jobs
         return jobs[0].workdir, jobs[1].folder
 
     training, evaluation = folders()
@@ -178,12 +179,12 @@ def test_folders_tell_settings_apart():
 )
 def test_overrides_that_cannot_be(table, override, message):
     with pytest.raises(InputError, match=message):
-        tables.plan(request_for(table, overrides=(override,)))
+        make_plan(request_for(table, overrides=(override,)))
 
 
 def test_commands():
     request = request_for("1", "lws", "la_post", overrides=("threat.epsilon=0.05",))
-    lws, post = (tables.commands(row, request) for row in request.rows)
+    lws, post = (commands(row, request) for row in request.rows)
     assert [line.split()[1] for line in lws] == [
         f"experiments/{x}.py" for x in ("train", "train", "evaluate")
     ]
@@ -227,7 +228,7 @@ def test_figures_over_seeds():
         },
         "cdt_post": {"": dict.fromkeys(range(3))},
     }
-    table = tables.assemble(request, results)
+    table = assemble(request, results)
     at, ldam, post = table["rows"]
     assert at["ours"]["clean"] == {"mean": 82.0, "std": 2.8284, "n": 2, "values": [80.0, 84.0]}
     assert at["ours_tail"]["pgd_20"]["values"] == [40.0, 42.0]
@@ -240,9 +241,7 @@ def test_figures_over_seeds():
     assert table["published_on"] == "cifar10_lt"
     assert "date" not in json.dumps(table)
 
-    lines = [
-        [cell.strip() for cell in x.split("|")[1:-1]] for x in tables.markdown(table).splitlines() if "|" in x
-    ]
+    lines = [[cell.strip() for cell in x.split("|")[1:-1]] for x in markdown(table).splitlines() if "|" in x]
     header, _, *levels = lines[:5]
     assert header[2:] == [
         "Clean paper",
@@ -261,7 +260,7 @@ def test_figures_over_seeds():
 def test_lines_of_a_table_are_aligned():
     request = request_for("1", "at", "ldam", seeds=(0,))
     one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}
-    text = tables.markdown(tables.assemble(request, {"at": one, "ldam": one}))
+    text = markdown(assemble(request, {"at": one, "ldam": one}))
     first = [line for line in text.split("##")[1].splitlines() if line.startswith("|")]
     assert len({len(line) for line in first}) == 1
     assert " ± " not in first[2]
@@ -269,9 +268,9 @@ def test_lines_of_a_table_are_aligned():
 
 def test_the_papers_own_data_set():
     request = request_for("2", "at", data="cifar10_lt", seeds=(0,))
-    table = tables.assemble(request, {"at": {"": {0: result(clean=62, pgd_20=30, worst=29)}}})
+    table = assemble(request, {"at": {"": {0: result(clean=62, pgd_20=30, worst=29)}}})
     assert table["rows"][0]["ours_minus_published"] == {"clean": -0.33, "pgd_20": 0.7}
-    assert "## Difference to the paper" in tables.markdown(table)
+    assert "## Difference to the paper" in markdown(table)
 
 
 def test_the_best_setting_is_chosen_by_its_mean():
@@ -282,18 +281,18 @@ def test_the_best_setting_is_chosen_by_its_mean():
         setting: {seed: result(clean=80 + i, pgd_20=value, worst=39) for seed, value in enumerate(values)}
         for i, (setting, values) in enumerate(zip(settings, pgd, strict=True))
     }
-    table = tables.assemble(request, {"margin_0_best": results})
+    table = assemble(request, {"margin_0_best": results})
     assert table["rows"][0]["chosen"] == "evaluation.tau_p=1"
     assert table["rows"][0]["ours"]["clean"]["values"] == [82.0, 82.0]
-    assert "best τ_p (ours: 1)" in tables.markdown(table)
+    assert "best τ_p (ours: 1)" in markdown(table)
     assert any("choice on the test set" in note for note in table["notes"])
 
 
 def test_a_table_without_published_figures():
     request = request_for("S7", "at", "mart", seeds=(0,))
     one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}
-    table = tables.assemble(request, {"at": one, "mart": one})
-    text = tables.markdown(table)
+    table = assemble(request, {"at": one, "mart": one})
+    text = markdown(table)
     assert table["published_on"] is None
     assert " paper |" not in text
     assert "composition is ours" in text

@@ -19,8 +19,18 @@ import jax
 import numpy as np
 import pytest
 
-from robal_jax import build, checkpoints, classifiers, cli, models, torch_import, train
+from robal_jax import (
+    builder,
+    classifiers,
+    cli,
+    models,
+    pytorch,
+)
 from robal_jax.errors import InputError
+from robal_jax.pytorch import files
+from robal_jax.storage import checkpoints
+from robal_jax.storage.config_file import differences, read_config
+from robal_jax.training import initial_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROBAL = f"{ROOT}/configs/robal_n.py:cifar10_lt"
@@ -60,7 +70,7 @@ def random_state(network, prefixes, dtype=np.float64):
     like = shapes(network)
     r = np.random.RandomState(0)
     filled = jax.tree.map(lambda s: r.standard_normal(s.shape).astype(dtype), like)
-    state = torch_import.to_state_dict(*filled, prefixes)
+    state = pytorch.to_state_dict(*filled, prefixes)
     extra = {name.replace("running_mean", "num_batches_tracked"): np.array(1) for name in state}
     return like, filled, {**extra, **state}
 
@@ -72,7 +82,7 @@ def random_state(network, prefixes, dtype=np.float64):
 def test_round_trip(name):
     network, prefixes = NETWORKS[name]
     like, filled, state = random_state(network, prefixes)
-    imported = torch_import.from_state_dict(state, *like, prefixes)
+    imported = pytorch.from_state_dict(state, *like, prefixes)
     assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(imported))
     jax.tree.map(np.testing.assert_array_equal, imported, filled)
 
@@ -108,14 +118,12 @@ def test_convolution_layout():
 def test_moving_ed_is_ignored_only_where_it_has_no_use(network, ours):
     like, _, state = random_state(*NETWORKS[network])
     state["classifier.moving_ed"] = np.ones((1, 64))
-    _, stats = torch_import.from_state_dict(state, *like)
+    _, stats = pytorch.from_state_dict(state, *like)
     assert ("classifier" in stats) is ours
-    assert (
-        "classifier.moving_ed" in torch_import.ignored(state, torch_import.torch_shapes(*like))
-    ) is not ours
+    assert ("classifier.moving_ed" in pytorch.ignored(state, pytorch.torch_shapes(*like))) is not ours
     del state["classifier.moving_ed"]
     if ours:
-        refused(r"missing: classifier\.moving_ed\)", torch_import.from_state_dict, state, *like)
+        refused(r"missing: classifier\.moving_ed\)", pytorch.from_state_dict, state, *like)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +132,14 @@ def test_moving_ed_is_ignored_only_where_it_has_no_use(network, ours):
 def test_frozen_arrays_are_ignored_while_they_have_their_value(network, name, value):
     like, _, state = random_state(*NETWORKS[network])
     state[name] = np.full(3, value)
-    torch_import.from_state_dict(state, *like)
-    reasons = torch_import.ignored(state, torch_import.torch_shapes(*like))
+    pytorch.from_state_dict(state, *like)
+    reasons = pytorch.ignored(state, pytorch.torch_shapes(*like))
     assert collections.Counter(reasons.values()) == {
         "num_batches_tracked": len(reasons) - 1,
         f"{name} (all {value})": 1,
     }
     state[name] = np.full(3, 2)
-    refused(rf"unused: {name}\)", torch_import.from_state_dict, state, *like)
+    refused(rf"unused: {name}\)", pytorch.from_state_dict, state, *like)
 
 
 def test_a_stage_that_is_never_called_is_ignored():
@@ -141,9 +149,9 @@ def test_a_stage_that_is_never_called_is_ignored():
         for name, value in state.items()
         if name.startswith("block1") and "num" not in name
     }
-    prefixes = torch_import.architecture(torch_import.shapes(state | extra)).prefixes(*like)
-    torch_import.from_state_dict(state | extra, *like, prefixes)
-    reasons = torch_import.ignored(state | extra, torch_import.torch_shapes(*like, prefixes))
+    prefixes = pytorch.architecture(pytorch.shapes(state | extra)).prefixes(*like)
+    pytorch.from_state_dict(state | extra, *like, prefixes)
+    reasons = pytorch.ignored(state | extra, pytorch.torch_shapes(*like, prefixes))
     assert collections.Counter(reasons.values())["sub_block1"] == len(extra)
 
 
@@ -152,24 +160,22 @@ def test_message_lists_all_that_does_not_fit():
     del state["backbone.bn1.bias"]
     state["surplus.weight"] = np.zeros(2)
     state["backbone.conv1.weight"] = np.zeros((3, 3, 3, 16))
-    message = refused("the state_dict does not fit", torch_import.from_state_dict, state, *like)
+    message = refused("the state_dict does not fit", pytorch.from_state_dict, state, *like)
     assert "missing: backbone.bn1.bias;" in message
     assert "unused: surplus.weight;" in message
     assert "of another shape: backbone.conv1.weight (3, 3, 3, 16) instead of (16, 3, 3, 3))" in message
 
 
 def test_an_array_of_a_kind_that_pytorch_has_no_name_for():
-    refused(
-        "backbone/conv/gain has no name in PyTorch", torch_import.torch_name, ("backbone", "conv", "gain"), {}
-    )
+    refused("backbone/conv/gain has no name in PyTorch", pytorch.torch_name, ("backbone", "conv", "gain"), {})
 
 
 @pytest.mark.parametrize("name", ["wrn", "wrn_linear", "wrn_fc", "resnet18"])
 def test_complete_state_dict_has_what_strict_loading_wants(name):
     network, prefixes = NETWORKS[name]
     _, filled, state = random_state(network, prefixes, np.float32)
-    complete = torch_import.complete_state_dict(*filled, prefixes)
-    added = complete.keys() - torch_import.to_state_dict(*filled, prefixes).keys()
+    complete = pytorch.complete_state_dict(*filled, prefixes)
+    added = complete.keys() - pytorch.to_state_dict(*filled, prefixes).keys()
     assert {n for n in added if n.endswith("num_batches_tracked")} == {n for n in state if "num_batches" in n}
     assert {n for n in added if "num_batches" not in n} == ({"classifier.bias"} if name == "wrn" else set())
     assert all(complete[n].dtype == (np.int64 if "num_batches" in n else np.float32) for n in complete)
@@ -194,16 +200,16 @@ def test_complete_state_dict_has_what_strict_loading_wants(name):
 def test_architecture(name, expected):
     network, prefixes = NETWORKS[name]
     like, filled, state = random_state(network, prefixes)
-    found = torch_import.architecture(torch_import.shapes(state))
+    found = pytorch.architecture(pytorch.shapes(state))
     assert (found.name, found.backbone, found.last_layer, found.num_classes) == (*expected, 3)
-    imported = torch_import.from_state_dict(state, *like, found.prefixes(*like))
+    imported = pytorch.from_state_dict(state, *like, found.prefixes(*like))
     jax.tree.map(np.testing.assert_array_equal, imported, filled)
 
 
 @pytest.mark.parametrize(("depth", "widen"), [(16, 2), (28, 10), (34, 10)])
 def test_depth_and_width(depth, widen):
     network = models.Network(models.WideResNet(depth, widen), classifiers.LinearHead(100))
-    found = torch_import.architecture(torch_import.torch_shapes(*shapes(network)))
+    found = pytorch.architecture(pytorch.torch_shapes(*shapes(network)))
     assert found.name == f"WideResNet-{depth}-{widen}"
     assert found.model == {"name": "wide_resnet", "depth": depth, "widen": widen}
     assert found.num_classes == 100
@@ -215,7 +221,7 @@ def named(model, num_classes=10):
     network = models.Network(
         models.BACKBONES[options.pop("name")](**options), classifiers.LinearHead(num_classes)
     )
-    return torch_import.architecture(torch_import.torch_shapes(*shapes(network)))
+    return pytorch.architecture(pytorch.torch_shapes(*shapes(network)))
 
 
 W28 = {"name": "wide_resnet", "depth": 28, "widen": 10}
@@ -249,8 +255,8 @@ R50 = {"name": "resnet50", "stem": "imagenet"}
     ],
 )
 def test_weights_of_another_network(weights, config, message):
-    refused(message, torch_import.check_architecture, named(weights), named(config))
-    torch_import.check_architecture(named(weights), named(weights))
+    refused(message, pytorch.check_architecture, named(weights), named(config))
+    pytorch.check_architecture(named(weights), named(weights))
 
 
 def test_weights_for_another_number_of_classes():
@@ -258,7 +264,7 @@ def test_weights_for_another_number_of_classes():
     message = (
         r"weights are for 100 classes, the config's data have 10; choose another data set behind the colon"
     )
-    refused(message, torch_import.check_architecture, named(model, 100), named(model, 10))
+    refused(message, pytorch.check_architecture, named(model, 100), named(model, 10))
 
 
 @pytest.mark.parametrize(
@@ -273,37 +279,37 @@ def test_weights_for_another_number_of_classes():
     ],
 )
 def test_relatives_of_resnet18_are_told_apart(changes, name):
-    found = torch_import.shapes(random_state(*NETWORKS["resnet18"])[2]) | changes
+    found = pytorch.shapes(random_state(*NETWORKS["resnet18"])[2]) | changes
     found = {key: shape for key, shape in found.items() if shape is not None}
-    assert torch_import.architecture(found)[:2] == (name, {})
+    assert pytorch.architecture(found)[:2] == (name, {})
 
 
 @pytest.mark.parametrize(("stem", "name"), [("imagenet", "ResNet-50"), ("small", "small ResNet-50")])
 def test_resnet50_has_torchvisions_names_and_is_told_apart(stem, name):
     network = models.Network(models.ResNet50(stem=stem), classifiers.LinearHead(3))
-    found = torch_import.torch_shapes(*shapes(network), {"backbone.": "", "classifier.": "fc."})
+    found = pytorch.torch_shapes(*shapes(network), {"backbone.": "", "classifier.": "fc."})
     names = {"layer1.0.downsample.1.running_mean": (256,), "layer3.5.conv2.weight": (256, 256, 3, 3)}
     assert names.items() <= found.items()
-    assert torch_import.architecture(found) == (name, {"name": "resnet50", "stem": stem}, 3, "", "fc.")
+    assert pytorch.architecture(found) == (name, {"name": "resnet50", "stem": stem}, 3, "", "fc.")
     for change in (
         {"layer1.0.conv3.weight": (256, 128, 1, 1)},  # twice as wide, or grouped
         {"layer1.0.conv3.weight": ()},  # ResNet-34 has none
         {"layer3.6.conv1.weight": (256, 1024, 1, 1)},
     ):
-        relative = torch_import.architecture(found | change)
+        relative = pytorch.architecture(found | change)
         assert re.match(r"ResNet with stages of \[3, 4, [67], 3\] blocks", relative.name)
         assert not relative.model
 
 
 def test_relatives_of_wide_resnet_are_told_apart():
-    found = torch_import.shapes(random_state(*NETWORKS["wrn_fc"])[2])
+    found = pytorch.shapes(random_state(*NETWORKS["wrn_fc"])[2])
     more = found | {"block2.layer.1.conv1.weight": (32, 32, 3, 3)}
-    assert torch_import.architecture(more).name == "wide ResNet with stages of [1, 2, 1] blocks and width 16"
+    assert pytorch.architecture(more).name == "wide ResNet with stages of [1, 2, 1] blocks and width 16"
 
 
 def test_no_last_layer():
-    found = torch_import.shapes(random_state(*NETWORKS["wrn_bare"])[2])
-    refused(r"has no last layer: none of classifier\.fc\.,", torch_import.architecture, found)
+    found = pytorch.shapes(random_state(*NETWORKS["wrn_bare"])[2])
+    refused(r"has no last layer: none of classifier\.fc\.,", pytorch.architecture, found)
 
 
 # ---------------------------------------------------------------- files
@@ -319,7 +325,7 @@ STATE = {"conv1.weight": np.ones((2, 3), np.float32), "bn1.bias": np.arange(2.0,
 
 def pretend(monkeypatch, content):
     """Any ``.pt`` file is read as this."""
-    monkeypatch.setattr(torch_import, "_read_torch", lambda path: content)
+    monkeypatch.setattr(files, "_read_torch", lambda path: content)
 
 
 def some_file(folder, name="x.pt"):
@@ -344,18 +350,16 @@ def wrapped(prefix):
 )
 def test_nesting_and_wrappers(monkeypatch, tmp_path, content):
     pretend(monkeypatch, content)
-    assert torch_import.read_weights(some_file(tmp_path)).items() == STATE.items()
+    assert pytorch.read_weights(some_file(tmp_path)).items() == STATE.items()
 
 
 def test_several_state_dicts(monkeypatch, tmp_path):
     other = {name: -value for name, value in STATE.items()}
     pretend(monkeypatch, {"model": STATE, "ema": {"model": other}})
     path = some_file(tmp_path)
-    refused(
-        r"several state_dicts: model, ema\.model; choose .*--entry=model$", torch_import.read_weights, path
-    )
-    assert torch_import.read_weights(path, "ema.model").items() == other.items()
-    refused(r"no state_dict 'x' in .*x\.pt; it holds: model, ema$", torch_import.read_weights, path, "x")
+    refused(r"several state_dicts: model, ema\.model; choose .*--entry=model$", pytorch.read_weights, path)
+    assert pytorch.read_weights(path, "ema.model").items() == other.items()
+    refused(r"no state_dict 'x' in .*x\.pt; it holds: model, ema$", pytorch.read_weights, path, "x")
 
 
 @pytest.mark.parametrize(
@@ -370,58 +374,56 @@ def test_several_state_dicts(monkeypatch, tmp_path):
 )
 def test_no_state_dict(monkeypatch, tmp_path, content, message):
     pretend(monkeypatch, content)
-    refused(message, torch_import.read_weights, some_file(tmp_path))
+    refused(message, pytorch.read_weights, some_file(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "a.b.weight"])
 def test_a_single_array(monkeypatch, tmp_path, name):
     pretend(monkeypatch, {name: np.ones((2, 2))})
-    assert list(torch_import.read_weights(some_file(tmp_path))) == ["weight"]
+    assert list(pytorch.read_weights(some_file(tmp_path))) == ["weight"]
 
 
 def test_no_file(tmp_path):
-    refused("no file .*x.pt; give the weights with --weights", torch_import.read_weights, tmp_path / "x.pt")
+    refused("no file .*x.pt; give the weights with --weights", pytorch.read_weights, tmp_path / "x.pt")
 
 
 def test_without_pytorch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     refused(
         r"needs PyTorch: pip install 'robal_jax\[torch\]'; or make it",
-        torch_import.read_weights,
+        pytorch.read_weights,
         some_file(tmp_path),
     )
 
 
 def test_an_old_pytorch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.5.1+cpu"))
-    refused(
-        r"PyTorch 2\.5\.1\+cpu does not read files safely", torch_import.read_weights, some_file(tmp_path)
-    )
+    refused(r"PyTorch 2\.5\.1\+cpu does not read files safely", pytorch.read_weights, some_file(tmp_path))
 
 
 def test_without_safetensors(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     message = r"needs the package safetensors: pip install 'robal_jax\[torch\]'"
-    refused(message, torch_import.read_weights, some_file(tmp_path, "x.safetensors"))
-    refused(message, torch_import.write_weights, tmp_path / "y.safetensors", STATE, {})
+    refused(message, pytorch.read_weights, some_file(tmp_path, "x.safetensors"))
+    refused(message, pytorch.write_weights, tmp_path / "y.safetensors", STATE, {})
 
 
 def test_safetensors(safetensors, tmp_path):
     path = tmp_path / "x.safetensors"
-    torch_import.write_weights(path, wrapped("module."), {"method": "AT"})
-    read = torch_import.read_weights(path)
+    pytorch.write_weights(path, wrapped("module."), {"method": "AT"})
+    read = pytorch.read_weights(path)
     assert read.keys() == STATE.keys()
     for name, value in STATE.items():
         np.testing.assert_array_equal(read[name], value, strict=True)
-    refused("cannot write .*nowhere", torch_import.write_weights, tmp_path / "nowhere" / "x", STATE, {})
+    refused("cannot write .*nowhere", pytorch.write_weights, tmp_path / "nowhere" / "x", STATE, {})
     damaged = some_file(tmp_path, "damaged.safetensors")
-    refused(r"cannot read .*damaged or no \.safetensors file", torch_import.read_weights, damaged)
+    refused(r"cannot read .*damaged or no \.safetensors file", pytorch.read_weights, damaged)
 
 
 def test_bfloat16_becomes_float32(safetensors, tmp_path):
     value = jax.numpy.arange(3, dtype=jax.numpy.bfloat16) / 3
     safetensors.save_file({"a.weight": np.asarray(value), "b": np.zeros(2)}, tmp_path / "x.safetensors")
-    read = torch_import.read_weights(tmp_path / "x.safetensors")
+    read = pytorch.read_weights(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(read["a.weight"], np.asarray(value, np.float32), strict=True)
 
 
@@ -439,10 +441,10 @@ def test_a_malicious_pickle_is_not_executed(tmp_path):
     torch.save({"state_dict": tensors, "args": Evil()}, tmp_path / "zip.pt")
     torch.save(Evil(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pt"):
-        message = refused("execute code", torch_import.read_weights, tmp_path / name)
+        message = refused("execute code", pytorch.read_weights, tmp_path / name)
         assert re.search(r"holds \w+\.mkdir and not only tensors", message)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
-    refused("bare.pt", torch_import.read_weights, tmp_path / "bare.pt")
+    refused("bare.pt", pytorch.read_weights, tmp_path / "bare.pt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -453,18 +455,18 @@ def test_pt_files(tmp_path):
     for name, new in (("new.pt", True), ("old.pth", False)):
         content = {"model": tensors, "epoch": 3, "scalars": [1.0, 2.0]}
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=new)
-        read = torch_import.read_weights(tmp_path / name)
+        read = pytorch.read_weights(tmp_path / name)
         assert {name: array.dtype for name, array in read.items()} == dict.fromkeys(read, np.float32)
         np.testing.assert_array_equal(read["bn1.bias"], STATE["bn1.bias"])
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     refused(
         r"holds torch\.nn\.modules.*was not read\. Where you trust it",
-        torch_import.read_weights,
+        pytorch.read_weights,
         tmp_path / "module.pt",
     )
     (tmp_path / "cut.pt").write_bytes((tmp_path / "new.pt").read_bytes()[:500])
     for path in (tmp_path / "cut.pt", some_file(tmp_path, "text.pt")):
-        refused(r"cannot read .*it is damaged or no file of torch\.save", torch_import.read_weights, path)
+        refused(r"cannot read .*it is damaged or no file of torch\.save", pytorch.read_weights, path)
 
 
 # ---------------------------------------------------------------- the scripts
@@ -486,7 +488,7 @@ def write_network(folder, name, num_classes=10, **changes):
         for key, value in random_state(network, prefixes, np.float32)[2].items()
     }
     state |= changes
-    torch_import.write_weights(folder / "weights.safetensors", state, {})
+    pytorch.write_weights(folder / "weights.safetensors", state, {})
     return folder / "weights.safetensors", state
 
 
@@ -496,7 +498,7 @@ def import_to(workdir, weights, *arguments, config=ROBAL):
 
 def export_from(workdir, *arguments):
     script("export_torch")(f"--workdir={workdir}", f"--out={workdir}/out.safetensors", *arguments)
-    return torch_import.read_weights(workdir / "out.safetensors")
+    return pytorch.read_weights(workdir / "out.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -538,7 +540,7 @@ def test_import_and_export_keep_every_bit(safetensors, tmp_path, capsys, name, c
         metadata = file.metadata()
     sha256 = printed.partition("sha256 ")[2].splitlines()[0]
     assert metadata["checkpoint_sha256"] == sha256
-    assert metadata["method"] == build.read_config(tmp_path / "run").method
+    assert metadata["method"] == read_config(tmp_path / "run").method
     assert json.loads(metadata["config"])["model"]["depth"] == 10
 
 
@@ -547,21 +549,21 @@ def test_an_imported_state_has_the_form_of_a_trained_one(safetensors, tmp_path, 
     config = cli.apply_overrides(
         cli.load_config(f"{ROOT}/configs/at.py:digits_lt"), [f"--config.data.name={data}"]
     )
-    job = build.training(config)
-    trained = jax.jit(functools.partial(train.initial_state, job))()
-    state = torch_import.complete_state_dict(trained.params, trained.stats)
-    torch_import.write_weights(tmp_path / "weights.safetensors", state, {})
+    job = builder.training(config)
+    trained = jax.jit(functools.partial(initial_state, job))()
+    state = pytorch.complete_state_dict(trained.params, trained.stats)
+    pytorch.write_weights(tmp_path / "weights.safetensors", state, {})
     arguments = f"--config.data.name={data}"
     import_to(tmp_path, tmp_path / "weights.safetensors", arguments, config=f"{ROOT}/configs/at.py:digits_lt")
     imported, _ = checkpoints.restore(tmp_path / "checkpoints" / "0", trained)
     jax.tree.map(np.testing.assert_array_equal, imported, trained)
-    assert not build.differences(config, build.read_config(tmp_path))
+    assert not differences(config, read_config(tmp_path))
 
 
 def test_weights_of_other_types_become_float32(safetensors, tmp_path):
     _, state = write_network(tmp_path, "wrn_fc")
     halves = {name: value.astype(np.float16) for name, value in state.items()}
-    torch_import.write_weights(tmp_path / "half.safetensors", halves, {})
+    pytorch.write_weights(tmp_path / "half.safetensors", halves, {})
     import_to(tmp_path / "run", tmp_path / "half.safetensors", *SMALL, config=AT)
     exported = export_from(tmp_path / "run", "--naming=bare")
     np.testing.assert_array_equal(exported["fc.bias"], halves["fc.bias"].astype(np.float32), strict=True)
@@ -672,7 +674,7 @@ def test_from_pytorch_and_back(safetensors, tmp_path, name):
     with torch.inference_mode():
         theirs = network(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
     arrays, *_ = checkpoints.read_latest(run)
-    model = build.model(build.read_config(run), np.ones(10, int), precision="highest")
+    model = builder.model(read_config(run), np.ones(10, int), precision="highest")
     ours = np.asarray(jax.jit(model.predict)(arrays["params"], arrays["stats"], images))
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
     print(f"{name}: largest logit {np.abs(theirs).max():.3g}, largest relative difference {error:.1e}")

@@ -12,10 +12,22 @@ import numpy as np
 import pytest
 from test_checkpoints import empty, flip_a_bit, lose, truncate, zero
 
-from robal_jax import attacks, build, checkpoints, cli, logs, parallel, sources, train
-from robal_jax.data import epoch_order, to_float
+from robal_jax import (
+    attacks,
+    builder,
+    cli,
+    losses,
+    training,
+)
+from robal_jax.data import epoch_order, sources, to_float
+from robal_jax.devices import parallel
 from robal_jax.errors import DivergedError, InputError
-from robal_jax.losses import cross_entropy
+from robal_jax.keys import example_keys
+from robal_jax.storage import checkpoints
+from robal_jax.storage.config_file import read_config, to_json
+from robal_jax.storage.progress import Meter
+from robal_jax.training import initial_state
+from robal_jax.training import step as training_step
 
 pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 
@@ -33,7 +45,7 @@ def tiny_config(*overrides):
 def run(workdir, *overrides):
     """Trains; the checkpoint's folder, its sha256 and all that was said."""
     said = []
-    path = train.train(tiny_config(*overrides), workdir, say=said.append)
+    path = training.train(tiny_config(*overrides), workdir, say=said.append)
     words = said[-1].split()
     assert words[:3] == ["checkpoint", str(path), "sha256"]
     return path, words[3], said
@@ -80,9 +92,9 @@ def test_what_a_run_leaves(finished):
     assert [row["epoch"] for row in rows(workdir)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert checkpoints.steps(workdir / "checkpoints") == [5, 10, 15]
     assert list((workdir / "tensorboard").glob("events*"))
-    assert (workdir / "config.json").read_text() == build.to_json(tiny_config())
+    assert (workdir / "config.json").read_text() == to_json(tiny_config())
     state, path, read = checkpoints.restore_latest(
-        workdir / "checkpoints", train.initial_state(build.training(tiny_config())), on_damage=pytest.fail
+        workdir / "checkpoints", initial_state(builder.training(tiny_config())), on_damage=pytest.fail
     )
     assert (path.name, read) == ("15", sha256)
     assert int(state.step) == 15
@@ -91,15 +103,15 @@ def test_what_a_run_leaves(finished):
 
 
 def test_another_seed_is_another_run(finished):
-    job, other = (build.training(tiny_config(*overrides)) for overrides in ((), ("seed=1",)))
-    assert checkpoints.digest(train.initial_state(job)) != checkpoints.digest(train.initial_state(other))
-    assert not np.array_equal(train.step_ids(job, 0), train.step_ids(other, 0))
+    job, other = (builder.training(tiny_config(*overrides)) for overrides in ((), ("seed=1",)))
+    assert checkpoints.digest(initial_state(job)) != checkpoints.digest(initial_state(other))
+    assert not np.array_equal(training.step_ids(job, 0), training.step_ids(other, 0))
 
 
 @pytest.mark.parametrize("layout", parallel.LAYOUTS)
 def test_one_compilation_serves_the_whole_run(layout, monkeypatch, tmp_path):
-    original, traces = train.train_chunk, []
-    monkeypatch.setattr(train, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
+    original, traces = training.train_chunk, []
+    monkeypatch.setattr(training_step, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
     run(tmp_path, f"train.layout={layout}")
     assert len(traces) == 1
 
@@ -116,14 +128,14 @@ def test_steps_of_a_dispatch_change_nothing(finished, tmp_path):
 
 @pytest.mark.parametrize("sampler", ["uniform", "class_aware"])
 def test_chunks_cover_an_epoch_once(sampler):
-    job = build.training(tiny_config(f"train.sampler={sampler}", "train.batch_size=48"))
-    assert job.steps_per_epoch % job.steps_per_dispatch  # the last chunk is shorter
+    job = builder.training(tiny_config(f"train.sampler={sampler}", "train.batch_size=48"))
+    assert job.steps_per_epoch % job.settings.steps_per_dispatch  # the last chunk is shorter
     for epoch in (0, 1):
         step, end, seen = epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch, []
-        chunks = train.chunks(job, step)
+        chunks = training.chunks(job, step)
         while step < end:
             ids, count = next(chunks)
-            assert ids.shape == (job.steps_per_dispatch, 1, 48)
+            assert ids.shape == (job.settings.steps_per_dispatch, 1, 48)
             seen.extend(ids[:count].ravel())
             step += count
         assert step == end  # no chunk reaches into the next epoch
@@ -135,17 +147,17 @@ def test_chunks_cover_an_epoch_once(sampler):
 
 
 def test_chunks_do_not_depend_on_where_they_start():
-    job = build.training(tiny_config())
-    rows_of = {step: next(train.chunks(job, step))[0][0].tolist() for step in range(10)}
+    job = builder.training(tiny_config())
+    rows_of = {step: next(training.chunks(job, step))[0][0].tolist() for step in range(10)}
     for step in (0, 2, 5, 7):
-        assert next(train.chunks(job, step))[0][1].tolist() == rows_of[step + 1]
+        assert next(training.chunks(job, step))[0][1].tolist() == rows_of[step + 1]
 
 
 def test_example_keys_are_all_different():
     key, positions = jax.random.key(0), np.arange(8)
-    keys = [jax.random.key_data(train.example_keys(key, step, positions)) for step in range(3)]
+    keys = [jax.random.key_data(example_keys(key, step, positions)) for step in range(3)]
     assert len({row.tobytes() for row in np.concatenate(keys)}) == 24
-    part = jax.random.key_data(train.example_keys(key, 1, positions[4:]))
+    part = jax.random.key_data(example_keys(key, 1, positions[4:]))
     np.testing.assert_array_equal(part, keys[1][4:])  # whatever device they are on
 
 
@@ -163,12 +175,12 @@ def fine_tuning_config(*overrides):
 
 def test_fine_tuning_moves_what_it_shall(tmp_path):
     said = []
-    before = train.train(fine_tuning_config("train.epochs=1"), tmp_path / "at", say=said.append)
+    before = training.train(fine_tuning_config("train.epochs=1"), tmp_path / "at", say=said.append)
     config = fine_tuning_config("train.epochs=1", f"train.start_from={tmp_path / 'at'}")
     with config.unlocked():
         config.head = {"name": "tau_norm", "tau": 0.0, "learn_scale": True}
         config.optimizer.trainable = "classifier/class_scale"
-    after = train.train(config, tmp_path / "lws", say=said.append)
+    after = training.train(config, tmp_path / "lws", say=said.append)
     assert f"starting from {before} sha256 {said[0].split()[-1]}; new: params/classifier/class_scale" in said
     (old, _), (new, _) = checkpoints.read(before), checkpoints.read(after)
     assert np.abs(new["params"]["classifier"].pop("class_scale") - 1).max() > 0
@@ -177,13 +189,13 @@ def test_fine_tuning_moves_what_it_shall(tmp_path):
     assert all(jax.tree.leaves(moved))
     # It resumes by itself: the run that it started from is not read again.
     shutil.rmtree(tmp_path / "at")
-    assert train.train(config, tmp_path / "lws", say=said.append) == after
+    assert training.train(config, tmp_path / "lws", say=said.append) == after
 
 
 def test_fine_tuning_of_another_model_is_refused(finished, tmp_path):
     config = fine_tuning_config(f"train.start_from={finished[0]}", "model.width=8")
     with pytest.raises(InputError, match=r"has params/backbone/fc/bias \(16,\), which does not fit"):
-        train.train(config, tmp_path / "run")
+        training.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -196,7 +208,7 @@ class KilledError(BaseException):
 
 def interrupt(monkeypatch, at, how):
     """Calls ``how`` after so many looks at the run, once."""
-    original, looks = logs.Meter.update, []
+    original, looks = Meter.update, []
 
     def update(self, done, note=""):
         looks.append(done)
@@ -204,7 +216,7 @@ def interrupt(monkeypatch, at, how):
         if len(looks) == at:
             how()
 
-    monkeypatch.setattr(logs.Meter, "update", update)
+    monkeypatch.setattr(Meter, "update", update)
 
 
 def terminate():
@@ -245,7 +257,7 @@ def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_pat
 
 
 def test_finished_run_returns_at_once(finished, copy, monkeypatch):
-    monkeypatch.setattr(train, "train_chunk", lambda *_, **__: pytest.fail("made a step"))
+    monkeypatch.setattr(training_step, "train_chunk", lambda *_, **__: pytest.fail("made a step"))
     before = rows(copy)
     path, sha256, said = run(copy, "evaluation.seed=3", "train.keep_checkpoints=5")  # change no training
     assert path == newest(copy)
@@ -323,7 +335,7 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
     assert checkpoints.steps(tmp_path / "checkpoints") == [5]
     assert rows(tmp_path)[-1]["step"] == 5
     state, _ = checkpoints.restore(
-        tmp_path / "checkpoints" / "5", train.initial_state(build.training(tiny_config(*blows_up)))
+        tmp_path / "checkpoints" / "5", initial_state(builder.training(tiny_config(*blows_up)))
     )
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
@@ -356,24 +368,23 @@ def test_bfloat16_is_as_robust(tmp_path):
     for precision in ("default", "bfloat16"):
         override = f"--config.train.precision={precision}"
         config = cli.apply_overrides(cli.load_config("configs/at.py:digits_lt"), [override])
-        train.train(config, tmp_path / precision, say=lambda line: None)
+        training.train(config, tmp_path / precision, say=lambda line: None)
         arrays = checkpoints.read_latest(tmp_path / precision).tree
         found[precision] = arrays["params"], arrays["stats"]
-    job = build.evaluation(build.read_config(tmp_path / "default"))
-    data = job.training.data
-    images, labels = to_float(jnp.asarray(data.test_images), data.pixel_max), jnp.asarray(data.test_labels)
-    counts = data.class_counts
-    exact, rounded = (build.model(config, counts, precision=name) for name in ("highest", "bfloat16"))
+    job = builder.evaluation(read_config(tmp_path / "default"))
+    images, labels = to_float(jnp.asarray(job.test.images), job.test.pixel_max), jnp.asarray(job.test.labels)
+    counts = job.test.class_counts
+    exact, rounded = (builder.model(config, counts, precision=name) for name in ("highest", "bfloat16"))
 
     def attacked(model, params, stats):
         logits_fn = partial(model.predict, params, stats)
         size = config.evaluation.step_size
         pgd = partial(attacks.pgd, threat=job.threat, steps=20, step_size=size)
         shown = pgd(logits_fn, jax.random.key(0), images, labels)
-        gradient = attacks.loss_gradient(logits_fn, cross_entropy, images, labels)[2]
+        gradient = attacks.loss_gradient(logits_fn, losses.cross_entropy, images, labels)[2]
         logits = exact.predict(params, stats, shown)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-        return shown, jnp.sign(gradient), 100 * accuracy, cross_entropy(logits, labels).mean()
+        return shown, jnp.sign(gradient), 100 * accuracy, losses.cross_entropy(logits, labels).mean()
 
     by_exact, by_rounded = (jax.jit(partial(attacked, model)) for model in (exact, rounded))
     robust = {precision: by_exact(*variables) for precision, variables in found.items()}

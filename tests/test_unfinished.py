@@ -6,8 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from robal_jax import unfinished
-from robal_jax.unfinished import Unfinished
+from robal_jax.storage.unfinished import SAVE_SECONDS, Unfinished
 
 SETTINGS = {"epsilon": 0.1, "attack": "pgd", "layers": [1, 2], "data": {"name": "digits"}}
 ARRAYS = {"pred": np.arange(5), "images": np.ones((2, 3), np.float32), "done": np.array(7)}
@@ -116,7 +115,7 @@ def test_a_save_is_due_after_a_while(path, clock):
     kept = Unfinished(path, SETTINGS)
     for _ in range(2):
         assert not kept.due
-        clock(unfinished.SAVE_SECONDS)
+        clock(SAVE_SECONDS)
         assert not kept.due
         clock(1)
         assert kept.due

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from robal_jax import parallel
-from robal_jax.victim import Victim
+from robal_jax.devices import parallel
+from robal_jax.evaluation.victim import Victim
 
 COUNT, SHAPE, CLASSES, PIXEL_MAX = 23, (3, 2, 1), 3, 16
 RNG = np.random.RandomState(0)
@@ -139,7 +139,8 @@ sys.path[:0] = sys.argv[1:]
 import jax, numpy as np
 import test_victim
 from functools import partial
-from robal_jax import attacks, parallel
+from robal_jax import attacks
+from robal_jax.devices import parallel
 
 def work(logits_fn, keys, images, labels, parts, *, factor):
     threat = attacks.ThreatModel(0.1)

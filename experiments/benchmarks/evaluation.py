@@ -115,8 +115,10 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
     """An attack as an evaluation runs it."""
     import jax.numpy as jnp
 
-    from robal_jax import attacks, autoattack, build, evaluate
-    from robal_jax.victim import Victim
+    from robal_jax import attacks, evaluation
+    from robal_jax.attacks import ThreatModel, autoattack
+    from robal_jax.devices.cpu import at_once
+    from robal_jax.evaluation.victim import Victim
 
     labels, everyone = network.labels, np.arange(len(network.labels))
     victim = Victim(
@@ -127,10 +129,10 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
         labels,
         pixel_max=LARGEST,
         seed=0,
-        batch_size=build.at_once(settings.batch, math.prod(network.images.shape[1:3])),
+        batch_size=at_once(settings.batch, math.prod(network.images.shape[1:3]), "cpu"),
         layout="jit",
     )
-    threat = attacks.ThreatModel(settings.epsilon)
+    threat = ThreatModel(settings.epsilon)
     clean = victim.compile(lambda logits_fn, keys, images, labels: jnp.argmax(logits_fn(images), -1))
 
     def pgd(logits_fn: Any, keys: Any, images: Any, labels: Any) -> Any:
@@ -144,7 +146,7 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
         return lambda: (clean(everyone) == labels) & (compiled(everyone) == labels)
 
     stages = autoattack.stages(attack, CLASSES, threat=threat, steps=settings.steps, queries=settings.queries)
-    rounds = [victim.compile(partial(evaluate.attack_step, stage=stage, threat=threat)) for stage in stages]
+    rounds = [victim.compile(partial(evaluation.attack_step, stage=stage, threat=threat)) for stage in stages]
 
     def run() -> np.ndarray:
         progress = autoattack.begin(labels, clean(everyone))
@@ -166,7 +168,7 @@ def theirs(network: Network, attack: str, settings: Settings, channels_last: boo
     import torch
     import torchattacks
 
-    from robal_jax import autoattack
+    from robal_jax.attacks import autoattack
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = in_torch(network).to(device)
@@ -215,9 +217,9 @@ def twin(backbone: Any, params: chex.ArrayTree, stats: chex.ArrayTree) -> Any:
     import torch
 
     from experiments.benchmarks.torch_networks import RoBal
-    from robal_jax import torch_import
+    from robal_jax import pytorch
 
-    arrays = torch_import.complete_state_dict(params, stats, {})
+    arrays = pytorch.complete_state_dict(params, stats, {})
     classes, width = arrays["classifier.weight"].shape
     network = RoBal(backbone, torch.nn.Linear(width, classes))
     network.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
@@ -298,7 +300,7 @@ def main(arguments: list[str]) -> None:
         "attacks": "split by ';': pgd_20, standard (AutoAttack), or a list such as apgd_ce,square; "
         "pgd_20;standard if not given",
         "images": "to attack, 200",
-        "batch": "images a call, of both sides; all if not given, of ours at most build.at_once",
+        "batch": "images a call, of both sides; all if not given, of ours at most devices.cpu.at_once",
         "epsilon": "in 255ths; by default each network's own",
         "steps": "of APGD and FAB, 100",
         "queries": "of Square, 5000",
@@ -308,6 +310,7 @@ def main(arguments: list[str]) -> None:
         "json": "file for the record",
     }
     values = cli.parse(arguments, texts, __doc__)
+
     import jax
 
     images, repeats = int(values["images"] or 200), int(values["repeats"] or 3)

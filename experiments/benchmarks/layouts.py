@@ -26,8 +26,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from robal_jax import checkpoints, cli
+from robal_jax import cli
 from robal_jax.errors import InputError
+from robal_jax.storage import checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -24,9 +24,9 @@ def attack(network: str, batch: int, unroll: bool, ours: bool = True) -> Callabl
     import jax
     import jax.numpy as jnp
 
-    from robal_jax import classifiers, convolutions, models
-    from robal_jax.attacks import ThreatModel, loss_gradient, pgd_path
-    from robal_jax.losses import cross_entropy
+    from robal_jax import attacks, classifiers, losses, models
+    from robal_jax.attacks import ThreatModel
+    from robal_jax.models import convolutions
 
     on_cpu = ours and jax.default_backend() == "cpu"
     convolution = convolutions.cpu_convolution if on_cpu else convolutions.convolution
@@ -41,11 +41,11 @@ def attack(network: str, batch: int, unroll: bool, ours: bool = True) -> Callabl
     def run(params: Any, stats: Any, x: jax.Array) -> jax.Array:
         logits_fn = partial(model.predict, params, stats)
         if not unroll:
-            return pgd_path(
+            return attacks.pgd_path(
                 logits_fn, x, images, labels, threat=threat, steps=(ATTACK_STEPS,), step_size=size
             )[0]
         for _ in range(ATTACK_STEPS):
-            gradient = loss_gradient(logits_fn, cross_entropy, x, labels)[2]
+            gradient = attacks.loss_gradient(logits_fn, losses.cross_entropy, x, labels)[2]
             x = threat.project(x + size * threat.ascent_direction(gradient), images)
         return x
 

@@ -20,11 +20,12 @@ def shapes_of(job: Any) -> tuple[Any, Any, Any]:
     """Shapes of what a chunk takes: state, images with labels, key."""
     import jax
 
-    from robal_jax import train
+    from robal_jax import training
+    from robal_jax.training import initial_state
 
     arrays = (job.data.train_images, job.data.train_labels)
-    state, key = jax.eval_shape(lambda: (train.initial_state(job), jax.random.key(0)))
-    return state, train.Examples(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)), key
+    state, key = jax.eval_shape(lambda: (initial_state(job), jax.random.key(0)))
+    return state, training.Examples(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)), key
 
 
 def ours(network: str, method: str, batch: int, precision: str) -> dict[str, int]:
@@ -77,11 +78,11 @@ def main(arguments: list[str]) -> None:
     }
     values = cli.parse(arguments, texts, __doc__)
     from experiments.benchmarks import measure
-    from robal_jax import build
+    from robal_jax import builder
 
     method = values["method"] or "robal_n"
     sizes = [int(size) for size in (values["batch"] or "64,128,256,512").split(",")]
-    _, accepted = build.RANGES["train.precision"]
+    _, accepted = builder.RANGES["train.precision"]
     known = ",".join(filter(accepted, ("default", "bfloat16")))
     print(measure.heading())
     print(

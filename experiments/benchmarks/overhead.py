@@ -21,7 +21,9 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import measure, startup, step
-from robal_jax import cli, logs, parallel, train
+from robal_jax import cli, training
+from robal_jax.devices import parallel
+from robal_jax.storage.progress import Meter, Scalars
 
 DISPATCHES = (1, 5, 20, 100)
 
@@ -33,14 +35,14 @@ def waiting_share(a_step: float, a_step_of_one_dispatch: float) -> float:
 
 def loop(job: Any, given: tuple[Any, Any, Any], scalars: Any) -> Callable[[], None]:
     """The job's steps as ``train.train`` makes them, from the inputs of a chunk."""
-    devices = parallel.devices_for(job.layout)
-    chunk, where = train.compiled_chunk(job, devices), train.positions(job)
+    devices = parallel.devices_for(job.settings.layout)
+    chunk, where = training.compiled_chunk(job, devices), training.positions(job)
     first, data, key = given
-    meter = logs.Meter("train", job.total_steps + 1, every=float("inf"))  # silent, where it is no terminal
+    meter = Meter("train", job.total_steps + 1, every=float("inf"))  # silent, where it is no terminal
 
     def run() -> None:
         state, step = parallel.replicate(first, devices), 0
-        with contextlib.closing(train.chunks(job, 0)) as upcoming:
+        with contextlib.closing(training.chunks(job, 0)) as upcoming:
             rows = next(upcoming, None)
             while rows is not None:
                 count = rows[1]
@@ -62,7 +64,7 @@ def overhead(network: str, method: str, batch: int, steps: int, repeats: int) ->
     job = dataclasses.replace(step.job_of(network, method, batch, steps), total_steps=steps)
     state, data, key = startup.inputs(job)
     given = jax.device_get(state), data, key  # from where each call takes a new copy: a chunk gives it up
-    with tempfile.TemporaryDirectory() as folder, logs.Scalars(pathlib.Path(folder), 0) as scalars:
+    with tempfile.TemporaryDirectory() as folder, Scalars(pathlib.Path(folder), 0) as scalars:
         ways = {
             str(k): loop(dataclasses.replace(job, steps_per_dispatch=k), given, scalars)
             for k in (*(k for k in DISPATCHES if k < steps), steps)

@@ -22,9 +22,12 @@ import torch
 import torchattacks
 
 from experiments.benchmarks import evaluation, torch_networks
-from robal_jax import attacks, autoattack, build, checkpoints, cli
+from robal_jax import attacks, builder, cli
+from robal_jax.attacks import LogitsFn, ThreatModel, autoattack, clean_start
 from robal_jax.data import to_float
 from robal_jax.errors import InputError
+from robal_jax.storage import checkpoints
+from robal_jax.storage.config_file import read_config
 
 STEPS = 100
 
@@ -41,15 +44,15 @@ def main(arguments: list[str]) -> None:
     if not values["workdir"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
-    job = build.evaluation(build.read_config(workdir))
+    job = builder.evaluation(read_config(workdir))
     arrays, *_ = checkpoints.read_latest(workdir)
-    threat = attacks.ThreatModel(float(values["epsilon"] or job.threat.epsilon), norm)
+    threat = ThreatModel(float(values["epsilon"] or job.threat.epsilon), norm)
     logits_fn = jax.jit(partial(job.predict, arrays["params"], arrays["stats"]))
     twin = evaluation.twin(torch_networks.SmallCNN(), arrays["params"], arrays["stats"])
 
-    data, count = job.training.data, int(values["examples"] or 200)
-    ids = np.random.default_rng(0).permutation(len(data.test_labels))[:count]
-    images, labels = to_float(jnp.asarray(data.test_images[ids]), data.pixel_max), data.test_labels[ids]
+    test, count = job.test, int(values["examples"] or 200)
+    ids = np.random.default_rng(0).permutation(len(test.labels))[:count]
+    images, labels = to_float(jnp.asarray(test.images[ids]), test.pixel_max), test.labels[ids]
     x, y = torch.tensor(np.moveaxis(np.asarray(images), -1, 1)), torch.tensor(labels.astype(np.int64))
     clean = np.asarray(logits_fn(images))
     apart = np.abs(clean - twin(x).detach().numpy()).max()
@@ -80,7 +83,7 @@ def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
 
 
 def our_attacks(
-    logits_fn: attacks.LogitsFn, images: jax.Array, labels: np.ndarray, threat: attacks.ThreatModel
+    logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, threat: ThreatModel
 ) -> dict[str, Callable[[], np.ndarray]]:
     """PGD and FGSM, and each attack of AutoAttack alone on what is right when clean, compiled."""
     key, clean = jax.random.key(0), np.asarray(logits_fn(images)).argmax(-1)
@@ -89,7 +92,7 @@ def our_attacks(
         "fgsm": jax.jit(
             lambda x, y: attacks.pgd(
                 logits_fn, key, x, y, threat=threat, steps=1, step_size=threat.epsilon,
-                start=attacks.clean_start,
+                start=clean_start,
             )
         ),
         "pgd_20": jax.jit(pgd),
@@ -122,7 +125,7 @@ def our_attacks(
 
 
 def their_attacks(
-    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: attacks.ThreatModel
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel
 ) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
     """The same of both peers, with the constants of AutoAttack."""
     norm, eps = {"linf": "Linf", "l2": "L2"}[threat.norm], threat.epsilon

@@ -20,7 +20,7 @@ import PIL
 from PIL import Image
 
 from robal_jax import cli
-from robal_jax.folders import ImageFiles, stream
+from robal_jax.data import image_folder
 
 THREADS, AHEAD = (1, 4, 16), 4
 
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 KINDS = (Kind("png", 64, 64), Kind("jpg", 64, 64), Kind("jpg", 256, 224))
 
 
-def write(folder: pathlib.Path, kind: Kind, count: int) -> ImageFiles:
+def write(folder: pathlib.Path, kind: Kind, count: int) -> image_folder.ImageFiles:
     """Files that compress about as photographs do: smooth, with a little noise."""
     rng = np.random.default_rng(0)
     paths = []
@@ -46,7 +46,7 @@ def write(folder: pathlib.Path, kind: Kind, count: int) -> ImageFiles:
         noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
         paths.append(str(folder / f"{kind.side}-{i}.{kind.extension}"))
         Image.fromarray(noisy).save(paths[-1], quality=90)
-    return ImageFiles(tuple(paths), kind.side, kind.used)
+    return image_folder.ImageFiles(tuple(paths), kind.side, kind.used)
 
 
 def rate(batches: Iterable[np.ndarray]) -> float:
@@ -56,7 +56,7 @@ def rate(batches: Iterable[np.ndarray]) -> float:
     return count / (time.perf_counter() - started)
 
 
-def row(kind: Kind, files: ImageFiles, batch: int, repeats: int) -> str:
+def row(kind: Kind, files: image_folder.ImageFiles, batch: int, repeats: int) -> str:
     """One line of the table."""
     array = files[:]
     steps = range(len(files) // batch)
@@ -69,7 +69,9 @@ def row(kind: Kind, files: ImageFiles, batch: int, repeats: int) -> str:
     for _ in range(repeats):
         rates[0].append(rate(array[ids_of_step(step)] for step in steps))
         for threads in THREADS:
-            rates[threads].append(rate(stream(files, ids_of_step, steps, threads=threads, ahead=AHEAD)))
+            rates[threads].append(
+                rate(image_folder.stream(files, ids_of_step, steps, threads=threads, ahead=AHEAD))
+            )
     memory, *folder = (statistics.median(values) for values in rates.values())
     cells = [f"{value:,.0f} ({memory / value:.0f} : 1)" for value in folder]
     size = statistics.mean(pathlib.Path(path).stat().st_size for path in files.paths) / 1024
@@ -91,7 +93,9 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         kinds = {kind: write(pathlib.Path(folder), kind, count) for kind in KINDS}
         first = kinds[KINDS[0]]
-        rate(stream(first, lambda step: np.full(batch, step), range(1), threads=1, ahead=1))  # imports grain
+        rate(
+            image_folder.stream(first, lambda step: np.full(batch, step), range(1), threads=1, ahead=1)
+        )  # imports grain
         print(
             f"Images a second, and the ratio of memory to folder; {count} files, batch {batch}, "
             f"{AHEAD} steps ahead, Pillow {PIL.__version__}, medians of {repeats}\n"

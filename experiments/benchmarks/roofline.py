@@ -32,8 +32,9 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.benchmarks import measure, scaling, step
-from robal_jax import build, cli, losses, parallel
-from robal_jax.objectives import Batch
+from robal_jax import cli, losses, objectives
+from robal_jax.devices import parallel
+from robal_jax.devices.cpu import cpu_piece
 
 CLASSES = 10
 
@@ -69,7 +70,7 @@ def passes(job: Any, batch: int) -> dict[str, tuple[Callable[..., Any], tuple[An
         return jax.grad(lambda x: losses.cross_entropy(model.predict(params, stats, x), y).sum())(x)
 
     def outer(params: Any, stats: Any, x: jax.Array, adversarial: jax.Array, y: jax.Array) -> Any:
-        batch = Batch(x, y, jax.random.key(0), jnp.int32(1))  # no attack, so the key is not used
+        batch = objectives.Batch(x, y, jax.random.key(0), jnp.int32(1))  # no attack, so the key is not used
         objective = partial(job.objective, attack=lambda *_: adversarial)
         return jax.grad(lambda params: objective(model, params, stats, batch)[0])(params)
 
@@ -91,7 +92,7 @@ def operations(network: str, method: str, batch: int, precision: str) -> Operati
     """Counts a step in both ways."""
     of = described(network, method)
     pixels, _ = step.shape(network)
-    few = min(batch, build.cpu_piece() // pixels**2)
+    few = min(batch, cpu_piece() // pixels**2)
     parts = passes(step.job_of(network, method, few, 1, precision), few)
     found = {name: analysed(*part) / few for name, part in parts.items()}
     return Operations(

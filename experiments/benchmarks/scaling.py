@@ -20,11 +20,11 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import robal_n
-from robal_jax import build, classifiers, cli, models, parallel
+from robal_jax import builder, classifiers, cli, models, objectives, training
+from robal_jax.builder import call
 from robal_jax.data import long_tailed_counts
-from robal_jax.objectives import Batch
-from robal_jax.state import TrainState
-from robal_jax.train import train_step
+from robal_jax.devices import parallel
+from robal_jax.training import TrainState
 
 CHIPS = (1, 8, 16, 32, 64, 128, 256)
 IMAGES_A_CHIP = 64  # weak scaling: the paper's batch on every chip
@@ -91,10 +91,8 @@ def networks() -> tuple[Network, ...]:
 def model_of(network: Network, axis_name: str | None = None) -> models.Model:
     """The model with the convolutions of an accelerator, whatever this program runs on."""
     config, counts = network.config, (1,) * network.classes
-    backbone = build.call("model", models.BACKBONES, config.model, axis_name=axis_name)
-    head = build.call(
-        "head", classifiers.HEADS, config.head, num_classes=network.classes, class_counts=counts
-    )
+    backbone = call("model", models.BACKBONES, config.model, axis_name=axis_name)
+    head = call("head", classifiers.HEADS, config.head, num_classes=network.classes, class_counts=counts)
     return models.functional(models.Network(backbone(), head()))
 
 
@@ -122,26 +120,28 @@ BATCH_NORM = "batch_norm"  # a mapped axis of its own, so that its reductions ca
 def step_program(network: Network) -> Any:
     """The traced training step of one of two devices, with one image each."""
     config, devices = network.config, 2
-    optimizer, _ = build.optimizer(config, steps_per_epoch=1)
+    optimizer, _ = builder.optimizer(config, steps_per_epoch=1)
     step = partial(
-        train_step,
+        training.train_step,
         model=model_of(network, BATCH_NORM),
-        objective=build.objective(config, np.ones(network.classes, int), parallel.AXIS),
+        objective=builder.objective(config, np.ones(network.classes, int), parallel.AXIS),
         optimizer=optimizer,
         axis_name=parallel.AXIS,
     )
 
-    def inputs() -> tuple[TrainState, Batch]:
+    def inputs() -> tuple[TrainState, objectives.Batch]:
         params, stats = model_of(network).init(jax.random.key(0), jnp.zeros((1, *network.image)))
         state = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
         images, labels = jnp.zeros((devices, *network.image)), jnp.zeros(devices, jnp.int32)
-        return state, Batch(images, labels, jax.random.split(jax.random.key(0), devices), jnp.int32(1))
+        return state, objectives.Batch(
+            images, labels, jax.random.split(jax.random.key(0), devices), jnp.int32(1)
+        )
 
     whole, part = PartitionSpec(), PartitionSpec(parallel.AXIS)
     on_devices = jax.shard_map(
         step,
         mesh=AbstractMesh((devices, 1), (parallel.AXIS, BATCH_NORM), axis_types=(AxisType.Auto,) * 2),
-        in_specs=(whole, Batch(part, part, part, whole)),
+        in_specs=(whole, objectives.Batch(part, part, part, whole)),
         out_specs=whole,
         check_vma=False,
     )

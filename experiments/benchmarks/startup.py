@@ -66,10 +66,16 @@ def whole_chunk(job: Any) -> Any:
     """``(state, data, key) -> (state, sums)``, the job's first chunk of steps; to be lowered and compiled."""
     import jax
 
-    from robal_jax import parallel, train
+    from robal_jax import (
+        training,
+    )
+    from robal_jax.devices import parallel
 
-    chunk, where = train.compiled_chunk(job, parallel.devices_for(job.layout)), train.positions(job)
-    rows, count = next(train.chunks(job, 0))
+    chunk, where = (
+        training.compiled_chunk(job, parallel.devices_for(job.settings.layout)),
+        training.positions(job),
+    )
+    rows, count = next(training.chunks(job, 0))
     return jax.jit(lambda state, data, key: chunk(state, data, rows, count, key, where), donate_argnums=0)
 
 
@@ -77,11 +83,15 @@ def inputs(job: Any) -> tuple[Any, Any, Any]:
     """What :func:`whole_chunk` takes, on the devices."""
     import jax
 
-    from robal_jax import parallel, train
+    from robal_jax import (
+        training,
+    )
+    from robal_jax.devices import parallel
+    from robal_jax.training import initial_state
 
-    data = train.Examples(job.data.train_images, job.data.train_labels)
-    state = jax.jit(lambda: train.initial_state(job))()
-    return parallel.replicate((state, data, jax.random.key(0)), parallel.devices_for(job.layout))
+    data = training.Examples(job.data.train_images, job.data.train_labels)
+    state = jax.jit(lambda: initial_state(job))()
+    return parallel.replicate((state, data, jax.random.key(0)), parallel.devices_for(job.settings.layout))
 
 
 def ours(started: float, network: str, method: str, batch: int) -> dict[str, float]:
@@ -89,7 +99,6 @@ def ours(started: float, network: str, method: str, batch: int) -> dict[str, flo
     import jax
 
     from experiments.benchmarks import step
-    from robal_jax import train  # noqa: F401
 
     marks = [started, time.time()]
     counts = counted_compilations()

@@ -37,7 +37,7 @@ def job_of(network: str, method: str, batch: int, steps: int, precision: str = "
 
     from ml_collections import ConfigDict
 
-    from robal_jax import build
+    from robal_jax import builder
 
     pixels, channels = shape(network)
     config = (
@@ -53,22 +53,24 @@ def job_of(network: str, method: str, batch: int, steps: int, precision: str = "
         config.model = ConfigDict(NETWORKS[network])
         config.train.batch_size, config.train.steps_per_dispatch = batch, steps
         config.train.precision = precision
-    return build.training(config)
+    return builder.training(config)
 
 
 def ours(network: str, method: str, batch: int, steps: int, precision: str) -> Callable[[], None]:
     """A chunk of steps as training makes it."""
     import jax
 
-    from robal_jax import parallel, train
+    from robal_jax import training
+    from robal_jax.devices import parallel
+    from robal_jax.training import initial_state
 
     job = job_of(network, method, batch, steps, precision)
-    devices = parallel.devices_for(job.layout)
-    chunk, where = train.compiled_chunk(job, devices), train.positions(job)
-    data = train.Examples(job.data.train_images, job.data.train_labels)
-    state = jax.jit(lambda: train.initial_state(job))()
+    devices = parallel.devices_for(job.settings.layout)
+    chunk, where = training.compiled_chunk(job, devices), training.positions(job)
+    data = training.Examples(job.data.train_images, job.data.train_labels)
+    state = jax.jit(lambda: initial_state(job))()
     state, data, key = parallel.replicate((state, data, jax.random.key(0)), devices)
-    rows, count = next(train.chunks(job, 0))
+    rows, count = next(training.chunks(job, 0))
     box = [state]
 
     def run() -> None:

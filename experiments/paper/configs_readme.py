@@ -1,0 +1,68 @@
+"""TODO experiments.paper.configs_readme."""
+
+import ast
+import pathlib
+
+from experiments.paper.published import CIFAR, TABLES, published
+from experiments.paper.table import aligned, heading
+
+
+def configs_readme(folder: pathlib.Path) -> str:
+    """The table of all config files, with what the paper published for them."""
+    columns = ("clean", "pgd_20", "robal_aa")
+    header = ["Config", "Row of the paper", *(f"{heading(c)} {n}" for n in (10, 100) for c in columns)]
+    body, others = [], []
+    for path in sorted(folder.glob("*.py")):
+        rows = [(n, row) for n in ("1", "2") for row in TABLES[n].rows if row.config == path.stem]
+        if rows:
+            labels = "; ".join(f"{n}: {row.label}" + f" ({row.stage})" * (n == "1") for n, row in rows)
+            number, row = rows[-1]  # table 2 has both data sets, and agrees with table 1
+            figures = [published(TABLES[number], row, data) for data in CIFAR]
+            cells = [f"{of[c]:.2f}" if c in of else "—" for of in figures for c in columns]
+            body.append([f"`{path.name}`", labels, *cells])
+        else:
+            about = ast.get_docstring(ast.parse(path.read_text())) or ""
+            others.append(f"- `{path.name}`: {about.partition(chr(10))[0]}")
+    tables = [_with_overrides(name) for name in ("3", "4")]
+    return _README.format(
+        table=aligned(header, body, left=2), others="\n".join(others), tables="\n\n".join(tables)
+    )
+
+
+def _with_overrides(name: str) -> str:
+    """The rows of a table whose configs stand in another one, with what they override."""
+    table = TABLES[name]
+    header = ["Row of the paper", "Config", *map(heading, table.columns)]
+    body = []
+    for row in table.rows:
+        figures = published(table, row, "cifar10_lt")
+        if figures:
+            settings = " or ".join(s.rpartition("=")[2] for s in row.settings if s)
+            tried = [f"evaluation.tau_p={settings}"] if settings else []
+            config = " ".join([f"{row.config}.py", *row.overrides, *tried])
+            body.append(
+                [f"{row.stage}: {row.label}", f"`{config}`", *(f"{figures[c]:.2f}" for c in table.columns)]
+            )
+    return f"Table {name}, {table.title} (CIFAR-10-LT):\n\n{aligned(header, body, left=2)}"
+
+
+_README = """\
+# Configs
+
+A method is a config file with the data set as argument, `configs/at.py:cifar10_lt`; its docstring has the
+command. The figures are those of the RoBal paper, tables 1 and 2, in percent: WideResNet-34-10, last epoch,
+CIFAR-10-LT IR 50 (10) and CIFAR-100-LT IR 10 (100); AA is APGD-CE and APGD-T together.
+`experiments/reproduce.py` makes the paper's tables with these configs.
+
+{table}
+
+Without a row in tables 1 and 2:
+
+{others}
+
+{tables}
+
+This file is made from `robal_jax/paper.py`:
+
+    python -c "from robal_jax.tables import *; print(configs_readme(pathlib.Path('configs')), end='')"
+"""

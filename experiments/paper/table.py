@@ -1,0 +1,232 @@
+"""The runs that a table of the paper needs, and the table that their results make.
+
+Rows of the same training share one run, in whatever tables they stand: a run's folder is named by a digest
+of `build.training_fields`, an evaluation's by that and the config's section ``evaluation``. Nothing here
+trains or evaluates; experiments/reproduce.py does.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+from experiments.paper.plan import Request, commands, row_config
+from experiments.paper.published import CHOSEN_BY, DATA_SETS, FAKE_GAINS, TABLES, published
+from robal_jax.reporting.names import display_name, printed
+from robal_jax.storage.config_file import to_json
+
+
+def assemble(request: Request, results: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, Any]:
+    """The table as JSON, figures in percent.
+
+    Args:
+      request: what was asked for.
+      results: content of results.json by row key, setting and seed; None where there is none.
+
+    Returns:
+      What the table is of, 'notes', and 'rows', each with 'published' and 'ours' by condition ('mean', 'std',
+      'n' and 'values' over seeds), the same of the tail classes in 'ours_tail', 'difference' to the
+      baseline's row, paired by seed, and on the paper's own data set 'ours_minus_published'.
+    """
+    table = TABLES[request.table]
+    # A data set without figures of its own stands beside CIFAR-10-LT.
+    has_own = any(published(table, row, request.data) for row in table.rows)
+    source = request.data if has_own else "cifar10_lt"
+    known = {row.key: published(table, row, source) for row in table.rows}
+    chosen = {row.key: _best(results[row.key]) for row in request.rows}
+    shown = {key: results[key][setting] for key, setting in chosen.items()}
+    ours = {key: _by_seed(by_seed) for key, by_seed in shown.items()}
+    rows = []
+    for row in request.rows:
+        entry: dict[str, Any] = {
+            "key": row.key,
+            "stage": row.stage,
+            "label": row.label,
+            "config": f"configs/{row.config}.py:{request.data}",
+            "overrides": [*row.overrides, *request.overrides],
+            "commands": commands(row, request),
+            "published": known[row.key],
+            "published_gain_is_fake": row.key in FAKE_GAINS,
+            "ours": _statistics(ours[row.key]),
+            "ours_tail": _statistics(_by_seed(shown[row.key], figure="tail")),
+        }
+        if len(row.settings) > 1:
+            entry |= {"chosen": chosen[row.key], "chosen_among": list(row.settings)}
+        if row.baseline != row.key and row.baseline in ours:
+            those = ours[row.baseline]
+            pairs = {name: _minus(values, those.get(name, {})) for name, values in ours[row.key].items()}
+            entry["difference"] = {
+                "to": row.baseline,
+                "published": _minus(known[row.key], known[row.baseline]),
+                "ours": _statistics(pairs),
+            }
+        if has_own:
+            means = {name: figure["mean"] for name, figure in entry["ours"].items()}
+            entry["ours_minus_published"] = _minus(means, known[row.key])
+        rows.append(entry)
+    found = [result for by_seed in shown.values() for result in by_seed.values() if result]
+    made_with = {json.dumps({**r["meta"]["versions"], "device": r["meta"]["device"]}) for r in found}
+    published_on = source if any(known.values()) else None
+    return {
+        "table": request.table,
+        "title": table.title,
+        "data": request.data,
+        "seeds": list(request.seeds),
+        "columns": list(table.columns),
+        "published_on": published_on,
+        "baseline": table.baseline,
+        "made_with": [json.loads(versions) for versions in sorted(made_with)],
+        "notes": _notes(request, published_on, found),
+        "rows": rows,
+    }
+
+
+def _by_seed(results: Mapping[int, Any], figure: str = "accuracy") -> dict[str, dict[int, float]]:
+    """A figure in percent by condition and seed."""
+    values: dict[str, dict[int, float]] = {}
+    for seed, result in results.items():
+        for name, condition in (result["summary"]["conditions"] if result else {}).items():
+            values.setdefault(name, {})[seed] = 100 * condition[figure]["value"]
+    return values
+
+
+def _best(by_setting: Mapping[str, Mapping[int, Any]]) -> str:
+    """The setting with the highest mean of ``CHOSEN_BY``; of equal ones the first."""
+    means = {
+        setting: statistics.fmean(_by_seed(results).get(CHOSEN_BY, {}).values() or [-1.0])
+        for setting, results in by_setting.items()
+    }
+    return max(means, key=means.__getitem__, default="")
+
+
+def _statistics(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation, number and values, by condition."""
+
+    def figures(values: list[float]) -> dict[str, Any]:
+        std = round(statistics.stdev(values), 4) if len(values) > 1 else None
+        return {"mean": round(statistics.fmean(values), 4), "std": std, "n": len(values), "values": values}
+
+    return {
+        name: figures([round(v, 4) for v in values.values()]) for name, values in by_seed.items() if values
+    }
+
+
+def _minus(these: Mapping[Any, float], those: Mapping[Any, float]) -> dict[Any, float]:
+    return {key: round(value - those[key], 4) for key, value in these.items() if key in those}
+
+
+def _notes(request: Request, published_on: str | None, found: Sequence[Any]) -> list[str]:
+    table = TABLES[request.table]
+    fields = json.loads(to_json(row_config(request.rows[0], request)))
+    data = f"{DATA_SETS[request.data]}, {fields['data']['profile']} profile"
+    if len({override for row in table.rows for override in row.overrides if "data.ratio" in override}) < 2:
+        data += f", IR {1 / fields['data']['ratio']:g}"
+    length = f"{fields['train']['epochs']} epochs"
+    if fields["train"]["max_steps"]:
+        length += f", but {fields['train']['max_steps']} steps at most"
+    model = ", ".join([fields["model"].pop("name"), *filter(None, [printed(fields["model"])])])
+    seeds = f"mean ± standard deviation over {len(request.seeds)} seeds, differences seed by seed"
+    notes = [
+        f"Ours: {data}; model {model}; {length}, where the row's config says nothing else; last checkpoint; "
+        f"{seeds if len(request.seeds) > 1 else 'one seed'}."
+    ]
+    if found:
+        meta, conditions = found[0]["meta"], list(found[0]["summary"]["conditions"])
+        notes.append(
+            f"Evaluation: {meta['n']} test images, {meta['norm']}, ε = {meta['epsilon']:g}; PGD-20, MIM-20 "
+            f"and CW-20 with step {meta['step_size']:g}. Worst: right under every one of "
+            f"{', '.join(map(display_name, conditions[:-1]))}. It is never above CW-20, whose steps do "
+            "not depend on the scale of the logits, so a gain that is not seen there may be a fake one."
+        )
+    if published_on is not None:
+        about = f"Paper (Wu et al., CVPR 2021): {DATA_SETS[published_on]}, WideResNet-34-10, ε = 0.031."
+        if published_on != request.data:
+            about += " Another problem than ours: compare the differences, not the levels."
+        notes.append(about)
+    if "robal_aa" in table.columns:
+        notes.append("AA is APGD-CE and APGD-T together, two of the four attacks of AutoAttack.")
+    if any(row.key in FAKE_GAINS for row in request.rows):
+        notes.append("†: a fake gain, as the paper itself says; see its AA.")
+    return [*notes, *filter(None, [table.note])]
+
+
+def heading(condition: str) -> str:
+    """A condition's name in the paper's tables."""
+    return "AA" if condition == "robal_aa" else display_name(condition)
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """What :func:`assemble` gives, for people."""
+    seeds, rows = len(table["seeds"]), table["rows"]
+    on, own = table["published_on"], table["published_on"] == table["data"]
+    sides = [(name, side) for name in table["columns"] for side in (("paper", "ours") if on else ("ours",))]
+    sides.append(("worst", "ours"))
+    skip = 0 if any(row["stage"] for row in rows) else 1
+
+    def block(title: str, cell: Any, chosen: Iterable[Mapping[str, Any]], sides: Sequence[Any]) -> list[str]:
+        header = ["Stage", "Row", *(f"{heading(name)} {side}" for name, side in sides)]
+        body = [[row["stage"], _label(row), *(cell(row, *side) for side in sides)] for row in chosen]
+        return [f"## {title}", aligned(header[skip:], [line[skip:] for line in body], left=2 - skip)]
+
+    def level(row: Mapping[str, Any], name: str, side: str) -> str:
+        if side == "ours":
+            return _figure(row["ours"].get(name), seeds)
+        mark = " †" if row["published_gain_is_fake"] and name == "pgd_20" else ""
+        return _figure(row["published"].get(name), seeds) + mark
+
+    def difference(row: Mapping[str, Any], name: str, side: str) -> str:
+        figures = row["difference"]["ours" if side == "ours" else "published"]
+        return _figure(figures.get(name), seeds, "+")
+
+    def to_paper(row: Mapping[str, Any], name: str, _: str) -> str:
+        return _figure(row["ours_minus_published"].get(name), seeds, "+")
+
+    parts = [
+        f"# RoBal table {table['table']} on {DATA_SETS[table['data']]}: {table['title']}",
+        *block("Accuracy in percent", level, rows, sides),
+    ]
+    if compared := [row for row in rows if "difference" in row]:
+        parts += block(f"Difference to {table['baseline']} in points", difference, compared, sides)
+    if own:
+        ours = [(name, "ours − paper") for name in table["columns"]]
+        parts += block("Difference to the paper in points", to_paper, rows, ours)
+    parts += ["## Notes", "\n".join(f"- {note}" for note in table["notes"])]
+    parts += ["## Commands", f"By hand, with seed {table['seeds'][0]}:"]
+    lines = [f"# {row['key']}\n" + "\n".join(row["commands"]) for row in rows]
+    return "\n\n".join([*parts, "```bash\n" + "\n".join(lines) + "\n```"]) + "\n"
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return row["label"] + (f" (ours: {row['chosen'].rpartition('=')[2]})" if row.get("chosen") else "")
+
+
+def _figure(figure: Any, seeds: int, sign: str = "") -> str:
+    """'93.7 ± 0.4'; a published figure is a number, one of ours has more to it."""
+    if figure is None:
+        return "—"
+    if isinstance(figure, float):
+        return _one_decimal(figure, sign)
+    spread = "" if figure["std"] is None else f" ± {_one_decimal(figure['std'])}"
+    fewer = f" (n = {figure['n']})" if figure["n"] < seeds else ""
+    return _one_decimal(figure["mean"], sign) + spread + fewer
+
+
+def _one_decimal(value: float, sign: str = "") -> str:
+    """28.15 is 28.2, as people round."""
+    return f"{Decimal(str(value)).quantize(Decimal('0.1'), ROUND_HALF_UP) + 0:{sign}}"
+
+
+def aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table that is aligned as text too; the first ``left`` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, body)])

@@ -1,0 +1,332 @@
+"""The Square Attack: a random search that sees of a model nothing but its logits.
+
+No gradient is taken, so it also breaks what only hides gradients::
+
+    adversarial = square(logits_fn, key, images, labels, threat=ThreatModel(epsilon=8 / 255))
+
+Each query changes a square window of the best image so far, and is kept if the true class leads by less.
+The shapes are fixed: windows are masks, and an image that is fooled is carried along untouched until all are.
+
+Source: Andriushchenko, Croce, Flammarion and Hein, "Square Attack" (ECCV 2020), with the constants that
+AutoAttack (Croce and Hein, ICML 2020) runs it with.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robal_jax.attacks.margins import margin
+from robal_jax.attacks.threat import LogitsFn, ThreatModel
+from robal_jax.keys import fold_in, image_keys
+
+Draw = Callable[[chex.PRNGKey, chex.Array | int, int], chex.Array]
+"""``(keys [B], number, count)`` to uniforms in [0, 1) ``[B, count]``; number 0 is the start, q query q."""
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Numbers of earlier queries beyond which the share of the image that a square covers is halved again."""
+
+TINY = 1e-12  # keeps a window without perturbation from 0 / 0
+
+
+class Search(NamedTuple):
+    """Where the search stands.
+
+    Attributes:
+      best: image with the smallest margin so far ``[B, H, W, C]``.
+      margin: its margin ``[B]``; the image is fooled, and done, if that is at most 0.
+      queries_used: how often the model was asked about an image that was not done, its start included
+        ``[B]``.
+      number: of the next query, where 0 is the start.
+    """
+
+    best: chex.Array
+    margin: chex.Array
+    queries_used: chex.Array
+    number: chex.Array
+
+
+class Moves(NamedTuple):
+    """How one norm searches, for one image.
+
+    Attributes:
+      start_draws: number ``S`` of uniforms for a start.
+      start: uniforms ``[S]`` and image ``[H, W, C]`` to the first candidate ``[H, W, C]``.
+      draws: number ``N`` of uniforms for a proposal.
+      propose: uniforms ``[N]``, how often the share was halved, best image and image ``[H, W, C]`` to the
+        next candidate.
+    """
+
+    start_draws: int
+    start: Callable[[chex.Array, chex.Array], chex.Array]
+    draws: int
+    propose: Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Array]
+
+
+def uniform_draw(keys: chex.PRNGKey, number: chex.Array | int, count: int) -> chex.Array:
+    """Uniforms of each image from its own key and the query's number alone, ``[B, count]``."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(fold_in(keys, number))
+
+
+def _sides(shape: tuple[int, ...], p_init: float) -> list[int]:
+    """Side of a square that covers the share ``p_init / 2^k`` of the image, for each ``k``."""
+    height, width, _ = shape
+    return [round(math.sqrt(p_init / 2**k * height * width)) for k in range(len(HALVINGS) + 1)]
+
+
+def _corner(uniforms: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """First row and column of a square; never the last ones possible, as in the released code."""
+    return jnp.floor((jnp.array(shape[:2]) - side) * uniforms).astype(int)
+
+
+def _window(corner: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """Which pixels are in a square, ``[H, W, 1]``."""
+    rows, columns = (jnp.arange(size) - first for size, first in zip(shape[:2], corner, strict=True))
+    inside = [(offset >= 0) & (offset < side) for offset in (rows, columns)]
+    return (inside[0][:, None] & inside[1][None, :])[..., None]
+
+
+def _signs(uniforms: chex.Array, image: chex.Array) -> chex.Array:
+    return jnp.sign(2 * uniforms - 1).astype(image.dtype)
+
+
+def linf_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Moves:
+    """L-infinity: vertical stripes of ``+-epsilon``, then squares of ``+-2 epsilon``, cut to the ball.
+
+    Args:
+      threat: what is allowed.
+      shape: ``(H, W, C)`` of an image.
+      p_init: share of the image that the first squares cover.
+
+    Returns:
+      The moves, of ``W C`` draws for the start and ``2 + C`` (row, column, sign of each channel) for a query.
+    """
+    height, width, channels = shape
+    sides = np.clip(_sides(shape, p_init), 1, min(height, width))
+
+    def start(uniforms: chex.Array, image: chex.Array) -> chex.Array:
+        return threat.project(image + threat.epsilon * _signs(uniforms, image).reshape(1, width, -1), image)
+
+    def propose(
+        uniforms: chex.Array, halvings: chex.Array, best: chex.Array, image: chex.Array
+    ) -> chex.Array:
+        side = jnp.array(sides)[halvings]
+        window = _window(_corner(uniforms[:2], side, shape), side, shape)
+        step = 2 * threat.epsilon * _signs(uniforms[2:], image)[None, None]
+        return threat.project(best + jnp.where(window, step, 0), image)
+
+    return Moves(width * channels, start, 2 + channels, propose)
+
+
+def _pyramid(height: int, width: int) -> np.ndarray:
+    """Square rings, ``sum_{k >= d} 1 / (k + 1)^2`` at distance ``d`` from the middle, scaled to length 1."""
+    rows, columns = (np.abs(np.arange(size) - size // 2) for size in (height, width))
+    terms = 1.0 / np.arange(1, max(height, width) // 2 + 2) ** 2
+    rings = terms[::-1].cumsum()[::-1]
+    pyramid = rings[np.maximum(rows[:, None], columns[None, :])]
+    return pyramid / np.sqrt(np.square(pyramid).sum())
+
+
+def eta(side: int) -> np.ndarray:
+    """What the L2 attack adds to a square ``[s, s]``: a pyramid above its negative, of length 1 together."""
+    upper = side // 2  # 0 of a single pixel, which is all lower half
+    pattern = np.concatenate([_pyramid(upper, side), -_pyramid(side - upper, side)])
+    return pattern / np.sqrt(np.square(pattern).sum())
+
+
+def _placed(values: np.ndarray, shape: tuple[int, ...], first: int = 0) -> np.ndarray:
+    """Values from one row and column on, cut to the image, and 0 around them ``[H, W]``."""
+    height, width, _ = shape
+    return np.pad(values, ((first, height), (first, width)))[:height, :width]
+
+
+def _tiles(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The L2 start: a centred grid of etas and one of their transposes ``[2, H, W]``, each pixel's tile."""
+    smaller = min(shape[:2])
+    side = smaller // 5
+    first = (smaller - 5 * side) // 2
+    counts = [size // side for size in shape[:2]]
+    grids = [_placed(np.tile(pattern, counts), shape, first) for pattern in (eta(side), eta(side).T)]
+    tile = np.arange(math.prod(counts)).reshape(counts).repeat(side, 0).repeat(side, 1)
+    return np.stack(grids), _placed(tile, shape, first)
+
+
+def _length(x: chex.Array, axis: tuple[int, ...] | None = None) -> chex.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
+
+
+def l2_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Moves:
+    """L2: tiles of :func:`eta`, then one window's perturbation moved into another, which gets an eta more.
+
+    With the perturbation ``d``, windows ``w`` and ``v``, and lengths of each channel in the norms marked c:
+
+    ``n = +-eta + d_w / ||d_w||_c``;  ``d_v <- 0``;
+    ``d_w <- n / ||n||_c * sqrt(max(epsilon^2 - ||d||^2, 0) / C + ||d_{w or v}||^2)``
+
+    and all of it is scaled to the length ``epsilon`` before it is cut to the bounds.
+
+    Args:
+      threat: what is allowed.
+      shape: ``(H, W, C)`` of an image.
+      p_init: share of the image that the first squares cover.
+
+    Returns:
+      The moves; ``5 + C`` draws a query: both corners, whether eta is transposed, sign of each channel.
+
+    Raises:
+      ValueError: an image is less than 5 pixels high or wide: there are no tiles to start from.
+    """
+    smaller = min(shape[:2])
+    if smaller < 5:
+        raise ValueError(f"the L2 square attack needs images of at least 5 x 5 pixels, not {shape[:2]}")
+    # Odd, at least 3, and within the image.
+    sides = np.clip([side + (side + 1) % 2 for side in _sides(shape, p_init)], 3, (smaller - 1) | 1)
+    patterns = np.stack([[_placed(p, shape) for p in (eta(side), eta(side).T)] for side in sides])
+    tiles, tile = _tiles(shape)
+    count = int(tile.max()) + 1
+
+    def bring(delta: chex.Array, image: chex.Array) -> chex.Array:
+        delta = delta / (_length(delta) + TINY) * threat.epsilon
+        return jnp.clip(image + delta, threat.lower, threat.upper)
+
+    def start(uniforms: chex.Array, image: chex.Array) -> chex.Array:
+        uniforms = uniforms.reshape(count, -1)[tile]
+        pattern = jnp.where(uniforms[..., 0] > 0.5, tiles[1], tiles[0]).astype(image.dtype)
+        return bring(pattern[..., None] * _signs(uniforms[..., 1:], image), image)
+
+    def propose(
+        uniforms: chex.Array, halvings: chex.Array, best: chex.Array, image: chex.Array
+    ) -> chex.Array:
+        delta = best - image
+        side = jnp.array(sides)[halvings]
+        corner, emptied_corner = (_corner(u, side, shape) for u in (uniforms[:2], uniforms[2:4]))
+        window, emptied = (_window(c, side, shape) for c in (corner, emptied_corner))
+        pattern = jnp.asarray(patterns, image.dtype)[halvings, (uniforms[4] > 0.5).astype(int)]
+        # Beyond its side a pattern is 0, and so is what comes round the edge.
+        pattern = jnp.roll(pattern, corner, (0, 1))[..., None] * _signs(uniforms[5:], image)[None, None]
+
+        old = jnp.where(window, delta, 0)
+        new = pattern + old / (TINY + _length(old, (0, 1)))
+        unused = jnp.maximum(threat.epsilon**2 - jnp.square(_length(delta)), 0) / shape[2]
+        freed = jnp.square(_length(jnp.where(window | emptied, delta, 0)))
+        new = new / (TINY + _length(new, (0, 1))) * jnp.sqrt(unused + freed)
+        return bring(jnp.where(window, new, jnp.where(emptied, 0, delta)), image)
+
+    return Moves(count * (1 + shape[2]), start, 5 + shape[2], propose)
+
+
+MOVES = {"linf": linf_moves, "l2": l2_moves}
+
+
+def square_search(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    draw: Draw = uniform_draw,
+) -> Search:
+    """The search of :func:`square` with all that it knows at its end.
+
+    ``x_{q+1} = x'`` if ``margin(x') < margin(x_q)``, else ``x_q``;  ``x' = propose(x_q)``
+
+    while ``margin(x_q) > 0``, where the margin is ``z_y - max_{i != y} z_i``. The squares' share of the
+    image is ``p_init``, halved after each of ``HALVINGS`` queries whatever ``queries`` is. The loop ends when
+    all images are fooled. It compiles once, with one copy of the model in it.
+
+    Args:
+      logits_fn: the model; per image.
+      keys: ``[B]``, one key an image.
+      images: ``x [B, H, W, C]`` within the threat model's bounds.
+      labels: ``y [B]``.
+      threat: what is allowed.
+      queries: at most so many for an image, after the one for its start.
+      p_init: share of the image that the first squares cover, in (0, 1].
+      draw: where the uniforms come from.
+
+    Returns:
+      Where the search ends; no gradient flows back.
+
+    Raises:
+      ValueError: ``p_init`` is not in (0, 1], or the images are too small (see :func:`l2_moves`).
+
+    Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code,
+    which draws one square for a whole batch, where here each image has its own.
+    """
+    if not 0 < p_init <= 1:
+        raise ValueError(f"p_init must be in (0, 1], not {p_init}")
+    images = jax.lax.stop_gradient(images)
+    moves = MOVES[threat.norm](threat, images.shape[1:], p_init)
+
+    def start(_: Search) -> chex.Array:
+        return jax.vmap(moves.start)(draw(keys, 0, moves.start_draws), images)
+
+    def propose(search: Search) -> chex.Array:
+        halvings = jnp.sum(search.number - 1 > jnp.array(HALVINGS))
+        uniforms = draw(keys, search.number, moves.draws)
+        return jax.vmap(moves.propose, (0, None, 0, 0))(uniforms, halvings, search.best, images)
+
+    def ask(search: Search) -> Search:
+        # The start is a query like the others, so that the model is compiled once.
+        candidates = jax.lax.cond(search.number == 0, start, propose, search)
+        found = margin(logits_fn(candidates), labels).astype(images.dtype)
+        running = search.margin > 0
+        better = running & (found < search.margin)
+        return Search(
+            jnp.where(better[:, None, None, None], candidates, search.best),
+            jnp.where(better, found, search.margin),
+            search.queries_used + running,
+            search.number + 1,
+        )
+
+    def goes_on(search: Search) -> chex.Array:
+        return (search.number <= queries) & (search.margin > 0).any()
+
+    unknown = jnp.full(len(images), jnp.inf, images.dtype)
+    begin = Search(images, unknown, jnp.zeros(len(images), int), jnp.zeros((), int))
+    return jax.lax.stop_gradient(jax.lax.while_loop(goes_on, ask, begin))
+
+
+def square(
+    logits_fn: LogitsFn,
+    key: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    draw: Draw = uniform_draw,
+) -> chex.Array:
+    """The Square Attack: random search for a small margin, by the images' logits alone.
+
+    Args:
+      logits_fn: the model; per image.
+      key: one key, or one an image ``[B]``.
+      images: ``[B, H, W, C]`` within the threat model's bounds.
+      labels: ``[B]``.
+      threat: what is allowed.
+      queries: at most so many for an image, after the one for its start.
+      p_init: share of the image that the first squares cover, in (0, 1].
+      draw: where the uniforms come from.
+
+    Returns:
+      The best images found ``[B, H, W, C]``, fooled or not; no gradient flows back. What is misclassified
+      without an attack may come back classified right: it is for the caller to leave that out.
+
+    Raises:
+      ValueError: see :func:`square_search`.
+
+    Source: Andriushchenko et al. (ECCV 2020).
+    """
+    keys = image_keys(key, images)
+    return square_search(
+        logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
+    ).best

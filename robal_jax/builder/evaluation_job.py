@@ -1,0 +1,172 @@
+"""From a config to an :class:`Evaluation`: the model, the images, the attacks, and what the report says."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from robal_jax import classifiers, metrics, models
+from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.builder.parts import dataset, model
+from robal_jax.builder.ranges import validate
+from robal_jax.data import TestSet
+from robal_jax.devices.cpu import at_once
+from robal_jax.errors import InputError
+from robal_jax.storage.config_file import to_json
+
+
+def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """Returns a run's config with another's inference: its name, head, logit scale and prior adjustment.
+
+    The protocol of the evaluation (epsilon, steps, seed) stays the run's.
+    """
+    combined = config.copy_and_resolve_references()
+    with combined.unlocked():
+        combined.method = other.method
+        for field in ("head", "logit_scale", "tau_p"):
+            combined.evaluation[field] = other.evaluation[field]
+    return combined.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything that an evaluation needs but the weights.
+
+    Attributes:
+      test: the images, and the class counts of the training set.
+      variables: shapes of ``params`` and ``stats``, the parts of a checkpoint that the model needs.
+      predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
+      features: ``(params, stats, images) -> [B, D]``, the input of the head; None where it is not known.
+      threat: what the attacks may do.
+      step_size: of the iterated attacks.
+      version: of the ensemble of attacks, a key of ``autoattack.VERSIONS`` or a list.
+      ensemble: its stages; none for the version 'none'.
+      audit_examples: test images in the audit's sample; 0 for no audit.
+      surrogate: folder of another run on the same data; '' for none.
+      batch_size: images per device in each call, see :func:`at_once`.
+      seed: of the attacks' starts.
+      layout: how the devices are used, a key of ``parallel.LAYOUTS``.
+      groups: classes by the name of their group, see ``metrics.class_groups``.
+      about: method, data and attack in the words of the report. Nothing reads it back.
+    """
+
+    test: TestSet
+    variables: dict[str, Any]
+    predict: Callable[..., Any]
+    features: Callable[..., Any] | None
+    threat: ThreatModel
+    step_size: float
+    version: str
+    ensemble: tuple[autoattack.Stage, ...]
+    audit_examples: int
+    surrogate: str
+    batch_size: int
+    seed: int
+    layout: str
+    groups: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+
+def evaluation(config: ConfigDict) -> Evaluation:
+    """Builds everything that an evaluation needs, and checks it.
+
+    Raises:
+      InputError: a field of the config, or the data, cannot be used.
+    """
+    validate(config)
+    settings, test = config.evaluation, dataset(config).test_set
+    counts = test.class_counts
+    groups = metrics.class_groups(counts, settings.head_classes, settings.tail_classes)
+    head = settings.head if settings.head.name else config.head
+    network = model(config, counts, head=head, precision=settings.precision)
+    variables = _variables(network, test)
+    if settings.head.name:
+        _check_same_variables(
+            config, head, _variables(model(config, counts, precision="highest"), test), variables
+        )
+
+    def predict(params: Any, stats: Any, images: Any) -> Any:
+        logits = settings.logit_scale * network.predict(params, stats, images)
+        return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
+
+    threat, version = ThreatModel(settings.epsilon, config.threat.norm), settings.autoattack
+    pixels = math.prod(test.images.shape[1:3])
+    ensemble = () if version == "none" else autoattack.stages(version, len(counts), threat=threat)
+    batch_size = at_once(settings.batch_size, pixels, jax.default_backend())
+    return Evaluation(
+        test=test,
+        variables=variables,
+        predict=predict,
+        features=network.features,
+        threat=threat,
+        step_size=settings.step_size,
+        version=version,
+        ensemble=ensemble,
+        audit_examples=min(settings.audit.examples, len(test.labels)),
+        surrogate=settings.audit.surrogate,
+        batch_size=min(batch_size, len(test.labels)),
+        seed=settings.seed,
+        layout=config.train.layout,
+        groups=groups,
+        about=_about(config, test, head, ensemble),
+    )
+
+
+def _about(
+    config: ConfigDict, test: TestSet, head: ConfigDict, ensemble: tuple[autoattack.Stage, ...]
+) -> dict[str, Any]:
+    """Describes method, data and attack for the report."""
+    settings, counts, ratio = config.evaluation, test.class_counts, config.data.get("ratio", 1.0)
+    options = [f"{key} {value}" for key, value in sorted(head.items()) if key != "name"]
+    start = "x + U(-epsilon, epsilon)" if config.threat.norm == "linf" else "uniform in the ball"
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "dataset": config.data.name,
+        "imbalance": f"{config.data.profile}, ratio {ratio:g} (IR {1 / ratio:g})"
+        if ratio < 1
+        else f"{counts.max()} to {counts.min()} images per class",
+        "class_names": list(test.class_names),
+        "head": ", ".join([head.name, *options]),
+        "norm": NORMS[config.threat.norm],
+        "epsilon": settings.epsilon,
+        "step_size": settings.step_size,
+        "start": f"{start}; FGSM: x",
+        "logit_scale": settings.logit_scale,
+        "prior_adjustment": f"logits - {settings.tau_p:g} log prior" if settings.tau_p else "none",
+        "evaluation_seed": settings.seed,
+        "precision": settings.precision,
+        "autoattack": [stage.name for stage in ensemble],
+        "config": json.loads(to_json(config)),
+    }
+
+
+def _variables(network: models.Model, test: TestSet) -> dict[str, Any]:
+    """Returns the shapes of a network's ``params`` and ``stats``."""
+    image = jax.ShapeDtypeStruct((1, *test.images.shape[1:]), np.float32)
+    params, stats = jax.eval_shape(network.init, jax.random.key(0), image)
+    return {"params": params, "stats": stats}
+
+
+def _check_same_variables(
+    config: ConfigDict, head: ConfigDict, trained: dict[str, Any], evaluated: dict[str, Any]
+) -> None:
+    """Refuses a head for the evaluation that needs other variables than the trained network has."""
+    have, want = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        }
+        for variables in (trained, evaluated)
+    )
+    if have != want:
+        names = sorted(name for name, _ in set(have.items()) ^ set(want.items()))
+        raise InputError(
+            f"config.evaluation.head {head.name!r} cannot be used in place of the trained head "
+            f"{config.head.name!r}: they differ in {', '.join(names)}; choose a head with the same parameters"
+        )

@@ -1,0 +1,133 @@
+"""TODO builder.parts."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from robal_jax import attacks, classifiers, losses, models, objectives, optimizers
+from robal_jax.attacks import STARTS, ThreatModel
+from robal_jax.builder.instantiate import call, takes
+from robal_jax.data import AUGMENTATIONS, Dataset, sources
+from robal_jax.devices.cpu import cpu_piece
+from robal_jax.errors import InputError
+from robal_jax.models import convolutions
+
+
+def dataset(config: ConfigDict) -> Dataset:
+    """The long-tailed training set and the balanced test set, on the host."""
+    return call("data set", sources.SOURCES, config.data)()
+
+
+def model(
+    config: ConfigDict,
+    class_counts: np.ndarray,
+    *,
+    head: ConfigDict | None = None,
+    precision: str,
+    axis_name: str | None = None,
+    sync_batch_norm: bool = True,
+) -> models.Model:
+    """The network of ``config.model`` with ``head``, by default ``config.head``, as functions.
+
+    ``axis_name`` is a mapped axis over which batches are spread; batch norm may keep to each device's part.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    backbone = call(
+        "model",
+        models.BACKBONES,
+        config.model,
+        convolution=convolutions.cpu_convolution if on_cpu else convolutions.convolution,
+        axis_name=axis_name if sync_batch_norm else None,
+    )
+    classifier = call(
+        "head",
+        classifiers.HEADS,
+        config.head if head is None else head,
+        num_classes=len(class_counts),
+        class_counts=tuple(int(count) for count in class_counts),
+        axis_name=axis_name,
+    )
+    try:
+        network = models.Network(backbone(), classifier())
+    except ValueError as error:
+        raise InputError(f"config.model or its head: {error}") from error
+    return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
+
+
+def objective(
+    config: ConfigDict, class_counts: np.ndarray, axis_name: str | None = None
+) -> objectives.Objective:
+    """What a step minimises, with its attack and loss bound."""
+    threat = ThreatModel(config.threat.epsilon, config.threat.norm)
+    given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
+    loss = call("loss", losses.LOSSES, config.loss, **given)
+    inner_loss = call("loss", losses.LOSSES, config.attack.loss, **given)
+    attack = functools.partial(
+        attacks.pgd,
+        threat=threat,
+        steps=config.attack.steps,
+        step_size=config.attack.step_size,
+        start=STARTS[config.attack.start],
+        loss=inner_loss,
+    )
+    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
+    _check_parts(config, loss, inner_loss, function)
+    if not takes(loss, "epoch"):
+        return function
+    return lambda model, params, stats, batch: function(
+        model, params, stats, batch, loss=functools.partial(loss, epoch=batch.epoch)
+    )
+
+
+def _check_parts(
+    config: ConfigDict, loss: functools.partial, inner_loss: functools.partial, function: functools.partial
+) -> None:
+    """Refuses losses, attack and objective that do not go together.
+
+    Raises:
+      InputError: says which.
+    """
+    if not takes(function, "loss") and config.loss.name != "cross_entropy":
+        raise InputError(
+            f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
+            f"{config.loss.name!r}; set config.loss to cross_entropy"
+        )
+    base = loss.keywords.get("base")  # of a deferred loss
+    if base and loss.keywords.get("reweight", True) and not takes(base, "class_weights"):
+        raise InputError(
+            f"config.loss.base {config.loss.base.name!r} takes no class weights; "
+            "set config.loss.reweight=False"
+        )
+    if takes(inner_loss, "epoch"):
+        raise InputError("config.attack.loss cannot depend on the epoch; the loss outside of the attack can")
+    if config.threat.norm == "l2" and config.attack.start == "one_sided":
+        raise InputError(
+            "config.attack.start 'one_sided' is for norm linf; in l2 take 'uniform' or 'gaussian'"
+        )
+
+
+def optimizer(
+    config: ConfigDict, steps_per_epoch: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of ``config.optimizer``, and the learning rate of each step by ``config.schedule``."""
+    rates = call("schedule", optimizers.SCHEDULES, config.schedule)(epochs=config.train.epochs)
+    schedule = optimizers.per_step(rates, steps_per_epoch)
+    return call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)(), schedule
+
+
+def augmentation(name: str, data: Dataset) -> Callable[..., Any]:
+    """One of ``AUGMENTATIONS``, from the size of the stored training images to that of the test images."""
+    stored, (_, height, width, _) = data.train_images.shape[1:3], data.test_images.shape
+    if stored != (height, width) and name != "resized_crop_flip":
+        raise InputError(
+            f"config.train.augmentation {name!r} leaves the training images at {stored}, but the test images "
+            f"are {(height, width)}; take 'resized_crop_flip', or set config.data.resize to "
+            "config.data.image_size"
+        )
+    augmentation = AUGMENTATIONS[name]
+    return lambda keys, images: augmentation(keys, images, (height, width))

@@ -1,0 +1,88 @@
+"""TODO builder.ranges."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from robal_jax import classifiers, models, objectives
+from robal_jax.attacks import NORMS, STARTS
+from robal_jax.data import AUGMENTATIONS, SAMPLERS
+from robal_jax.devices import parallel
+from robal_jax.errors import InputError
+from robal_jax.storage.config_file import flatten
+
+POSITIVE = "> 0", lambda value: value > 0
+
+NOT_NEGATIVE = ">= 0", lambda value: value >= 0
+
+SEED = "in 0..2^32-1", lambda value: 0 <= value < 2**32
+
+
+def _one_of(names: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(names)}", lambda value: value in names
+
+
+_POSITIVE_FIELDS = (
+    "threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale",
+    "schedule.lr", "schedule.decay", "train.epochs", "train.batch_size", "train.steps_per_dispatch",
+    "train.accumulation_steps", "train.reading_threads", "train.checkpoint_epochs", "train.keep_checkpoints",
+    "evaluation.batch_size", "evaluation.epsilon",
+    "evaluation.step_size", "evaluation.logit_scale", "objective.max_epsilon", "objective.search_steps",
+)  # fmt: skip
+
+_NOT_NEGATIVE_FIELDS = (
+    "schedule.warmup", "train.max_steps", "evaluation.audit.examples",
+    "optimizer.clip_norm", "optimizer.momentum", "optimizer.weight_decay",
+)  # fmt: skip
+
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("seed", "data.seed", "evaluation.seed"), SEED),
+    **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
+    **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
+    "schedule.milestones": ("epochs", lambda value: all(isinstance(epoch, int) for epoch in value)),
+    "threat.norm": _one_of(NORMS),
+    "attack.start": _one_of(STARTS),
+    "head.bias": _one_of(classifiers.BIASES),
+    "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
+    "objective.regulariser": _one_of(objectives.REGULARISERS),
+    "train.sampler": _one_of(SAMPLERS),
+    "train.augmentation": _one_of(AUGMENTATIONS),
+    "train.layout": _one_of(parallel.LAYOUTS),
+    "train.precision": _one_of(models.PRECISIONS),
+    "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),
+}
+"""What fields must be, where a config has them."""
+
+
+REQUIRED = (
+    "method", "seed", "data.name", "model.name", "head.name", "loss.name", "objective.name",
+    "threat.epsilon", "threat.norm", "attack.loss.name", "attack.steps", "attack.step_size", "attack.start",
+    "optimizer.name", "schedule.name", "train.epochs", "train.max_steps", "train.batch_size",
+    "train.accumulation_steps", "train.sync_batch_norm", "train.sampler", "train.start_from",
+    "train.augmentation", "train.reading_threads", "train.steps_per_dispatch", "train.checkpoint_epochs",
+    "train.keep_checkpoints", "train.layout", "train.precision", "evaluation.batch_size", "evaluation.seed",
+    "evaluation.epsilon", "evaluation.step_size", "evaluation.logit_scale", "evaluation.tau_p",
+    "evaluation.head.name", "evaluation.head_classes", "evaluation.tail_classes", "evaluation.autoattack",
+    "evaluation.audit.examples", "evaluation.audit.surrogate", "evaluation.precision",
+)  # fmt: skip
+"""Fields that every config has."""
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks ``REQUIRED`` and ``RANGES``, and that every number is finite.
+
+    Raises:
+      InputError: names the field, its value and what it must be.
+    """
+    fields = flatten(config.to_dict())
+    for field in REQUIRED:
+        if field not in fields:
+            raise InputError(f"config.{field} is missing; take its value from configs/base.py")
+    for field, (must, holds) in RANGES.items():
+        if field in fields and not holds(fields[field]):
+            raise InputError(f"config.{field} is {fields[field]!r}; it must be {must}")
+    for field, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.{field} is {value!r}; it must be finite")

@@ -1,0 +1,305 @@
+"""Images that stay in files: folders and lists of them, and reading them before a step needs them."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from robal_jax.data.dataset import Dataset, Images, check_dataset, check_labels
+from robal_jax.data.long_tail import long_tailed_counts, long_tailed_indices
+from robal_jax.errors import InputError
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+# Named, so that the threads need not search (and load) all of Pillow's formats at the same time.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """Image files as :class:`data.Images`: read, resized and cropped whenever they are asked for.
+
+    The shorter side is resized to ``resize`` (bilinear with antialiasing, the aspect ratio kept) unless it
+    has that length, then the centre ``size x size`` is cut out. Grey images become RGB too, transparency is
+    dropped, and a rotation noted in the file is not applied.
+
+    Attributes:
+      paths: ``[N]``, relative to ``root``.
+      resize: new length of the shorter side, in pixels.
+      size: side of the centre crop, 1..resize.
+      root: folder of the paths.
+    """
+
+    paths: tuple[str, ...] = dataclasses.field(repr=False)
+    resize: int
+    size: int
+    root: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.resize:
+            raise ValueError(f"size must be in 1..resize ({self.resize}), not {self.size}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, size, size, 3)``."""
+        return (len(self), self.size, self.size, 3)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8."""
+        return np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.paths)
+
+    def __getitem__(self, ids: Any, /) -> np.ndarray:
+        """The images of these positions: integers ``[...]``, or a slice, to uint8 ``[..., size, size, 3]``.
+
+        Raises:
+          InputError: a file is missing or damaged, or has more than 8 bits a channel.
+        """
+        ids = np.asarray(range(len(self))[ids] if isinstance(ids, slice) else ids)
+        images = np.empty((ids.size, *self.shape[1:]), np.uint8)
+        for image, i in zip(images, ids.flat, strict=True):
+            image[:] = _read(os.path.join(self.root, self.paths[i]), self.resize, self.size)
+        return images.reshape(*ids.shape, *self.shape[1:])
+
+    def identity(self) -> np.ndarray:
+        """Bytes that stand for the images without reading them: paths, file sizes, resize and crop.
+
+        Returns:
+          uint8 ``[bytes]``. ``root`` has no part in it, so the files may be moved.
+
+        Raises:
+          InputError: a file is missing.
+        """
+        lines = [f"resize {self.resize} crop {self.size}"]
+        for path in self.paths:
+            try:
+                lines.append(f"{path} {os.path.getsize(os.path.join(self.root, path))}")
+            except OSError as error:
+                raise _unreadable(os.path.join(self.root, path), error) from error
+        return np.frombuffer(os.fsencode("\n".join(lines)), np.uint8)
+
+
+def _unreadable(path: str, error: Exception) -> InputError:
+    return InputError(f"cannot read image {path} ({error!r}); put it right, or take it out of the data")
+
+
+def _read(path: str, resize: int, size: int) -> np.ndarray:
+    """One file as uint8 ``[size, size, 3]``, see :class:`ImageFiles`."""
+    try:
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")  # which Pillow would clip, not scale, to 8
+            # A palette with transparency has no direct way to RGB.
+            image = (file.convert("RGBA") if file.mode == "P" else file).convert("RGB")
+    except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
+        raise _unreadable(path, error) from error
+    shorter = min(image.size)
+    if shorter != resize:
+        width, height = (side * resize // shorter for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = ((side - size) // 2 for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class _Split(NamedTuple):
+    """Files of one split, with the classes' names where the folders tell them."""
+
+    paths: list[str]  # [N], relative to the root
+    labels: np.ndarray  # integers [N]
+    names: list[str]  # [K], or empty
+
+
+def load_image_folder(
+    path: str = "",
+    *,
+    train: str = "train",
+    test: str = "val",
+    train_list: str = "",
+    test_list: str = "",
+    ratio: float = 1.0,
+    profile: str = "exp",
+    seed: int = 0,
+    image_size: int = 64,
+    resize: int = 64,
+) -> Dataset:
+    """A data set of image files, which stay where they are until a step needs them.
+
+    A split is a folder with one sub-folder for each class (in the order of their names; images at any depth
+    in it), or a list file with lines ``relative/path.JPEG 17`` as ImageNet-LT's.
+
+    Args:
+      path: folder that all other paths are relative to.
+      train: folder of the train split, unless there is a list.
+      test: folder of the test split, unless there is a list.
+      train_list: list file of the train split; '' for none.
+      test_list: list file of the test split; '' for none.
+      ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used, with the
+        size of the smallest class as n_max; 1 for all of its images, and with a list, which is used as it is.
+      profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
+      seed: seed of the subset.
+      image_size: side of the test images, 1..resize: the centre of the resized images.
+      resize: length to which the shorter side is resized, and side of the train images.
+
+    Returns:
+      The data set, RGB, pixel_max 255. Classes that no folder names have their numbers as names.
+
+    Raises:
+      InputError: no such folder or file, a class without an image, splits with different classes, a list that
+        cannot be used, or see :func:`data.long_tailed_counts`.
+
+    Source: Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World" (ImageNet-LT's lists).
+    """
+    if not path:
+        raise InputError("no folder of images given; set config.data.path")
+    root = str(pathlib.Path(path).expanduser())
+    if not 1 <= image_size <= resize:
+        raise InputError(f"image_size {image_size} must be in 1..resize ({resize})")
+    if train_list and ratio != 1:
+        raise InputError(f"train_list is used as it is: ratio must be 1, not {ratio}")
+    splits = {
+        "train": _listed(root, train_list) if train_list else _foldered(root, train),
+        "test": _listed(root, test_list) if test_list else _foldered(root, test),
+    }
+    names = _class_names(splits)
+    for split, (_, labels, _) in splits.items():
+        check_labels(labels, len(names), f"{root}: {split} set")
+    paths, labels, _ = splits["train"]
+    if ratio != 1:
+        counts = long_tailed_counts(int(np.bincount(labels).min()), len(names), ratio, profile)
+        kept = long_tailed_indices(labels, counts, seed)
+        paths, labels = [paths[i] for i in kept], labels[kept]
+    dataset = Dataset(
+        train_images=ImageFiles(tuple(paths), resize, resize, root),
+        train_labels=labels.astype(np.int32),
+        test_images=ImageFiles(tuple(splits["test"].paths), resize, image_size, root),
+        test_labels=splits["test"].labels.astype(np.int32),
+        pixel_max=255,
+        class_names=tuple(names),
+    )
+    return check_dataset(dataset)
+
+
+def _foldered(root: str, split: str) -> _Split:
+    """The split of a folder with one sub-folder for each class."""
+    folder = os.path.join(root, split)
+    if not os.path.isdir(folder):
+        raise InputError(f"no folder {folder}; it must hold one sub-folder of images for each class")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        raise InputError(f"{folder} has no sub-folder; it must hold one of images for each class")
+    paths: list[str] = []
+    counts = []
+    for name in names:
+        found = sorted(
+            os.path.join(place, file).removeprefix(root + os.sep)
+            for place, _, files in os.walk(os.path.join(folder, name))
+            for file in files
+            if file.lower().endswith(_EXTENSIONS)
+        )
+        if not found:
+            raise InputError(
+                f"no image in {os.path.join(folder, name)}; each class needs at least one "
+                f"({', '.join(_EXTENSIONS)})"
+            )
+        paths += found
+        counts.append(len(found))
+    return _Split(paths, np.repeat(np.arange(len(names)), counts), names)
+
+
+def _listed(root: str, list_file: str) -> _Split:
+    """The split of a list file."""
+    file = pathlib.Path(root, list_file)
+    expected = "it must have lines with a path and a class number, such as `relative/path.JPEG 17`"
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the list {file} ({error!r}); {expected}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"\s*(\S.*?)\s+(\d{1,9})\s*", line)
+        if match:
+            entries.append((match[1], int(match[2])))
+        elif line.strip():
+            raise InputError(f"{file}, line {number} is {line.strip()[:100]!r}; {expected}")
+    if not entries:
+        raise InputError(f"{file} names no image; {expected}")
+    missing = [path for path, _ in entries if not os.path.isfile(os.path.join(root, path))]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of the {len(entries)} images in {file} are not there, the first is "
+            f"{os.path.join(root, missing[0])}; the paths in a list are relative to {root}"
+        )
+    # Where each class has a folder of its own, the folder names it.
+    folders = sorted({(label, os.path.basename(os.path.dirname(path))) for path, label in entries})
+    names = [name for _, name in folders]
+    named = len(set(names)) == len(folders) == len({label for label, _ in folders}) and "" not in names
+    return _Split([path for path, _ in entries], np.array([label for _, label in entries]), names * named)
+
+
+def _class_names(splits: dict[str, _Split]) -> list[str]:
+    """The names of the classes, the same in both splits; their numbers if neither tells them."""
+    train, test = (split.names for split in splits.values())
+    if train and test and train != test:
+        only = [*({*train} - {*test}), *({*test} - {*train})]
+        raise InputError(
+            "train and test set must have the same classes: "
+            + (
+                f"{len(only)} occur in one only, such as {min(only)!r}"
+                if only
+                else "the lists number them differently"
+            )
+        )
+    return train or test or [str(i) for i in range(len(np.unique(splits["train"].labels)))]
+
+
+def stream(
+    images: Images, ids_of_step: Callable[[int], np.ndarray], steps: range, *, threads: int, ahead: int
+) -> Iterator[np.ndarray]:
+    """The images of each step in turn, read ahead by threads that all work on the next step.
+
+    A function of its arguments only: any step can be the first, and nothing before it is read. The threads
+    end when the iterator is closed or forgotten.
+
+    Args:
+      images: N images H x W x C.
+      ids_of_step: a step to its images' positions, integers ``[...]``; called from the threads.
+      steps: the steps wanted.
+      threads: number of threads; 0: read by the caller.
+      ahead: how many steps' images are read, and held in memory, while one is used; 0: none, no threads.
+
+    Yields:
+      ``images[ids_of_step(step)]``, uint8 ``[..., H, W, C]``.
+
+    Raises:
+      InputError: of a file that cannot be read, when its step is due.
+    """
+    import grain  # takes seconds, and only images that are not in memory need it
+
+    # Each thread takes a share of a step. Single images would occupy all threads as well, but grain's work
+    # for an element grows with the number of those that lie ready.
+    shares = max(threads, 1)
+    ids_of = functools.lru_cache(maxsize=ahead + 2)(ids_of_step)  # the steps that the threads may be at
+
+    def read(position: int) -> np.ndarray:
+        step, share = divmod(position, shares)
+        return images[np.array_split(np.ravel(ids_of(steps[step])), shares)[share]]
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead * shares)
+    parts = iter(grain.MapDataset.range(len(steps) * shares).map(read).to_iter_dataset(options))
+    try:
+        for step in steps:
+            together = np.concatenate(list(itertools.islice(parts, shares)))
+            yield together.reshape(*np.shape(ids_of(step)), *images.shape[1:])
+    finally:
+        parts.close()

@@ -1,0 +1,100 @@
+"""TODO data.sampling."""
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from robal_jax.errors import InputError
+
+
+def uniform_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the examples that depends on (seed, epoch) only.
+
+    Args:
+        num_examples: N.
+        seed: training seed, >= 0.
+        epoch: epoch number, >= 0.
+
+    Returns:
+        int32 [N], each of 0..N-1 once.
+    """
+    # NumPy promises never to change the streams of Philox and of RandomState, unlike Generator's.
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    return np.random.RandomState(bits).permutation(num_examples).astype(np.int32)
+
+
+def _shuffled_rounds(items: list[int], rng: random.Random) -> Iterator[int]:
+    """All items in a fresh random order, again and again."""
+    while True:
+        rng.shuffle(items)
+        yield from items
+
+
+def class_aware_order(labels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Class-aware sampling: every class is drawn equally often.
+
+    Classes come in rounds, each round a fresh shuffle; a class's images come in rounds of their own.
+    An epoch is max_i(n_i) * K draws.
+
+    Args:
+        labels: integers [N], every class 0..K-1 present.
+        rng: source of the shuffles; random.Random(0) gives the released sampler's first epoch.
+
+    Returns:
+        int32 [max_i(n_i) * K], positions in 0..N-1.
+
+    Raises:
+        InputError: a class has no image.
+
+    Source: "re-sampling" baseline of RoBal; epoch length as released (quirks 4 and 9).
+    """
+    counts = np.bincount(labels)
+    if 0 in counts:
+        raise InputError(f"class-aware sampling needs every class: class {np.argmin(counts)} has no image")
+    classes = _shuffled_rounds(list(range(len(counts))), rng)
+    images = [_shuffled_rounds(np.flatnonzero(labels == c).tolist(), rng) for c in range(len(counts))]
+    return np.array([next(images[next(classes)]) for _ in range(counts.max() * len(counts))], np.int32)
+
+
+def _uniform_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    return uniform_order(len(labels), seed, epoch)
+
+
+def _class_aware_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    # The released sampler runs one generator through all epochs; a seed of its own for each epoch
+    # lets a resumed run continue without replaying the earlier ones.
+    return class_aware_order(labels, random.Random(f"{seed}/{epoch}"))
+
+
+def _mixed_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    uniform, class_aware = _uniform_epoch(labels, seed, epoch), _class_aware_epoch(labels, seed, epoch)
+    return np.stack([uniform, class_aware[: len(uniform)]], axis=1).reshape(-1)
+
+
+SAMPLERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+    "uniform": _uniform_epoch,
+    "class_aware": _class_aware_epoch,
+    "mixed": _mixed_epoch,
+}
+
+
+def epoch_order(sampler: str, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits the train images, a function of its arguments only.
+
+    Args:
+        sampler: 'uniform' (each image once), 'class_aware' (each class equally often), or 'mixed' (draws of
+            both in turn, 2 N in all, as the released sampler of that name).
+        labels: int32 [N].
+        seed: training seed, >= 0.
+        epoch: epoch number, >= 0.
+
+    Returns:
+        int32 [draws], positions in 0..N-1.
+
+    Raises:
+        InputError: unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[sampler](labels, seed, epoch)

@@ -1,0 +1,220 @@
+"""Lays compiled work over the devices of a job: chunks of training steps, attacks, batches to evaluate.
+
+The training step is written once, for one device, which averages gradients, metrics and moments over a named
+axis (``AXIS``). Here it is compiled
+
+- by ``jit``: over a mesh of the devices of all processes, each with its part of the batch (the default);
+- by ``pmap``: the same, by the older way of JAX.
+
+Both run the same program on every device and give the numbers of one device up to the order of summation:
+batch statistics are those of the whole batch (unless the model is built without), and noise belongs to an
+image's position in it. Attacks and evaluation treat each image by itself and need no communication at all
+(:func:`spread`, :func:`attack`).
+
+Where there are several processes, each passes its own share of a batch to a compiled chunk (:func:`share`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+
+Chunk = Callable[..., tuple[chex.ArrayTree, dict[str, chex.Array]]]
+"""``(state, data, rows [T, A, b], count, key, positions [A, b]) -> (state, sums)``"""
+
+
+def devices_for(layout: str) -> list[jax.Device]:
+    """The devices that a process names: for ``pmap`` its own, for ``jit`` those of all processes."""
+    if layout == "pmap":
+        return jax.local_devices()
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def share(size: int) -> slice:
+    """The part of an axis, spread over the devices of all processes, that is this process's."""
+    part = size // jax.process_count()
+    return slice(part * jax.process_index(), part * (jax.process_index() + 1))
+
+
+def _mesh(devices: list[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def replicate(tree: chex.ArrayTree, devices: list[jax.Device]) -> chex.ArrayTree:
+    """The tree with a copy on every device, placed as a compiled chunk returns it (so it is not retraced).
+
+    Args:
+      tree: the same in all processes.
+      devices: of :func:`devices_for`.
+    """
+    everywhere = NamedSharding(_mesh(devices), PartitionSpec())
+    return _from_host(lambda x: jax.device_put(x, everywhere), tree)
+
+
+def _from_host(put: Callable[[np.ndarray], jax.Array], tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The tree placed leaf by leaf; JAX sends nothing from one device to those of other processes."""
+
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(np.asarray(jax.random.key_data(x))))
+        return put(np.asarray(x))
+
+    return jax.tree.map(place, tree)
+
+
+def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
+    """The chunk compiled for a batch split over ``devices``; the state that goes in is given up.
+
+    Args:
+      chunk: for one device, with the mapped axis ``AXIS``.
+      devices: of all processes; the images of a part of the batch are a multiple of their number.
+
+    Returns:
+      A chunk that takes this process's share of ``rows`` and ``positions``.
+    """
+    mesh, everywhere = _mesh(devices), PartitionSpec()
+    by_row, by_position = PartitionSpec(None, None, AXIS), PartitionSpec(None, AXIS)
+    mapped = jax.shard_map(
+        chunk,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, by_row, everywhere, everywhere, by_position),
+        out_specs=everywhere,
+        check_vma=False,  # the chunk averages itself
+    )
+    compiled = jax.jit(mapped, donate_argnums=0)
+
+    def run(
+        state: chex.ArrayTree, data: Any, rows: Any, count: int, key: chex.PRNGKey, positions: np.ndarray
+    ) -> tuple[chex.ArrayTree, dict[str, chex.Array]]:
+        spread_over = partial(_global, mesh)
+        rows, positions = spread_over(by_row, rows), spread_over(by_position, positions)
+        return compiled(state, data, rows, np.int32(count), key, positions)
+
+    return run
+
+
+def _global(mesh: Mesh, spec: PartitionSpec, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Arrays over all processes, made of what each has of them."""
+    return _from_host(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), tree)
+
+
+def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
+    """The chunk compiled by ``pmap``, each device with its part of the batch and a copy of the state.
+
+    Args:
+      chunk: for one device, with the mapped axis ``AXIS``.
+      devices: of this process; the axis spans those of all processes.
+
+    Returns:
+      A chunk that takes this process's share of ``rows`` and ``positions``.
+    """
+    # Without donation: JAX refuses it for a state that is not mapped where there are several processes.
+    mapped = jax.pmap(
+        chunk,
+        AXIS,
+        in_axes=(None, None, 0, None, None, 0),
+        out_axes=None,
+        devices=devices if jax.process_count() == 1 else None,
+    )
+
+    def split(x: Any, axis: int) -> np.ndarray:
+        return np.stack(np.split(np.asarray(x), len(devices), axis=axis))
+
+    def run(
+        state: chex.ArrayTree, data: Any, rows: Any, count: int, key: chex.PRNGKey, positions: np.ndarray
+    ) -> tuple[chex.ArrayTree, dict[str, chex.Array]]:
+        rows = jax.tree.map(lambda x: split(x, 2), rows)
+        return mapped(state, data, rows, count, key, split(positions, 1))
+
+    return run
+
+
+LAYOUTS: dict[str, Callable[[Chunk, list[jax.Device]], Chunk]] = {"jit": jit, "pmap": pmap}
+
+Spread = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
+"""``(parts [n, ...], shared) -> outputs [n, ...]``."""
+
+
+def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
+    """Work on images that do not depend on each other, each device with its part of them; compiled once.
+
+    Every device runs the same program on a batch of the same size, so what comes out for an image does not
+    depend on how many devices there are.
+
+    Args:
+      function: for one device.
+      layout: a key of ``LAYOUTS``: ``jit`` cuts the parts by ``shard_map``, ``pmap`` maps over them.
+      devices: of :func:`devices_for`.
+
+    Returns:
+      The same on all devices, for parts of a multiple of their number. Where there are several processes,
+      each passes its own share of the parts, and all get all outputs.
+    """
+    alone = jax.process_count() == 1
+    everyone = (lambda x: x) if alone else partial(multihost_utils.process_allgather, tiled=True)
+    if layout == "pmap":
+        mapped = jax.pmap(function, in_axes=(0, None), devices=devices)
+
+        def split(x: Any) -> Any:
+            return x.reshape(len(devices), -1, *x.shape[1:])
+
+        def run(parts: chex.ArrayTree, shared: chex.ArrayTree) -> chex.ArrayTree:
+            outputs = jax.device_get(mapped(jax.tree.map(split, parts), shared))
+            outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+            return everyone(outputs)
+
+        return run
+    mesh, part, whole = _mesh(devices), PartitionSpec(AXIS), PartitionSpec()
+    compiled = jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=(part, whole), out_specs=part, check_vma=False)
+    )
+    if alone:
+        return compiled
+    return lambda parts, shared: everyone(compiled(_global(mesh, part, parts), shared))
+
+
+def attack(
+    predict: Callable[[chex.ArrayTree, chex.Array], chex.Array],
+    inner_loop: Callable[..., chex.Array],
+    *,
+    layout: str = "jit",
+    devices: list[jax.Device] | None = None,
+) -> Callable[[chex.ArrayTree, chex.PRNGKey, chex.Array, chex.Array], chex.Array]:
+    """An attack, PGD say, compiled for all devices by ``jit`` or by ``pmap``, for use by itself.
+
+    ::
+
+        pgd = partial(attacks.pgd, threat=ThreatModel(0.031), steps=20, step_size=0.0078)
+        attack = parallel.attack(lambda variables, x: model.predict(*variables, x), pgd, layout="pmap")
+        adversarial = attack((params, stats), keys, images, labels)
+
+    Args:
+      predict: ``(variables, images [B, H, W, C]) -> logits [B, K]``.
+      inner_loop: ``(logits_fn, keys [B], images, labels [B]) -> images``.
+      layout: a key of ``LAYOUTS``.
+      devices: to work on; all of them if None.
+
+    Returns:
+      ``(variables, keys [B], images [B, H, W, C], labels [B]) -> images``, for any ``B`` that is a multiple
+      of the number of devices; compiled once for each ``B``. Where there are several processes, all pass the
+      same arguments.
+    """
+
+    def on_device(parts: tuple, variables: chex.ArrayTree) -> chex.Array:
+        return inner_loop(partial(predict, variables), *parts)
+
+    everywhere = spread(on_device, layout, devices or devices_for(layout))
+
+    def run(variables: Any, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array) -> chex.Array:
+        mine = share(len(images))
+        return everywhere((keys[mine], images[mine], labels[mine]), variables)
+
+    return run

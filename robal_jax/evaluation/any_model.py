@@ -1,0 +1,179 @@
+"""The whole evaluation for any function from images to logits, whoever trained it, with whatever library."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from robal_jax import builder, checks, metrics
+from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.data import TestSet, check_labels
+from robal_jax.devices import hosts
+from robal_jax.devices.cpu import at_once
+from robal_jax.errors import InputError
+from robal_jax.evaluation.loop import as_victim, attack_and_report
+from robal_jax.models import closure
+from robal_jax.reporting.results import EvaluatedRun, read_run
+from robal_jax.storage import checkpoints
+
+LogitsFn = Callable[[chex.Array], chex.Array]
+
+FINGERPRINT_IMAGES = 16
+
+
+def evaluate_model(
+    logits_fn: LogitsFn,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    version: str = "standard",
+    step_size: float | None = None,
+    class_counts: Sequence[int] | None = None,
+    class_names: Sequence[str] = (),
+    surrogate: LogitsFn | None = None,
+    audit: int = 200,
+    seed: int = 0,
+    batch_size: int = 500,
+    name: str = "model",
+    dataset: str = "images",
+    folder: str | pathlib.Path | None = None,
+    say: Callable[[str], None] = print,
+) -> EvaluatedRun | None:
+    """Attacks any model, audits the attacks and writes the report; resumes an interrupted evaluation.
+
+    It is what ``experiments/evaluate.py`` does for a run: FGSM, PGD, MIM and CW, then an ensemble such as
+    AutoAttack, then the audit, on all devices.
+
+    Args:
+      logits_fn: images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``, at inference, without randomness;
+        a plain JAX function, or one of flax, equinox or haiku. Pass the function itself: inside of
+        ``nnx.jit`` its weights become constants of every program.
+      images: test images ``[n, H, W, C]``, floats in [0, 1].
+      labels: their classes, integers ``[n]``; every class must occur.
+      threat: what the attacks may do.
+      version: of the ensemble: 'standard' (AutoAttack), 'robal_aa', 'plus', 'none', or a list such as
+        'apgd_ce,square'.
+      step_size: of PGD, MIM and CW; epsilon / 4 if None.
+      class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
+        Without them the report has no such groups.
+      class_names: of the ``K`` classes.
+      surrogate: another model of the same images, for the audit's attack by transfer.
+      audit: test images in the audit's sample; 0 for no audit.
+      seed: of the attacks' random starts.
+      batch_size: images per device in each call; a CPU takes fewer.
+      name: of the model, for the report.
+      dataset: for the report.
+      folder: receives the report and all results. If None, only what is returned is kept.
+      say: receives messages for the user, line by line.
+
+    Returns:
+      The results, as ``results.json`` and ``examples.npz`` hold them: ``summary["conditions"]`` has the
+      accuracies with their intervals, ``predictions`` the outcome of every image. None if the evaluation was
+      stopped by a signal; the same call with the same folder resumes it.
+
+    Raises:
+      ValueError: images, labels or logits have a wrong shape, type or range.
+      InputError: no such ensemble, or the folder cannot be used.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    predict, weights, num_classes = _parted(logits_fn, images)
+    ensemble = () if version == "none" else autoattack.stages(version, num_classes, threat=threat)
+    at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
+    test, groups = _test_set(images, labels, num_classes, class_counts, class_names)
+    job = builder.Evaluation(
+        test=test,
+        variables={},
+        predict=predict,
+        features=None,
+        threat=threat,
+        step_size=threat.epsilon / 4 if step_size is None else step_size,
+        version=version,
+        ensemble=ensemble,
+        audit_examples=min(audit, len(labels)),
+        surrogate="",
+        batch_size=min(at_most, len(labels)),
+        seed=seed,
+        layout="jit",
+        groups=groups,
+        about={},
+    )
+    about = _about(job, name, dataset, counted=class_counts is not None)
+    other = None if surrogate is None else _parted(surrogate, images)
+    identity = {
+        "model": _fingerprint(predict, weights, images),
+        "surrogate": other and _fingerprint(*other[:2], images),
+        "settings": [str(threat), job.step_size, version, audit, seed],
+    }
+    other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(hosts.stop_signals())
+        kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        speak = hosts.speaker(say)
+        done = attack_and_report(job, weights, other_victim, identity, about, kept, "", stop, speak)
+        return read_run(kept) if done else None
+
+
+def _parted(logits_fn: LogitsFn, images: np.ndarray) -> tuple[Callable[..., Any], dict[str, Any], int]:
+    """Gives a model the form of a trained one: ``(params, stats, images) -> logits``, weights, classes."""
+    predict, arrays = closure.split(logits_fn, images.shape[1:])
+    shape = jax.eval_shape(predict, arrays, jax.ShapeDtypeStruct((2, *images.shape[1:]), np.float32)).shape
+    return lambda params, stats, x: predict(params, x), {"params": arrays, "stats": []}, shape[-1]
+
+
+def _test_set(
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    class_counts: Sequence[int] | None,
+    class_names: Sequence[str],
+) -> tuple[TestSet, dict[str, np.ndarray]]:
+    """Gives the images the form of a data set's, and the classes by group.
+
+    Raises:
+      InputError: labels, counts or names that do not fit the model's classes.
+    """
+    check_labels(labels, num_classes, "test set")
+    for what, values in (("class_counts", class_counts), ("class_names", class_names or None)):
+        if values is not None and len(values) != num_classes:
+            raise InputError(f"{what} has {len(values)} entries; the model has {num_classes} classes")
+    names = tuple(class_names) or tuple(map(str, range(num_classes)))
+    if class_counts is None:
+        counts, groups = np.bincount(labels, minlength=num_classes), {"all": np.arange(num_classes)}
+    else:
+        counts = np.asarray(class_counts, np.int64)
+        groups = metrics.class_groups(counts)
+    return TestSet(images, labels.astype(np.int32), 1, counts, names), groups
+
+
+def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -> dict[str, Any]:
+    """Describes model, data and attack for the report."""
+    counts = job.test.class_counts
+    return {
+        "method": name,
+        "dataset": dataset,
+        "imbalance": f"{counts.max()} to {counts.min()} training images per class"
+        if counted
+        else "not given; the report counts the test images instead of the training images of a class",
+        "class_names": list(job.test.class_names),
+        "norm": NORMS[job.threat.norm],
+        "epsilon": job.threat.epsilon,
+        "step_size": job.step_size,
+        "start": "uniform in the ball; FGSM: x",
+        "evaluation_seed": job.seed,
+        "autoattack": [stage.name for stage in job.ensemble],
+    }
+
+
+def _fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: np.ndarray) -> str:
+    """Returns what tells a model from others: the sha256 of its logits for the first images."""
+    logits = jax.jit(predict)(weights["params"], weights["stats"], images[:FINGERPRINT_IMAGES])
+    return checkpoints.digest({"logits": np.asarray(logits)})

@@ -1,0 +1,88 @@
+"""A trained run as a function from images to logits."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from robal_jax import builder
+from robal_jax.data import TestSet, as_float
+from robal_jax.storage.config_file import read_config, to_json
+from robal_jax.storage.workdir import restore_weights
+
+IMAGES_AT_ONCE = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The weights of a run, and the model as it is evaluated: at its logit scale, with its prior adjustment.
+
+    Attributes:
+      params: trained parameters, nested dictionaries of NumPy arrays.
+      stats: batch-norm statistics, nested dictionaries of NumPy arrays.
+      config: the resolved config, nested dictionaries.
+      checkpoint: folder of the checkpoint.
+      sha256: of the checkpoint's arrays.
+      test: the test set of the run, with the class counts and the class names.
+      predict: ``(params, stats, images [B, H, W, C] in [0, 1]) -> logits [B, K]``, for use inside of
+        ``jax.jit``.
+    """
+
+    params: dict[str, Any]
+    stats: dict[str, Any]
+    config: dict[str, Any]
+    checkpoint: pathlib.Path
+    sha256: str
+    test: TestSet
+    predict: Callable[[Any, Any, chex.Array], chex.Array]
+
+    @property
+    def logits_fn(self) -> Callable[[chex.Array], chex.Array]:
+        """The model as an attack knows it: images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``."""
+        return partial(self.predict, self.params, self.stats)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., chex.Array]:
+        return jax.jit(
+            lambda params, stats, images: self.predict(params, stats, as_float(images, self.test.pixel_max))
+        )
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Predicts any number of images.
+
+        Args:
+          images: ``[n, H, W, C]``, floats in [0, 1] or integers in ``0..test.pixel_max``.
+
+        Returns:
+          float32 ``[n, K]``.
+        """
+        parts = np.split(images, range(IMAGES_AT_ONCE, len(images), IMAGES_AT_ONCE))
+        return np.concatenate([np.asarray(self._compiled(self.params, self.stats, part)) for part in parts])
+
+
+def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | None = None) -> Run:
+    """Loads a run that was trained or imported.
+
+    Args:
+      workdir: folder of the run.
+      checkpoint: folder of one checkpoint; the newest undamaged one if None.
+
+    Returns:
+      The run.
+
+    Raises:
+      InputError: there is no run or checkpoint, it is damaged, or the run's data are not there.
+    """
+    workdir = pathlib.Path(workdir)
+    config = read_config(workdir)
+    job = builder.evaluation(config)
+    chosen = None if checkpoint is None else pathlib.Path(checkpoint)
+    weights, path, sha256 = restore_weights(workdir, chosen, job.variables, print)
+    fields = json.loads(to_json(config))
+    return Run(weights["params"], weights["stats"], fields, path, sha256, job.test, job.predict)

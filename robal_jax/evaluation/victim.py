@@ -1,0 +1,102 @@
+"""The model under attack, with the images that it is attacked on, on all devices of the job.
+
+What an evaluation does is written as work on one batch, ``(logits_fn, keys, images, labels)``;
+:meth:`Victim.compile` makes of it a function of the images' numbers, which knows of batches and devices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import chex
+import jax
+import numpy as np
+
+from robal_jax.data import Images, as_float
+from robal_jax.devices import parallel
+from robal_jax.keys import numbered_keys
+
+Work = Callable[..., chex.ArrayTree]
+"""``(logits_fn, keys [b], images [b, H, W, C], labels [b], *parts [b, ...], **shared) -> [b, ...]``."""
+
+
+class Victim:
+    """A model and the images that it is attacked on.
+
+    Attributes:
+      predict: images to logits, outside of compiled functions.
+      images: uint8 ``[n, H, W, C]``, in memory or read when they are asked for; or float32 in [0, 1].
+      labels: ``[n]``.
+      pixel_max: the pixel value that becomes 1.
+      size: images that one call of a compiled function takes, on all devices together.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array],
+        params: chex.ArrayTree,
+        stats: chex.ArrayTree,
+        images: Images,
+        labels: np.ndarray,
+        *,
+        pixel_max: int,
+        seed: int,
+        batch_size: int,
+        layout: str,
+    ) -> None:
+        """Puts the model on all devices; images follow batch by batch.
+
+        Args:
+          predict: ``(params, stats, images) -> logits``.
+          params: of the model.
+          stats: its batch-norm statistics.
+          images: uint8 ``[n, H, W, C]``.
+          labels: ``[n]``.
+          pixel_max: the pixel value that becomes 1.
+          seed: the random numbers of an image follow from it and from the image's number.
+          batch_size: images a device and call.
+          layout: a key of ``parallel.LAYOUTS``.
+        """
+        self._predict, self._layout, self._devices = predict, layout, parallel.devices_for(layout)
+        self._shared = parallel.replicate((params, stats, jax.random.key(seed)), self._devices)
+        self.predict = partial(predict, params, stats)
+        self.images, self.labels, self.pixel_max = images, labels, pixel_max
+        self.size = batch_size * jax.device_count()
+
+    def floats(self, ids: np.ndarray) -> np.ndarray:
+        """The images of these numbers as the model sees them: float32 ``[m, H, W, C]`` in [0, 1]."""
+        return np.array(as_float(self.images[ids], self.pixel_max), np.float32)
+
+    def compile(self, work: Work, predict: Callable | None = None) -> Callable[..., chex.ArrayTree]:
+        """Work on one batch as a function of images' numbers, compiled once whatever their count.
+
+        Args:
+          work: called with the model, one key an image, images in [0, 1], labels, and what the caller adds.
+          predict: what stands in for the model, with the same arguments.
+
+        Returns:
+          ``(ids [m], *parts [m, ...], **shared) -> outputs [m, ...]``, numpy arrays, any m > 0. A last batch
+          that is not full is filled up with its own last image.
+        """
+        predict = self._predict if predict is None else predict
+
+        def on_batch(parts: tuple, shared: tuple) -> chex.ArrayTree:
+            (ids, images, labels, *more), ((params, stats, key), extra) = parts, shared
+            keys = numbered_keys(key, ids)
+            logits_fn = partial(predict, params, stats)
+            return work(logits_fn, keys, as_float(images, self.pixel_max), labels, *more, **extra)
+
+        compiled = parallel.spread(on_batch, self._layout, self._devices)
+
+        def run(ids: np.ndarray, *parts: np.ndarray, **shared: np.ndarray) -> chex.ArrayTree:
+            outputs = []
+            for start in range(0, len(ids), self.size):
+                batch = [np.asarray(part[start : start + self.size]) for part in (ids, *parts)]
+                count = len(batch[0])
+                full = (np.take(part, range(self.size), 0, mode="clip") for part in batch)
+                mine, *more = (part[parallel.share(self.size)] for part in full)
+                examples = (mine, self.images[mine], self.labels[mine], *more)
+                judged = jax.device_get(compiled(examples, (self._shared, shared)))
+                outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
+            return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)
+
+        return run

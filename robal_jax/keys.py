@@ -1,0 +1,71 @@
+"""Random keys: one per image, and the streams that are folded into them.
+
+Every random number of the library follows from a seed, a step and an image's position. A stream is a number
+that is folded into a key so that two uses of one key never share random numbers. All streams are listed here,
+so that no two of them can collide; small numbers (0, 1, 2, ...) count steps, restarts, rounds and draws.
+"""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+
+# Of a run's key, beside the steps'.
+INITIAL_WEIGHTS = 2**32 - 1
+
+# Of an image's key in an attack, beside its restarts.
+MODEL_NOISE = 2**32 - 3
+JUDGEMENT = 2**32 - 2
+
+# Of an image's key in a training step. The key itself is split for the attack, as a small number would be.
+MIXING = 2**32 - 1
+
+
+def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
+    """Gives one key per image: the keys themselves, or one key split by the images' positions.
+
+    Args:
+      key: one key ``[]`` or one per image ``[B]``, made by ``jax.random.key`` or ``jax.random.PRNGKey``.
+      images: ``[B, ...]``.
+
+    Returns:
+      Keys ``[B]``.
+
+    Raises:
+      ValueError: neither one key nor one per image.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.random.split(key, len(images))
+    if key.shape != images.shape[:1]:
+        raise ValueError(f"key has shape {key.shape}; give one key, or one key per image, [{len(images)}]")
+    return key
+
+
+def fold_in(keys: chex.PRNGKey, data: chex.Numeric) -> chex.PRNGKey:
+    """Folds one number into every key: ``[B]`` to ``[B]``."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def numbered_keys(key: chex.PRNGKey, numbers: chex.Array) -> chex.PRNGKey:
+    """Makes one key per number of a single key: numbers ``[B]`` to keys ``[B]``."""
+    return jax.vmap(partial(jax.random.fold_in, key))(numbers)
+
+
+def example_keys(key: chex.PRNGKey, step: chex.Numeric, positions: chex.Array) -> chex.PRNGKey:
+    """Gives one key per image of a training step.
+
+    The key follows from the image's position in the batch, not from its place in the data set: a sampler may
+    draw an image twice into one batch, and both copies must be augmented and attacked differently.
+
+    Args:
+      key: of the run.
+      step: number of the step.
+      positions: ``[B]`` in the whole batch, over all devices.
+
+    Returns:
+      Keys ``[B]``.
+    """
+    return numbered_keys(jax.random.fold_in(key, step), positions)

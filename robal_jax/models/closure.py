@@ -1,0 +1,70 @@
+"""A function from images to logits, parted into a function and the arrays that it holds.
+
+A model that was trained elsewhere comes as a function that closes over its weights. Compiled like that, the
+weights become constants of every program: copied, folded by the compiler for minutes, and rounded otherwise.
+:func:`split` takes them out, so that a program receives them as arguments.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+SMALL = 1024  # numbers in an array that may stay a constant of the program
+
+
+def split(
+    logits_fn: Callable[[chex.Array], chex.Array], image_shape: tuple[int, ...]
+) -> tuple[Callable[[list[chex.Array], chex.Array], chex.Array], list[chex.Array]]:
+    """Parts a model into a function of arrays and images, and the arrays.
+
+    ``logits_fn(images) = predict(arrays, images)``
+
+    Args:
+      logits_fn: images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``, for any ``B``; traceable by JAX.
+        Arrays inside of a function that another library compiled (``nnx.jit``) are not found.
+      image_shape: ``(H, W, C)``.
+
+    Returns:
+      ``predict``, and the arrays that ``logits_fn`` holds.
+
+    Raises:
+      ValueError: ``logits_fn`` does not return logits ``[B, K]``.
+
+    Example:
+      >>> weight = jnp.ones((64, 32))
+      >>> predict, arrays = split(lambda images: images.reshape(-1, 64) @ weight, (8, 8, 1))
+      >>> [array.shape for array in arrays], predict(arrays, jnp.ones((2, 8, 8, 1))).shape
+      ([(64, 32)], (2, 32))
+    """
+    if isinstance(logits_fn, type(jax.jit(abs))):
+        logits_fn = inspect.unwrap(logits_fn)  # a compiled function hides its arrays
+
+    def traced(images: chex.Array | jax.ShapeDtypeStruct) -> ClosedJaxpr:
+        return jax.make_jaxpr(logits_fn)(images)
+
+    image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    _check_logits(jax.eval_shape(logits_fn, image))
+    arrays = [array for array in traced(image).consts if np.size(array) > SMALL]
+    place = {id(array): number for number, array in enumerate(arrays)}
+
+    def predict(arrays: list[chex.Array], images: chex.Array) -> chex.Array:
+        program = traced(images)
+        constants = [arrays[place[id(x)]] if id(x) in place else x for x in program.consts]
+        return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(images)[0]
+
+    return predict, arrays
+
+
+def _check_logits(found: object) -> None:
+    """Refuses outputs for two images that are not one array of logits ``[2, K]``."""
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        kind = type(found).__name__
+        raise ValueError(f"logits_fn returns a {kind}; it must return one array of logits [B, K]")
+    if len(found.shape) != 2 or found.shape[0] != 2 or not jnp.issubdtype(found.dtype, jnp.floating):
+        given = f"{found.dtype}{list(found.shape)}"
+        raise ValueError(f"logits_fn returns {given} for 2 images; it must return float logits [2, K]")

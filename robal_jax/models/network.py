@@ -1,0 +1,95 @@
+"""TODO models.network."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Network(nn.Module):
+    """A backbone and a head."""
+
+    backbone: nn.Module
+    classifier: nn.Module
+
+    def __call__(self, images: chex.Array, train: bool) -> chex.Array:
+        """Images ``[B, H, W, C]`` to logits ``[B, K]``."""
+        return self.classifier(self.backbone(images, train), train)
+
+
+class Model(NamedTuple):
+    """A network as functions of arrays.
+
+    Attributes:
+      init: ``(key, images) -> (params, stats)``; of the images only the shape matters.
+      predict: ``(params, stats, images) -> logits``, with running statistics: what is attacked and evaluated.
+      train: ``(params, stats, images) -> (logits, moments)``, with the batch's own statistics.
+      features: ``(params, stats, images) -> [B, D]``, what ``predict`` gives to the head.
+    """
+
+    init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
+    predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
+    train: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], tuple[chex.Array, chex.ArrayTree]]
+    features: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
+
+
+PRECISIONS = {
+    "default": (None, None),
+    "high": ("high", None),
+    "highest": ("highest", None),
+    "bfloat16": (None, jnp.bfloat16),
+}
+"""Precision of matrix products, and type in which a network computes, None for that of its parameters."""
+
+
+def functional(network: nn.Module, *, precision: str = "default", piece: int | None = None) -> Model:
+    """The :class:`Model` of a linen module with call signature ``(images, train)``.
+
+    Args:
+      network: the module; for ``features`` a :class:`Network`.
+      precision: a key of ``PRECISIONS``. 'default', 'high' and 'highest' are those of JAX's matrix products
+        and convolutions ('default' may be TF32 on a GPU and bfloat16 on a TPU). With 'bfloat16' the images
+        enter the network in that type, and the library's backbones compute in it; parameters, gradients,
+        batch-norm statistics, head and logits stay float32.
+      piece: ``predict`` takes batches of more pixels (images times height times width) in pieces of as many,
+        one after the other, where whole pieces make up the batch; None takes each batch at once. The logits
+        are the same up to rounding; a processor keeps more of a smaller piece in its caches.
+
+    Returns:
+      Its functions.
+    """
+    products, compute = PRECISIONS[precision]
+
+    def apply(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array, **options: Any) -> Any:
+        images = images if compute is None else images.astype(compute)
+        with jax.default_matmul_precision(products):
+            return network.apply({"params": params, "batch_stats": stats}, images, **options)
+
+    def init(key: chex.PRNGKey, images: chex.Array) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        variables = network.init(key, images, train=False)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
+        whole = partial(apply, params, stats, train=False)
+        size = piece // math.prod(images.shape[1:3]) if piece else 0
+        if not size or len(images) <= size or len(images) % size:
+            return whole(images)
+        logits = lax.map(whole, images.reshape(-1, size, *images.shape[1:]))
+        return logits.reshape(len(images), *logits.shape[2:])
+
+    def train(
+        params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
+    ) -> tuple[chex.Array, chex.ArrayTree]:
+        logits, moments = apply(params, stats, images, train=True, mutable=["batch_stats"])
+        return logits, moments.get("batch_stats", {})
+
+    def features(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
+        return apply(params, stats, images, train=False, method=lambda net, x, train: net.backbone(x, train))
+
+    return Model(init, predict, train, features)

@@ -1,0 +1,209 @@
+"""Comparison of evaluated runs, image by image."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.table
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+
+from robal_jax import metrics
+from robal_jax.errors import InputError
+from robal_jax.reporting import page
+from robal_jax.reporting.names import display_name, headline, printed, with_interval
+from robal_jax.reporting.results import EvaluatedRun
+
+# Runs may be compared only if these agree.
+_PROTOCOL = ("dataset", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
+
+
+class Table(NamedTuple):
+    """Text in rows, ready to print."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def share_right(run: EvaluatedRun, condition: str, group: str) -> dict[str, float]:
+    """Accuracy of a run under one condition, over 'all' test images or those of a group, as a FIGURE."""
+    return metrics.share(_right(run, condition, group))
+
+
+def _right(run: EvaluatedRun, condition: str, group: str) -> np.ndarray:
+    labels = run.examples["labels"]
+    member = slice(None) if group == "all" else np.isin(labels, run.summary["groups"][group])
+    return (run.predictions[condition] == labels)[member]
+
+
+def difference(run: EvaluatedRun, reference: EvaluatedRun, condition: str, group: str) -> dict[str, float]:
+    """How much more a run gets right than another on the same test images.
+
+    Paired, image by image (see `metrics.paired_difference`): narrower than two separate intervals suggest.
+
+    Args:
+        run: what is compared.
+        reference: with what.
+        condition: a condition of both.
+        group: 'all', or a group of classes.
+
+    Returns:
+        A FIGURE in [-1, 1] with 'p_value', see `metrics.paired_difference`.
+
+    Raises:
+        InputError: the runs differ in test images, class groups, conditions or threat model.
+    """
+    _check_comparable(reference, run)
+    return metrics.paired_difference(_right(reference, condition, group), _right(run, condition, group))
+
+
+def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
+    names = f"{run.name} and {reference.name}"
+    if reference.summary["groups"] != run.summary["groups"]:
+        raise InputError(f"{names} divide the classes into different groups.")
+    if set(reference.summary["conditions"]) != set(run.summary["conditions"]):
+        raise InputError(f"{names} were evaluated under different conditions.")
+    for key in _PROTOCOL:
+        if reference.meta.get(key) != run.meta.get(key):
+            values = f"{printed(run.meta.get(key))} and {printed(reference.meta.get(key))}"
+            raise InputError(f"{names} differ in {key}: {values}.")
+
+
+def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
+    """Restrict runs to the conditions that all of them have.
+
+    Args:
+        runs: at least one.
+
+    Returns:
+        The runs with those conditions, in the order of the first run; 'worst' is that of the shared ones.
+    """
+    shared = set.intersection(*(set(run.summary["conditions"]) for run in runs))
+    names = [name for name in runs[0].summary["conditions"] if name in shared]
+
+    def restricted(run: EvaluatedRun) -> EvaluatedRun:
+        conditions = {name: run.summary["conditions"][name] for name in names}
+        return dataclasses.replace(run, summary={**run.summary, "conditions": conditions})
+
+    return [restricted(run) for run in runs]
+
+
+def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
+    """Compare runs in those conditions of the headline that all of them have.
+
+    Runs of one method with different seeds make one row, their mean and standard deviation; each is paired
+    with the first method's run of the same seed.
+
+    Args:
+        runs: at least one.
+
+    Returns:
+        Tables of the runs with their audits, of accuracies and, if there are any, of differences.
+
+    Raises:
+        InputError: runs that cannot be compared.
+    """
+    restricted = shared_conditions(runs)
+    first = restricted[0]
+    conditions, groups = headline(first.summary, first.meta), ["all", *first.summary["groups"]]
+    rows = _rows(restricted)
+    (reference, partners), *others = rows.items()
+    by_seed = any(len(members) > 1 for members in rows.values())
+
+    def label(row: str, seed: Any) -> str:
+        return f"{row}, seed {seed}" if by_seed else row
+
+    accuracies, differences = [], []
+    for condition in conditions:
+        title = display_name(condition)
+        for row, members in rows.items():
+            shares = ([share_right(run, condition, group) for run in members.values()] for group in groups)
+            accuracies.append((title, row, *map(_mean_and_spread, shares)))
+        for row, members in others:
+            for seed in [seed for seed in members if seed in partners]:
+                pairs = (difference(members[seed], partners[seed], condition, group) for group in groups)
+                differences.append((title, label(row, seed), *map(_difference, pairs)))
+    audits = [
+        (label(row, seed), _audit(run), _left_out(run, conditions=first.summary["conditions"]))
+        for row, members in _rows(runs).items()
+        for seed, run in members.items()
+    ]
+    header = ("Condition", "Run", *map(str.capitalize, groups))
+    spread = " (mean ± standard deviation over seeds)" if by_seed else ""
+    tables = [
+        Table("Runs", ("Run", "Audit", "Conditions left out"), audits),
+        Table(f"Accuracy in percent{spread}", header, accuracies),
+        Table(
+            f"Difference to {reference} in points, paired [95 % interval], exact McNemar p",
+            header,
+            differences,
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def print_comparison(tables: Sequence[Table], console: Console) -> None:
+    """Print tables, a section for each condition.
+
+    Args:
+        tables: see `compare`.
+        console: where to print.
+    """
+    for title, header, rows in tables:
+        shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=escape(title))
+        for index, name in enumerate(header):
+            figures = index > 1 and header[0] == "Condition"
+            shown.add_column(name, justify="right" if figures else "left", no_wrap=figures)
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            last = following is not None and header[0] == "Condition" and following[0] != row[0]
+            shown.add_row(*map(escape, row), end_section=last)
+        console.print(shown)
+
+
+def comparison_markdown(tables: Sequence[Table]) -> str:
+    """The tables of `compare` as a document in Markdown."""
+    blocks = [
+        block for title, header, rows in tables for block in (page.section(title), page.table(header, rows))
+    ]
+    return page.to_markdown("Comparison of runs", blocks)
+
+
+def _rows(runs: Sequence[EvaluatedRun]) -> dict[str, dict[Any, EvaluatedRun]]:
+    """Runs by method and seed; where those are not unique, a row for each run, named by its folder."""
+    keys = [(str(run.meta["method"]), run.meta.get("seed")) for run in runs]
+    if len(set(keys)) < len(keys):
+        return {run.name: {None: run} for run in runs}
+    rows: dict[str, dict[Any, EvaluatedRun]] = {}
+    for (method, seed), run in zip(keys, runs, strict=True):
+        rows.setdefault(method, {})[seed] = run
+    return rows
+
+
+def _mean_and_spread(figures: Sequence[Mapping[str, float]]) -> str:
+    values = [100 * figure["value"] for figure in figures]
+    mean = f"{np.mean(values):.1f}"
+    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
+
+
+def _difference(pair: Mapping[str, float]) -> str:
+    """On three lines, so that the table fits into 100 columns."""
+    p_value = "p < 0.001" if pair["p_value"] < 0.001 else f"p = {pair['p_value']:.3f}"
+    return with_interval(pair, "+", "\n") + "\n" + p_value
+
+
+def _audit(run: EvaluatedRun) -> str:
+    """The checks that are flagged, or how many found nothing."""
+    if run.audit is None:
+        return "no audit"
+    verdicts = run.audit["verdicts"]
+    flagged = [verdict["title"] for verdict in verdicts if verdict["flagged"]]
+    done = sum(verdict["flagged"] is not None for verdict in verdicts)
+    return f"flagged: {', '.join(flagged)}" if flagged else f"clean ({done} of {len(verdicts)} checks run)"
+
+
+def _left_out(run: EvaluatedRun, *, conditions: Collection[str]) -> str:
+    names = [display_name(name) for name in run.summary["conditions"] if name not in conditions]
+    return ", ".join(names) or "none"

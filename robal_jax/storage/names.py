@@ -1,0 +1,17 @@
+"""Names of the files and folders of a run; ``workdir.py`` shows them together."""
+
+CONFIG = "config.json"
+VERSIONS = "versions.json"
+IMPORT = "import.json"  # of weights that were not trained here
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
+
+EVALUATION = "evaluation"
+RESULTS = "results.json"
+EXAMPLES = "examples.npz"
+ADVERSARIAL = "adversarial.npz"
+PER_CLASS = "per_class.csv"
+REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
+UNFINISHED = "unfinished"

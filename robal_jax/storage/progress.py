@@ -1,0 +1,95 @@
+"""What a long run shows and writes while it goes on: a bar or lines, and scalars."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from robal_jax.storage.files import write_whole
+from robal_jax.storage.names import METRICS, TENSORBOARD
+
+
+class Meter:
+    """Progress of a long job: a bar on a terminal, elsewhere a plain line now and then.
+
+    Attributes:
+      total: what is to be done, in steps.
+      every: seconds between two plain lines.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, every: float = 10.0) -> None:
+        self.total, self.every = total, every
+        self._title, self._started, self._initial = title, time.monotonic(), done
+        self._last_line = self._started
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        """Says that ``done`` steps are done; ``note`` stands behind."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self.every or done >= self.total:
+            self._last_line = now
+            left = (now - self._started) * (self.total - done) / max(done - self._initial, 1)
+            print(
+                f"{self._title} {done}/{self.total}  {note}  {left:.0f} s left", file=sys.stderr, flush=True
+            )
+
+    def __enter__(self) -> "Meter":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Scalars:
+    """Scalars of a run as JSON lines, the source of truth, and for TensorBoard.
+
+    Opened at step ``step``, it drops what an interrupted run logged after that step, so that no step stands
+    there twice.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+        path = workdir / METRICS
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        write_whole(path, "".join(kept).encode())
+        self._lines = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes one row."""
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> "Scalars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._board.close()
+
+
+def _whole_lines(path: pathlib.Path) -> list[str]:
+    """Lines that were written to their end; a killed process may leave a part of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

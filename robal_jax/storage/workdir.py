@@ -1,0 +1,188 @@
+"""The folder of a run: the names of its files, who may use it, and the checkpoints in it.
+
+::
+
+    WORKDIR/
+      config.json         the resolved config
+      versions.json       versions of the libraries, and the sha256 of the data
+      metrics.jsonl       one line per dispatch
+      tensorboard/        the same for TensorBoard
+      checkpoints/STEP/   the newest checkpoints
+      damaged/            checkpoints that could not be read
+      evaluation/         results: results.json, examples.npz, adversarial.npz, report.html, ...
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+import robal_jax
+from robal_jax.data import Dataset, Images, image_folder
+from robal_jax.devices import hosts
+from robal_jax.errors import InputError
+from robal_jax.storage import checkpoints, config_file
+from robal_jax.storage.files import write_whole
+from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, VERSIONS
+
+T = TypeVar("T")
+
+
+def versions() -> dict[str, str]:
+    """Returns what a result may depend on: versions of the libraries and of Python, and the device."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "robal_jax": robal_jax.__version__,
+        **{name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def fingerprint(images: Images) -> np.ndarray:
+    """Returns the array that represents images in a digest: the pixels, or the files' names and sizes."""
+    return images.identity() if isinstance(images, image_folder.ImageFiles) else np.asarray(images)
+
+
+def data_digest(data: Dataset) -> str:
+    """Returns the sha256 of the training and the test set."""
+    fields = data._asdict()
+    arrays = {name: fields[name] for name in ("train_labels", "test_labels")}
+    files = {name: fingerprint(fields[name]) for name in ("train_images", "test_images")}
+    return checkpoints.digest(arrays | files)
+
+
+def test_set_digest(images: Images, labels: np.ndarray) -> str:
+    """Returns the sha256 of a test set."""
+    return checkpoints.digest({"images": fingerprint(images), "labels": labels})
+
+
+test_set_digest.__test__ = False  # type: ignore[attr-defined]  # pytest takes the name for a test's
+
+
+def prepare_workdir(config: Any, digest: str, workdir: pathlib.Path) -> None:
+    """Makes the folder of a run, or checks that it belongs to this run.
+
+    Args:
+      config: resolved.
+      digest: of the data.
+      workdir: the folder.
+
+    Raises:
+      InputError: the folder cannot be written to, or was made with a different config or different data.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        writable = os.access(workdir, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(
+            f"cannot make workdir {workdir} ({error.strerror}); choose another with --workdir"
+        ) from error
+    if not writable:
+        raise InputError(f"workdir {workdir} is not writable; choose another with --workdir")
+    path = workdir / CONFIG
+    if path.exists():
+        _check_same_run(config, digest, workdir)
+    elif checkpoints.steps(workdir / CHECKPOINTS):
+        raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another with --workdir")
+    else:
+        content = json.dumps({**versions(), "data_sha256": digest}, indent=2) + "\n"
+        write_whole(workdir / VERSIONS, content.encode())
+    write_whole(path, config_file.to_json(config).encode())
+
+
+def _check_same_run(config: Any, digest: str, workdir: pathlib.Path) -> None:
+    """Refuses a workdir that was made with a different config or different data."""
+    try:
+        data_before = json.loads((workdir / VERSIONS).read_text())["data_sha256"]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"workdir {workdir} was not made by training; to fine-tune its weights choose another --workdir "
+            f"and set --config.train.start_from={workdir}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{workdir / VERSIONS} cannot be read ({error!r}); choose another --workdir"
+        ) from error
+    changed = config_file.differences(config, config_file.read_config(workdir))
+    if not changed and data_before != digest:
+        changed = [f"data: sha256 {digest[:12]}… here, {data_before[:12]}… there"]
+    if changed:
+        raise InputError(
+            f"workdir {workdir} was made with a different config ({'; '.join(changed)}); "
+            "choose another with --workdir, or use the same config to resume"
+        )
+
+
+def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> checkpoints.Found[T] | None:
+    """Restores the newest undamaged checkpoint, if there is any, and sets damaged newer ones aside."""
+    damaged: list[tuple[pathlib.Path, str]] = []
+    found = checkpoints.restore_latest(
+        workdir / CHECKPOINTS, like, on_damage=lambda path, why: damaged.append((path, why))
+    )
+    state = found.sha256 if found else "none"
+    hosts.check_agreement(f"what is in {workdir}", f"{(workdir / CONFIG).is_file()} {state}")
+    for path, why in damaged:
+        hosts.by_first(partial(_set_aside, workdir, say, path, why))
+    return found
+
+
+def _set_aside(workdir: pathlib.Path, say: Callable[[str], None], path: pathlib.Path, why: str) -> None:
+    """Moves a damaged checkpoint out of the way of the one that will be written in its place."""
+    target = workdir / DAMAGED / f"{path.name}-{time.strftime('%Y%m%dT%H%M%S')}"
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    say(f"checkpoint {path} is damaged ({why}); moved to {target}, using the previous one")
+
+
+def restore_weights(
+    workdir: pathlib.Path,
+    checkpoint: pathlib.Path | None,
+    like: dict[str, Any],
+    say: Callable[[str], None],
+) -> checkpoints.Found[dict[str, Any]]:
+    """Reads the weights of a run's checkpoint; of its optimiser nothing is needed.
+
+    Args:
+      workdir: of the run.
+      checkpoint: folder of one checkpoint; the newest undamaged one if None.
+      like: ``params`` and ``stats`` of the model, arrays or their shapes.
+      say: receives messages for the user.
+
+    Returns:
+      ``params`` and ``stats``, with the checkpoint's folder and its sha256.
+
+    Raises:
+      InputError: there is no such checkpoint, it is damaged, or it belongs to a different model.
+    """
+    if checkpoint is None:
+        found = checkpoints.restore_latest(
+            workdir / CHECKPOINTS,
+            like,
+            on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why}); using the previous one"),
+            partial=True,
+        )
+        if found is None:
+            raise InputError(
+                f"no checkpoint in {workdir / CHECKPOINTS}; train first, or name one with --checkpoint"
+            )
+    elif not checkpoint.is_dir():
+        raise InputError(f"no checkpoint {checkpoint}; correct --checkpoint, or leave it out for the newest")
+    else:
+        try:
+            tree, sha256 = checkpoints.restore(checkpoint, like, partial=True)
+        except checkpoints.DamagedCheckpointError as error:
+            raise InputError(
+                f"checkpoint {checkpoint} is damaged ({error}); name another with --checkpoint"
+            ) from error
+        found = checkpoints.Found(tree, checkpoint, sha256)
+    hosts.check_agreement(f"checkpoint {found.path}", found.sha256)
+    return found

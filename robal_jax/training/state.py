@@ -1,0 +1,70 @@
+"""TODO training.state."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from robal_jax import builder
+from robal_jax.errors import InputError
+from robal_jax.keys import INITIAL_WEIGHTS
+from robal_jax.storage import checkpoints
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run needs to go on: arrays and a step number.
+
+    Randomness and data order are functions of (seed, step), so they are not in it.
+
+    Attributes:
+      step: number of updates made, int32 scalar.
+      params: trainable parameters.
+      stats: running batch-norm statistics, and what a head keeps there.
+      opt_state: the optimiser's.
+    """
+
+    step: chex.Array
+    params: chex.ArrayTree
+    stats: chex.ArrayTree
+    opt_state: optax.OptState
+
+
+def initial_state(job: builder.Training) -> TrainState:
+    """The state before step 0, a function of the seed."""
+    images = jnp.zeros((1, *job.data.test_images.shape[1:]))  # as training images are once augmented
+    key = jax.random.fold_in(jax.random.key(job.seed), INITIAL_WEIGHTS)
+    params, stats = job.model.init(key, images)
+    return TrainState(jnp.int32(0), params, stats, job.optimizer.init(params))
+
+
+def fine_tuned_state(
+    job: builder.Training, start: checkpoints.Found[dict[str, Any]], say: Callable[[str], None]
+) -> TrainState:
+    """:func:`initial_state` with the weights and statistics of a checkpoint.
+
+    What the checkpoint lacks (a scale that the new head learns) keeps its initial value.
+
+    Raises:
+      InputError: it has arrays that the model has no place for.
+    """
+    state = jax.device_get(jax.jit(partial(initial_state, job))())
+    ours = flatten_dict({"params": state.params, "stats": state.stats}, sep="/")
+    arrays = {"params": start.tree["params"], "stats": start.tree.get("stats", {})}
+    theirs = flatten_dict(arrays, sep="/")
+    for name, array in theirs.items():
+        if name not in ours or ours[name].shape != array.shape:
+            raise InputError(
+                f"config.train.start_from: checkpoint {start.path} has {name} {array.shape}, which does not "
+                "fit the model; it must be of the same backbone and a head with parameters of the same names"
+            )
+    kept = sorted(set(ours) - set(theirs))
+    say(f"starting from {start.path} sha256 {start.sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))
+    merged = unflatten_dict({**ours, **theirs}, sep="/")
+    return state.replace(params=merged["params"], stats=merged.get("stats", {}))
