@@ -12,7 +12,7 @@ from configs import base
 
 
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
-    """Weights 1, 0.5 and 6."""
+    """Weights 1 (adversarial), 0.5 (natural) and 6 (regulariser)."""
     config = base.get_config(data)
     config.method = "ALP"
     config.objective = base.ConfigDict(

@@ -12,5 +12,5 @@ from configs import base
 
 
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
-    """Nothing but the base."""
+    """The base config, unchanged."""
     return base.get_config(data)

@@ -1,11 +1,11 @@
-"""Every field, its unit and source; the data sets (the ImageNets take CIFAR-100's constants: our choice).
+"""All fields with their units and sources, and the data sets.
 
-A method's config is a file of its own beside this one: it calls ``get_config(data)`` and states differences
-only. ``data`` is the argument behind the colon of ``--config=configs/at.py:cifar10_lt``.
+The config of a method is a file beside this one: it calls ``get_config(data)`` and states only what differs.
+``data`` is the argument after the colon of ``--config=configs/at.py:cifar10_lt``.
 
-A section with a ``name`` (data, model, head, loss, ...) is a function of the library and
-its keyword arguments: the other keys of the section are passed to it. A name of the form
-``module:function`` is imported, so a function of yours can stand there.
+A section with a ``name`` (data, model, head, loss, ...) selects a function of the library; the other keys of
+the section are its keyword arguments. A name of the form ``module:function`` is imported, so it can be your
+own function.
 """
 
 from ml_collections import ConfigDict
@@ -15,25 +15,25 @@ RATIOS = {
     "cifar10_lt": 0.02,
     "cifar100_lt": 0.1,
     "tiny_imagenet_lt": 0.1,
-    "imagenet_lt": 1.0,  # nothing is left out: its list of training images is long-tailed
+    "imagenet_lt": 1.0,  # all images of its list, which is long-tailed
 }
 
 
 def get_config(data: str) -> ConfigDict:
-    """Plain adversarial training (AT) of a linear head on one of the data sets of ``RATIOS``."""
+    """Returns plain adversarial training (AT) of a linear head on one of the data sets of ``RATIOS``."""
     if data not in RATIOS:
-        raise ValueError(f"unknown data set {data!r}; known: {', '.join(RATIOS)}")
+        raise ValueError(f"unknown data set {data!r}; use one of {', '.join(RATIOS)}")
     config = ConfigDict()
-    config.method = "AT"  # what tables and reports call it
+    config.method = "AT"  # its name in tables and reports
     config.seed = 0  # initial weights, example order, augmentation, attack noise
 
-    # Which images. RoBal section 5.1: exponential profile, n_min / n_max = 0.02 (CIFAR-10), 0.1 (CIFAR-100).
+    # The images. RoBal section 5.1: exponential profile, n_min / n_max = 0.02 (CIFAR-10), 0.1 (CIFAR-100).
     config.data = ConfigDict({"name": data})
     config.data.ratio = RATIOS[data]  # n_min / n_max, in (0, 1]
     config.data.profile = "exp"  # 'exp' or 'step'
-    config.data.seed = 0  # of the subset; 0 is the paper's, whatever the training seed
+    config.data.seed = 0  # of the subset; 0 is the paper's subset, for any training seed
     if data != "digits_lt":
-        config.data.path = ""  # a TFDS folder or an .npz file; '' is TFDS's default folder
+        config.data.path = ""  # a TFDS folder or an .npz file; '': TFDS's default folder
 
     # WideResNet-34-10, RoBal section 5.1.
     config.model = ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
@@ -43,17 +43,17 @@ def get_config(data: str) -> ConfigDict:
 
     # L-infinity ball around images in [0, 1]: 0.031 and 0.0078, not 8/255 and 2/255 (released code).
     config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
-    config.attack = ConfigDict()  # inside of training
-    config.attack.loss = ConfigDict({"name": "cross_entropy"})  # what it maximises, on the head's own logits
+    config.attack = ConfigDict()  # during training
+    config.attack.loss = ConfigDict({"name": "cross_entropy"})  # is maximised, on the head's own logits
     config.attack.steps = 5
     config.attack.step_size = 0.0078
     config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
-    config.optimizer.trainable = ""  # how the names of the trained parameters begin ('classifier'); '': all
+    config.optimizer.trainable = ""  # beginning of the trained parameters' names ('classifier'); '': all
     config.schedule = ConfigDict()
-    config.schedule.name = "released"  # compounds the decay in every epoch after a milestone; or 'paper'
+    config.schedule.name = "released"  # applies the decay again in every epoch after a milestone; or 'paper'
     config.schedule.lr = 0.1
     config.schedule.milestones = (60, 75)  # epochs, counted from 1
     config.schedule.decay = 0.1
@@ -61,25 +61,25 @@ def get_config(data: str) -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.epochs = 80
-    config.train.max_steps = 0  # end after so many steps, for a trial; 0: no such limit
+    config.train.max_steps = 0  # ends the run after so many steps, for a trial; 0: no limit
     config.train.batch_size = 64  # on all devices; the last incomplete batch of an epoch is dropped
-    # Parts of a batch that a device takes one after the other, to need less memory; batch norm takes its
-    # statistics from a part then, and from each device's part of it without sync_batch_norm. So runs agree
-    # that cut their batches into the same number of parts, on whatever devices.
+    # Parts of a batch that a device computes one after the other, to save memory. Batch norm then takes its
+    # statistics from each part, and without sync_batch_norm from each device's share of the part. Runs that
+    # cut their batches into the same number of parts agree, on any devices.
     config.train.accumulation_steps = 1
-    config.train.sync_batch_norm = True  # statistics of all devices' images, whatever their number
-    config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed': both in turn
-    config.train.start_from = ""  # fine-tune a run's newest checkpoint, or one checkpoint; '': random weights
+    config.train.sync_batch_norm = True  # statistics of the images of all devices
+    config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed' (alternately)
+    config.train.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
     # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
     config.train.augmentation = "crop_flip"
-    config.train.reading_threads = 16  # read images that are not in memory; no more than a host has cores
-    # Steps that the devices make between two looks from the host; a signal to stop waits for them.
+    config.train.reading_threads = 16  # threads that read image files; at most the number of cores
+    # Training steps per dispatch to the devices; a signal to stop takes effect after the dispatch.
     config.train.steps_per_dispatch = 20
-    config.train.checkpoint_epochs = 5  # a checkpoint every so many epochs, and at the end
-    config.train.keep_checkpoints = 3  # the newest ones
-    config.train.layout = "jit"  # how the devices are used: 'jit' over a mesh, or 'pmap'; the same numbers
-    # Of matrix products: 'default' (TF32 on a GPU), 'high' or 'highest'; or 'bfloat16': the backbone computes
-    # in it, while parameters, batch-norm statistics, head, softmax and the attack's images stay float32.
+    config.train.checkpoint_epochs = 5  # epochs between two checkpoints; there is one at the end, too
+    config.train.keep_checkpoints = 3  # number of newest checkpoints kept
+    config.train.layout = "jit"  # 'jit' over a mesh of all devices, or 'pmap'; same numbers
+    # Of matrix products: 'default' (TF32 on a GPU), 'high' or 'highest'; 'bfloat16': the backbone computes in
+    # bfloat16, while parameters, batch-norm statistics, head, softmax and the attack's images stay float32.
     config.train.precision = "default"
 
     config.evaluation = _evaluation(config.threat)
@@ -89,37 +89,37 @@ def get_config(data: str) -> ConfigDict:
 
 
 def _evaluation(threat: ConfigDict) -> ConfigDict:
-    """The section evaluation: the protocol, and what a method does at inference."""
+    """Returns the section ``evaluation``: the protocol, and the method's changes at inference."""
     config = ConfigDict()
-    config.batch_size = 500  # images a device and call; a CPU takes fewer: build.at_once
+    config.batch_size = 500  # images per device in each call; a CPU takes fewer, see devices.cpu.at_once
     config.seed = 0  # of the attacks' random starts
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = 0.0078
-    config.logit_scale = 1.0  # the model's logits are multiplied by it ...
-    config.tau_p = 0.0  # ... and tau_p * log prior is subtracted (logit adjustment after training)
-    config.head = ConfigDict({"name": ""})  # stands in for the trained head; '': that one itself
-    config.head_classes = 0  # number of classes called head; 0: a third of them
-    config.tail_classes = 0
-    # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a
-    # list: 'apgd_ce,square'.
+    config.logit_scale = 1.0  # factor of the model's logits
+    config.tau_p = 0.0  # tau_p * log prior is subtracted from them (logit adjustment after training)
+    config.head = ConfigDict({"name": ""})  # used in place of the trained head; '': the trained head
+    config.head_classes = 0  # number of head classes; 0: a third of all classes
+    config.tail_classes = 0  # number of tail classes; 0: a third of all classes
+    # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a list
+    # such as 'apgd_ce,square'.
     config.autoattack = "robal_aa"
-    config.audit = ConfigDict({"examples": 200})  # test images that it looks at; 0: no audit
-    config.audit.surrogate = ""  # another run on the same data, to attack by transfer; '': none
-    config.precision = "highest"  # robust accuracy is only believed in full float32
+    config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
+    config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
+    config.precision = "highest"  # a robust accuracy needs full float32
     return config
 
 
 def constants_of(data: str) -> str:
-    """The data set whose constants a method takes that has a table of them.
+    """Returns the data set whose constants a method uses.
 
-    No published ones for the two ImageNets are at hand; those of CIFAR-100, the other data set of many
+    For the ImageNets no published constants are known to us; those of CIFAR-100, the other data set with many
     classes, are our choice.
     """
     return "cifar100_lt" if data in ("tiny_imagenet_lt", "imagenet_lt") else data
 
 
 def fine_tuned(data: str, sampler: str, trainable: str) -> ConfigDict:
-    """One epoch from the weights of plain AT on, at the first rate; ten on the digits, of five steps each."""
+    """Returns one epoch of fine-tuning plain AT at the first rate; ten on the digits, of five steps each."""
     config = get_config(data)
     config.train.start_from = f"runs/{data}/at"
     config.train.sampler = sampler
@@ -131,15 +131,14 @@ def fine_tuned(data: str, sampler: str, trainable: str) -> ConfigDict:
 
 
 def _digits(config: ConfigDict) -> None:
-    """8x8 digits: a problem for two CPU cores in which the tail is as fragile as in the large ones.
+    """8x8 digits: a problem for two CPU cores in which the tail is as fragile as on the large data sets.
 
-    Different digits are at least 0.4375 apart in L-infinity, so epsilon = 0.1 leaves every label true.
+    Different digits are at least 0.4375 apart in L-infinity, so epsilon = 0.1 keeps every label true.
     """
     config.data.head = 104  # images of the largest class
     config.data.test_per_class = 70
-    config.data.seed = config.get_oneway_ref(
-        "seed"
-    )  # which digit is the head class, and which images are taken
+    # The training seed also draws which digit is the head class and which images are taken.
+    config.data.seed = config.get_oneway_ref("seed")
     config.model = ConfigDict({"name": "small_cnn"})
     config.threat.epsilon = 0.1
     config.attack.steps = 7
@@ -163,17 +162,17 @@ def _digits(config: ConfigDict) -> None:
 def _image_folder(config: ConfigDict, image_size: int, resize: int, epsilon: float) -> None:
     """Images in folders; ``--config.data.path`` must be given. PGD from a uniform start: Madry et al."""
     config.data.name = "image_folder"
-    config.data.train = "train"  # folder in config.data.path that holds one for each class ...
+    config.data.train = "train"  # folder in config.data.path with one subfolder per class
     config.data.test = "val"
-    config.data.train_list = ""  # ... or a list of images in config.data.path, which replaces it
+    config.data.train_list = ""  # list of images in config.data.path, used in place of the folder
     config.data.test_list = ""
-    config.data.resize = resize  # pixels of an image's shorter side, and of the training images' sides
-    config.data.image_size = image_size  # pixels of the test images' sides, cut from the middle
+    config.data.resize = resize  # pixels of an image's shorter side, and of a training image's sides
+    config.data.image_size = image_size  # pixels of a test image's sides, cut from the middle
     config.threat.epsilon = epsilon
     config.attack.step_size = epsilon / 4
     config.attack.start = "uniform"
     config.schedule.name = "paper"
-    config.evaluation.batch_size = 100  # our choice: ResNet-50 needs more memory an image
+    config.evaluation.batch_size = 100  # our choice: ResNet-50 needs more memory per image
     config.evaluation.step_size = epsilon / 4
 
 
@@ -181,10 +180,10 @@ def _tiny_imagenet(config: ConfigDict) -> None:
     """200 classes of up to 500 images of 64x64 pixels.
 
     Ratio, epsilon, steps and schedule are those of AT-BSL's released code (Yue et al., CVPR 2024), which
-    augments with RandAugment too and starts the attack at 0.001 N(0, 1).
+    also uses RandAugment and starts the attack at 0.001 N(0, 1).
     """
     _image_folder(config, image_size=64, resize=64, epsilon=8 / 255)
-    # Our choice, as on ImageNet-LT; follow-up work takes a ResNet-18: --config.model.name=resnet18
+    # Our choice, as on ImageNet-LT; follow-up work uses ResNet-18: --config.model.name=resnet18
     config.model = ConfigDict({"name": "resnet50", "stem": "small"})
     config.attack.steps = 10
     config.optimizer.weight_decay = 5e-4
@@ -194,7 +193,7 @@ def _tiny_imagenet(config: ConfigDict) -> None:
 
 
 def _imagenet(config: ConfigDict) -> None:
-    """1000 classes of 5 to 1280 images, by the lists of Liu et al. (CVPR 2019).
+    """1000 classes of 5 to 1280 images, from the lists of Liu et al. (CVPR 2019).
 
     ResNet-50 as in table S8 of RoBal's supplement; batch, rate, schedule and weight decay of Goyal et al.
     (2017). Epsilon and the number of steps, base's, are our choice: 4/255 is the usual radius on ImageNet.
@@ -207,8 +206,8 @@ def _imagenet(config: ConfigDict) -> None:
     config.schedule.milestones = (30, 60, 80)
     config.train.epochs = 90
     config.train.batch_size = 256
-    config.train.steps_per_dispatch = 4  # whose images wait in memory, and those of as many more
-    config.train.checkpoint_epochs = 1  # hours lie between two of them
+    config.train.steps_per_dispatch = 4  # images of this many steps, and as many again, are held in memory
+    config.train.checkpoint_epochs = 1  # an epoch takes hours
     config.train.augmentation = "resized_crop_flip"
 
 

@@ -1,17 +1,17 @@
 """AT with deferred re-weighting (DRW) and deferred margins (DM).
 
-Part of the released code without a row in the paper's tables:
+Part of the released code; the paper's tables have no such row:
 
     python experiments/train.py --config=configs/deferred.py:cifar10_lt --workdir=runs/cifar10_lt/deferred
 
-``--config.loss.margins=False`` leaves DRW, ``--config.loss.reweight=False`` DM.
+``--config.loss.margins=False`` gives DRW alone, ``--config.loss.reweight=False`` DM alone.
 """
 
 from configs import base
 
 
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
-    """Cross entropy; from epoch 40 on class weights and LDAM margins."""
+    """Cross entropy; class weights and LDAM margins from epoch 40 on."""
     config = base.get_config(data)
     config.method = "DRW + DM"
     config.loss = base.ConfigDict(

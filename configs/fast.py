@@ -4,8 +4,8 @@ Not a row of RoBal's tables 1 to 4; table S8 of its supplement trains ResNet-50 
 
     python experiments/train.py --config=configs/fast.py:cifar10_lt --workdir=runs/cifar10_lt/fast
 
-The published figures are not at hand. Only the attack is that of FAST: the schedule is the one of all methods
-here, not its short cyclic one, and the start is not clamped to [0, 1] before the gradient is taken.
+We do not have the published figures. Only the attack is that of FAST: the schedule is that of all methods
+here, not FAST's short cyclic one, and the start is not clamped to [0, 1] before the gradient is taken.
 """
 
 from configs import base

@@ -4,9 +4,9 @@ Not a row of RoBal's tables 1 to 4; table S8 of its supplement trains ResNet-50 
 
     python experiments/train.py --config=configs/fgsm.py:cifar10_lt --workdir=runs/cifar10_lt/fgsm
 
-The published figures are not at hand. The loss is that of the adversarial images alone; Goodfellow et al. add
-that of the images themselves. FGSM may fail without a sign in its own loss (catastrophic overfitting, Wong et
-al., ICLR 2020): trust the evaluation under PGD only.
+We do not have the published figures. The loss is that of the adversarial images alone; Goodfellow et al. add
+that of the images themselves. FGSM may fail without a sign of it in its own loss (catastrophic overfitting,
+Wong et al., ICLR 2020), so trust only the evaluation under PGD.
 """
 
 from configs import base

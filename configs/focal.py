@@ -6,8 +6,8 @@ RoBal table 1, "Hard-example mining" (WideResNet-34-10, last epoch):
 
     CIFAR-10-LT IR 50     clean 62.07   PGD-20 30.73   AA 28.12
 
-Sigmoid form with the bias that it needs. The released warm-up compounds, so the rate ends at 0.0192 and stays
-there until the first milestone; ``--config.schedule.name=paper`` reaches 0.1.
+Sigmoid form, with the bias that this form needs. The released warm-up compounds, so the rate ends at 0.0192
+and stays there until the first milestone; ``--config.schedule.name=paper`` reaches 0.1.
 """
 
 from configs import base

@@ -6,7 +6,7 @@ RoBal table 1, "Class-aware bias" (WideResNet-34-10, last epoch):
 
     CIFAR-10-LT IR 50     clean 74.46   PGD-20 32.45   AA 30.55
 
-The head's own bias stays at its random initial value, as released; the paper speaks of a classifier without
+The head's own bias keeps its random initial value, as released; the paper describes a classifier without
 bias: ``--config.head.bias=none``.
 """
 

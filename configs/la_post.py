@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
-    """Log prior subtracted from the logits when evaluated; training is that of AT."""
+    """Log prior subtracted from the logits in the evaluation; training is that of AT."""
     config = base.get_config(data)
     config.method = "LA-post"
     config.evaluation.tau_p = 1.0

@@ -1,6 +1,6 @@
 """MART, as its own paper defines it.
 
-Not a row of RoBal's tables: the regulariser of this name in the released code cannot run.
+Not a row of RoBal's tables, because the regulariser of this name in the released code cannot run:
 
     python experiments/train.py --config=configs/mart.py:cifar10_lt --workdir=runs/cifar10_lt/mart
 """

@@ -7,7 +7,7 @@ RoBal table 2, "MMA" (WideResNet-34-10, last epoch):
     CIFAR-10-LT IR 50     clean 61.51   PGD-20 29.29   CW-20 29.59   AA 25.91
     CIFAR-100-LT IR 10    clean 54.98   PGD-20 13.52   CW-20 12.35   AA 14.54
 
-RoBal does not state its settings; these are 1.5 epsilon for the largest margin, and the MMA paper's weight.
+RoBal does not state its settings. Here the largest margin is 1.5 epsilon, and the weight is the MMA paper's.
 """
 
 from configs import base

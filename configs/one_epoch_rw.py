@@ -7,8 +7,8 @@ RoBal table 1, "One-epoch RW" (WideResNet-34-10, last epoch):
 
     CIFAR-10-LT IR 50     clean 71.72   PGD-20 32.34   AA 28.25
 
-It starts from the newest checkpoint of ``runs/cifar10_lt/at``; ``--config.train.start_from`` names another.
-The paper freezes the backbone, ``--config.optimizer.trainable=classifier``; the released config does not.
+It starts from the newest checkpoint of ``runs/cifar10_lt/at``; set ``--config.train.start_from`` to another.
+The paper freezes the backbone (``--config.optimizer.trainable=classifier``); the released config does not.
 """
 
 from configs import base, rw

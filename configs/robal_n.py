@@ -7,7 +7,7 @@ RoBal table 2 (WideResNet-34-10, last epoch; evaluated at scale 10 with tau_p = 
     CIFAR-10-LT IR 50     clean 75.52   PGD-20 33.50   CW-20 33.68
     CIFAR-100-LT IR 10    clean 51.63   PGD-20 19.01   CW-20 19.42
 
-The head gives cosines (scale 1); the loss scales them by 10, the inner attack and the regulariser see them
+The head gives cosines (scale 1). The loss scales them by 10; the inner attack and the regulariser see them
 unscaled, as in the released code.
 """
 

@@ -7,9 +7,9 @@ RoBal table 2 (WideResNet-34-10, last epoch):
     CIFAR-10-LT IR 50     clean 74.51   PGD-20 33.87   CW-20 34.12
     CIFAR-100-LT IR 10    clean 50.38   PGD-20 19.48   CW-20 20.16
 
-CIFAR-10: the released evaluation is at logit scale 1 and without tau_p, where gradient attacks are weaker
-than at scale 10; report ``--config.evaluation.logit_scale=10`` beside it. CIFAR-100: beta_reg is 6 as
-released, 3 in the paper.
+CIFAR-10: the released evaluation uses logit scale 1 and no tau_p, and gradient attacks are weaker there than
+at scale 10; also report the evaluation with ``--config.evaluation.logit_scale=10``. CIFAR-100: beta_reg is 6
+as released, 3 in the paper.
 """
 
 from configs import base, robal_n

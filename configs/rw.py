@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
-    """Weights by the effective number of images, beta = 0.9999."""
+    """Class weights by the effective number of images, beta = 0.9999."""
     config = base.get_config(data)
     config.method = "RW"
     config.loss = base.ConfigDict({"name": "class_balanced_focal", "beta": 0.9999, "gamma": 2.0})

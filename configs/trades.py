@@ -7,7 +7,7 @@ RoBal table 2, "TRADES" (WideResNet-34-10, last epoch):
     CIFAR-10-LT IR 50     clean 54.29   PGD-20 30.20   CW-20 29.58   AA 28.94
     CIFAR-100-LT IR 10    clean 43.71   PGD-20 21.13   CW-20 19.49   AA 18.68
 
-In L2: ``--config.threat.norm=l2`` with an epsilon and step sizes to match.
+For L2, set ``--config.threat.norm=l2``, and epsilon and step sizes to match.
 """
 
 from configs import base

@@ -1,6 +1,6 @@
 """Compare evaluated runs: python experiments/compare.py RUN [RUN ...] [--out=FILE.md].
 
-A RUN is a folder of a run or of results; the others are compared with the first.
+A RUN is the folder of a run or of results; every other RUN is compared with the first.
 """
 
 import pathlib
@@ -16,17 +16,17 @@ from robal_jax.reporting.terminal import terminal
 
 
 def main(arguments: list[str]) -> None:
-    """Folders to runs; everything else is robal_jax.comparison."""
+    """Compares the folders of the arguments with ``robal_jax.reporting.comparison``."""
     folders = [argument for argument in arguments if not argument.startswith("-")]
     flags = [argument for argument in arguments if argument.startswith("-")]
-    out = cli.parse(flags, {"out": "also writes the tables to this file, in Markdown"}, __doc__)["out"]
+    out = cli.parse(flags, {"out": "Markdown file that also receives the tables"}, __doc__)["out"]
     tables = comparison.compare(read_runs(folders))
     comparison.print_comparison(tables, terminal())
     if out:
         try:
             pathlib.Path(out).write_text(comparison.comparison_markdown(tables))
         except OSError as error:
-            raise InputError(f"cannot write {out}: {error.strerror}") from error
+            raise InputError(f"cannot write {out} ({error.strerror}); choose another --out") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Evaluate: python experiments/evaluate.py --workdir=DIR [--config=FILE] [--config.KEY=VALUE].
 
---config=configs/tau_norm.py:cifar10_lt applies an inference-time method to a run that was trained without it.
+--config=configs/tau_norm.py:cifar10_lt applies an inference-time method to a run trained without it.
 """
 
 import pathlib
@@ -16,14 +16,14 @@ SHORT = {"autoattack": "autoattack", "audit": "audit.examples", "surrogate": "au
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to config, workdir and checkpoint; everything else is robal_jax.evaluate.evaluate."""
+    """Passes the config, the workdir and the checkpoint of the flags to ``robal_jax.evaluate``."""
     texts = {
         "workdir": "folder of the run; its config is used",
-        "config": "another config, whose head, logit scale and prior adjustment at inference are used",
-        "folder": "gets the results; by default WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD",
-        "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
+        "config": "another config; its head, logit scale and prior adjustment at inference are used",
+        "folder": "folder of the results; WORKDIR/evaluation, or with --config WORKDIR/evaluation-METHOD",
+        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; the newest one by default",
         "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
-        "audit": "test images that the audit looks at, 0 for no audit: config.evaluation.audit.examples",
+        "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
         "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
     }
     flags, overrides = cli.split_overrides(arguments)
@@ -42,15 +42,16 @@ def main(arguments: list[str]) -> None:
     from robal_jax import builder, evaluation
     from robal_jax.devices import hosts
     from robal_jax.storage.config_file import read_config
+    from robal_jax.storage.names import CONFIG
 
     hosts.start(*(values[name] for name in cli.PROCESSES))
-    hosts.check_agreement(f"what is in {workdir}", str((workdir / "config.json").is_file()))
+    hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
     config = read_config(workdir)
     folder = pathlib.Path(values["folder"]) if values["folder"] else None
     if values["config"]:
         config = builder.with_inference_of(config, cli.load_config(values["config"]))
         folder = folder or workdir / f"evaluation-{pathlib.Path(values['config'].partition(':')[0]).stem}"
-    command = shlex.join(["python", "experiments/evaluate.py", *arguments])
+    command = f"{cli.as_started('python experiments/evaluate.py')} {shlex.join(arguments)}"
     config = cli.apply_overrides(config, overrides)
     evaluation.evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 

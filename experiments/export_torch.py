@@ -1,8 +1,8 @@
 """Export: python experiments/export_torch.py --workdir=DIR --out=FILE.safetensors [--checkpoint=DIR].
 
-Writes a checkpoint as a PyTorch state_dict, in the names of RoBal's released code (backbone., classifier.)
-or, with --naming=bare, of a plain WideResNet (last layer fc) or ResNet-18 (last layer linear). PyTorch itself
-is not needed.
+Writes a checkpoint as a PyTorch state_dict, with the names of RoBal's released code (backbone., classifier.)
+or, with --naming=bare, those of a plain WideResNet (last layer fc) or ResNet-18 (last layer linear). It does
+not need PyTorch.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from robal_jax.errors import InputError
 
 
 def bare_prefixes(config: ConfigDict, name: str) -> dict[str, str]:
-    """Of a network that is not in two parts, for torch_import.
+    """Returns the prefixes of a network without the parts backbone and classifier, for ``robal_jax.pytorch``.
 
     Raises:
-      InputError: the run's network is not one that has such a form.
+      InputError: the run's network has no such form.
     """
     if not name.startswith(("WideResNet", "ResNet-18")) or config.head.name != "linear":
         raise InputError(
@@ -32,11 +32,11 @@ def bare_prefixes(config: ConfigDict, name: str) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to a checkpoint and a file."""
+    """Writes the checkpoint of the flags to the file of the flags."""
     texts = {
         "workdir": "folder of the run",
         "out": "the file to write, FILE.safetensors",
-        "checkpoint": "one checkpoint's folder, runs/x/checkpoints/300; the newest if not given",
+        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; the newest one by default",
         "naming": "released (the default) or bare",
     }
     values = cli.parse(arguments, texts, __doc__)
@@ -45,15 +45,16 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"--{name} is missing; usage: {__doc__}")
     out, naming = pathlib.Path(values["out"]), values["naming"] or "released"
     if out.suffix != ".safetensors":
-        raise InputError(f"--out is {out}; it must end with .safetensors")
+        raise InputError(f"--out is {out}; name a .safetensors file")
     if naming not in ("released", "bare"):
-        raise InputError(f"--naming is {naming!r}; it must be released or bare")
+        raise InputError(f"unknown naming {naming!r}; use --naming=released or --naming=bare")
 
-    from robal_jax import pytorch
+    from robal_jax import builder, pytorch
     from robal_jax.storage import checkpoints
     from robal_jax.storage.config_file import read_config, to_json
 
     config = read_config(pathlib.Path(values["workdir"]))
+    builder.validate(config)
     arrays, path, sha256 = checkpoints.read_latest(pathlib.Path(values["checkpoint"] or values["workdir"]))
     params, stats = arrays["params"], arrays.get("stats", {})
     network = pytorch.architecture(pytorch.torch_shapes(params, stats))

@@ -1,8 +1,8 @@
-"""Downloads CIFAR-10 or CIFAR-100 with TFDS and stores it so that it can be read without TensorFlow.
+"""Downloads CIFAR-10 or CIFAR-100 with TFDS and stores it in a format that needs no TensorFlow to be read.
 
     python experiments/prepare_data.py --dataset=cifar10 --data_dir=DIR
 
-Nothing else in this repository touches the network. A second run finds its work done.
+Nothing else in this repository uses the network. Data that are already prepared are left as they are.
 """
 
 import importlib.util
@@ -23,12 +23,12 @@ HOST = "www.cs.toronto.edu"
 
 
 def check_host(seconds: float = 5.0) -> None:
-    """Tries to reach the download host, because TFDS itself retries for minutes before it gives up.
+    """Raises if the download host cannot be reached; TFDS itself would retry for minutes.
 
-    Behind a proxy a direct connection says nothing, so the check is left out there.
+    Behind a proxy there is no check, because a direct connection says nothing there.
 
     Raises:
-        InputError: the host cannot be reached.
+      InputError: the host cannot be reached.
     """
     if urllib.request.getproxies().keys() & {"https", "all"}:
         return
@@ -36,17 +36,17 @@ def check_host(seconds: float = 5.0) -> None:
         socket.create_connection((HOST, 443), timeout=seconds).close()
     except OSError as error:
         raise InputError(
-            f"cannot reach {HOST}:443 ({one_line(error)}); set https_proxy, or run this on a machine with "
+            f"cannot reach {HOST}:443 ({one_line(error)}); set https_proxy, run this on a machine with "
             f"network access and copy its --data_dir, or use an .npz file with --config.data.path=FILE.npz"
         ) from error
 
 
 def prepare(name: str, data_dir: str) -> str:
-    """Downloads and prepares a data set unless that is done already; returns what to tell the user.
+    """Downloads and prepares a data set unless that is already done; returns a message for the user.
 
     Raises:
-        InputError: TensorFlow is missing, the host cannot be reached, the download fails, or the
-            folder holds the data in another format.
+      InputError: TensorFlow is missing, the host cannot be reached, the download fails, or the folder holds
+        the data in a different format.
     """
     root = cifar.tfds_folder(data_dir)
     folder = cifar.find_tfds(name, data_dir)
@@ -54,31 +54,32 @@ def prepare(name: str, data_dir: str) -> str:
         return f"{name} is already prepared in {folder}"
     if folder:
         raise InputError(
-            f"{folder} holds {name} in another format than {FILE_FORMAT}; give another --data_dir"
+            f"{folder} holds {name} in a different format from {FILE_FORMAT}; choose another --data_dir"
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(
-            "preparing data needs TensorFlow, reading them does not: pip install 'robal_jax[data]'"
+            "preparing data needs TensorFlow, which reading them does not; "
+            "install it with pip install 'robal_jax[data]'"
         )
     check_host()
     import tensorflow_datasets as tfds
 
     try:
         tfds.builder(name, data_dir=root, file_format=FILE_FORMAT).download_and_prepare()
-    except Exception as error:  # requests, TFDS and TensorFlow each have their own
+    except Exception as error:  # requests, TFDS and TensorFlow raise different ones
         raise InputError(f"could not prepare {name} in {root} ({one_line(error)}); run it again") from error
     return f"{name} is prepared; train on it with --config.data.path={root}"
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to prepare()."""
+    """Prepares the data set that the flags name."""
     texts = {
         "dataset": " or ".join(DATA_SETS),
-        "data_dir": "TFDS data folder; by default TFDS_DATA_DIR, or else ~/tensorflow_datasets",
+        "data_dir": "TFDS data folder; TFDS_DATA_DIR by default, or else ~/tensorflow_datasets",
     }
     values = cli.parse(arguments, texts, __doc__)
     if values["dataset"] not in DATA_SETS:
-        raise InputError(f"--dataset is {values['dataset']!r}; it must be {texts['dataset']}")
+        raise InputError(f"--dataset is {values['dataset']!r}; choose {texts['dataset']}")
     print(prepare(values["dataset"], values["data_dir"]))
 
 

@@ -1,8 +1,8 @@
 """Reproduce a table: python experiments/reproduce.py --table=1 [--data=digits_lt] [--config.KEY=VALUE].
 
 Trains, fine-tunes and evaluates the rows of a table of the RoBal paper, prints the table and writes it to
-OUT/DATA/table1.md and table1.json. What is done is not done again, whatever table it was done for; after a
-stop or a crash the same command goes on. --config.KEY=VALUE holds for all rows.
+OUT/DATA/table1.md and table1.json. Finished runs and evaluations are reused, also by other tables; to resume
+after a stop or a crash, run the same command again. --config.KEY=VALUE applies to all rows.
 """
 
 import contextlib
@@ -19,34 +19,36 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 from robal_jax.errors import DivergedError, InputError
+from robal_jax.storage.names import CHECKPOINTS
 
 if TYPE_CHECKING:  # it imports JAX
     from experiments.paper.plan import Job, Request
+    from robal_jax.reporting.results import Results
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FLAGS = {
     "table": "1, 2, 3, 4, S6 or S7",
     "data": "digits_lt (the default), cifar10_lt or cifar100_lt",
-    "seeds": "how many seeds, from 0 on; by default 3",
-    "rows": "keys of rows, separated by commas; by default all",
-    "out": "folder of all runs and tables; by default runs/tables",
+    "seeds": "number of seeds, counted from 0; 3 by default",
+    "rows": "keys of rows, separated by commas; all by default",
+    "out": "folder of all runs and tables; runs/tables by default",
 }
 
 
 def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
-    """The flags as a tables.Request, checked.
+    """Returns the flags as a :class:`Request`, checked.
 
     Raises:
-      InputError: no such table, data set or row, or not a number of seeds.
+      InputError: unknown table, data set or row, or an invalid number of seeds.
     """
     from experiments.paper.plan import Request
     from experiments.paper.published import DATA_SETS, rows_of
 
     data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
     if data not in DATA_SETS:
-        raise InputError(f"unknown data set {data!r}; known: {', '.join(DATA_SETS)}")
+        raise InputError(f"unknown data set {data!r}; use one of {', '.join(DATA_SETS)}")
     if not seeds.isdecimal() or not int(seeds):
-        raise InputError(f"--seeds is {seeds!r}; it must be a number of seeds, 1 or more")
+        raise InputError(f"--seeds is {seeds!r}; give the number of seeds, 1 or more")
     keys = [key for key in values["rows"].split(",") if key]
     return Request(
         table=values["table"],
@@ -61,49 +63,59 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
 
 @contextlib.contextmanager
 def alone_in(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process out of a folder; the system forgets this one when it ends, however it does.
+    """Keeps a second process out of a folder; the system releases the lock when this process ends.
 
     Raises:
-      InputError: another is at work there, or the folder cannot be written to.
+      InputError: another process works there, or the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"another reproduce.py is at work in {folder}; choose another --out") from error
+            raise InputError(f"{folder} is used by another process; choose another --out") from error
         yield
 
 
 def finished(workdir: pathlib.Path) -> dict[str, str] | None:
-    """Number and sha256 of the last checkpoint of a run that :func:`do` brought to its end."""
+    """Returns number and sha256 of a run's last checkpoint, None if :func:`do` did not finish the run."""
     marker = read_json(workdir / "finished.json")
-    return marker if marker and (workdir / "checkpoints" / marker["checkpoint"]).is_dir() else None
+    return marker if marker and (workdir / CHECKPOINTS / marker["checkpoint"]).is_dir() else None
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """A JSON file's content, None where there is no whole one."""
+    """Returns the content of a JSON file, None if the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
+def read_results(folder: pathlib.Path) -> "Results | None":
+    """Returns the results of an evaluation, None if they are missing or damaged."""
+    from robal_jax.reporting.results import Results
+
+    try:
+        return Results.read(folder)
+    except InputError:
+        return None
+
+
 def is_done(job: "Job") -> bool:
-    """Whether a run is finished, or an evaluation was made from that run's last checkpoint."""
+    """Returns whether a run is finished, or whether an evaluation used its run's last checkpoint."""
     run = finished(job.workdir)
     if job.folder is None or run is None:
         return run is not None
-    results = read_json(job.folder / "results.json")
-    return results is not None and results["meta"]["checkpoint_sha256"] == run["sha256"]
+    results = read_results(job.folder)
+    return results is not None and results.meta["checkpoint_sha256"] == run["sha256"]
 
 
 def do(job: "Job", say: Callable[[str], None]) -> None:
-    """Trains or evaluates; after a stop the job is not done.
+    """Trains or evaluates; a job that was stopped is not done.
 
     Raises:
       DivergedError: the training diverged.
@@ -118,7 +130,7 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
             evaluation.evaluate(
                 job.config,
                 job.workdir,
-                checkpoint=job.workdir / "checkpoints" / newest,
+                checkpoint=job.workdir / CHECKPOINTS / newest,
                 folder=job.folder,
                 say=say,
             )
@@ -131,14 +143,14 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
 
 
 def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | None:
-    """Does what is not done yet, in order.
+    """Does the unfinished jobs, in order.
 
     Args:
-      jobs: see tables.plan.
-      log: told of everything.
+      jobs: those of a :class:`Plan`.
+      log: receives every message.
 
     Returns:
-      The runs that diverged, or None if it was stopped before the end.
+      The runs that diverged, or None if the work was stopped before its end.
     """
     from robal_jax.devices import hosts
 
@@ -172,7 +184,7 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | Non
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to a request; what it needs, and the table, is robal_jax.tables."""
+    """Makes the table that the flags request, with ``experiments.paper``."""
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
@@ -185,25 +197,24 @@ def main(arguments: list[str]) -> None:
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
         if diverged is None:
-            print("stopped; the same command goes on from there")
+            print("stopped; run the same command again to resume")
             return
         results = {
             key: {
-                setting: {seed: read_json(path / "results.json") for seed, path in by_seed.items()}
+                setting: {seed: read_results(path) for seed, path in by_seed.items()}
                 for setting, by_seed in settings.items()
             }
             for key, settings in plan.folders.items()
         }
         table = assemble(request, results)
-        text = markdown(table)
+        text = cli.as_started(markdown(table))
         path = folder / f"table{request.table}.md"
         write_whole(path, text.encode())
-        write_whole(
-            path.with_suffix(".json"), (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
-        )
-        print(f"\n{text.partition('## Commands')[0]}table, and commands of its rows: {path}")
+        content = cli.as_started(json.dumps(table, indent=1, ensure_ascii=False))
+        write_whole(path.with_suffix(".json"), f"{content}\n".encode())
+        print(f"\n{text.partition('## Commands')[0]}table, and the commands of its rows: {path}")
     if diverged:
-        raise DivergedError(f"without a result: {', '.join(diverged)}")
+        raise DivergedError(f"no result from {', '.join(diverged)}; see {folder / 'reproduce.log'}")
 
 
 if __name__ == "__main__":

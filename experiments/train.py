@@ -10,8 +10,11 @@ from robal_jax.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to config and workdir; everything else is robal_jax.train.train."""
-    texts = {"config": "config file and data set, configs/at.py:digits_lt", "workdir": "folder of the run"}
+    """Passes the config and the workdir of the flags to ``robal_jax.train``."""
+    texts = {
+        "config": "config file and data set, configs/at.py:digits_lt or at:digits_lt",
+        "workdir": "folder of the run",
+    }
     arguments, overrides = cli.split_overrides(arguments)
     values = cli.parse(arguments, texts | cli.PROCESSES, __doc__)
     for name in texts:

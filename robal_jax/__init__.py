@@ -69,6 +69,7 @@ _WHERE = {
 _ROOMS = (
     "attacks", "builder", "classifiers", "cli", "data", "devices", "errors", "evaluation", "keys", "losses",
     "metrics", "models", "objectives", "optimizers", "pytorch", "reporting", "storage", "training",
+    "zoo",
 )  # fmt: skip
 _NAMES = {name: room for room, names in _WHERE.items() for name in names}
 

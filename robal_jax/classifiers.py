@@ -4,12 +4,15 @@ A head turns features ``f [B, D]`` into logits ``[B, K]``. The functions can be 
 
     logits = cosine_logits(features, weight, scale=10.0, gamma=1 / 32)
 
-and a module (``LinearHead``, ``CosineHead``, ...) only adds the parameters and their initialisation. Weights
-are ``[K, D]``, one row a class, as in PyTorch. Heads with the same parameters can stand in for each other, so
-an inference-time method (tau-norm, class-dependent temperature, removal of the moving direction) is another
-head over the same checkpoint. What is done to logits alone (prior adjustment) is a function of its own.
+A module (``LinearHead``, ``CosineHead``, ...) only adds the parameters and their initialisation. Weights are
+``[K, D]``, one row per class, as in PyTorch. Heads with the same parameters are interchangeable, so that a
+method for inference (tau-norm, class-dependent temperature, removal of the moving direction) is another head
+for the same checkpoint. A method that changes only the logits (prior adjustment) is a function of its own.
 
-A head is called with ``train`` as a backbone is: two of the methods differ between training and test.
+Like a backbone, a head is called with ``train``, because two of the methods differ between training and test.
+
+Every function and head raises ValueError for arguments of a wrong shape. The examples assume
+``import jax.numpy as jnp`` and ``from robal_jax.classifiers import *``.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robal_jax import losses
+from robal_jax import checks, losses
 
 
 def linear_logits(features: chex.Array, weight: chex.Array, bias: chex.Array) -> chex.Array:
@@ -34,7 +37,14 @@ def linear_logits(features: chex.Array, weight: chex.Array, bias: chex.Array) ->
 
     Returns:
       ``z [B, K]``.
+
+    Example:
+      >>> features, weight = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+      >>> print(linear_logits(features, weight, bias=jnp.array([0.5, 0.0, 0.0])))
+      [[1.5 2.  3. ]]
     """
+    checks.features_and_weight(features, weight)
+    checks.vector("bias", bias, len(weight))
     return features @ weight.T + bias[None, :]
 
 
@@ -47,25 +57,49 @@ def cosine_logits(
 
     With ``eta = 1`` and ``gamma = 0`` this is ``s`` times the cosine. ``gamma > 0`` keeps a little of the
     weight's norm, so that a class whose weight is small also gets small logits. A feature vector of norm 0
-    has no direction and gives NaN; the training loop stops on it rather than hide it.
+    has no direction and gives NaN, which stops training.
 
     Args:
       features: ``f [B, D]``, each of norm > 0.
       weight: ``W [K, D]``.
       scale: ``s > 0``.
       gamma: at least 0; added to the weights' norms only.
-      eta: exponent on both norms.
+      eta: exponent of both norms.
 
     Returns:
       ``z [B, K]``, within ``[-s, s]`` where ``eta = 1``.
 
     Source: RoBal (Wu et al., CVPR 2021), scale-invariant classifier; eta and gamma as released.
+
+    Example:
+      >>> features, weight = jnp.array([[3.0, 4.0]]), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> logits = cosine_logits(features, weight, scale=10.0)
+      >>> print(jnp.array_str(logits, precision=4))  # cosines 0.6 and 0.8
+      [[6. 8.]]
+      >>> logits = cosine_logits(features, weight, scale=10.0, gamma=1.0)
+      >>> print(jnp.array_str(logits, precision=4))  # times 1/2 and 2/3
+      [[3.     5.3333]]
     """
+    checks.features_and_weight(features, weight)
     return scale * (unit_features(features, eta) @ _weight_rows(weight, gamma, eta).T)
 
 
 def unit_features(features: chex.Array, eta: float = 1.0) -> chex.Array:
-    """``f / ||f||^eta``: features ``[B, D]`` to ``[B, D]``."""
+    """Normalised features, ``f / ||f||^eta``.
+
+    Args:
+      features: ``f [B, D]``, each of norm > 0.
+      eta: exponent of the norm.
+
+    Returns:
+      ``[B, D]``.
+
+    Example:
+      >>> unit = unit_features(jnp.array([[3.0, 4.0]]))
+      >>> print(jnp.array_str(unit, precision=4))
+      [[0.6 0.8]]
+    """
+    checks.features_and_weight(features)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True) ** eta
 
 
@@ -81,7 +115,7 @@ def tau_norm_logits(
     temperature: float = 1.0,
     class_scale: chex.Array | None = None,
 ) -> chex.Array:
-    """Linear classifier whose weight vectors are normalised: tau-norm, and learnable weight scaling.
+    """Linear classifier with normalised weight vectors: tau-norm, and learnable weight scaling.
 
     ``z_i = s_i * <f, W_i / ||W_i||^tau> / T``
 
@@ -98,7 +132,15 @@ def tau_norm_logits(
       ``z [B, K]``.
 
     Source: Kang et al. (ICLR 2020): tau-normalised classifier, and LWS with a trained ``s``.
+
+    Example:
+      >>> features, weight = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [0.0, 2.0]])
+      >>> print(jnp.array_str(tau_norm_logits(features, weight), precision=4))  # 11/5, 4/2
+      [[2.2 2. ]]
     """
+    checks.features_and_weight(features, weight)
+    if class_scale is not None:
+        checks.vector("class_scale", class_scale, len(weight))
     norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=-1, keepdims=True))
     logits = (features @ (weight / norm**tau).T) / temperature
     return logits if class_scale is None else logits * class_scale[None, :]
@@ -120,7 +162,7 @@ def tde_logits(
     Args:
       features: ``f [B, D]``, each of norm > 0.
       weight: ``W [K, D]``.
-      direction: ``d [D]``, the moving sum of mean unit features, of norm up to 10; where it is still 0
+      direction: ``d [D]``, the moving sum of mean unit features, of norm up to 10. While it is still 0,
         there is nothing to remove (the released code gives NaN).
       scale: ``s > 0``.
       gamma: at least 0.
@@ -129,8 +171,16 @@ def tde_logits(
     Returns:
       ``z [B, K]``.
 
-    Source: TDE (Tang et al., NeurIPS 2020), in the form without heads of RoBal's released code.
+    Source: TDE (Tang et al., NeurIPS 2020), in the single-head form of RoBal's released code.
+
+    Example:
+      >>> features, weight, direction = jnp.array([[3.0, 4.0]]), jnp.eye(2), jnp.array([1.0, 0.0])
+      >>> logits = tde_logits(features, weight, direction, scale=10.0, gamma=0.0, alpha=0.5)
+      >>> print(jnp.array_str(logits, precision=4))  # (0.6, 0.8) - 0.5 * 0.6 * (1, 0), times 10
+      [[3. 8.]]
     """
+    checks.features_and_weight(features, weight)
+    checks.vector("direction", direction, features.shape[-1], per="feature")
     unit, size = unit_features(features), jnp.linalg.norm(direction)
     cosine = unit @ direction / jnp.where(size > 0, size, 1.0)
     return scale * ((unit - alpha * cosine[:, None] * direction[None, :]) @ _weight_rows(weight, gamma).T)
@@ -150,12 +200,20 @@ def adjust_for_prior(logits: chex.Array, class_counts: chex.Array, *, tau: float
       ``[B, K]``.
 
     Source: logit adjustment (Menon et al., ICLR 2021); RoBal's tau_p.
+
+    Example:
+      >>> logits, class_counts = jnp.zeros((1, 2)), jnp.array([3, 1])
+      >>> adjusted = adjust_for_prior(logits, class_counts, tau=1.0)
+      >>> print(jnp.array_str(adjusted, precision=4))  # log 4/3, log 4
+      [[0.2877 1.3863]]
     """
+    checks.float_logits(logits=logits)
+    checks.class_counts(class_counts, logits.shape[-1])
     return logits - tau * losses.log_prior(class_counts).astype(logits.dtype)[None, :]
 
 
 def divide_by_counts(logits: chex.Array, class_counts: chex.Array, *, tau: float) -> chex.Array:
-    """Re-scales the logits of a trained model by class: larger classes get smaller ones.
+    """Divides each logit of a trained model by a power of its class's count.
 
     ``z_i / n_i^tau``
 
@@ -165,26 +223,34 @@ def divide_by_counts(logits: chex.Array, class_counts: chex.Array, *, tau: float
       tau: strength; 0 changes nothing.
 
     Returns:
-      ``[B, K]``, much smaller than ``z``: gradient attacks that depend on the scale get weaker by it.
+      ``[B, K]``, much smaller than ``z``, which weakens gradient attacks that depend on the scale.
 
     Source: CDT (Ye et al., 2020), applied after training as in RoBal's released code.
+
+    Example:
+      >>> logits, class_counts = jnp.array([[6.0, 6.0]]), jnp.array([9, 1])
+      >>> adjusted = divide_by_counts(logits, class_counts, tau=0.5)
+      >>> print(jnp.array_str(adjusted, precision=4))
+      [[2. 6.]]
     """
+    checks.float_logits(logits=logits)
+    checks.class_counts(class_counts, logits.shape[-1])
     return logits / (jnp.asarray(class_counts, logits.dtype) ** tau)[None, :]
 
 
 def _uniform_fan_in(key: chex.PRNGKey, shape: tuple[int, ...], dtype: chex.ArrayDType = float) -> chex.Array:
-    """U(-1/sqrt(D), 1/sqrt(D)), PyTorch's initialisation of a linear layer; ``D`` is the last axis."""
+    """Draws U(-1/sqrt(D), 1/sqrt(D)), PyTorch's initialisation of a linear layer; ``D`` is the last axis."""
     bound = shape[-1] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _uniform_bias(key: chex.PRNGKey, shape: tuple[int, int]) -> chex.Array:
-    """``[K]`` for a weight ``[K, D]``: PyTorch draws the bias from the weight's range, D's."""
+    """Draws a bias ``[K]`` for a weight ``[K, D]``; like PyTorch from the weight's range, given by ``D``."""
     return _uniform_fan_in(key, shape)[:, 0]
 
 
 def _log_odds(class_counts: chex.Array) -> chex.Array:
-    """``-log((1 - pi_i) / pi_i)``, ``[K]``: at this bias a sigmoid gives each class its frequency."""
+    """``-log((1 - pi_i) / pi_i)``, ``[K]``: with this bias a sigmoid gives each class its frequency."""
     log_prior = losses.log_prior(class_counts)
     return log_prior - jnp.log1p(-jnp.exp(log_prior))
 
@@ -196,10 +262,16 @@ class LinearHead(nn.Module):
     """:func:`linear_logits` with a trainable weight.
 
     Attributes:
-      num_classes: K.
+      num_classes: ``K``.
       class_counts: ``n [K]``; needed for ``bias='prior'``.
-      bias: 'trained'; 'prior': trained, from ``-log((1 - pi) / pi)`` on, for the sigmoid focal loss;
-        'frozen': stays at its random initial value, what the released "FC without bias" does; 'none'.
+      bias: 'trained'; 'prior': trained, with the initial value ``-log((1 - pi) / pi)``, for the sigmoid focal
+        loss; 'frozen': stays at its random initial value, as in the released "FC without bias"; 'none'.
+
+    Example:
+      >>> head = LinearHead(num_classes=2)
+      >>> params = {"weight": jnp.eye(2), "bias": jnp.array([0.5, 0.0])}
+      >>> print(head.apply({"params": params}, jnp.array([[1.0, 2.0]]), train=False))
+      [[1.5 2. ]]
     """
 
     num_classes: int
@@ -208,12 +280,13 @@ class LinearHead(nn.Module):
 
     def __post_init__(self) -> None:
         if self.bias not in BIASES:
-            raise ValueError(f"bias is {self.bias!r}; it must be one of {', '.join(BIASES)}")
+            raise ValueError(f"unknown bias {self.bias!r}; use one of {', '.join(BIASES)}")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
-        """Features ``[B, D]`` to logits ``[B, K]``."""
+        """Computes logits ``[B, K]`` from features ``[B, D]``."""
+        checks.features_and_weight(features)
         shape = (self.num_classes, features.shape[-1])
         weight = self.param("weight", _uniform_fan_in, shape)
         if self.bias == "none":
@@ -225,6 +298,7 @@ class LinearHead(nn.Module):
             )
             return linear_logits(features, weight, frozen.value)
         if self.bias == "prior":
+            checks.class_counts(self.class_counts, self.num_classes)
             bias = self.param("bias", lambda _: _log_odds(jnp.array(self.class_counts)))
         else:
             bias = self.param("bias", _uniform_bias, shape)
@@ -232,12 +306,20 @@ class LinearHead(nn.Module):
 
 
 class TemperatureHead(LinearHead):
-    """:class:`LinearHead` divided class by class: class-dependent temperatures (CDT).
+    """:class:`LinearHead` with class-dependent temperatures (CDT).
 
     Attributes:
       tau: strength.
-      posthoc: divide by ``n_i^tau`` always, a method for a model that was trained plainly. Otherwise divide
-        by ``(n_max / n_i)^tau`` in training passes only.
+      posthoc: divide by ``n_i^tau`` in every pass, a method for a model that was trained without it. If
+        False, divide by ``(n_max / n_i)^tau`` in training passes only.
+
+    Example:
+      >>> head = TemperatureHead(num_classes=2, class_counts=(4, 1), bias="none", tau=0.5)
+      >>> variables, features = {"params": {"weight": jnp.eye(2)}}, jnp.array([[2.0, 2.0]])
+      >>> print(jnp.array_str(head.apply(variables, features, train=True), precision=4))
+      [[2. 1.]]
+      >>> print(head.apply(variables, features, train=False))
+      [[2. 2.]]
     """
 
     tau: float = 0.3
@@ -245,7 +327,8 @@ class TemperatureHead(LinearHead):
 
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
-        """Features ``[B, D]`` to logits ``[B, K]``."""
+        """Computes logits ``[B, K]`` from features ``[B, D]``."""
+        checks.class_counts(self.class_counts, self.num_classes)
         logits = super().__call__(features, train)
         counts = jnp.array(self.class_counts)
         if self.posthoc:
@@ -256,7 +339,21 @@ class TemperatureHead(LinearHead):
 
 
 class CosineHead(nn.Module):
-    """:func:`cosine_logits` with a trainable weight and no bias."""
+    """:func:`cosine_logits` with a trainable weight and no bias.
+
+    Attributes:
+      num_classes: ``K``.
+      scale: of the logits.
+      gamma: added to the weights' norms.
+      eta: exponent of both norms.
+
+    Example:
+      >>> head = CosineHead(num_classes=2, scale=10.0)
+      >>> params = {"weight": jnp.array([[1.0, 0.0], [0.0, 2.0]])}
+      >>> logits = head.apply({"params": params}, jnp.array([[3.0, 4.0]]), train=False)
+      >>> print(jnp.array_str(logits, precision=4))
+      [[6. 8.]]
+    """
 
     num_classes: int
     scale: float = 1.0
@@ -265,21 +362,29 @@ class CosineHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
-        """Features ``[B, D]`` to logits ``[B, K]``."""
+        """Computes logits ``[B, K]`` from features ``[B, D]``."""
+        checks.features_and_weight(features)
         weight = self.param("weight", _uniform_fan_in, (self.num_classes, features.shape[-1]))
         return cosine_logits(features, weight, scale=self.scale, gamma=self.gamma, eta=self.eta)
 
 
 class TauNormHead(nn.Module):
-    """:func:`tau_norm_logits` over the parameters of a :class:`LinearHead`, whose bias it leaves out.
+    """:func:`tau_norm_logits` with the parameters of a :class:`LinearHead`, whose bias it ignores by default.
 
     Attributes:
-      num_classes: K.
+      num_classes: ``K``.
       tau: exponent of the weights' norms.
       temperature: divides the logits.
-      use_bias: add the trained bias (divided by the temperature too) after all.
-      learn_scale: one trainable scale a class, from 1 on: learnable weight scaling (LWS).
+      use_bias: add the trained bias, also divided by the temperature.
+      learn_scale: one trainable scale per class, initially 1: learnable weight scaling (LWS).
       unit_features: normalise the features as well.
+
+    Example:
+      >>> head = TauNormHead(num_classes=2)
+      >>> params = {"weight": jnp.array([[3.0, 4.0], [0.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> logits = head.apply({"params": params}, jnp.array([[1.0, 2.0]]), train=False)
+      >>> print(jnp.array_str(logits, precision=4))
+      [[2.2 2. ]]
     """
 
     num_classes: int
@@ -291,7 +396,8 @@ class TauNormHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
-        """Features ``[B, D]`` to logits ``[B, K]``."""
+        """Computes logits ``[B, K]`` from features ``[B, D]``."""
+        checks.features_and_weight(features)
         shape = (self.num_classes, features.shape[-1])
         weight, bias = self.param("weight", _uniform_fan_in, shape), self.param("bias", _uniform_bias, shape)
         scale = self.param("class_scale", nn.initializers.ones, shape[:1]) if self.learn_scale else None
@@ -305,17 +411,25 @@ class TauNormHead(nn.Module):
 class TDEHead(nn.Module):
     """:func:`tde_logits` with a trainable weight, and the moving direction among the statistics.
 
-    A training pass gives :func:`cosine_logits` and leaves the batch's mean unit feature, which
-    ``models.update_statistics`` adds to the direction. Training wants ``alpha = 0``, the evaluation that
-    removes the direction 0.1. The released head moves its direction in the attack's passes too (and where it
-    evaluates); ours in training passes only.
+    A training pass returns :func:`cosine_logits` and stores the batch's mean unit feature, which
+    ``models.update_statistics`` adds to the direction. Use ``alpha = 0`` for training, and 0.1 for the
+    evaluation that removes the direction. The released head also moves its direction in the passes of the
+    attack and of the evaluation; this one does so in training passes only.
 
     Attributes:
-      num_classes: K.
+      num_classes: ``K``.
       scale: of the logits.
       gamma: added to the weights' norms.
       alpha: how much of the direction is removed outside of training passes.
       axis_name: mapped axis over which the batch is spread, if any.
+
+    Example:
+      >>> head = TDEHead(num_classes=2, scale=10.0, gamma=0.0, alpha=0.5)
+      >>> stats = {"direction": jnp.array([1.0, 0.0])}
+      >>> variables = {"params": {"weight": jnp.eye(2)}, "batch_stats": stats}
+      >>> logits = head.apply(variables, jnp.array([[3.0, 4.0]]), train=False)
+      >>> print(jnp.array_str(logits, precision=4))
+      [[3. 8.]]
     """
 
     num_classes: int
@@ -326,7 +440,8 @@ class TDEHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
-        """Features ``[B, D]`` to logits ``[B, K]``."""
+        """Computes logits ``[B, K]`` from features ``[B, D]``."""
+        checks.features_and_weight(features)
         width = features.shape[-1]
         weight = self.param("weight", _uniform_fan_in, (self.num_classes, width))
         direction = self.variable("batch_stats", "direction", jnp.zeros, (width,))

@@ -1,7 +1,7 @@
 """The command line of the experiment scripts: a config with overrides, a few flags, clear errors.
 
-ml_collections does the parsing of ``--config.field=value``; this module loads the config file, names the
-nearest key where one is unknown, and turns errors into one line.
+ml_collections parses ``--config.field=value``; this module loads the config file, names the nearest key if a
+key is unknown, and turns errors into one line.
 """
 
 import difflib
@@ -9,6 +9,7 @@ import errno
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,23 +20,29 @@ from robal_jax.devices.cpu import prepare_jax
 from robal_jax.errors import DivergedError, InputError
 
 PROCESSES = {
-    "coordinator": "of several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
-    "processes": "how many there are, with HOST:PORT",
-    "process": "number of this one, from 0, with HOST:PORT",
+    "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
+    "processes": "with HOST:PORT: number of processes",
+    "process": "with HOST:PORT: number of this process, from 0",
 }
 """Flags of scripts that can run in several processes, for ``hosts.start``."""
 
+CONSOLE = "robal-jax"
+"""Name of the console command, see ``console.py``."""
+
+_WHEEL = pathlib.Path(__file__).resolve().parent / "shipped"
+SHIPPED = _WHEEL if _WHEEL.is_dir() else _WHEEL.parents[1]
+"""Folder that holds ``configs`` and ``experiments``: their copy in a wheel, or the repository."""
+
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's ``main(arguments)`` and exits: 0, or with one line on stderr and a status.
+    """Runs a script's ``main(arguments)``; an error becomes one line on stderr and an exit status.
 
-    JAX is set up before (:func:`prepare_jax`), as far as the script has not imported it yet.
-
-    2: something given cannot be used (:class:`InputError`), or the disk is full; 3: training diverged
-    (:class:`DivergedError`).
+    The status is 2 if an input cannot be used (:class:`InputError`) or the disk is full, and 3 if training
+    diverged (:class:`DivergedError`). JAX is set up before (:func:`prepare_jax`), so the script must not have
+    imported it yet.
     """
     prepare_jax(os.environ)
-    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS tell of their inner life through absl
+    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log details through absl
     try:
         main(sys.argv[1:])
     except InputError as error:
@@ -48,34 +55,57 @@ def run(main: Callable[[list[str]], None]) -> None:
         where = f": {error.filename}" if error.filename else ""
         status = 2
         message = (
-            f"no room on the disk ({error.strerror}{where}); what was complete before is untouched, and the "
-            "same command goes on from there once there is room"
+            f"disk full ({error.strerror}{where}); completed files are intact: free some space and run the "
+            "same command again"
         )
     else:
         return
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + as_started(" ".join(message.split())), file=sys.stderr)
     sys.exit(status)
 
 
+def as_started(text: str) -> str:
+    """Rewrites the commands in a text if this process was started by the console command.
+
+    ``python experiments/train.py --config=configs/at.py:digits_lt`` becomes
+    ``robal-jax train --config=at:digits_lt``, which needs no checkout.
+    """
+    if not sys.argv[0].startswith(f"{CONSOLE} "):
+        return text
+    text = re.sub(r"python experiments/([a-z]+)(?:_torch|_data)?\.py", rf"{CONSOLE} \1", text)
+    return re.sub(r"--config=configs/(\w+)\.py", r"--config=\1", text)
+
+
+def add_shipped() -> None:
+    """Makes the shipped ``configs`` and ``experiments`` importable, even if others have these names."""
+    if str(SHIPPED) not in sys.path:
+        sys.path.insert(0, str(SHIPPED))
+    for folder in (SHIPPED / "configs", SHIPPED / "experiments"):
+        if folder.is_dir():
+            package = importlib.import_module(folder.name)
+            if str(folder) not in package.__path__:
+                package.__path__.insert(0, str(folder))
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts the overrides ``--config.field=value`` from the other arguments; returns others, overrides."""
+    """Returns the arguments without overrides ``--config.field=value``, and the overrides."""
     overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
     return [argument for argument in arguments if argument not in overrides], overrides
 
 
 def parse(arguments: Sequence[str], texts: dict[str, str], usage: str) -> dict[str, str]:
-    """A script's own flags.
+    """Parses a script's own flags.
 
     Args:
       arguments: without the program's name and without overrides.
-      texts: name of each flag to what ``--help`` says of it; all are strings.
+      texts: name of each flag to its text in ``--help``; all flags are strings.
       usage: first lines of ``--help``.
 
     Returns:
-      The flags' values, '' where not given.
+      The values of the flags; '' for a flag that is not given.
 
     Raises:
-      InputError: an unknown flag, or an argument that is no flag.
+      InputError: a flag is unknown, or an argument is not a flag.
     """
     values = flags.FlagValues()
     for name, text in texts.items():
@@ -86,33 +116,27 @@ def parse(arguments: Sequence[str], texts: dict[str, str], usage: str) -> dict[s
     except flags.Error as error:
         raise InputError(str(error)) from error
     if values["help"].value:
-        print(usage)
+        print(as_started(usage))
         for name, text in texts.items():
-            print(f"  --{name}: {text}")
+            print(as_started(f"  --{name}: {text}"))
         sys.exit(0)
     if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}; arguments have the form --name=value")
+        raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
     return {name: str(values[name].value) for name in texts}
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The config of a file, ``path.py`` or ``path.py:argument``.
+    """Loads the config of a file: ``path.py``, ``path.py:argument``, or a shipped one: ``at:digits_lt``.
 
     Raises:
-      InputError: no such file, or its ``get_config`` refuses the argument.
+      InputError: there is no such file, or its ``get_config`` refuses the argument.
     """
     name, _, argument = spec.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        known = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, known, 1)
-        there = (
-            f"; nearest there: {near[0]}" if near else f"; in {path.parent}: {', '.join(known) or 'nothing'}"
-        )
-        raise InputError(f"no config file {name}{there}")
+    path = _config_file(name)
+    add_shipped()  # for ``from configs import base`` in the file
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
-        raise InputError(f"config file {name} is not Python")
+        raise InputError(f"config file {name} is not Python; name a .py file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     try:
@@ -122,18 +146,35 @@ def load_config(spec: str) -> ConfigDict:
     return config.lock()
 
 
+def _config_file(name: str) -> pathlib.Path:
+    """Finds a config file, by its path or by the name of a shipped one."""
+    path, folder = pathlib.Path(name), SHIPPED / "configs"
+    if path.is_file():
+        return path
+    shipped = sorted(file.stem for file in folder.glob("*.py"))
+    if name in shipped:
+        return folder / f"{name}.py"
+    there = {file.name: str(file) for file in sorted(path.parent.glob("*.py"))}
+    near = [there[found] for found in difflib.get_close_matches(path.name, there, 1)]
+    near = near or difflib.get_close_matches(path.stem, shipped, 1)
+    known = shipped if path.parent == pathlib.Path() else there.values() or shipped
+    raise InputError(f"no config file {name}; use {near[0] if near else 'one of ' + ', '.join(known)}")
+
+
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Sets fields of a config from ``--config.field=value``.
 
     Raises:
-      InputError: an unknown field (the nearest known one is named), or a value of the wrong type.
+      InputError: a field is unknown (the nearest known one is named), or a value has the wrong type.
     """
     known = _fields(config)
     for override in overrides:
         key = override.lstrip("-").partition("=")[0].removeprefix("config.")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
-            raise InputError(f"unknown config key {key!r}; nearest: {near[0]!r}")
+            raise InputError(
+                f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
+            )
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict(
@@ -143,7 +184,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         raise InputError(str(error)) from error
     if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}; arguments have the form --name=value")
+        raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
     return values["config"].value
 
 

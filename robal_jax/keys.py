@@ -1,8 +1,8 @@
 """Random keys: one per image, and the streams that are folded into them.
 
 Every random number of the library follows from a seed, a step and an image's position. A stream is a number
-that is folded into a key so that two uses of one key never share random numbers. All streams are listed here,
-so that no two of them can collide; small numbers (0, 1, 2, ...) count steps, restarts, rounds and draws.
+that is folded into a key, so that two uses of one key never share random numbers. All streams are listed
+here, so that no two of them can be equal; small numbers (0, 1, ...) count steps, restarts, rounds and draws.
 """
 
 from functools import partial
@@ -11,19 +11,19 @@ import chex
 import jax
 import jax.numpy as jnp
 
-# Of a run's key, beside the steps'.
+# Of a run's key, beside the numbers of its steps.
 INITIAL_WEIGHTS = 2**32 - 1
 
-# Of an image's key in an attack, beside its restarts.
+# Of an image's key in an attack, beside the numbers of its restarts.
 MODEL_NOISE = 2**32 - 3
 JUDGEMENT = 2**32 - 2
 
-# Of an image's key in a training step. The key itself is split for the attack, as a small number would be.
+# Of an image's key in a training step. The attack uses the key itself and small numbers.
 MIXING = 2**32 - 1
 
 
 def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
-    """Gives one key per image: the keys themselves, or one key split by the images' positions.
+    """Returns one key per image: the keys themselves, or one key split by the images' positions.
 
     Args:
       key: one key ``[]`` or one per image ``[B]``, made by ``jax.random.key`` or ``jax.random.PRNGKey``.
@@ -33,7 +33,13 @@ def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
       Keys ``[B]``.
 
     Raises:
-      ValueError: neither one key nor one per image.
+      ValueError: there is neither one key nor one per image.
+
+    Example:
+      >>> images = jnp.zeros((2, 8, 8, 1))
+      >>> keys = image_keys(jax.random.key(0), images)
+      >>> keys.shape, bool((image_keys(keys, images) == keys).all())
+      ((2,), True)
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -45,20 +51,32 @@ def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
 
 
 def fold_in(keys: chex.PRNGKey, data: chex.Numeric) -> chex.PRNGKey:
-    """Folds one number into every key: ``[B]`` to ``[B]``."""
+    """Folds one number into every key: ``[B]`` to ``[B]``.
+
+    Example:
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> bool((fold_in(keys, 7)[1] == jax.random.fold_in(keys[1], 7)).all())
+      True
+    """
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
 def numbered_keys(key: chex.PRNGKey, numbers: chex.Array) -> chex.PRNGKey:
-    """Makes one key per number of a single key: numbers ``[B]`` to keys ``[B]``."""
+    """Makes one key per number from a single key: numbers ``[B]`` to keys ``[B]``.
+
+    Example:
+      >>> key = jax.random.key(0)
+      >>> bool((numbered_keys(key, jnp.array([5, 7]))[1] == jax.random.fold_in(key, 7)).all())
+      True
+    """
     return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
 
 def example_keys(key: chex.PRNGKey, step: chex.Numeric, positions: chex.Array) -> chex.PRNGKey:
-    """Gives one key per image of a training step.
+    """Makes one key per image of a training step.
 
     The key follows from the image's position in the batch, not from its place in the data set: a sampler may
-    draw an image twice into one batch, and both copies must be augmented and attacked differently.
+    draw an image twice into one batch, and the two copies must be augmented and attacked differently.
 
     Args:
       key: of the run.
@@ -67,5 +85,11 @@ def example_keys(key: chex.PRNGKey, step: chex.Numeric, positions: chex.Array) -
 
     Returns:
       Keys ``[B]``.
+
+    Example:
+      >>> key, positions = jax.random.key(0), jnp.arange(4)
+      >>> keys = example_keys(key, 100, positions)
+      >>> bool((keys[2:] == example_keys(key, 100, positions[2:])).all())  # on whichever device
+      True
     """
     return numbered_keys(jax.random.fold_in(key, step), positions)

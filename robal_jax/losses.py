@@ -1,21 +1,24 @@
 """Losses of long-tailed recognition, one value per example.
 
-A loss here is a function ``(logits [B, K], labels [B]) -> [B]``: it never reduces, so the caller may mask,
-weigh or average as it likes. What a long-tail loss must know of the data is the number of training images
-of each class, ``class_counts [K]``; close over it and the result is a plain loss again::
+A loss is a function ``(logits [B, K], labels [B]) -> [B]``. It never reduces, so that the caller can mask,
+weight or average the values. A long-tail loss also takes the number of training images per class,
+``class_counts [K]``; once that is bound, it is a plain loss again::
 
     loss = functools.partial(robal, class_counts=counts, scale=10.0, margin=0.1, tau_m=0.3, tau_b=1.5)
     value = loss(cosines, labels).mean()
 
-First come losses that know nothing of the data, then what follows from the class counts (weights, margins,
-biases, temperatures), then the losses composed of both.
+The file has three parts: losses that need no statistics of the data; quantities that follow from the class
+counts (weights, margins, biases, temperatures); and the losses that combine both.
 
-``class_weights [K]`` are what they are in RoBal's released code: in a softmax loss they weigh an example by
-its label, in a mean over the batch that is divided by their sum; in a loss of ``K`` binary problems they
-weigh the problems.
+``class_weights [K]`` act as in RoBal's released code. A softmax loss weights each example by its label and
+divides by the mean weight of the batch; a loss of ``K`` binary problems weights the problems.
+
+Every function raises ValueError for arguments of a wrong shape or type and, outside of ``jax.jit``, for
+labels that are not in ``0..K-1`` and class counts below 1. The examples assume ``import jax.numpy as jnp``
+and ``from robal_jax.losses import *``.
 
 Throughout: ``B`` batch, ``K`` classes, ``n_i`` training images of class ``i``, ``pi_i = n_i / sum_j n_j``,
-``p = softmax(z)``, ``[i = y]`` 1 for the true class and 0 for the others.
+``p = softmax(z)``, ``[i = y]`` 1 for the true class and 0 for all other classes.
 """
 
 from collections.abc import Callable
@@ -40,18 +43,33 @@ def _is_true(logits: chex.Array, labels: chex.Array) -> chex.Array:
 
 
 def _row(per_class: chex.Array, like: chex.Array) -> chex.Array:
-    """One value per class ``[K]`` as ``[1, K]``, in the number format of ``like``."""
+    """One value per class ``[K]`` as ``[1, K]``, in the dtype of ``like``."""
     return jnp.asarray(per_class, like.dtype)[None, :]
 
 
 def _by_label(per_class: chex.Array, labels: chex.Array, like: chex.Array) -> chex.Array:
-    """The labels' values ``[B]`` of one per class ``[K]``, in the number format of ``like``."""
+    """The value of each label ``[B]``, from one value per class ``[K]``, in the dtype of ``like``."""
     return jnp.asarray(per_class, like.dtype)[labels]
 
 
 def _weigh_columns(terms: chex.Array, class_weights: Weights) -> chex.Array:
     """``w_i t_bi`` of terms ``[B, K]``."""
-    return terms if class_weights is None else terms * _row(class_weights, terms)
+    if class_weights is None:
+        return terms
+    checks.vector("class_weights", class_weights, terms.shape[-1])
+    return terms * _row(class_weights, terms)
+
+
+def _check(logits: chex.Array, labels: chex.Array, class_counts: chex.Array) -> None:
+    """Refuses anything but logits ``[B, K]``, labels ``[B]`` and class counts ``[K]``."""
+    checks.logits_and_labels(logits, labels)
+    checks.class_counts(class_counts, logits.shape[-1])
+
+
+def _counts(class_counts: chex.Array) -> chex.Array:
+    """Class counts ``[K]`` as floats."""
+    checks.class_counts(class_counts)
+    return jnp.asarray(class_counts, dtype=float)
 
 
 def _binary_terms(logits: chex.Array, labels: chex.Array, gamma: float = 0.0) -> chex.Array:
@@ -66,7 +84,7 @@ def _logsumexp_without(logits: chex.Array, left_out: chex.Array) -> chex.Array:
 
 
 def _log_complement(logits: chex.Array) -> chex.Array:
-    """``log(1 - p_bi) [B, K]``, exact where ``p`` is close to 1: that can only be the largest one."""
+    """``log(1 - p_bi) [B, K]``, exact where ``p`` is close to 1, which can only be the largest one."""
     is_top = _is_true(logits, jnp.argmax(logits, axis=-1))
     log_rest = _logsumexp_without(logits, is_top) - jax.nn.logsumexp(logits, axis=-1)
     others = jnp.where(is_top, 0.0, jax.nn.softmax(logits))
@@ -84,15 +102,25 @@ def cross_entropy(
       logits: ``z [B, K]``, any real values.
       labels: ``y [B]``, integers in ``0..K-1``.
       class_weights: ``w [K]``, positive; None for the plain ``CE_b``.
-      axis_name: mapped axis over which the batch is spread, if any; the mean is then the whole batch's.
+      axis_name: mapped axis over which the batch is spread, if any; the mean is then over the whole batch.
 
     Returns:
       ``l [B]``, at least 0; its mean over the batch is ``sum_b w_{y_b} CE_b / sum_b w_{y_b}``.
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = cross_entropy(logits, labels)
+      >>> print(jnp.array_str(loss, precision=4))  # log 4/3, log 2
+      [0.2877 0.6931]
+      >>> loss = cross_entropy(logits, labels, class_weights=jnp.array([1.0, 3.0]))
+      >>> print(jnp.array_str(loss, precision=4))  # times 1/2, 3/2
+      [0.1438 1.0397]
     """
     checks.logits_and_labels(logits, labels)
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     if class_weights is None:
         return values
+    checks.vector("class_weights", class_weights, logits.shape[-1])
     weights = _by_label(class_weights, labels, values)
     mean = weights.mean()
     if axis_name is not None:
@@ -105,18 +133,25 @@ def smoothed_cross_entropy(logits: chex.Array, labels: chex.Array, *, confidence
 
     ``t_bi = c_b [i = y_b] + (1 - c_b) / (K - 1) [i != y_b]``;  ``l_b = -sum_i t_bi log p_bi``
 
-    A mixture of two such labels of one class is the label with the mixture of their confidences.
+    Mixing two such labels of one class gives the label whose confidence is mixed in the same way.
 
     Args:
       logits: ``z [B, K]``.
       labels: ``y [B]``, integers in ``0..K-1``.
-      confidence: ``c``, in ``[0, 1]``: one number, or one per example ``[B]``.
+      confidence: ``c``, in ``[0, 1]``: one number, or one number per example ``[B]``.
 
     Returns:
       ``l [B]``, at least 0.
 
     Source: Szegedy et al., CVPR 2016; the mixed labels of Lee et al. (AVmixup), CVPR 2020.
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = smoothed_cross_entropy(logits, labels, confidence=0.5)
+      >>> print(jnp.array_str(loss, precision=4))  # (log 4/3 + log 4) / 2, log 2
+      [0.837  0.6931]
     """
+    checks.logits_and_labels(logits, labels)
     sure = jnp.broadcast_to(jnp.asarray(confidence, logits.dtype), labels.shape)[:, None]
     unsure = (1.0 - sure) / (logits.shape[-1] - 1)
     return optax.losses.softmax_cross_entropy(logits, jnp.where(_is_true(logits, labels), sure, unsure))
@@ -125,7 +160,7 @@ def smoothed_cross_entropy(logits: chex.Array, labels: chex.Array, *, confidence
 def binary_cross_entropy(
     logits: chex.Array, labels: chex.Array, *, temperature: float = 1.0, class_weights: Weights = None
 ) -> chex.Array:
-    """One binary problem per class: is the image of this class or not.
+    """Binary cross entropy of one problem per class: is the image of this class or not.
 
     ``l_b = (T / K) sum_i w_i BCE(z_bi / T, [i = y_b])``;  ``BCE(z, 1) = -log sigmoid(z) = BCE(-z, 0)``
 
@@ -133,11 +168,21 @@ def binary_cross_entropy(
       logits: ``z [B, K]``.
       labels: ``y [B]``, integers in ``0..K-1``.
       temperature: ``T > 0``.
-      class_weights: ``w [K]`` of the columns; None for ones.
+      class_weights: ``w [K]`` of the binary problems; None for ones.
 
     Returns:
       ``l [B]``, at least 0.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 2)), jnp.array([0, 1])
+      >>> loss = binary_cross_entropy(logits, labels)
+      >>> print(jnp.array_str(loss, precision=4))  # log 2
+      [0.6931 0.6931]
+      >>> loss = binary_cross_entropy(logits, labels, class_weights=jnp.array([1.0, 2.0]))
+      >>> print(jnp.array_str(loss, precision=4))
+      [1.0397 1.0397]
     """
+    checks.logits_and_labels(logits, labels)
     terms = _binary_terms(logits / temperature, labels)
     return temperature * _weigh_columns(terms, class_weights).mean(axis=-1)
 
@@ -153,13 +198,19 @@ def focal(
     Args:
       logits: ``z [B, K]``, any real values.
       labels: ``y [B]``, integers in ``0..K-1``.
-      gamma: at least 0; 0 is the sum of the binary cross entropies.
-      class_weights: ``w [K]`` of the columns; None for ones.
+      gamma: at least 0; 0 gives the sum of the binary cross entropies.
+      class_weights: ``w [K]`` of the binary problems; None for ones.
 
     Returns:
       ``l [B]``, at least 0.
 
     Source: Lin et al., ICCV 2017.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 2)), jnp.array([0, 1])
+      >>> loss = focal(logits, labels, gamma=2.0)
+      >>> print(jnp.array_str(loss, precision=4))  # 2 * 1/4 * log 2
+      [0.3466 0.3466]
     """
     return _weigh_columns(_binary_terms(logits, labels, gamma), class_weights).sum(axis=-1)
 
@@ -175,21 +226,28 @@ def focal_softmax(
       logits: ``z [B, K]``.
       labels: ``y [B]``, integers in ``0..K-1``.
       gamma: 0, or at least 1.
-      class_weights: ``w [K]``; None for ones. Not divided by their mean.
+      class_weights: ``w [K]``; None for ones. They are not divided by their mean.
 
     Returns:
       ``l [B]``, at least 0.
 
     Source: Lin et al., ICCV 2017.
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = focal_softmax(logits, labels)
+      >>> print(jnp.array_str(loss, precision=4))  # 1/2 * (1/4)^2 * log 4/3, 1/2 * (1/2)^2 * log 2
+      [0.009  0.0866]
     """
     values = cross_entropy(logits, labels)
     if class_weights is not None:
+        checks.vector("class_weights", class_weights, logits.shape[-1])
         values = values * _by_label(class_weights, labels, values)
     return 0.5 * (-jnp.expm1(-values)) ** gamma * values
 
 
 def soft_logit_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """How far the wrong logits together exceed the true one; a smooth bound of the largest one's excess.
+    """Excess of all wrong logits together over the true one, a smooth bound of the largest one's excess.
 
     ``l_b = log sum_{i != y_b} exp(z_bi) - z_b[y_b]``
 
@@ -201,13 +259,19 @@ def soft_logit_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
       ``l [B]``, of any sign; ``CE_b = log(1 + exp(l_b))``.
 
     Source: Ding et al. (MMA training), ICLR 2020.
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[4.0, 1.0, 1.0], [4.0, 1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = soft_logit_margin(logits, labels)
+      >>> print(jnp.array_str(loss, precision=4))  # log 2/4, log 5/1
+      [-0.6931  1.6094]
     """
     is_true = _is_true(logits, labels)
     return _logsumexp_without(logits, is_true) - jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1)
 
 
 def boosted_cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """Cross entropy with a second term that pushes down the likeliest wrong class.
+    """Cross entropy with a second term that pushes down the most likely wrong class.
 
     ``l_b = -log p_b[y_b] - log(1 - max_{i != y_b} p_bi)``
 
@@ -219,6 +283,12 @@ def boosted_cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
       ``l [B]``, at least 0.
 
     Source: MART (Wang et al., ICLR 2020).
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = boosted_cross_entropy(logits, labels)
+      >>> print(jnp.array_str(loss, precision=4))  # log 2 + log 4/3, log 4 + log 2
+      [0.9808 2.0794]
     """
     log_complement = jnp.where(_is_true(logits, labels), jnp.inf, _log_complement(logits))
     return cross_entropy(logits, labels) - log_complement.min(axis=-1)
@@ -229,8 +299,8 @@ def kl_divergence(logits: chex.Array, other_logits: chex.Array) -> chex.Array:
 
     ``p = softmax(z), q = softmax(z')``;  ``KL_b = sum_i p_bi * (log p_bi - log q_bi)``
 
-    From the logits, so that it is finite where ``q`` underflows. (RoBal's released code adds 1e-12 to ``q``
-    instead, which the cosines of a head of scale 1 do not feel.)
+    It is computed from the logits, so that it is finite where ``q`` underflows. (RoBal's released code adds
+    1e-12 to ``q`` instead, which makes no difference to the cosines of a head of scale 1.)
 
     Args:
       logits: ``z [B, K]``.
@@ -240,7 +310,14 @@ def kl_divergence(logits: chex.Array, other_logits: chex.Array) -> chex.Array:
       ``KL [B]``, at least 0.
 
     Source: TRADES (Zhang et al., ICML 2019).
+
+    Example:
+      >>> logits, other_logits = jnp.log(jnp.array([[3.0, 1.0]])), jnp.zeros((1, 2))
+      >>> divergence = kl_divergence(logits, other_logits)
+      >>> print(jnp.array_str(divergence, precision=4))  # 3/4 log 3/2 + 1/4 log 1/2
+      [0.1308]
     """
+    checks.float_logits(logits=logits, other_logits=other_logits)
     log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other_logits)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -255,8 +332,13 @@ def log_prior(class_counts: chex.Array) -> chex.Array:
 
     Returns:
       ``log pi [K]``, at most 0.
+
+    Example:
+      >>> prior = log_prior(jnp.array([2, 1, 1]))
+      >>> print(jnp.array_str(prior, precision=4))  # log 1/2, log 1/4, log 1/4
+      [-0.6931 -1.3863 -1.3863]
     """
-    counts = jnp.asarray(class_counts, dtype=float)
+    counts = _counts(class_counts)
     return jnp.log(counts / counts.sum())
 
 
@@ -267,21 +349,26 @@ def effective_number_weights(class_counts: chex.Array, *, beta: float) -> chex.A
 
     Args:
       class_counts: ``n [K]``, at least 1.
-      beta: in ``[0, 1)``; 0 gives ones, towards 1 the weights become proportional to ``1 / n_i``.
+      beta: in ``[0, 1)``; 0 gives ones, and close to 1 the weights are proportional to ``1 / n_i``.
 
     Returns:
       ``w [K]``.
 
     Source: Cui et al., CVPR 2019.
+
+    Example:
+      >>> weights = effective_number_weights(jnp.array([3, 1]), beta=0.5)
+      >>> print(jnp.array_str(weights, precision=4))  # 8/7 and 2, divided by their mean
+      [0.7273 1.2727]
     """
-    counts = jnp.asarray(class_counts, dtype=float)
+    counts = _counts(class_counts)
     # -expm1 is 1 - beta^n without the rounding of a beta close to 1; the factor 1 - beta cancels in c.
     weights = 1.0 / -jnp.expm1(counts * jnp.log1p(beta - 1.0))
     return weights * (counts.size / weights.sum())
 
 
 def temperatures(class_counts: chex.Array, *, tau: float) -> chex.Array:
-    """Class-dependent temperatures: 1 for the largest class, more for smaller ones.
+    """Class-dependent temperatures: 1 for the largest class, higher for smaller ones.
 
     ``a_i = (n_max / n_i)^tau``
 
@@ -293,15 +380,19 @@ def temperatures(class_counts: chex.Array, *, tau: float) -> chex.Array:
       ``a [K]``, at least 1 where ``tau`` is at least 0.
 
     Source: Ye et al. (CDT), arXiv:2001.01385.
+
+    Example:
+      >>> print(temperatures(jnp.array([16, 4, 1]), tau=0.5).round())
+      [1. 2. 4.]
     """
-    counts = jnp.asarray(class_counts, dtype=float)
+    counts = _counts(class_counts)
     return (counts.max() / counts) ** tau
 
 
 def ldam_margins(
     class_counts: chex.Array, *, max_margin: float = 0.5, exponent: float = 0.25, inverse: bool = False
 ) -> chex.Array:
-    """Margins of the label-distribution-aware loss: the rarest class gets the largest.
+    """Margins of the label-distribution-aware loss: the smallest class gets the largest margin.
 
     ``m_i = m_max n_i^-g / max_j n_j^-g``;  inverse: ``m_i = m_max n_i^g / max_j n_j^g``
 
@@ -315,8 +406,15 @@ def ldam_margins(
       ``m [K]``, in units of the logit.
 
     Source: Cao et al. (LDAM), NeurIPS 2019.
+
+    Example:
+      >>> counts = jnp.array([16, 1])
+      >>> print(jnp.array_str(ldam_margins(counts, max_margin=0.5), precision=4))
+      [0.25 0.5 ]
+      >>> print(jnp.array_str(ldam_margins(counts, max_margin=0.5, inverse=True), precision=4))
+      [0.5  0.25]
     """
-    counts = jnp.asarray(class_counts, dtype=float)
+    counts = _counts(class_counts)
     margins = counts ** (exponent if inverse else -exponent)
     return max_margin * margins / margins.max()
 
@@ -336,8 +434,13 @@ def robal_margins(class_counts: chex.Array, *, scale: float, margin: float, tau_
       ``m [K]``, in units of the cosine.
 
     Source: RoBal (Wu et al., CVPR 2021), equation 9.
+
+    Example:
+      >>> margins = robal_margins(jnp.array([4, 1]), scale=10.0, margin=0.1, tau_m=0.3)
+      >>> print(jnp.array_str(margins, precision=4))  # 0.03 log 4 + 0.1, 0.1
+      [0.1416 0.1   ]
     """
-    counts = jnp.asarray(class_counts, dtype=float)
+    counts = _counts(class_counts)
     return (tau_m / scale) * jnp.log(counts / counts.min()) + margin
 
 
@@ -348,18 +451,23 @@ def robal_biases(class_counts: chex.Array, *, tau_b: float) -> chex.Array:
 
     Args:
       class_counts: ``n [K]``, at least 1.
-      tau_b: strength; 1 is the balanced softmax, 0 is none.
+      tau_b: strength; 1 is the balanced softmax, 0 gives zeros.
 
     Returns:
       ``b [K]``, in units of the scaled logit.
 
     Source: RoBal (Wu et al., CVPR 2021), equation 9.
+
+    Example:
+      >>> biases = robal_biases(jnp.array([3, 1]), tau_b=1.5)
+      >>> print(jnp.array_str(biases, precision=4))  # 1.5 log 3/4, 1.5 log 1/4
+      [-0.4315 -2.0794]
     """
     return tau_b * log_prior(class_counts)
 
 
 def subtract_margins(logits: chex.Array, labels: chex.Array, margins: chex.Array) -> chex.Array:
-    """Logits with the true class made harder by its margin.
+    """Logits whose true class is made harder by its margin.
 
     ``z'_bi = z_bi - m_i [i = y_b]``
 
@@ -370,12 +478,20 @@ def subtract_margins(logits: chex.Array, labels: chex.Array, margins: chex.Array
 
     Returns:
       ``z' [B, K]``.
+
+    Example:
+      >>> logits, labels = jnp.array([[1.0, 2.0], [1.0, 2.0]]), jnp.array([0, 1])
+      >>> print(subtract_margins(logits, labels, jnp.array([0.5, 0.25])))
+      [[0.5  2.  ]
+       [1.   1.75]]
     """
-    return jnp.where(_is_true(logits, labels), logits - _row(margins, logits), logits)
+    is_true = _is_true(logits, labels)
+    checks.vector("margins", margins, logits.shape[-1])
+    return jnp.where(is_true, logits - _row(margins, logits), logits)
 
 
 def _balanced(values: chex.Array, labels: chex.Array, class_counts: chex.Array, beta: float) -> chex.Array:
-    """``v_{y_b} l_b [B]`` of values ``l [B]``, ``v`` the :func:`effective_number_weights`."""
+    """``v_{y_b} l_b [B]`` of values ``l [B]``, where ``v`` are the :func:`effective_number_weights`."""
     return _by_label(effective_number_weights(class_counts, beta=beta), labels, values) * values
 
 
@@ -389,7 +505,7 @@ def class_balanced_focal(
     alpha: float = 1.0,
     class_weights: Weights = None,
 ) -> chex.Array:
-    """:func:`focal`, weighed by the label's :func:`effective_number_weights`.
+    """:func:`focal` times the :func:`effective_number_weights` of the label.
 
     ``l_b = alpha v_{y_b} focal_b``
 
@@ -399,14 +515,21 @@ def class_balanced_focal(
       class_counts: ``n [K]``, at least 1.
       beta: of the weights ``v``.
       gamma: of the focal loss.
-      alpha: factor of the whole.
-      class_weights: ``w [K]`` of the columns, besides ``v``; None for ones.
+      alpha: factor of the loss.
+      class_weights: ``w [K]`` of the binary problems, besides ``v``; None for ones.
 
     Returns:
       ``l [B]``, at least 0.
 
     Source: Cui et al., CVPR 2019.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 2)), jnp.array([0, 1])
+      >>> loss = class_balanced_focal(logits, labels, class_counts=jnp.array([3, 1]), beta=0.5)
+      >>> print(jnp.array_str(loss, precision=4))  # log(2) / 2 times v
+      [0.2521 0.4411]
     """
+    _check(logits, labels, class_counts)
     values = focal(logits, labels, gamma=gamma, class_weights=class_weights)
     return alpha * _balanced(values, labels, class_counts, beta)
 
@@ -420,7 +543,7 @@ def class_balanced_sigmoid(
     alpha: float = 1.0,
     class_weights: Weights = None,
 ) -> chex.Array:
-    """:func:`binary_cross_entropy`, weighed by the label's :func:`effective_number_weights`.
+    """:func:`binary_cross_entropy` times the :func:`effective_number_weights` of the label.
 
     ``l_b = alpha v_{y_b} BCE_b``
 
@@ -429,14 +552,21 @@ def class_balanced_sigmoid(
       labels: ``y [B]``, integers in ``0..K-1``.
       class_counts: ``n [K]``, at least 1.
       beta: of the weights ``v``.
-      alpha: factor of the whole.
-      class_weights: ``w [K]`` of the columns, besides ``v``; None for ones.
+      alpha: factor of the loss.
+      class_weights: ``w [K]`` of the binary problems, besides ``v``; None for ones.
 
     Returns:
       ``l [B]``, at least 0.
 
     Source: Cui et al., CVPR 2019.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 2)), jnp.array([0, 1])
+      >>> loss = class_balanced_sigmoid(logits, labels, class_counts=jnp.array([3, 1]), beta=0.5)
+      >>> print(jnp.array_str(loss, precision=4))  # log(2) times v
+      [0.5041 0.8822]
     """
+    _check(logits, labels, class_counts)
     values = binary_cross_entropy(logits, labels, class_weights=class_weights)
     return alpha * _balanced(values, labels, class_counts, beta)
 
@@ -450,23 +580,30 @@ def class_balanced_softmax(
     alpha: float = 1.0,
     class_weights: Weights = None,
 ) -> chex.Array:
-    """Binary cross entropies of the softmax probabilities, weighed by the effective number of the label.
+    """Binary cross entropies of the softmax probabilities times :func:`effective_number_weights`.
 
-    ``l_b = -(alpha v_{y_b} / K) sum_i w_i log(p_bi if i = y_b else 1 - p_bi)``, no logarithm below -100
+    ``l_b = -(alpha v_{y_b} / K) sum_i w_i log(p_bi if i = y_b else 1 - p_bi)``; no logarithm is below -100
 
     Args:
       logits: ``z [B, K]``.
       labels: ``y [B]``, integers in ``0..K-1``.
       class_counts: ``n [K]``, at least 1.
-      beta: of the weights ``v``, :func:`effective_number_weights`.
-      alpha: factor of the whole.
-      class_weights: ``w [K]`` of the columns, besides ``v``; None for ones.
+      beta: of the weights ``v``.
+      alpha: factor of the loss.
+      class_weights: ``w [K]`` of the binary problems, besides ``v``; None for ones.
 
     Returns:
       ``l [B]``, at least 0.
 
     Source: Cui et al., CVPR 2019; the bound is PyTorch's.
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = class_balanced_softmax(logits, labels, class_counts=jnp.array([3, 1]), beta=0.5)
+      >>> print(jnp.array_str(loss, precision=4))  # CE times v
+      [0.2092 0.8822]
     """
+    _check(logits, labels, class_counts)
     log_q = jnp.where(_is_true(logits, labels), jax.nn.log_softmax(logits), _log_complement(logits))
     values = _weigh_columns(-jnp.maximum(log_q, -100.0), class_weights).mean(axis=-1)
     return alpha * _balanced(values, labels, class_counts, beta)
@@ -489,14 +626,21 @@ def class_temperature(
       ``l [B]``, at least 0.
 
     Source: Ye et al. (CDT), arXiv:2001.01385.
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 4.0], [3.0, 4.0]])), jnp.array([0, 1])
+      >>> loss = class_temperature(logits, labels, class_counts=jnp.array([4, 1]), tau=0.5)
+      >>> print(jnp.array_str(loss, precision=4))  # a = 1, 2: log 5/3, log 5/2
+      [0.5108 0.9163]
     """
+    _check(logits, labels, class_counts)
     return cross_entropy(logits / _row(temperatures(class_counts, tau=tau), logits), labels)
 
 
 def logit_adjustment(
     logits: chex.Array, labels: chex.Array, *, class_counts: chex.Array, tau: float = 1.0
 ) -> chex.Array:
-    """Cross entropy of logits that the class prior is added to; for ``tau = 1`` the balanced softmax.
+    """Cross entropy after the class prior is added to the logits; for ``tau = 1`` the balanced softmax.
 
     ``l_b = CE(z_bi + tau log pi_i, y_b)``
 
@@ -510,7 +654,14 @@ def logit_adjustment(
       ``l [B]``, at least 0.
 
     Source: Menon et al., ICLR 2021; Ren et al. (balanced softmax), NeurIPS 2020.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 2)), jnp.array([0, 1])
+      >>> loss = logit_adjustment(logits, labels, class_counts=jnp.array([3, 1]))
+      >>> print(jnp.array_str(loss, precision=4))  # log 4/3, log 4
+      [0.2877 1.3863]
     """
+    _check(logits, labels, class_counts)
     return cross_entropy(logits + _row(robal_biases(class_counts, tau_b=tau), logits), labels)
 
 
@@ -532,8 +683,17 @@ def margin_adjusted_cross_entropy(
       ``l [B]``.
 
     Source: RoBal (Wu et al., CVPR 2021), equation 8.
+
+    Example:
+      >>> cosines, labels = jnp.array([[0.5, 0.0], [0.25, 0.0]]), jnp.array([0, 1])
+      >>> margins, biases = jnp.array([0.5, 0.25]), jnp.zeros(2)
+      >>> loss = margin_adjusted_cross_entropy(cosines, labels, margins=margins, biases=biases, scale=2.0)
+      >>> print(jnp.array_str(loss, precision=4))  # log 2, log(1 + e)
+      [0.6931 1.3133]
     """
-    return cross_entropy(scale * subtract_margins(cosines, labels, margins) + _row(biases, cosines), labels)
+    adjusted = scale * subtract_margins(cosines, labels, margins)
+    checks.vector("biases", biases, cosines.shape[-1])
+    return cross_entropy(adjusted + _row(biases, cosines), labels)
 
 
 def uniform_margin(
@@ -545,7 +705,7 @@ def uniform_margin(
     class_weights: Weights = None,
     axis_name: str | None = None,
 ) -> chex.Array:
-    """Scaled cosines with the same margin for every class.
+    """Cross entropy of scaled cosines with the same margin for every class.
 
     ``l_b = CE(s * (cos_bi - m * [i = y_b]), y_b)``
 
@@ -561,6 +721,12 @@ def uniform_margin(
       ``l [B]``, at least 0.
 
     Source: Wang et al. (CosFace), CVPR 2018; in adversarial training Pang et al. (HE), NeurIPS 2020.
+
+    Example:
+      >>> cosines, labels = jnp.array([[0.5, 0.0], [0.25, 0.0]]), jnp.array([0, 1])
+      >>> loss = uniform_margin(cosines, labels, margin=0.25, scale=4.0)
+      >>> print(jnp.array_str(loss, precision=4))  # log(1 + 1/e), log(1 + e^2)
+      [0.3133 2.1269]
     """
     adjusted = subtract_margins(cosines, labels, jnp.full(cosines.shape[-1], margin))
     return cross_entropy(scale * adjusted, labels, class_weights=class_weights, axis_name=axis_name)
@@ -582,7 +748,7 @@ def ldam(
 
     ``l_b = CE(s * (z_bi - m_y * [i = y_b]), y_b)``
 
-    RoBal's released code adds inverse margins ``m_y`` to all wrong logits instead: the same to a softmax.
+    RoBal's released code adds inverse margins ``m_y`` to all wrong logits instead; the softmax is the same.
 
     Args:
       logits: ``z [B, K]``.
@@ -599,7 +765,14 @@ def ldam(
       ``l [B]``, at least 0.
 
     Source: Cao et al. (LDAM), NeurIPS 2019.
+
+    Example:
+      >>> logits, labels = jnp.array([[0.5, 0.0], [0.25, 0.0]]), jnp.array([0, 1])
+      >>> loss = ldam(logits, labels, class_counts=jnp.array([16, 1]))
+      >>> print(jnp.array_str(loss, precision=4))  # m = 1/4, 1/2
+      [0.5759 1.1369]
     """
+    _check(logits, labels, class_counts)
     margins = ldam_margins(class_counts, max_margin=max_margin, exponent=exponent, inverse=inverse)
     adjusted = subtract_margins(logits, labels, margins)
     return cross_entropy(scale * adjusted, labels, class_weights=class_weights, axis_name=axis_name)
@@ -630,7 +803,15 @@ def robal(
       ``l [B]``.
 
     Source: RoBal (Wu et al., CVPR 2021), equations 8 and 9.
+
+    Example:
+      >>> cosines, labels = jnp.array([[0.2, 0.1], [0.1, 0.1]]), jnp.array([0, 1])
+      >>> settings = {"scale": 10.0, "margin": 0.1, "tau_m": 0.3, "tau_b": 1.5}
+      >>> loss = robal(cosines, labels, class_counts=jnp.array([4, 1]), **settings)
+      >>> print(jnp.array_str(loss, precision=4))
+      [0.1735 3.1244]
     """
+    _check(cosines, labels, class_counts)
     return margin_adjusted_cross_entropy(
         cosines,
         labels,
@@ -653,10 +834,10 @@ def deferred(
     reweight: bool = True,
     margins: bool = True,
 ) -> chex.Array:
-    """A loss that meets class weights, margins or both from an epoch on, and neither before.
+    """Applies class weights, margins or both from a given epoch on.
 
-    ``l_b = base(z_bi - m_i [i = y_b], y_b; w)``; from ``start`` on ``w`` are
-    :func:`effective_number_weights` and ``m`` :func:`ldam_margins`, before it ones and zeros
+    ``l_b = base(z_bi - m_i [i = y_b], y_b; w)``; from epoch ``start`` on, ``w`` are
+    :func:`effective_number_weights` and ``m`` :func:`ldam_margins`; before, they are ones and zeros
 
     Args:
       logits: ``z [B, K]``.
@@ -667,14 +848,24 @@ def deferred(
       start: first epoch with weights and margins.
       beta: of the weights.
       max_margin: of the margins.
-      reweight: defer weights (DRW); without it ``base`` is called without ``class_weights``.
+      reweight: defer weights (DRW); if False, ``base`` is called without ``class_weights``.
       margins: defer margins (DM).
 
     Returns:
-      What ``base`` returns, ``l [B]``.
+      ``l [B]`` of ``base``.
 
     Source: Cao et al. (LDAM-DRW), NeurIPS 2019.
+
+    Example:
+      >>> logits, labels = jnp.zeros((2, 2)), jnp.array([0, 1])
+      >>> loss = deferred(logits, labels, base=cross_entropy, class_counts=jnp.array([16, 1]), epoch=39)
+      >>> print(jnp.array_str(loss, precision=4))
+      [0.6931 0.6931]
+      >>> loss = deferred(logits, labels, base=cross_entropy, class_counts=jnp.array([16, 1]), epoch=40)
+      >>> print(jnp.array_str(loss, precision=4))
+      [0.0972 1.8335]
     """
+    _check(logits, labels, class_counts)
     started = jnp.asarray(epoch) >= start
     if margins:
         deferred_margins = jnp.where(started, ldam_margins(class_counts, max_margin=max_margin), 0.0)

@@ -1,11 +1,14 @@
 """Figures of merit for robustness under long-tailed training, from labels and predictions alone.
 
-Symbols: n test images, K classes, A conditions (the clean images and each attack on them).
+Symbols: ``n`` test images, ``K`` classes. A condition is the clean images, or one attack on them.
 
-A figure that is a share of test images (accuracy, a class's recall, an error rate) gets a Wilson
-interval; a mean of per-class ratios (macro precision, recall, F-score) gets a stratified bootstrap
-interval. Two kinds, because a share of 0 or 1 never varies under resampling, so that its bootstrap
-interval would claim certainty, while a mean of ratios is no share and has no Wilson interval.
+There are two kinds of intervals. A share of test images (accuracy, the recall of a class, an error rate) gets
+a Wilson interval: a share of 0 or 1 never varies under resampling, so that its bootstrap interval would claim
+certainty. A mean of per-class ratios (macro precision, recall, F-score) gets a stratified bootstrap interval:
+it is not a share, so that it has no Wilson interval.
+
+Every function raises InputError for arguments of a wrong shape, type or range. The examples assume
+``import numpy as np`` and ``from robal_jax.metrics import *``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,47 +26,112 @@ Z95 = NormalDist().inv_cdf(0.975)
 _CHUNK_CELLS = 2_000_000  # confusion cells that the bootstrap holds at a time
 
 
-def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
-    """Count the test images by true and predicted class.
-
-    C[i, j] = #{images of class i that are called j}.
-
-    Args:
-        labels: true classes, int [n] in [0, K).
-        predictions: predicted classes, int [n] in [0, K).
-        num_classes: K.
-
-    Returns:
-        C, int64 [K, K], true classes in rows.
+def _classes(name: str, values: ArrayLike, size: int | None = None) -> np.ndarray:
+    """Returns one class per image, integers ``[n]``, as an array.
 
     Raises:
-        InputError: a class outside [0, K).
+      InputError: another shape or type.
     """
-    pairs = np.stack([np.asarray(labels), np.asarray(predictions)]).astype(np.int64)
+    array = np.asarray(values)
+    if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
+        raise InputError(
+            f"{name} have shape {list(array.shape)} and dtype {array.dtype}; pass integers [n], one per image"
+        )
+    if size is not None and len(array) != size:
+        raise InputError(f"{name} have {len(array)} entries, labels {size}; pass one per image")
+    return array
+
+
+def _hits(name: str, values: ArrayLike, size: int | None = None) -> np.ndarray:
+    """Returns one boolean per image, ``[n]``, as an array.
+
+    Raises:
+      InputError: another shape or type, or no image.
+    """
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype != bool or not len(array):
+        raise InputError(
+            f"{name} has shape {list(array.shape)} and dtype {array.dtype}; pass booleans [n], one per image"
+        )
+    if size is not None and len(array) != size:
+        raise InputError(f"{name} has {len(array)} entries, first {size}; pass one per image")
+    return array
+
+
+def _square(confusion: ArrayLike) -> np.ndarray:
+    """Returns confusion matrices ``[..., K, K]`` as an array.
+
+    Raises:
+      InputError: another shape.
+    """
+    array = np.asarray(confusion)
+    if array.ndim < 2 or array.shape[-1] != array.shape[-2] or not array.shape[-1]:
+        raise InputError(f"confusion has shape {list(array.shape)}; pass one row and one column per class")
+    return array
+
+
+def _per_class(name: str, values: ArrayLike) -> np.ndarray:
+    """Returns one number per class, ``[K]``, as an array.
+
+    Raises:
+      InputError: another shape.
+    """
+    array = np.asarray(values)
+    if array.ndim != 1 or not len(array):
+        raise InputError(f"{name} has shape {list(array.shape)}; pass one number per class, [K]")
+    return array
+
+
+def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
+    """Counts the test images by true and predicted class.
+
+    ``C[i, j] = #{images of class i that are predicted as j}``
+
+    Args:
+      labels: true classes, integers ``[n]`` in ``0..K-1``.
+      predictions: predicted classes, integers ``[n]`` in ``0..K-1``.
+      num_classes: ``K``.
+
+    Returns:
+      ``C``, int64 ``[K, K]``, true classes in rows.
+
+    Example:
+      >>> print(confusion_matrix(labels=[0, 0, 1, 1], predictions=[0, 1, 1, 1], num_classes=2))
+      [[1 1]
+       [0 2]]
+    """
+    labels = _classes("labels", labels)
+    pairs = np.stack([labels, _classes("predictions", predictions, len(labels))]).astype(np.int64)
     if pairs.size and (pairs.min() < 0 or pairs.max() >= num_classes):
         raise InputError(
-            f"Labels and predictions must lie in [0, {num_classes}); found {pairs.min()} to {pairs.max()}."
+            f"labels and predictions are in {pairs.min()}..{pairs.max()}; "
+            f"pass classes in 0..{num_classes - 1}"
         )
     cells = np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2)
     return cells.reshape(num_classes, num_classes).astype(np.int64)
 
 
 def precision_recall_f(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute precision, recall and F-score of each class.
+    """Computes precision, recall and F-score of each class.
 
-    With t = C[k, k]: precision = t / sum_i C[i, k], recall = t / sum_j C[k, j] and
-    F = 2 t / (sum_i C[i, k] + sum_j C[k, j]), the harmonic mean of the two. A ratio whose
-    denominator is 0 is 0, as in scikit-learn with ``zero_division=0``.
+    With ``t = C[k, k]``: ``precision = t / sum_i C[i, k]``, ``recall = t / sum_j C[k, j]`` and
+    ``F = 2 t / (sum_i C[i, k] + sum_j C[k, j])``, the harmonic mean of the two. A ratio whose denominator is
+    0 is 0, as in scikit-learn with ``zero_division=0``.
 
     Args:
-        confusion: C, [..., K, K], true classes in rows.
+      confusion: ``C [..., K, K]``, true classes in rows.
 
     Returns:
-        Precision, recall and F-score, each float64 [..., K] in [0, 1].
+      Precision, recall and F-score, each float64 ``[..., K]`` in [0, 1].
 
-    Source:
-        RoBal's tables (`eval_metrics`), there by scikit-learn.
+    Source: RoBal's tables (``eval_metrics``), where scikit-learn computes them.
+
+    Example:
+      >>> precision, recall, f_score = precision_recall_f(np.array([[1, 1], [0, 2]]))
+      >>> print(precision.round(4), recall.round(4), f_score.round(4))  # 1/1, 2/3; 1/2, 2/2; 2/3, 4/5
+      [1.     0.6667] [0.5 1. ] [0.6667 0.8   ]
     """
+    confusion = _square(confusion)
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     predicted = confusion.sum(-2)
     support = confusion.sum(-1)
@@ -77,32 +145,36 @@ def precision_recall_f(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 def class_groups(
     class_counts: Sequence[int] | np.ndarray, head_classes: int = 0, tail_classes: int = 0
 ) -> dict[str, np.ndarray]:
-    """Divide the classes into head, medium and tail by their number of training images.
+    """Divides the classes into head, medium and tail by their number of training images.
 
-    Classes are sorted by falling count, equal counts by label; the first are the head, the last the
-    tail. By default each takes floor(K / 3) classes: 3 / 4 / 3 of 10, 33 / 34 / 33 of 100.
+    Classes are sorted by falling count, equal counts by label; the first are the head, the last the tail. By
+    default each takes ``floor(K / 3)`` classes: 3 / 4 / 3 of 10, 33 / 34 / 33 of 100.
 
     Args:
-        class_counts: training images per class, int [K].
-        head_classes: size of the head; 0 for a third.
-        tail_classes: size of the tail; 0 for a third.
+      class_counts: training images per class, integers ``[K]``.
+      head_classes: size of the head; 0 for a third.
+      tail_classes: size of the tail; 0 for a third.
 
     Returns:
-        Classes of 'head', 'medium' and 'tail', int arrays in that sorted order; empty groups are left out.
+      Classes of 'head', 'medium' and 'tail', integer arrays in that sorted order, without empty groups.
 
     Raises:
-        InputError: a negative size, or head and tail larger than K together.
+      InputError: a negative size, or more than ``K`` classes in head and tail together.
+
+    Example:
+      >>> groups = class_groups([5, 90, 20, 30])
+      >>> print({name: classes.tolist() for name, classes in groups.items()})
+      {'head': [1], 'medium': [3, 2], 'tail': [0]}
     """
-    counts = np.asarray(class_counts)
+    counts = _per_class("class_counts", class_counts)
     if head_classes < 0 or tail_classes < 0:
-        raise InputError(
-            f"head_classes and tail_classes must not be negative, got {head_classes} and {tail_classes}."
-        )
+        raise InputError(f"head_classes is {head_classes}, tail_classes {tail_classes}; use 0 or more")
     head = head_classes or len(counts) // 3
     tail = tail_classes or len(counts) // 3
     if head + tail > len(counts):
         raise InputError(
-            f"head_classes {head} and tail_classes {tail} do not fit into {len(counts)} classes."
+            f"head_classes {head} and tail_classes {tail} are more than the {len(counts)} classes; "
+            "use smaller groups"
         )
     order = np.argsort(-counts, kind="stable")
     parts = np.split(order, [head, len(counts) - tail])
@@ -110,60 +182,79 @@ def class_groups(
 
 
 def groups_of_ten(values: ArrayLike) -> np.ndarray:
-    """Average per-class figures over ten groups of consecutive classes (groups of ten for K = 100).
+    """Averages per-class figures over ten groups of consecutive classes (groups of ten for ``K = 100``).
 
     Args:
-        values: one figure per class, [K], K >= 10.
+      values: one figure per class ``[K]``, ``K >= 10``.
 
     Returns:
-        float64 [10]. RoBal's log prints the sums of the same groups, i.e. K / 10 times these means.
+      float64 ``[10]``. RoBal's log prints the sums of the same groups, i.e. ``K / 10`` times these means.
+
+    Example:
+      >>> print(groups_of_ten(np.arange(20)).tolist())
+      [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5, 16.5, 18.5]
     """
-    return np.array([part.mean() for part in np.array_split(np.asarray(values, np.float64), 10)])
+    figures = _per_class("values", values).astype(np.float64)
+    if len(figures) < 10:
+        raise InputError(f"values has {len(figures)} entries; pass those of 10 classes or more")
+    return np.array([part.mean() for part in np.array_split(figures, 10)])
 
 
 def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the Wilson score interval of a proportion.
+    """Computes the Wilson score interval of a share.
 
-    With p = s / n:  (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+    With ``p = s / n``: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
 
     Args:
-        successes: s, [...], 0 <= s <= n.
-        total: n, [...], n >= 1.
-        z: normal quantile; the default gives 95 %.
+      successes: ``s [...]``, ``0 <= s <= n``.
+      total: ``n [...]``, at least 1.
+      z: normal quantile; the default gives 95 %.
 
     Returns:
-        Lower and upper bound, float64 [...] in [0, 1].
+      Lower and upper bound, float64 ``[...]`` in [0, 1].
 
-    Source:
-        Wilson (1927), Probable inference, the law of succession, and statistical inference.
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+
+    Example:
+      >>> low, high = wilson_interval(8, 10)
+      >>> print(low.round(4), high.round(4))
+      0.4902 0.9433
     """
-    n = np.asarray(total, np.float64)
-    p = np.asarray(successes, np.float64) / n
+    s, n = np.asarray(successes, np.float64), np.asarray(total, np.float64)
+    if not np.all((n >= 1) & (s >= 0) & (s <= n)):  # NaN is not
+        raise InputError("successes are not in 0..total, or total is below 1; pass counts of the same images")
+    p = s / n
     center = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    # Rounding may leave a bound a hair on the wrong side of a share of 0 or 1.
+    # Rounding may leave a bound slightly on the wrong side of a share of 0 or 1.
     return np.clip((center - half) / scale, 0, p), np.clip((center + half) / scale, p, 1)
 
 
 def bootstrap_interval(confusion: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Compute 95 % percentile intervals of macro precision, recall and F-score.
+    """Computes 95 % percentile intervals of macro precision, recall and F-score.
 
-    Each resample draws, for every true class, as many images as the class has, with replacement: row k
-    of the confusion matrix is multinomial with its own shares. The class sizes of a test set are
-    its design, so they stay fixed.
+    Each resample draws, for every true class, as many images as the class has, with replacement: row ``k`` of
+    the confusion matrix is multinomial with its own shares. The class sizes stay fixed, because they belong
+    to the design of the test set.
 
     Args:
-        confusion: C, int [K, K], every row sum >= 1.
-        resamples: number of resamples.
-        seed: seed of the draws; equal seeds give equal intervals.
+      confusion: ``C``, integers ``[K, K]``, every row sum at least 1.
+      resamples: number of resamples.
+      seed: seed of the draws; equal seeds give equal intervals.
 
     Returns:
-        float64 [3, 2]: (low, high) of macro precision, macro recall (= balanced accuracy), macro F-score.
+      float64 ``[3, 2]``: (low, high) of macro precision, macro recall (= balanced accuracy), macro F-score.
 
-    Source:
-        Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 13.
+    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 13.
+
+    Example:
+      >>> print(bootstrap_interval(np.array([[3, 0], [0, 5]])).tolist())  # nothing varies
+      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
+    confusion = _square(confusion)
+    if confusion.ndim != 2 or not np.issubdtype(confusion.dtype, np.integer) or confusion.sum(-1).min() < 1:
+        raise InputError("confusion is not integers [K, K] with images of every class; count all test images")
     generator = np.random.default_rng(seed)
     support = confusion.sum(-1)
     shares = confusion / support[:, None]
@@ -176,29 +267,36 @@ def bootstrap_interval(confusion: np.ndarray, *, resamples: int = 1000, seed: in
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Compare two models on the same images: accuracy of the second minus that of the first.
+    """Compares two models on the same images: accuracy of the second minus that of the first.
 
-    With b images that only the second gets right and c that only the first does, d = (b - c) / n. The 95 %
-    interval is the normal approximation for paired proportions after adding 1/2 to each of the four
-    cells (b' = b + 1/2, c' = c + 1/2, n' = n + 2), which keeps its coverage where b and c are small:
-    (b' - c') / n' -+ z sqrt(b' + c' - (b' - c')^2 / n') / n'.
+    With ``b`` images that only the second gets right and ``c`` that only the first does, the difference is
+    ``(b - c) / n``. The 95 % interval is the normal approximation for paired proportions after adding 1/2 to
+    each of the four cells (``b' = b + 1/2``, ``c' = c + 1/2``, ``n' = n + 2``), which keeps its coverage for
+    small ``b`` and ``c``: ``(b' - c') / n' -+ z sqrt(b' + c' - (b' - c')^2 / n') / n'``.
 
-    The p-value is that of the exact McNemar test: if neither model were better, each of the b + c images on
-    which they differ would be gained or lost with probability 1/2, so that b ~ Binomial(b + c, 1/2).
+    The p-value is that of the exact McNemar test: if neither model were better, each of the ``b + c`` images
+    on which they differ would be gained or lost with probability 1/2, so that ``b ~ Binomial(b + c, 1/2)``.
 
     Args:
-        first: right or not, bool [n], n >= 1.
-        second: the same for the second model.
+      first: whether the first model is right, booleans ``[n]``, ``n >= 1``.
+      second: the same for the second model.
 
     Returns:
-        'value', 'low' and 'high', in [-1, 1]; 'p_value', two-sided, 1 if the models never differ.
+      'value', 'low' and 'high', in [-1, 1]; 'p_value', two-sided, 1 if the models never differ.
 
-    Source:
-        Agresti and Min (2005), Simple improved confidence intervals for comparing matched proportions;
-        McNemar (1947), Note on the sampling error of the difference between correlated proportions.
+    Source: Agresti and Min (2005), Simple improved confidence intervals for comparing matched proportions;
+      McNemar (1947), Note on the sampling error of the difference between correlated proportions.
+
+    Example:
+      >>> first, second = np.arange(8) < 4, np.arange(8) < 6
+      >>> difference = paired_difference(first, second)  # b = 2, c = 0
+      >>> print({name: round(number, 4) for name, number in difference.items()})
+      {'value': 0.25, 'low': -0.116, 'high': 0.516, 'p_value': 0.5}
     """
     from scipy.stats import binomtest  # here, since it takes a second that only comparisons need
 
+    first = _hits("first", first)
+    second = _hits("second", second, len(first))
     n = len(first)
     gained = int(np.sum(second & ~first))
     lost = int(np.sum(first & ~second))
@@ -210,30 +308,45 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]
 
 
 def worst_case(labels: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Merge all conditions into one: an image counts as right only if it is right under every one.
+    """Merges all conditions into one: an image counts as right only if it is right under every condition.
 
     Args:
-        labels: true classes, int [n].
-        predictions: predicted classes by condition, each int [n].
+      labels: true classes, integers ``[n]``.
+      predictions: predicted classes by condition, each integers ``[n]``.
 
     Returns:
-        int [n]: the first wrong prediction in the order of the conditions, or the label if there is none.
+      Integers ``[n]``: the first wrong prediction in the order of the conditions, or the label if all are
+      right.
+
+    Example:
+      >>> predictions = {"clean": np.array([0, 1, 2]), "attack": np.array([0, 2, 0])}
+      >>> print(worst_case(np.array([0, 1, 1]), predictions))
+      [0 2 2]
     """
-    stacked = np.stack([np.asarray(prediction) for prediction in predictions.values()])
-    # argmax gives 0 where nothing is wrong; the prediction there is the label.
+    labels = _classes("labels", labels)
+    if not predictions:
+        raise InputError("predictions has no condition; pass at least one")
+    stacked = np.stack([_classes(f"predictions of {k!r}", v, len(labels)) for k, v in predictions.items()])
+    # argmax gives 0 where nothing is wrong, and the prediction there is the label.
     first_wrong = np.argmax(stacked != labels, axis=0)
     return np.take_along_axis(stacked, first_wrong[None], axis=0)[0]
 
 
 def share(hits: np.ndarray) -> dict[str, float]:
-    """Give the share of true entries with its Wilson interval.
+    """Returns the share of true entries with its Wilson interval.
 
     Args:
-        hits: bool [n], n >= 1.
+      hits: booleans ``[n]``, ``n >= 1``.
 
     Returns:
-        'value', 'low' and 'high', in [0, 1].
+      'value', 'low' and 'high', in [0, 1].
+
+    Example:
+      >>> accuracy = share(np.arange(10) < 8)
+      >>> print({name: round(number, 4) for name, number in accuracy.items()})
+      {'value': 0.8, 'low': 0.4902, 'high': 0.9433}
     """
+    hits = _hits("hits", hits)
     return _figure(np.mean(hits), *wilson_interval(np.sum(hits), np.size(hits)))
 
 
@@ -244,46 +357,53 @@ def summarize(
     *,
     groups: Mapping[str, ArrayLike] | None = None,
 ) -> dict[str, Any]:
-    """Compute every figure of an evaluation, ready for JSON.
+    """Computes every figure of an evaluation, ready for JSON.
 
     A FIGURE is {'value', 'low', 'high'} with a 95 % interval; all are shares in [0, 1]. Natural error is the
-    share of images that are wrong when clean, boundary error the share that is right when clean and wrong
-    under the attack, and 1 = natural_error + boundary_error + robust_accuracy. 'accuracy' looks at the
-    attacked image alone, as published tables do, so it may exceed robust_accuracy by the images that
-    an attack happens to repair.
+    share of images that are wrong when clean. Boundary error is the share of images that are right when clean
+    and wrong under the attack, so that ``1 = natural_error + boundary_error + robust_accuracy``. 'accuracy'
+    considers the attacked image alone, as published tables do; it may exceed robust_accuracy by the images
+    that an attack happens to repair.
 
     Args:
-        labels: true classes, int [n] in [0, K).
-        predictions: predicted classes by condition, each int [n]; the first condition must be 'clean'.
-        class_counts: training images per class, int [K].
-        groups: classes by the name of their group; those of `class_groups` if None.
+      labels: true classes, integers ``[n]`` in ``0..K-1``.
+      predictions: predicted classes by condition, each integers ``[n]``; the first condition must be 'clean'.
+      class_counts: training images per class, integers ``[K]``.
+      groups: classes by the name of their group; those of :func:`class_groups` if None.
 
     Returns:
-        'class_counts' [K]; 'groups' {name: classes}; 'conditions', which maps each
-        condition in order, and 'worst' (see `worst_case`) after them, to: FIGUREs 'accuracy',
-        'balanced_accuracy' and 'recall' (the same number under both of its names), 'precision',
-        'f_score' (macro means), one per group over the test images of its classes, 'natural_error',
-        'boundary_error', 'robust_accuracy'; 'per_class' with the lists 'precision', 'recall' (FIGUREs),
-        'f_score', 'support', 'natural_error', 'boundary_error'; 'confusion', counts [K, K] with the true
-        classes in rows; for K >= 100 'groups_of_ten', ten means of recall.
+      'class_counts' ``[K]``; 'groups' {name: classes}; 'conditions', which maps each condition in order, and
+      'worst' (see :func:`worst_case`) after them, to: FIGUREs 'accuracy', 'balanced_accuracy' and 'recall'
+      (two names of the same number), 'precision', 'f_score' (macro means), one FIGURE per group over the test
+      images of its classes, 'natural_error', 'boundary_error', 'robust_accuracy'; 'per_class' with the lists
+      'precision', 'recall' (FIGUREs), 'f_score', 'support', 'natural_error', 'boundary_error'; 'confusion',
+      counts ``[K, K]`` with the true classes in rows; for ``K >= 100`` 'groups_of_ten', ten means of recall.
 
     Raises:
-        InputError: a class without a test image, or a class outside [0, K).
-        ValueError: the first condition is not 'clean', or one is called 'worst'.
+      InputError: a class without a test image, a class that is not in ``0..K-1``, or no 'clean' as the first
+        condition.
 
-    Source:
-        RoBal, CVPR 2021; natural and boundary error from TRADES (Zhang et al., ICML 2019).
+    Source: RoBal, CVPR 2021; natural and boundary error from TRADES (Zhang et al., ICML 2019).
+
+    Example:
+      >>> labels, clean, attacked = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]), np.array([0, 1, 1, 0])
+      >>> summary = summarize(labels, {"clean": clean, "pgd": attacked}, class_counts=[9, 3])
+      >>> names = ("accuracy", "natural_error", "boundary_error", "robust_accuracy")
+      >>> print([summary["conditions"]["pgd"][name]["value"] for name in names])
+      [0.5, 0.25, 0.25, 0.5]
     """
     if next(iter(predictions), None) != "clean" or "worst" in predictions:
-        raise ValueError(f"conditions must start with 'clean' and leave out 'worst': {list(predictions)}")
-    counts = np.asarray(class_counts)
-    labels = np.asarray(labels)
+        raise InputError(f"conditions are {list(predictions)}; start with 'clean' and leave out 'worst'")
+    counts = _per_class("class_counts", class_counts)
+    labels = _classes("labels", labels)
     named = class_groups(counts) if groups is None else {k: np.asarray(v) for k, v in groups.items()}
     absent = np.setdiff1d(np.arange(len(counts)), labels)
     if len(absent):
-        raise InputError(f"The test set has no image of class {absent[0]} ({len(absent)} such classes).")
+        raise InputError(
+            f"the test set has no image of class {absent[0]} ({len(absent)} such classes); add some"
+        )
 
-    predictions = {name: np.asarray(prediction) for name, prediction in predictions.items()}
+    predictions = {k: _classes(f"predictions of {k!r}", v, len(labels)) for k, v in predictions.items()}
     clean_right = predictions["clean"] == labels
     everything = {**predictions, "worst": worst_case(labels, predictions)}
     return {
@@ -303,7 +423,7 @@ def _condition(
     groups: Mapping[str, np.ndarray],
     num_classes: int,
 ) -> dict[str, Any]:
-    """All figures of one condition; `summarize` lists them."""
+    """Computes all figures of one condition; :func:`summarize` lists them."""
     right = prediction == labels
     confusion = confusion_matrix(labels, prediction, num_classes)
     precision, recall, f_score = precision_recall_f(confusion)
@@ -343,7 +463,7 @@ def _condition(
 
 
 def _macro(confusion: np.ndarray) -> np.ndarray:
-    """Unweighted class means of precision, recall and F-score: [..., K, K] -> [3, ...]."""
+    """Unweighted class means of precision, recall and F-score ``[3, ...]``, from ``[..., K, K]``."""
     return np.stack(precision_recall_f(confusion)).mean(-1)
 
 

@@ -1,18 +1,31 @@
-"""What a training step minimises: the only place where training methods differ.
+"""Training objectives: the only place where training methods differ.
 
 An objective is a function ::
 
-    objective(model, params, stats, batch) -> (loss, Outcome)
+    objective(model, params, stats, batch, *, ...) -> (loss, Outcome)
 
-of a :class:`~robal_jax.models.Model`, its parameters and running statistics, and a :class:`Batch`. It makes
-its own adversarial images, runs its training passes, and says in which order their moments are applied.
-Everything else it needs (attack, loss, weights) is closed over by keyword. The step that differentiates it,
-updates and counts is the same for all, in ``train``.
+It makes its own adversarial images, runs its training passes, and returns the moments of these passes in the
+order in which they are applied. The step in ``training`` differentiates it, updates the parameters and is the
+same for all objectives. The positional arguments are also the same for all:
 
-Of the arguments below, ``model``, ``params`` and ``stats`` are the network, its parameters and its running
-statistics (what the attack sees); ``attack`` makes ``x'`` and ``loss`` is per example, ``l(z, y)``; ``p`` is
-``softmax(z)``. All means are over the batch ``x [B, H, W, C]``, ``y [B]``.
+- ``model``, ``params``, ``stats``: a :class:`~robal_jax.models.Model`, its parameters, and its running
+  statistics, which the attack uses;
+- ``batch``: a :class:`Batch` ``x [B, H, W, C]``, ``y [B]``; all means are over the batch.
+
+Keyword arguments are settings of the config, except for these names, which ``builder.parts`` binds for every
+objective that asks for them:
+
+- ``attack``: ``(logits_fn, keys, x, y) -> x'``, the inner attack;
+- ``loss``: ``l(z, y) [B]``, the loss of the config;
+- ``class_counts``: training images per class ``[K]``;
+- ``threat``: the :class:`~robal_jax.attacks.ThreatModel` of the config;
+- ``axis_name``: mapped axis over which the batch is spread, or None.
+
+In the equations ``z(x)`` are the logits and ``p = softmax(z)``. The docstring of an objective lists only its
+settings, and the order of the moments in its :class:`Outcome`.
 """
+
+# ruff: noqa: D417 - the docstring above describes the arguments that all objectives share
 
 from collections.abc import Callable
 from functools import partial
@@ -28,13 +41,13 @@ from robal_jax.keys import MIXING, fold_in
 
 
 class Batch(NamedTuple):
-    """What a step sees.
+    """One device's part of the batch of a training step.
 
     Attributes:
-      images: ``[B, H, W, C]`` in [0, 1]; this device's part of the batch.
+      images: ``[B, H, W, C]`` in [0, 1].
       labels: ``[B]``, integers in ``0..K-1``.
-      keys: ``[B]``, one key an image.
-      epoch: number of the epoch, counted from 1, for what changes during training.
+      keys: ``[B]``, one key per image.
+      epoch: number of the epoch, counted from 1, for losses that change during training.
     """
 
     images: chex.Array
@@ -44,7 +57,7 @@ class Batch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an objective returns beside its loss.
+    """Results of an objective besides its loss.
 
     Attributes:
       moments: of the training passes (batch norm's and the head's), in the order in which they are applied.
@@ -57,18 +70,18 @@ class Outcome(NamedTuple):
 
 Objective = Callable[[models.Model, chex.ArrayTree, chex.ArrayTree, Batch], tuple[chex.Array, Outcome]]
 
-# Order of the training passes: what the released code runs, or each distinct pass once.
+# Order of the training passes: as in the released code, or each distinct pass once.
 BATCH_NORM_ORDERS = ("released", "each_pass_once")
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """Share of the batch whose largest logit is the label's."""
+    """Share of the batch in which the label has the largest logit."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
 def as_attacked(model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree) -> LogitsFn:
-    """The current model with running statistics; no gradient flows back to it."""
-    # Stopped here and not only at the attack's end: the loop inside must not be differentiated at all.
+    """Returns the current model with its running statistics; no gradient flows back to it."""
+    # Stopped here and not only after the attack, so that the attack's loop is not differentiated at all.
     params, stats = jax.lax.stop_gradient((params, stats))
     return lambda images: model.predict(params, stats, images)
 
@@ -76,7 +89,7 @@ def as_attacked(model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTr
 def adversarial_images(
     attack: Attack, model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree, batch: Batch
 ) -> chex.Array:
-    """The attack's images against the current model."""
+    """Attacks the images of the batch with the current model."""
     return attack(as_attacked(model, params, stats), batch.keys, batch.images, batch.labels)
 
 
@@ -86,13 +99,6 @@ def plain(
     """Training without an adversary.
 
     ``mean l(z(x), y)``
-
-    Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      loss: ``l``.
 
     Returns:
       The loss, and the moments of the one pass.
@@ -115,16 +121,8 @@ def pgd_at(
 
     ``mean l(z(x'), y)``
 
-    What the attack maximises is its own affair: with a long-tail loss there too this is the released mode
-    'inner_loss'.
-
-    Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      attack: makes ``x'``.
-      loss: ``l``.
+    The attack may maximise a different loss; if it maximises the same long-tail loss, this is the released
+    mode 'inner_loss'.
 
     Returns:
       The loss, and the moments of the one pass.
@@ -138,7 +136,7 @@ def pgd_at(
 
 
 def kl_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
-    """``mean KL(p(x) || p(x'))``: RoBal's."""
+    """``mean KL(p(x) || p(x'))``, the regulariser of RoBal."""
     del axis_name
     return losses.kl_divergence(nat, adv).mean()
 
@@ -167,7 +165,7 @@ def _norm_over_size(x: chex.Array, axis_name: str | None) -> chex.Array:
     return jnp.sqrt(jnp.maximum(total, jnp.finfo(total.dtype).tiny)) / size
 
 
-# Each with the training passes that the released code makes for it, after one of x' and one of x.
+# Each with the training passes that the released code runs for it, after one of x' and one of x.
 REGULARISERS: dict[str, tuple[Callable[..., chex.Array], tuple[str, ...]]] = {
     "kl": (kl_regulariser, ("nat", "adv")),
     "alp": (alp_regulariser, ("nat", "adv")),
@@ -195,23 +193,16 @@ def regularised(
 
     ``mean [beta_adv * l(z(x'), y) + beta_nat * CE(z(x), y)] + beta_reg * R(z(x), z(x'))``
 
-    The regulariser and the natural term see the model's own logits, the cosines unscaled where the head's
-    scale is 1; gradients flow through both predictions.
+    The regulariser and the natural term use the model's own logits, which are unscaled cosines if the head's
+    scale is 1. Gradients flow through both predictions.
 
     Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      attack: makes ``x'``.
-      loss: ``l``.
       regulariser: ``R``, a key of ``REGULARISERS``.
       beta_adv: weight of the adversarial term.
       beta_nat: weight of the natural cross entropy.
       beta_reg: weight of the regulariser.
       batch_norm_order: 'released': adv, nat, and then the regulariser's passes; 'each_pass_once': adv, nat.
-        Both take two passes here.
-      axis_name: mapped axis over which the batch is spread, if any.
+        Both compute two passes.
 
     Returns:
       The loss, and the moments in that order.
@@ -251,15 +242,10 @@ def trades(
 
     ``mean [l(z(x), y) + beta * KL(p(x) || p(x'))]``
 
-    The attack maximises the divergence, whatever loss it was built with, so its start must not be ``x``.
+    The attack must take ``loss``: it maximises the divergence in place of its own loss, so it must not start
+    at ``x``. In the paper ``l`` is the cross entropy.
 
     Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      attack: makes ``x'``; takes ``loss``.
-      loss: ``l``; cross entropy in the paper.
       beta: weight of the divergence.
       batch_norm_order: 'released': nat, adv, nat; 'each_pass_once': nat, adv.
 
@@ -289,18 +275,13 @@ def mart(
     attack: Attack,
     beta: float = 5.0,
 ) -> tuple[chex.Array, Outcome]:
-    """MART: a margin on adversarial images, and the divergence where the natural image is misclassified.
+    """MART: a margin loss on adversarial images, and the divergence where the natural image is misclassified.
 
     ``mean [-log p_y(x') - log(1 - max_{k != y} p_k(x')) + beta * KL(p(x) || p(x')) * (1 - p_y(x))]``
 
-    The released RoBal code has a regulariser of this name that cannot run; this is MART's own.
+    RoBal's released code has a regulariser of this name, which cannot run; this is the loss of MART itself.
 
     Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      attack: makes ``x'``.
       beta: weight of the second term, lambda in the paper.
 
     Returns:
@@ -319,7 +300,7 @@ def mart(
 
 
 def mixing_weights(keys: chex.PRNGKey, dtype: chex.ArrayDType) -> chex.Array:
-    """One uniform number in [0, 1) an image, ``[B]``, from a stream of its own beside the attack's."""
+    """Draws one uniform number in [0, 1) per image, ``[B]``, from another random stream than the attack's."""
     return jax.vmap(lambda key: jax.random.uniform(key, (), dtype))(fold_in(keys, MIXING))
 
 
@@ -340,12 +321,7 @@ def avmixup(
     ``mean CE(z(x^), smoothed(y, a * c_nat + (1 - a) * c_vertex))``
 
     Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      attack: makes ``x'``.
-      gamma: how far the vertex ``v`` lies.
+      gamma: length of ``v - x`` as a multiple of ``x' - x``.
       nat_confidence: ``c_nat``, probability of the true class at the image.
       vertex_confidence: ``c_vertex``, at the vertex.
 
@@ -378,25 +354,19 @@ def mma(
     nat_weight: float = 1 / 3,
     search_steps: int = 10,
 ) -> tuple[chex.Array, Outcome]:
-    """MMA: each image pushed from its own decision boundary, until it is ``max_epsilon`` away.
+    """MMA: moves the decision boundary away from each image, up to the distance ``max_epsilon``.
 
-    ``w * mean l(z(x), y) + (1 - w) * mean m_b``, where ``m_b`` is ``l(z(x), y)`` of a misclassified image;
+    ``w * mean l(z(x), y) + (1 - w) * mean m_b``, where ``m_b`` is ``l(z(x), y)`` for a misclassified image;
     otherwise ``l(z(x + delta), y)`` at the shortest successful ``delta`` found, or 0 if that is longer than
     ``max_epsilon``
 
-    The paper starts an image's search from the length that it found an epoch before; here every search starts
-    from the attack's own epsilon, so that a step remains a function of its batch.
+    The attack gives the direction in which the boundary is searched. In the paper it maximises the soft logit
+    margin, and ``l`` is the cross entropy. The paper starts the search for an image from the length that it
+    found an epoch before. Here every search starts from the attack's own epsilon, so that a step remains a
+    function of its batch.
 
     Args:
-      model: see the module.
-      params: see the module.
-      stats: see the module.
-      batch: ``x``, ``y``.
-      attack: gives the direction in which the boundary is searched; the paper's maximises the soft logit
-        margin.
-      threat: norm and bounds.
-      loss: ``l``; cross entropy in the paper.
-      max_epsilon: ``d_max``, the margin beyond which an image is left alone.
+      max_epsilon: ``d_max``, the margin beyond which an image does not contribute.
       nat_weight: ``w``.
       search_steps: halvings of the interval in which the boundary lies.
 

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how a step changes it: state, schedules, optimiser."""
+"""Learning rates by epoch, and SGD in PyTorch's order."""
 
 import functools
 import re
@@ -23,27 +23,27 @@ def learning_rates(
     compounding: bool = False,
     first_epoch: int = 1,
 ) -> np.ndarray:
-    """Learning rate of every epoch.
+    """Computes the learning rate of every epoch.
 
     Epochs count from 1. Epoch ``e`` has the factor ``f_e = decay^(milestones reached by e)``, times
     ``(e + 1) / warmup`` while that is below 1. Then
 
     - ``lr_e = lr * f_e``: the schedule of the paper's text;
-    - ``lr_e = lr_{e-1} * f_e`` if ``compounding``: what the released code does, which multiplies the
-      *current* rate again in every epoch: with milestones 60 and 75 the weights stand still from about
-      epoch 63 on, and a warm-up never reaches ``lr``.
+    - ``lr_e = lr_{e-1} * f_e`` if ``compounding``: the schedule of the released code, which multiplies the
+      *current* rate again in every epoch. With milestones 60 and 75 the weights stand still from about epoch
+      63 on, and a warm-up never reaches ``lr``.
 
     Args:
       lr: > 0.
-      epochs: how many.
+      epochs: number of epochs.
       milestones: epochs at which the rate is multiplied by ``decay``.
       decay: factor at each milestone.
-      warmup: epochs of linear warm-up; 0 is none.
-      compounding: see above.
-      first_epoch: number of the first epoch (the released code starts over at ``lr`` when it resumes).
+      warmup: epochs of linear warm-up; 0 for none.
+      compounding: whether the factors multiply.
+      first_epoch: number of the first epoch (the released code starts again at ``lr`` when it resumes).
 
     Returns:
-      ``[epochs]`` float64.
+      float64 ``[epochs]``.
 
     Source: RoBal (Wu et al., CVPR 2021) and its released code.
     """
@@ -61,7 +61,7 @@ SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
 
 
 def per_step(rates: np.ndarray, steps_per_epoch: int) -> optax.Schedule:
-    """A table of learning rates by epoch as an Optax schedule of the step; the last one stays."""
+    """Turns learning rates by epoch into an Optax schedule of the step; the last rate stays."""
     table = jnp.asarray(rates)
 
     def schedule(step: chex.Numeric) -> chex.Numeric:
@@ -87,8 +87,8 @@ def sgd(
       momentum: of ``v``.
       weight_decay: on batch norm and biases too, as in the released code.
       clip_norm: largest global norm of the loss's gradient, before weight decay; 0 does not clip.
-      trainable: a regular expression that the names of the trained parameters (``classifier/weight``) begin
-        with; the others stay as they are. '' trains all.
+      trainable: regular expression that matches the beginning of a parameter's name (``classifier/weight``);
+        parameters that it does not match stay as they are. '' trains all.
 
     Returns:
       The optimiser.
@@ -107,18 +107,18 @@ def sgd(
 
 
 def _begins_with(pattern: str, params: chex.ArrayTree) -> chex.ArrayTree:
-    """Whether each parameter's name begins with the pattern."""
+    """Tells for each parameter whether the pattern matches the beginning of its name."""
     names = flax.traverse_util.flatten_dict(params, sep="/")
     try:
         chosen = {name: bool(re.match(pattern, name)) for name in names}
     except re.error as error:
         raise InputError(
-            f"config.optimizer.trainable {pattern!r} is no regular expression: {error}"
+            f"config.optimizer.trainable {pattern!r} is not a regular expression ({error}); correct it"
         ) from error
     if not any(chosen.values()):
         raise InputError(
-            f"config.optimizer.trainable {pattern!r} is the beginning of no parameter's name; "
-            f"there are {', '.join(names)}"
+            f"config.optimizer.trainable {pattern!r} matches no parameter; use the beginning of one of "
+            f"{', '.join(names)}"
         )
     return flax.traverse_util.unflatten_dict(chosen, sep="/")
 

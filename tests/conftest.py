@@ -11,23 +11,20 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from parity import Reference
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+from robal_jax.devices.cpu import prepare_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+# The tests and the scripts that they start share what they compile, and the next test run finds it again.
+SETTINGS = {"XDG_CACHE_HOME": str(ROOT / ".pytest_cache")}
+prepare_jax(SETTINGS)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", SETTINGS["JAX_COMPILATION_CACHE_DIR"])
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-@pytest.fixture(scope="session", autouse=True)
-def compilations_of_scripts(tmp_path_factory):
-    """The scripts that tests start share what they compile, and leave the user's own cache alone."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all workers
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compilations_of_scripts"))
-        yield
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +64,8 @@ def recipe(golden_dir):
 @pytest.fixture(scope="session")
 def reference(golden, request):
     """The released code's numbers and the tally of what was compared with them."""
+    from parity import Reference  # of tests/parity/, where all who ask for it lie
+
     reference = Reference(golden)
     request.config.pluginmanager.register(reference)
     return reference
@@ -77,19 +76,3 @@ def float64():
     """JAX computes in float64."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(scope="module")
-def compilations_are_kept(tmp_path_factory):
-    """Runs and evaluations of one config trace anew, but XLA compiles them once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compilations"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield

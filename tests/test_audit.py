@@ -1,4 +1,4 @@
-"""Faults are found, each by its own check, and an honest model is left alone (robal_jax.audit)."""
+"""Each fault is flagged by its own check, and an honest model by none (robal_jax.evaluation.verdicts)."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from robal_jax.attacks import NORMS, ThreatModel
 from robal_jax.evaluation import measurements, verdicts
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting import figures
+from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Results
 
 # ---------------------------------------------------------------- judging what was measured by hand
 
@@ -84,6 +85,13 @@ def test_an_honest_model_is_not_flagged():
     assert tuple(found) == NAMES
     assert flagged(found) == []
     assert all(verdict.flagged is False for verdict in found.values())
+
+
+def test_checks_that_cast_doubt_on_everything():
+    found, _ = judged(healthy())
+    everything = {"square", "randomised", "probabilities", "inference"}
+    for name, verdict in found.items():
+        assert verdict.doubts == (EVERYTHING if name in everything else FIXED_STEPS)
 
 
 def replaced(name, field, change):
@@ -166,17 +174,17 @@ def test_a_fault_is_flagged_by_its_own_check_alone(fault):
 def test_statements_say_what_was_measured():
     found, _ = judged(healthy())
     said = {name: verdict.statement for name, verdict in found.items()}
-    assert "50.0 % at the model's own logit scale and least, 49.2 %, at scale 3:" in said["logit_scale"]
-    assert "60.0 % after one step, 50.0 % after 20, 49.7 % after 1000: 20 steps are enough." in said["steps"]
-    assert "50.0 % from one start and 49.2 % from the best of 10: one start is enough." in said["restarts"]
+    assert "50.0 % at the model's own logit scale and lowest, 49.2 %, at 3 times that" in said["logit_scale"]
+    assert "60.0 % after one step, 50.0 % after 20 steps and 49.7 % after 1000: 20 steps are" in said["steps"]
+    assert "50.0 % with one start and 49.2 % with 10 starts: one start is enough." in said["restarts"]
     assert "zero for 0 of 600" in said["zero_gradients"]
-    assert "leaves 1.0 %" in said["unbounded"]
-    assert "66.7 % after 1000 queries, PGD-20 50.0 %" in said["gradient_free"]
+    assert "without a bound is 1.0 %" in said["unbounded"]
+    assert "66.7 % under 1000 queries of Square" in said["gradient_free"]
     assert "breaks 1 of the 280 images (of 600)" in said["square"]
-    assert "leave 70.0 %, PGD-20 on the model itself 50.0 %" in said["transfer"]
+    assert "70.0 % on images made on the surrogate and 50.0 % under PGD-20" in said["transfer"]
     measured = healthy()
     FAULTS["one step"][1](measured)
-    assert "one step does better than many" in judged(measured)[0]["steps"].statement
+    assert "one step is stronger than many" in judged(measured)[0]["steps"].statement
     measured = healthy()
     FAULTS["more steps"][1](measured)
     assert "20 steps are not enough" in judged(measured)[0]["steps"].statement
@@ -196,8 +204,8 @@ def test_curves_are_what_the_report_draws():
     }
     for name, (series, right) in counts.items():
         assert curves[name]["series"] == {series: [metrics.share(first(count)) for count in right]}
-    meta = {"method": "a method", "dataset": "a data set"}
-    assert len(figures.curves_figure(curves, meta).axes) == 3
+    results = Results({"method": "a method", "dataset": "a data set"}, {}, {"curves": curves})
+    assert len(figures.curves_figure(results).axes) == 3
 
 
 def test_no_surrogate_is_no_verdict():
@@ -252,7 +260,8 @@ def test_stored_images(differ):
     assert (found.name, found.flagged) == ("stored_images", bool(differ))
     accuracy = (300 - differ) / N
     assert found.evidence == {"accuracy": pytest.approx(accuracy), "differ": differ, "distance": 0.1}
-    assert f"leave {100 * accuracy:.1f} %; reported were 50.0 %; {differ} images differ" in found.statement
+    assert f"is {100 * accuracy:.1f} %; reported is 50.0 %. Images that differ: {differ}." in found.statement
+    assert found.doubts == EVERYTHING
     json.dumps(found._asdict(), allow_nan=False)
 
 
@@ -361,9 +370,8 @@ def plans(model, surrogate=None):
 
 
 @pytest.fixture(scope="module")
-def measured(compilations_are_kept):
+def measured():
     """What is measured of an honest model and of one whose logits are 1000 times as large."""
-    del compilations_are_kept
     honest, hidden = victim(), victim(scale=5000.0)
     return {
         "honest": {name: measure() for name, measure in plans(honest, victim(shift=0.05)).items()},

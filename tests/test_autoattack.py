@@ -71,7 +71,7 @@ def test_unknown_ensemble(version):
 
 
 def test_an_attack_stands_once():
-    with pytest.raises(InputError, match=r"'square,fab,square' .* each once"):
+    with pytest.raises(InputError, match=r"unknown ensemble 'square,fab,square'.*no repeats"):
         autoattack.attack_names("square,fab,square")
 
 

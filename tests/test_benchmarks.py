@@ -3,12 +3,13 @@
 import json
 import os
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import measure, memory, overhead, roofline, startup, step
+from experiments.benchmarks import kernels, measure, memory, overhead, roofline, startup, step
 
 FIRST, SECOND, THIRD = 8 * 8 * 9 * 1 * 16, 4 * 4 * 9 * 16 * 32, 2 * 2 * 9 * 32 * 64  # of the small CNN
 DENSE, HEAD = 2 * 2 * 64 * 64, 64 * 10
@@ -68,10 +69,21 @@ def test_the_share_in_which_the_device_waits():
 def test_operations_by_hand():
     forward = 2 * (FIRST + SECOND + THIRD + DENSE + HEAD)
     for method, passes, training_passes in (("robal_n", 16, 2), ("at", 13, 1)):
-        of = roofline.described("digits_cnn", method)
-        assert roofline.scaling.flops(roofline.scaling.forward_program(of)) == forward
-        counted = roofline.scaling.work_of(of).flops
+        of = roofline.traced("digits_cnn", method)
+        assert roofline.forward_flops(of) == forward
+        counted = roofline.step_flops(of)
         assert counted == pytest.approx(passes * forward - training_passes * 2 * FIRST, rel=1e-4)
+
+
+def test_forward_operations_of_a_wide_resnet():
+    """From the definition of WRN-34-10 alone."""
+    products, before = 32 * 32 * 9 * 3 * 16, 16
+    for size, width in ((32, 160), (16, 320), (8, 640)):
+        products += size**2 * (9 * before * width + before * width)  # first convolution and shortcut
+        products += size**2 * 9 * width**2 * 9
+        before = width
+    products += before * 10
+    assert roofline.forward_flops(roofline.traced("wrn_34_10", "robal_n")) == 2 * products
 
 
 def test_xla_analyses_what_the_formula_counts():
@@ -114,11 +126,11 @@ def test_unknown_memory_is_a_dash():
     assert peaks.split() == ["5.0", "4.0", "3.0", "2.0", "60.0", "30.0", "2.00"]
 
 
-def test_compilations_and_those_from_the_cache_are_counted(compilations_are_kept):
-    counts = startup.counted_compilations()
-    jax.jit(lambda x: x * 3.25 + 1.5)(1.0)
+def test_compilations_and_those_from_the_cache_are_counted():
+    counts, new = startup.counted_compilations(), time.time() % 1  # in no program that was compiled before
+    jax.jit(lambda x: x * new + 1.5)(1.0)
     assert counts == {"asked": 1, "from_cache": 0}
-    jax.jit(lambda x: x * 3.25 + 1.5)(1.0)
+    jax.jit(lambda x: x * new + 1.5)(1.0)
     assert counts == {"asked": 2, "from_cache": 1}
 
 
@@ -149,3 +161,36 @@ def process_number(*wrong):
     if wrong:
         raise SystemExit(3)
     return os.getpid
+
+
+def event(pid, tid, name, dur):
+    return {"ph": "X", "pid": pid, "tid": tid, "name": name, "dur": dur, "ts": 0}
+
+
+def row(kind, pid, name, tid=None):
+    return {"ph": "M", "pid": pid, "name": kind, "args": {"name": name}} | (
+        {} if tid is None else {"tid": tid}
+    )
+
+
+def test_kernels_are_those_of_the_device_s_streams():
+    device = [
+        row("process_name", 1, "/device:GPU:0"),
+        row("thread_name", 1, "Stream #13(Compute)", 13),
+        row("thread_name", 1, "XLA Ops", 14),
+        {"ph": "M", "pid": 1, "name": "process_sort_index", "args": {"sort_index": 1}},
+        event(1, 13, "loop_add_fusion_1", 1000.0),
+        event(1, 13, "loop_add_fusion_22", 500.0),
+        event(1, 13, "sm90_gemm", 4000.0),
+        event(1, 14, "loop_add_fusion_1", 9000.0),
+    ]
+    host = [
+        row("process_name", 7, "/host:CPU"),
+        row("thread_name", 7, "tf_XLAEigen/1", 1),
+        event(7, 1, "dot.3", 2000.0),
+        event(7, 1, "end: dot.3", 2.0),
+        event(7, 1, "ThreadpoolListener::Record", 3.0),
+    ]
+    found = kernels.kernels({"traceEvents": device + host})
+    assert found == [("sm90_gemm", 4.0, 1), ("loop_add_fusion", 1.5, 2)]
+    assert kernels.kernels({"traceEvents": host}) == [("dot", 2.0, 1)]

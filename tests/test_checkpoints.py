@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import empty, flip_a_bit, lose, truncate, zero
 
 from robal_jax import optimizers
 from robal_jax.errors import InputError
@@ -115,37 +116,7 @@ def test_another_model(tmp_path, like, message):
     save(tmp_path, tree())
     with pytest.raises(InputError, match=message) as raised:
         latest(tmp_path, like)
-    assert "is of another model" in str(raised.value)
-
-
-def biggest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip_a_bit(folder):
-    path = biggest_file(folder)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def zero(folder):
-    path = biggest_file(folder)
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def lose(folder):
-    biggest_file(folder).unlink()
-
-
-def truncate(folder):
-    path = biggest_file(folder)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
+    assert "is of a different model" in str(raised.value)
 
 
 def forget_digest(folder):

@@ -68,7 +68,7 @@ def test_gamma_makes_logits_of_a_small_weight_small():
     )
 
 
-def test_a_feature_vector_without_direction_is_not_hidden():
+def test_a_feature_vector_without_direction_gives_nan():
     assert np.isnan(classifiers.cosine_logits(0 * FEATURES, WEIGHT)).all()
 
 
@@ -188,9 +188,63 @@ def test_frozen_bias_stays():
 
 
 @pytest.mark.parametrize("head", [classifiers.LinearHead, classifiers.TemperatureHead])
-def test_a_bias_that_there_is_not(head):
-    with pytest.raises(ValueError, match="'zero'; it must be one of trained, prior, frozen, none"):
+def test_an_unknown_bias(head):
+    with pytest.raises(ValueError, match="unknown bias 'zero'; use one of trained, prior, frozen, none"):
         head(K, bias="zero")
+
+
+LOGITS = np.zeros((B, K), np.float32)
+TDE = partial(classifiers.tde_logits, scale=16.0, gamma=0.1, alpha=0.1)
+PRIOR = partial(classifiers.adjust_for_prior, tau=1.0)
+DIVIDE = partial(classifiers.divide_by_counts, tau=1.0)
+WRONG = {
+    # function, arguments, message
+    "features [D]": (classifiers.cosine_logits, (FEATURES[0], WEIGHT), r"features have shape \[64\]"),
+    "weight [D, K]": (classifiers.cosine_logits, (FEATURES, WEIGHT.T), r"it must be \[K, 64\]"),
+    "weight [D]": (classifiers.linear_logits, (FEATURES, WEIGHT[0], BIAS), "one row per class"),
+    "bias [1, K]": (classifiers.linear_logits, (FEATURES, WEIGHT, BIAS[None]), "shape of bias"),
+    "bias [K - 1]": (classifiers.linear_logits, (FEATURES, WEIGHT, BIAS[1:]), r"it must be \[7\]"),
+    "tau-norm's weight": (classifiers.tau_norm_logits, (FEATURES, WEIGHT.T), r"it must be \[K, 64\]"),
+    "class_scale [K - 1]": (
+        partial(classifiers.tau_norm_logits, class_scale=CLASS_SCALE[1:]), (FEATURES, WEIGHT), "class_scale",
+    ),
+    "direction [D - 1]": (TDE, (FEATURES, WEIGHT, DIRECTION[1:]), "one number per feature"),
+    "TDE's weight": (TDE, (FEATURES, WEIGHT.T, DIRECTION), r"it must be \[K, 64\]"),
+    "unit features [D]": (classifiers.unit_features, (FEATURES[0],), r"they must be \[B, D\]"),
+    "prior's counts": (PRIOR, (LOGITS, COUNTS[1:]), "class_counts is"),
+    "a count of 0": (PRIOR, (LOGITS, np.zeros(K)), "the entry 0"),
+    "prior's logits": (PRIOR, (LOGITS[0], COUNTS), "logits have shape"),
+    "divisors": (DIVIDE, (LOGITS, COUNTS[1:]), "class_counts is"),
+    "integers": (DIVIDE, (LOGITS.astype(int), COUNTS), "must be floats"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_refused(wrong):
+    function, arguments, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": "none"}, {"bias": "prior", "class_counts": COUNTS}])
+def test_linear_heads_refuse_features_that_were_not_averaged(settings):
+    with pytest.raises(ValueError, match=r"features have shape \[4, 1, 64\]; they must be \[B, D\]"):
+        classifiers.LinearHead(K, **settings).init(jax.random.key(0), FEATURES[:, None], False)
+
+
+@pytest.mark.parametrize("head", ["cosine", "tau_norm", "tde"])
+def test_other_heads_refuse_features_that_were_not_averaged(head):
+    with pytest.raises(ValueError, match=r"features have shape \[4, 1, 64\]; they must be \[B, D\]"):
+        classifiers.HEADS[head](K).init(jax.random.key(0), FEATURES[:, None], False)
+
+
+@pytest.mark.parametrize("counts", [(), COUNTS[1:]])
+@pytest.mark.parametrize(
+    "head", [partial(classifiers.LinearHead, bias="prior"), classifiers.TemperatureHead], ids=["prior", "cdt"]
+)
+def test_heads_refuse_class_counts_of_the_wrong_size(head, counts):
+    with pytest.raises(ValueError, match=r"the shape of class_counts is .*; it must be \[7\]"):
+        head(K, class_counts=counts).init(jax.random.key(0), FEATURES, False)
 
 
 def test_no_gradient_flows_through_the_norm_of_tau_norm():
@@ -227,19 +281,19 @@ def test_direction_of_tde_is_a_sum_that_forgets():
     np.testing.assert_allclose(stats["direction"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_heads_stand_in_for_a_trained_one():
-    """A checkpoint of the linear head, evaluated by others, and one of the cosine head by TDE."""
+def test_heads_with_the_same_parameters_are_interchangeable():
+    """Evaluates a checkpoint of the linear head with other heads, and one of the cosine head with TDE."""
     features = jnp.asarray(FEATURES)
     linear = classifiers.LinearHead(K)
     variables = linear.init(jax.random.key(1), features, False)
     trained = linear.apply(variables, features, False)
-    stand_ins = [
+    others = [
         (classifiers.TauNormHead(K, tau=0.0, use_bias=True), trained),
         (classifiers.TauNormHead(K), classifiers.tau_norm_logits(features, variables["params"]["weight"])),
         (classifiers.TemperatureHead(K, COUNTS), trained),
         (classifiers.TemperatureHead(K, COUNTS, tau=0.5, posthoc=True), trained / np.sqrt(COUNTS)[None, :]),
     ]
-    for head, expected in stand_ins:
+    for head, expected in others:
         np.testing.assert_allclose(head.apply(variables, features, False), expected, rtol=1e-6, atol=1e-6)
 
     cosine = classifiers.CosineHead(K, scale=16.0, gamma=1 / 32)

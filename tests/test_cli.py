@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from robal_jax import (
     builder,
@@ -23,7 +25,7 @@ from robal_jax.devices.cpu import prepare_jax
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.evaluation import loop as evaluation_loop
 from robal_jax.storage import checkpoints
-from robal_jax.storage.config_file import flatten, read_config
+from robal_jax.storage.config_file import flatten, read_config, to_json
 from robal_jax.storage.workdir import data_digest, prepare_workdir
 from robal_jax.training import initial_state
 from robal_jax.training import loop as training_loop
@@ -62,7 +64,7 @@ def start(workdir, *overrides, spec=DIGITS, change=None):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["junk"], "unexpected argument 'junk'; arguments have the form --name=value"),
+        (["junk"], "unexpected argument 'junk'; write arguments as --name=value"),
         (["--workdir=a", "seed=3"], "unexpected argument 'seed=3'"),
         (["--wordkir=a"], "Unknown command line flag 'wordkir'"),
         (["--workdir"], "Missing value for flag"),
@@ -90,11 +92,13 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("configs/robal_m.py:digits_lt", "no config file configs/robal_m.py; nearest there: robal_"),
-        ("configs/xyz:digits_lt", "no config file configs/xyz; in configs: alp.py, at.py, avmixup.py"),
-        ("nowhere/at.py", "no config file nowhere/at.py; in nowhere: nothing"),
-        ("configs/at.py:imagenet", "unknown data set 'imagenet'; known: digits_lt, cifar10_lt, cifar100_lt"),
-        ("configs/robal_n.py:imagenet", "unknown data set 'imagenet'; known: digits_lt"),
+        ("configs/robal_m.py:digits_lt", "no config file configs/robal_m.py; use configs/robal_"),
+        ("configs/xyz:digits_lt", "no config file configs/xyz; use one of configs/alp.py, configs/at.py, "),
+        ("nowhere/at.py", "no config file nowhere/at.py; use at$"),
+        ("robal_m:digits_lt", "no config file robal_m; use robal_"),
+        ("xyz:digits_lt", "no config file xyz; use one of alp, at, "),
+        ("configs/at.py:imagenet", "unknown data set 'imagenet'; use one of digits_lt, cifar10_lt"),
+        ("configs/robal_n.py:imagenet", "unknown data set 'imagenet'; use one of digits_lt"),
         ("README.md", "README.md"),
     ],
 )
@@ -110,8 +114,8 @@ def test_config_file_without_get_config(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.sed=3", "unknown config key 'sed'; nearest: 'seed'"),
-        ("--config.schedule.lrr=3", r"unknown config key 'schedule.lrr'; nearest: 'schedule\.lr'"),
+        ("--config.sed=3", "unknown config key 'sed'; use 'seed'"),
+        ("--config.schedule.lrr=3", r"unknown config key 'schedule.lrr'; use 'schedule\.lr'"),
         ("--config.head=3", "unknown config key 'head'"),
         ("--config.train.epochs=many", "train.epochs"),
         ("--config.train.batch_size=1.5", "train.batch_size"),
@@ -162,15 +166,15 @@ def test_an_override_changes_its_own_field(key):
         ("attack.start=zero", "'zero'; it must be one of clean, uniform"),
         ("data.ratio=0", r"imbalance ratio 0\.0 is outside \(0, 1\]"),
         ("data.ratio=1.5", r"imbalance ratio 1\.5 is outside \(0, 1\]"),
-        ("data.ratio=0.001", r"leaves class \d without an image .* smallest ratio that works is"),
+        ("data.ratio=0.001", r"leaves class \d without an image .*; set it to at least"),
         ("data.profile=linear", "unknown long-tail profile 'linear'"),
         ("data.head=105", "lower head or test_per_class"),
-        ("data.name=mnist", "unknown data set 'mnist'; known: digits_lt, cifar10_lt, cifar100_lt"),
-        ("model.name=vit", "unknown model 'vit'; known: wide_resnet, resnet18, small_cnn"),
-        ("head.name=mlp", "unknown head 'mlp'; known: linear, cosine, class_temperature, tau_norm, tde"),
-        ("loss.name=hinge", "unknown loss 'hinge'; known: cross_entropy, "),
-        ("objective.name=trade", "unknown objective 'trade'; known: plain, pgd_at, regularised, trades"),
-        ("schedule.name=cosine", "unknown schedule 'cosine'; known: paper, released"),
+        ("data.name=mnist", "unknown data set 'mnist'; use one of digits_lt, cifar10_lt, cifar100_lt"),
+        ("model.name=vit", "unknown model 'vit'; use one of wide_resnet, resnet18, small_cnn"),
+        ("head.name=mlp", "unknown head 'mlp'; use one of linear, cosine, class_temperature, tau_norm, tde"),
+        ("loss.name=hinge", "unknown loss 'hinge'; use one of cross_entropy, "),
+        ("objective.name=trade", "unknown objective 'trade'; use one of plain, pgd_at, regularised, trades"),
+        ("schedule.name=cosine", "unknown schedule 'cosine'; use one of paper, released"),
         ("loss.name=nowhere:f", "cannot import the loss 'nowhere:f'"),
         ("loss.name=robal_jax.losses:hinge", "cannot import the loss 'robal_jax.losses:hinge'"),
         ("objective.batch_norm_order=both", "batch_norm_order"),
@@ -180,7 +184,7 @@ def test_an_override_changes_its_own_field(key):
         ("train.start_from=nowhere", "no run or checkpoint nowhere; train it first"),
         (
             "optimizer.trainable=head",
-            "'head' is the beginning of no parameter's name; there are .*classifier/",
+            "'head' matches no parameter; use the beginning of one of .*classifier/",
         ),
     ],
 )
@@ -196,9 +200,9 @@ def keyword(section, name, value):
 @pytest.mark.parametrize(
     ("section", "name", "value", "message"),
     [
-        ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; it takes: num_classes, scale"),
-        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; it takes: cosines, labels"),
-        ("objective", "beta", 1.0, "objective 'regularised' takes no 'beta'; it takes: "),
+        ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; use one of num_classes, scale"),
+        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; use one of cosines, labels"),
+        ("objective", "beta", 1.0, "objective 'regularised' takes no 'beta'; use one of "),
         ("model", "depth", 34, "model 'small_cnn' takes no 'depth'"),
         ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),
         ("schedule", "gamma", 1.0, "schedule 'paper' takes no 'gamma'"),
@@ -247,16 +251,19 @@ def npz(path, images=None, labels=None, **changes):
 
 BLACK = np.zeros((20, 32, 32, 3), np.float32)
 DATA = [
-    ({"images": BLACK + 2}, r"train_images: images outside \[0,1\]: found \[2, 2\]"),
-    ({"images": BLACK - 1}, r"train_images: images outside \[0,1\]: found \[-1, -1\]"),
-    ({"images": BLACK * np.nan}, r"images outside \[0,1\]"),
-    ({"images": BLACK[:, :28]}, r"train_images must be \[N, 32, 32, 3\], found \[20, 28, 32, 3\]"),
+    ({"images": BLACK + 2}, r"train_images: values in \[2, 2\], outside \[0,1\]"),
+    ({"images": BLACK - 1}, r"train_images: values in \[-1, -1\], outside \[0,1\]"),
+    ({"images": BLACK * np.nan}, r"values in \[nan, nan\], outside \[0,1\]"),
+    ({"images": BLACK[:, :28]}, r"train_images has shape \[20, 28, 32, 3\]; store \[N, 32, 32, 3\]"),
     ({"labels": np.repeat(np.arange(1, 11), 2)}, r"labels 1\.\.10 found, but 10 classes need labels 0\.\.9"),
     ({"labels": np.repeat(np.arange(-1, 9), 2)}, r"labels -1\.\.8 found"),
-    ({"labels": np.minimum(np.arange(20) // 2, 8)}, "class 9 has no image; every class needs at least one"),
-    ({"labels": np.arange(20) / 2}, "train_labels must be 20 integers"),
+    (
+        {"labels": np.minimum(np.arange(20) // 2, 8)},
+        "class 9 has no image; give at least one image per class",
+    ),
+    ({"labels": np.arange(20) / 2}, "train_labels is float64 .*; store 20 integers"),
     ({"test_labels": None}, "lacks test_labels; it holds"),
-    ({}, "class 0 has 2 images but the long-tailed set asks for 5"),  # n_max
+    ({}, "class 0 has 2 images but the long-tailed set needs 5"),  # n_max
 ]
 
 
@@ -326,7 +333,8 @@ def test_no_checkpoint_to_evaluate(tmp_path):
 def test_checkpoint_of_another_model(tmp_path):
     path = saved_run(tmp_path / "robal")
     saved_run(tmp_path / "at", "configs/at.py:digits_lt")
-    refused("is of another model: it has nothing for .*bias", evaluate_run, tmp_path / "at", checkpoint=path)
+    message = "is of a different model: it has nothing for .*bias"
+    refused(message, evaluate_run, tmp_path / "at", checkpoint=path)
 
 
 def test_damaged_checkpoint(tmp_path):
@@ -336,6 +344,41 @@ def test_damaged_checkpoint(tmp_path):
         "checkpoint .* is damaged .*; name another with --checkpoint", evaluate_run, tmp_path, checkpoint=path
     )
     refused("every checkpoint in .* is damaged", evaluate_run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: [], r"cannot read .*config\.json .*it holds no sections"),
+        (lambda config: 3, r"cannot read .*config\.json .*it holds no sections"),
+        (lambda config: {}, "config.method is missing; take its value from"),
+        (lambda config: config | {"data": 3}, "config.data.name is missing"),
+        (lambda config: config | {"evaluation": 3}, "config.evaluation.head.name is missing"),
+        (lambda config: config | {"attack.steps": 3}, r"cannot read .*config\.json .*dots in field names"),
+        (lambda config: config | {"seed": 2.5}, "config.seed is 2.5; it must be an integer"),
+        (lambda config: config | {"head": {"name": 3}}, "config.head.name is 3; it must be a text"),
+        (lambda config: config | {"head": {"name": "cosine", "scale": "x"}}, "scale is 'x'; it must be > 0"),
+        (lambda config: config | {"loss": {"name": "deferred", "base": {}}}, "unknown loss ''; use one of"),
+        (lambda config: config | {"data": {"name": "digits_lt", "ratio": "x"}}, "ratio of data set .* 'x'"),
+    ],
+)
+def test_a_config_that_was_edited_or_comes_from_elsewhere(tmp_path, change, message):
+    fields = json.loads(to_json(cli.load_config(DIGITS)))
+    (tmp_path / "config.json").write_text(json.dumps(change(fields)))
+
+    def use():
+        config = read_config(tmp_path)
+        builder.evaluation(config)
+        builder.training(config)
+
+    refused(message, use)
+
+
+@pytest.mark.parametrize("other", [{}, {"evaluation": 3}])
+def test_inference_of_a_config_from_elsewhere(other):
+    config = cli.load_config(DIGITS)
+    refused("config.method is missing", builder.with_inference_of, config, ConfigDict(other))
+    refused("config.method is missing", builder.with_inference_of, ConfigDict(other), config)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +418,7 @@ def script(name, *arguments):
     ("name", "arguments", "message"),
     [
         ("train", (), "--config is missing; usage: Train"),
-        ("train", ("--config=configs/at.py", "--workdir=x", "--config.sed=1"), "nearest: 'seed'"),
+        ("train", ("--config=configs/at.py", "--workdir=x", "--config.sed=1"), "use 'seed'"),
         ("train", ("--config=configs/at.py", "--workdir=setup.cfg/run"), "cannot make workdir setup.cfg/run"),
         ("evaluate", (), "--workdir is missing; usage: Evaluate"),
         ("evaluate", ("--workdir=nowhere",), "no run in nowhere"),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import subprocess
@@ -6,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import AUDIT, META, fake_evaluation, verdict
 from rich.console import Console
-from test_reporting import AUDIT, META, fake_evaluation, verdict
 
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import comparison
-from robal_jax.reporting.results import EvaluatedRun, read_runs
+from robal_jax.reporting.results import read_runs
 
 
 def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, audit=None, **meta):
@@ -20,7 +21,7 @@ def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, aud
     truth = truth if labels is None else labels
     predictions = {name: predictions[name] for name in conditions or predictions}
     summary = metrics.summarize(truth, predictions, np.arange(20, 10, -1))
-    results = {"meta": {**META, "seed": seed, **meta}, "summary": summary, "audit": audit}
+    results = {"meta": {**META, "seed": seed, **meta}, "summary": summary, "audit": audit}  # no norms: older
     (workdir / "evaluation").mkdir(parents=True)
     (workdir / "evaluation" / "results.json").write_text(json.dumps(results))
     arrays = {f"pred_{name}": prediction for name, prediction in predictions.items()}
@@ -106,7 +107,7 @@ def test_difference_refuses_runs_that_do_not_match(tmp_path, change, message):
 
 def test_difference_refuses_other_groups(tmp_path):
     run = read_runs([save_run(tmp_path / "a")])[0]
-    moved = EvaluatedRun("moved", run.meta, {**run.summary, "groups": {"head": [0]}}, run.examples)
+    moved = dataclasses.replace(run, name="moved", summary={**run.summary, "groups": {"head": [0]}})
     with pytest.raises(InputError, match="different groups"):
         comparison.difference(moved, run, "clean", "all")
 
@@ -137,11 +138,10 @@ def test_main_attack_that_only_one_run_has(tmp_path):
 
 
 def test_audits_of_runs(tmp_path):
-    audits = {
-        "A": AUDIT,
-        "B": {"verdicts": [verdict("Scale", False), verdict("Steps", None)]},
-        "C": None,
-    }
+    older = [verdict("Scale", False), verdict("Steps", None)]
+    for entry in older:
+        del entry["doubts"]
+    audits = {"A": AUDIT, "B": {"verdicts": older}, "C": None}
     runs = [save_run(tmp_path / name, method=name, audit=audit) for name, audit in audits.items()]
     overview = comparison.compare(read_runs(runs))[0]
     assert [row[:2] for row in overview.rows] == [
@@ -172,7 +172,7 @@ def test_load_runs_refuses_what_it_cannot_read(tmp_path):
     for names in ([], [workdir, workdir]):
         with pytest.raises(InputError, match="at least one folder"):
             read_runs(names)
-    with pytest.raises(InputError, match="has not been evaluated"):
+    with pytest.raises(InputError, match=r"no evaluation in .*; evaluate the run first"):
         read_runs([str(tmp_path / "none")])
     folder = tmp_path / "a" / "evaluation"
     for name, content in (

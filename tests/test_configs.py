@@ -16,6 +16,7 @@ from robal_jax import builder, cli, models, training
 from robal_jax.builder import call
 from robal_jax.data import Dataset, sources
 from robal_jax.devices import parallel
+from robal_jax.storage import config_file
 from robal_jax.storage.config_file import differences, to_json
 from robal_jax.training import initial_state
 
@@ -131,6 +132,17 @@ def test_start_from_names_the_run_that_the_notes_make():
         config = cli.load_config(f"configs/{method}.py:cifar10_lt")
         note = pathlib.Path(ROOT / "configs" / "at.py").read_text()
         assert f"--workdir={config.train.start_from}" in note
+
+
+def test_a_section_that_is_added_later(monkeypatch):
+    monkeypatch.setitem(config_file.NEUTRAL, "average", {"decay": 0.0})
+    old = json.loads(to_json(cli.load_config("configs/at.py:digits_lt")))
+    filled = config_file.with_neutral(old)
+    assert filled == {**old, "average": {"decay": 0.0}}
+    assert config_file.without_neutral(filled) == config_file.without_neutral(old)
+    assert differences(ConfigDict(filled), ConfigDict(old)) == []
+    filled["average"]["decay"] = 0.5
+    assert differences(ConfigDict(filled), ConfigDict(old)) == ["average.decay: 0.5 here, 0.0 there"]
 
 
 @functools.cache

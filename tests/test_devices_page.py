@@ -53,9 +53,9 @@ def test_commands(tmp_path):
     one, devices, two, evaluated = printed
     assert one.splitlines()[-1].split(" sha256 ")[0].endswith("/checkpoints/10")
     assert devices.count("CpuDevice") == 4
-    # All processes stopped by the signal to one; one process went on from there, to the end.
+    # All processes stopped by the signal to one; one process resumed from there, to the end.
     (stopped,) = re.findall(r"^stopped at step (\d+) of 100", two, re.MULTILINE)
-    assert f"going on from step {stopped} of 100" in two
+    assert f"resuming at step {stopped} of 100" in two
     assert two.splitlines()[-1].split(" sha256 ")[0].endswith("/checkpoints/100")
     assert evaluated.count("report runs/devices/two/evaluation/report.html") == 1
     # One process with four devices and two with eight see the same images and take the same steps.

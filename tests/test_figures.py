@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from helpers import AUDIT, META, fake_evaluation, fake_results, gallery, norms
 from matplotlib.figure import Figure
-from test_reporting import AUDIT, META, fake_evaluation, fake_summary, gallery, norms
 
 from robal_jax import metrics
+from robal_jax.attacks import autoattack
 from robal_jax.reporting import figures
-from robal_jax.reporting.names import display_name, headline, headline_attack
+from robal_jax.reporting.names import ENSEMBLES, display_name, headline, headline_attack, paper_name
+from robal_jax.reporting.results import Results
 
 
 def labels_of(axis):
@@ -43,6 +45,8 @@ def test_display_names():
         "worst": "Worst",
     }
     assert {name: display_name(name) for name in names} == names
+    assert [paper_name(name) for name in ("robal_aa", "pgd_20")] == ["AA", "PGD-20"]
+    assert set(ENSEMBLES) == {*autoattack.CONDITIONS.values(), "custom", "robal_aa"}
 
 
 @pytest.mark.parametrize(
@@ -57,29 +61,28 @@ def test_display_names():
     ],
 )
 def test_headline(conditions, main, attack, shown):
-    summary, meta = {"conditions": dict.fromkeys(conditions.split())}, {"main_attack": main}
-    assert headline_attack(summary, meta) == attack
-    assert headline(summary, meta) == shown.split()
+    assert headline_attack(conditions.split(), main) == attack
+    assert headline(conditions.split(), main) == shown.split()
 
 
 def test_classes_are_sorted_by_count():
     labels, predictions = fake_evaluation(4)
-    summary = metrics.summarize(labels, predictions, [5, 40, 10, 20])
+    results = Results(META, metrics.summarize(labels, predictions, [5, 40, 10, 20]))
     for draw in (figures.per_class_figure, figures.errors_figure, figures.confusion_figure):
-        assert labels_of(draw(summary, META).axes[0].xaxis) == ["1", "3", "2", "0"]
+        assert labels_of(draw(results).axes[0].xaxis) == ["1", "3", "2", "0"]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
-    summary = fake_summary(num_classes)
     meta = META | {"class_names": [f"long name {k}" for k in range(num_classes)]}
+    results = fake_results(num_classes, meta, audit=AUDIT, norms=norms(num_classes))
     drawn = [
-        figures.per_class_figure(summary, meta),
-        figures.attacks_figure(summary, meta),
-        figures.errors_figure(summary, meta),
-        figures.confusion_figure(summary, meta),
-        figures.norms_figure(norms(num_classes), summary, meta),
-        figures.curves_figure(AUDIT["curves"], meta),
+        figures.per_class_figure(results),
+        figures.attacks_figure(results),
+        figures.errors_figure(results),
+        figures.confusion_figure(results),
+        figures.norms_figure(results),
+        figures.curves_figure(results),
     ]
     for figure in drawn:
         assert isinstance(figure, Figure)
@@ -91,32 +94,32 @@ def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
 
 
 def test_accuracies_of_the_class_figure():
-    summary = fake_summary()
-    axes = figures.per_class_figure(summary, META).axes[0]
+    results = fake_results()
+    axes = figures.per_class_figure(results).axes[0]
     lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
     assert list(lines) == ["Clean", "PGD-20", "Worst"]
-    recall = summary["conditions"]["pgd_20"]["per_class"]["recall"]
+    recall = results.conditions["pgd_20"]["per_class"]["recall"]
     np.testing.assert_allclose(lines["PGD-20"], [100 * entry["value"] for entry in recall])
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_errors_stack_to_all_images(num_classes):
-    summary = fake_summary(num_classes)
-    figure = figures.errors_figure(summary, META)
+    results = fake_results(num_classes)
+    figure = figures.errors_figure(results)
     heights = np.array([[bar.get_height() for bar in bars] for bars in figure.axes[0].containers])
     np.testing.assert_allclose(heights.sum(0), 100)
-    condition = summary["conditions"]["pgd_20"]
+    condition = results.conditions["pgd_20"]
     for row, key in zip(heights, ("robust_accuracy", "boundary_error", "natural_error"), strict=True):
         assert row.mean() == pytest.approx(100 * condition[key]["value"])  # classes of equal size
 
 
 @pytest.mark.parametrize(("num_classes", "annotated"), [(20, True), (21, False)])
 def test_confusion_is_normalised_by_row(num_classes, annotated):
-    summary = fake_summary(num_classes)
-    axes = figures.confusion_figure(summary, META).axes[0]
+    results = fake_results(num_classes)
+    axes = figures.confusion_figure(results).axes[0]
     shares = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(shares.sum(-1), 100)
-    recall = summary["conditions"]["pgd_20"]["per_class"]["recall"]
+    recall = results.conditions["pgd_20"]["per_class"]["recall"]
     np.testing.assert_allclose(np.diagonal(shares), [100 * entry["value"] for entry in recall])
     assert bool(axes.texts) == annotated
     if annotated:
@@ -126,7 +129,7 @@ def test_confusion_is_normalised_by_row(num_classes, annotated):
 @pytest.mark.parametrize("panels", [("scale",), ("steps", "restarts"), ("scale", "steps", "restarts")])
 def test_curves(panels):
     curves = {name: AUDIT["curves"][name] for name in panels}
-    figure = figures.curves_figure(curves, META)
+    figure = figures.curves_figure(Results(META, {}, {"curves": curves}))
     assert len(figure.axes) == len(panels)
     for axes, name in zip(figure.axes, panels, strict=True):
         assert axes.get_xscale() == ("linear" if name == "restarts" else "log")
@@ -145,13 +148,12 @@ def test_curves(panels):
 
 
 def test_norms():
-    summary = fake_summary()
     both = norms(10)
-    figure = figures.norms_figure(both, summary, META)
+    figure = figures.norms_figure(fake_results(norms=both))
     assert len(figure.axes) == 3
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), both["weights"])
     np.testing.assert_array_equal(figure.axes[2].lines[0].get_ydata(), both["features"])
-    alone = figures.norms_figure({**both, "weights": None}, summary, META)
+    alone = figures.norms_figure(fake_results(norms={**both, "weights": None}))
     assert len(alone.axes) == 2
     np.testing.assert_array_equal(alone.axes[1].lines[0].get_ydata(), both["features"])
 
@@ -160,16 +162,16 @@ def test_norms():
 def test_gallery(count, channels, size):
     shown = gallery(count, channels, size)
     names = [f"<{k}>" for k in range(12)]
-    figure = figures.gallery_figure(shown, META | {"class_names": names})
+    figure = figures.gallery_figure(shown, Results(META | {"class_names": names}, {}))
     filled = [axes for axes in figure.axes if axes.images]
     assert filled[0].get_title() == "<0> → <0> (not fooled)"
     assert len(filled) == count
     last = count - 1
     if last:
-        assert filled[last].get_title() == f"<{last}> → <{shown['predictions'][last]}>"
+        assert filled[last].get_title() == f"<{last}> → <{shown.predictions[last]}>"
     strip = np.asarray(filled[last].images[0].get_array())
-    np.testing.assert_allclose(strip[:, :size], np.broadcast_to(shown["images"][last], (size, size, 3)))
-    difference = shown["adversarial"][last] - shown["images"][last]
+    np.testing.assert_allclose(strip[:, :size], np.broadcast_to(shown.images[last], (size, size, 3)))
+    difference = shown.adversarial[last] - shown.images[last]
     np.testing.assert_allclose(strip[:, -size:], np.broadcast_to(0.5 + 5 * difference, (size, size, 3)))
     assert labels_of(filled[0].xaxis) == ["image", "adversarial", "difference × 5"]
 
@@ -177,11 +179,11 @@ def test_gallery(count, channels, size):
 def test_magnification():
     image = np.full((1, 2, 2, 1), 0.5)
     for change, factor in ((8 / 255, 15), (0.1, 5), (0.1000001, 5), (0.5, 1), (1.0, 1), (0.0, 1)):
-        assert figures.magnification({"images": image, "adversarial": image + change}) == factor
+        assert gallery()._replace(images=image, adversarial=image + change).magnification == factor
 
 
 def test_svg_is_the_same_each_time_and_loads_nothing():
-    first, second = (figures.svg(figures.attacks_figure(fake_summary(), META)).decode() for _ in range(2))
+    first, second = (figures.svg(figures.attacks_figure(fake_results())).decode() for _ in range(2))
     assert first == second
     assert "url(http" not in first
     assert 'href="http' not in first

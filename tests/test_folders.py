@@ -145,20 +145,20 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, spoil, name):
         (tmp_path / name).unlink()
     images = image_folder.ImageFiles(("good.png", name), 64, 64, str(tmp_path))
     assert images[0].shape == (64, 64, 3)
-    with pytest.raises(InputError, match=rf"cannot read image .*/{name} \(\w+.*\); put it right") as caught:
+    with pytest.raises(InputError, match=rf"cannot read image .*/{name} \(\w+.*\); repair it") as caught:
         images[np.array([0, 1])]
     assert "\n" not in str(caught.value)
 
 
 def test_sixteen_bits_a_channel_are_refused_rather_than_clipped(tmp_path):
     write(tmp_path / "deep.png", pixels(0, 8, 8, ()).astype(np.uint16) * 257)
-    with pytest.raises(InputError, match=r"deep\.png .*more than 8 bits a channel"):
+    with pytest.raises(InputError, match=r"deep\.png .*more than 8 bits per channel"):
         image_folder.ImageFiles((str(tmp_path / "deep.png"),), 8, 8)[0]
 
 
 @pytest.mark.parametrize("size", [0, 9])
 def test_crop_that_does_not_fit(size):
-    with pytest.raises(ValueError, match=r"size must be in 1\.\.resize \(8\)"):
+    with pytest.raises(ValueError, match=r"give a value in 1\.\.resize \(8\)"):
         image_folder.ImageFiles((), 8, size)
 
 
@@ -255,31 +255,35 @@ def test_no_path():
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
-        (lambda root: None, {"train": "training"}, "no folder .*/training; it must hold one sub-folder"),
-        (lambda root: shutil.rmtree(root / "val"), {}, "no folder .*/val; it must hold"),
-        (shutil.rmtree, {}, "no folder .*/train; it must hold"),
-        (lambda root: None, {"test": "val/ant"}, "/val/ant has no sub-folder; it must hold one of images"),
-        (lambda root: (root / "train" / "dog").mkdir(), {}, r"no image in .*/train/dog; each class .*\.webp"),
+        (lambda root: None, {"train": "training"}, "no folder .*/training; make it, with one sub-folder"),
+        (lambda root: shutil.rmtree(root / "val"), {}, "no folder .*/val; make it"),
+        (shutil.rmtree, {}, "no folder .*/train; make it"),
+        (lambda root: None, {"test": "val/ant"}, "/val/ant has no sub-folder; give it one sub-folder"),
+        (
+            lambda root: (root / "train" / "dog").mkdir(),
+            {},
+            r"no image in .*/train/dog; give at least .*\.webp",
+        ),
         (
             lambda root: [file.rename(file.with_suffix(".txt")) for file in files(root, "val", "bee")],
             {},
-            "no image in .*/val/bee; each class needs at least one",
+            "no image in .*/val/bee; give at least one per class",
         ),
         (
             lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"),
             {},
-            "must have the same classes: 2 occur in one only, such as 'bee'",
+            "have different classes: 2 occur in one only, such as 'bee'",
         ),
         (
             lambda root: shutil.rmtree(root / "val" / "cat"),
             {},
-            "must have the same classes: 1 occur in one only, such as 'cat'",
+            "have different classes: 1 occur in one only, such as 'cat'",
         ),
-        (lambda root: None, {"image_size": 11}, r"image_size 11 must be in 1\.\.resize \(10\)"),
-        (lambda root: None, {"image_size": 0}, r"image_size 0 must be in"),
+        (lambda root: None, {"image_size": 11}, r"image_size is 11; give a value in 1\.\.resize \(10\)"),
+        (lambda root: None, {"image_size": 0}, r"image_size is 0; give"),
         (lambda root: None, {"ratio": 0.1}, "leaves class 2 without an image .head 7"),
         (lambda root: None, {"ratio": 2.0}, "outside"),
-        (lambda root: None, {"ratio": 0.5, "profile": "flat"}, "choose one of exp, step"),
+        (lambda root: None, {"ratio": 0.5, "profile": "flat"}, "use one of exp, step"),
     ],
 )
 def test_folders_that_cannot_be_used(root, spoil, arguments, message):
@@ -336,17 +340,17 @@ def test_classes_without_folders_of_their_own_are_called_by_their_numbers(root):
     [
         (
             lambda lines: ["train/ant/00.png"],
-            r"train\.txt, line 1 is 'train/ant/00\.png'; it must have lines",
+            r"train\.txt, line 1 is 'train/ant/00\.png'; write one line per image",
         ),
-        (lambda lines: [*lines, "", "a.png 1.5"], r"train\.txt, line 26 is 'a\.png 1\.5'; it must"),
+        (lambda lines: [*lines, "", "a.png 1.5"], r"train\.txt, line 26 is 'a\.png 1\.5'; write one line"),
         (lambda lines: [*lines, "a.png -1"], r"line 25 is 'a\.png -1'"),
         (lambda lines: ["17", *lines], "line 1 is '17'"),
-        (lambda lines: ["", " "], r"train\.txt names no image; it must have lines"),
+        (lambda lines: ["", " "], r"train\.txt names no image; write one line per image"),
         (
             lambda lines: [*lines, "train/gone.png 0", "train/too.png 1"],
-            r"2 of the 26 images in .*train\.txt are not there, the first is .*/train/gone\.png; the paths",
+            r"2 of the 26 images in .*train\.txt are missing, the first is .*/train/gone\.png; write paths",
         ),
-        (lambda lines: [*lines, "train 0"], "1 of the 25 images .* are not there"),
+        (lambda lines: [*lines, "train 0"], "1 of the 25 images .* are missing"),
         (lambda lines: [line for line in lines if line[-1] != "1"], "1 occur in one only, such as 'bee'"),
         (lambda lines: [line[:-1] + "210"[int(line[-1])] for line in lines], "lists number them differently"),
         (lambda lines: [lines[0][:-1] + "999999999", *lines], r"labels 0\.\.999999999 found"),
@@ -369,7 +373,7 @@ def test_list_that_is_not_a_text_file(root):
 
 def test_list_is_not_cut_to_a_long_tail(root):
     write_list(root, "train.txt", lines_of(root, "train"))
-    refused("train_list is used as it is: ratio must be 1, not 0.5", root, train_list="train.txt", ratio=0.5)
+    refused(r"ratio is 0\.5, but train_list cannot be cut", root, train_list="train.txt", ratio=0.5)
 
 
 # ---------------------------------------------------------------- stream
@@ -458,7 +462,7 @@ def test_a_damaged_file_is_reported_when_its_step_is_due(root, threads):
     read = image_folder.stream(images, lambda step: np.array([step]), range(24), threads=threads, ahead=4)
     for _ in range(damaged):
         next(read)
-    with pytest.raises(InputError, match=r"^cannot read image .*/train/bee/02\.png \(.*put it right"):
+    with pytest.raises(InputError, match=r"^cannot read image .*/train/bee/02\.png \(.*repair it"):
         next(read)
     assert threads_end()
 

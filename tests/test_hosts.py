@@ -45,7 +45,7 @@ def test_the_second_interrupt_stops_at_once():
         (("", "2", "0"), "need --coordinator"),
         (("127.0.0.1:1", "", ""), "needs --processes=N and --process=I"),
         (("127.0.0.1:1", "two", "0"), "needs --processes=N and --process=I"),
-        (("127.0.0.1:1", "2", "2"), r"--process=2 is not in 0\.\.1"),
+        (("127.0.0.1:1", "2", "2"), r"--process=2 is out of range; give 0\.\.1"),
     ],
 )
 def test_flags_that_do_not_fit(arguments, said):

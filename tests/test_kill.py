@@ -99,7 +99,7 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
         process.communicate()
         early += process.returncode == -signal.SIGKILL
         in_save += saving(workdir)
-        if i % 3 == 1:  # goes on elsewhere
+        if i % 3 == 1:  # resumes on other devices
             _, found = finish(workdir, env, TWO)
             elsewhere, gap = elsewhere + 1, max(gap, largest_difference(expected, found))
         else:
@@ -135,7 +135,7 @@ def test_stopped_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
         out, errors = process.communicate()
         seconds.append(time.monotonic() - asked)
         assert process.returncode == 0, errors
-        said = re.search(r"stopped at step (\d+) of 60; the same command goes on from there", out)
+        said = re.search(r"stopped at step (\d+) of 60; the same command resumes from there", out)
         assert said or f"checkpoints/{EPOCHS * 5} " in out
         steps.append(checkpoints.steps(workdir / "checkpoints")[-1])
         assert not said or steps[-1] == int(said[1])
@@ -168,7 +168,7 @@ def test_a_full_disk(tmp_path, capsys, env):
         kept = checkpoints.steps(workdir / "checkpoints")
         assert process.returncode == 2
         (error,) = [line for line in errors.splitlines() if not line.startswith("train ")]
-        assert error.startswith(f"error: no room for a checkpoint in {workdir}/checkpoints: it takes ")
+        assert error.startswith(f"error: disk full: a checkpoint in {workdir}/checkpoints takes ")
         assert kept
         assert kept == [5 * (i + 1) for i in range(len(kept))]
         for step in kept:
@@ -177,7 +177,7 @@ def test_a_full_disk(tmp_path, capsys, env):
         (process,) = start(ONE, arguments(workdir), **env)
         out, errors = process.communicate()
         assert process.returncode == 0, errors
-        assert out.startswith(f"going on from step {kept[-1]} of {EPOCHS * 5} ")
+        assert out.startswith(f"resuming at step {kept[-1]} of {EPOCHS * 5} ")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     with capsys.disabled():

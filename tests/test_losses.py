@@ -1,6 +1,7 @@
 """Losses against NumPy written from the equations (robal_jax.losses)."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -457,6 +458,100 @@ def test_one_value_per_example_whatever_the_batch(name):
     if not name.startswith("kl"):  # their other argument is fixed to the batch
         alone = jax.vmap(lambda z, y: loss(z[None], y[None])[0])(logits, labels)
         np.testing.assert_allclose(alone, eager, rtol=2e-6, atol=2e-6)
+
+
+Z, Y = random_logits(8), random_labels(8)
+CHECKED = {
+    **{name: loss for name, (loss, _) in cases(COUNTS).items()},
+    **TAKES_WEIGHTS,
+    "robal": robal,
+    "margins": functools.partial(losses.subtract_margins, margins=np.ones(K)),
+    "margins_and_biases": functools.partial(
+        losses.margin_adjusted_cross_entropy, margins=np.ones(K), biases=np.ones(K), scale=2.0
+    ),
+    "deferred_foreign": functools.partial(
+        losses.deferred, base=lambda logits, labels: logits, class_counts=COUNTS, epoch=1, reweight=False
+    ),
+}
+WRONG = {
+    "labels [B, 1]": (Z, Y[:, None], r"labels have shape \[6, 1\]"),
+    "one-hot labels": (Z, np.eye(K, dtype=int)[Y], r"labels have shape \[6, 5\]"),
+    "fewer labels": (Z, Y[:-1], r"labels have shape \[5\]"),
+    "float labels": (Z, Y.astype(np.float32), "labels have dtype float32"),
+    "label K": (Z, Y + K - Y.max(), "labels are in .*5; with 5 logits they must be in 0..4"),
+    "label -1": (Z, Y - 1 - Y.min(), "labels are in -1.."),
+    "logits [B]": (Z[:, 0], Y, r"logits have shape \[6\]"),
+    "logits [1, B, K]": (Z[None], Y, r"logits have shape \[1, 6, 5\]"),
+    "integer logits": (Z.astype(np.int32), Y, "logits have dtype int32"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_logits_and_labels_are_refused(wrong):
+    logits, labels, message = WRONG[wrong]
+    for loss in CHECKED.values():
+        with pytest.raises(ValueError, match=message):
+            loss(logits, labels)
+    if "label " not in wrong:  # values are not known there
+        with pytest.raises(ValueError, match=message):
+            jax.jit(losses.focal)(logits, labels)
+
+
+@pytest.mark.parametrize("keyword", ["class_counts", "class_weights", "margins", "biases"])
+@pytest.mark.parametrize(
+    "values", [np.ones(K + 1), np.ones((1, K)), 2.0, []], ids=["K + 1", "1, K", "one", "0"]
+)
+def test_vectors_of_the_wrong_size_are_refused(keyword, values):
+    taking = [
+        loss
+        for name, loss in CHECKED.items()
+        if keyword in inspect.signature(loss).parameters and (keyword, name[:8]) != ("margins", "deferred")
+    ]
+    assert taking
+    for loss in taking:
+        with pytest.raises(ValueError, match=rf"the shape of {keyword} is .*; it must be \[5\]"):
+            loss(Z, Y, **{keyword: values})
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (np.ones((1, K)), r"the shape of class_counts is \[1, 5\]; it must be \[K\]"),
+        (5, r"the shape of class_counts is \[\]"),
+        (COUNTS - 2, "class_counts have the entry 0; every class needs at least 1 training image"),
+        (COUNTS * np.nan, "class_counts have the entry nan"),
+    ],
+)
+def test_wrong_class_counts_are_refused(counts, message):
+    for function in (
+        losses.log_prior,
+        functools.partial(losses.effective_number_weights, beta=0.9),
+        functools.partial(losses.temperatures, tau=1.0),
+        losses.ldam_margins,
+        functools.partial(losses.robal_margins, scale=1.0, margin=0.1, tau_m=0.1),
+        functools.partial(losses.robal_biases, tau_b=1.0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(counts)
+
+
+@pytest.mark.parametrize(
+    ("logits", "other", "message"),
+    [
+        (Z, Z[:, :-1], r"other_logits have shape \[6, 4\]; they must be \[6, 5\]"),
+        (Z, Z[:1], r"other_logits have shape \[1, 5\]"),
+        (Z[0], Z[0], r"logits have shape \[5\]; they must be \[B, K\]"),
+        (Z, Z.astype(np.int32), "other_logits have dtype int32; they must be floats"),
+    ],
+)
+def test_wrong_logits_of_the_divergence_are_refused(logits, other, message):
+    with pytest.raises(ValueError, match=message):
+        losses.kl_divergence(logits, other)
+
+
+def test_checks_leave_nothing_in_a_compiled_loss():
+    program = str(jax.make_jaxpr(losses.focal)(Z, Y))  # has no minimum of its own
+    assert not any(name in program for name in ("reduce_min", "reduce_max", "callback"))
 
 
 def test_kl_divergence_under_vmap():

@@ -1,3 +1,5 @@
+"""Metrics against scikit-learn, worked cases and the released code (robal_jax.metrics)."""
+
 import json
 
 import numpy as np
@@ -24,7 +26,7 @@ def test_confusion_matrix_has_true_classes_in_rows():
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_confusion_matrix_refuses_classes_out_of_range(bad):
-    with pytest.raises(InputError, match=r"\[0, 3\)"):
+    with pytest.raises(InputError, match=r"pass classes in 0\.\.2"):
         metrics.confusion_matrix([0, 1], [0, bad], 3)
 
 
@@ -225,6 +227,47 @@ def test_summary_is_consistent(num_classes):
     assert worst <= min(entry["accuracy"]["value"] for entry in summary["conditions"].values())
 
 
+Y, RIGHT, SQUARE = np.array([0, 1, 2]), np.array([True, False, True]), np.eye(3, dtype=int)
+WRONG = {
+    # function, arguments, message
+    "labels [n, 1]": (metrics.confusion_matrix, (Y[:, None], Y, 3), r"labels have shape \[3, 1\]"),
+    "one-hot labels": (metrics.confusion_matrix, (SQUARE, Y, 3), r"labels have shape \[3, 3\]"),
+    "float labels": (metrics.confusion_matrix, (Y / 1, Y, 3), "labels have .* dtype float64; pass integers"),
+    "logits": (metrics.confusion_matrix, (Y, np.eye(3), 3), r"predictions have shape \[3, 3\]"),
+    "one prediction": (metrics.confusion_matrix, (Y, Y[:1], 3), "predictions have 1 entries, labels 3"),
+    "no square": (metrics.precision_recall_f, (SQUARE[:2],), r"confusion has shape \[2, 3\]"),
+    "a vector": (metrics.precision_recall_f, (Y,), r"confusion has shape \[3\]"),
+    "counts [1, K]": (metrics.class_groups, (Y[None],), r"class_counts has shape \[1, 3\]"),
+    "no counts": (metrics.class_groups, ([],), r"class_counts has shape \[0\]"),
+    "nine figures": (metrics.groups_of_ten, (np.ones(9),), "values has 9 entries"),
+    "11 of 10": (metrics.wilson_interval, (11, 10), "successes are not in 0..total"),
+    "-1 of 10": (metrics.wilson_interval, ([3, -1], 10), "successes are not in 0..total"),
+    "NaN of 10": (metrics.wilson_interval, (np.nan, 10), "successes are not in 0..total"),
+    "0 of 0": (metrics.wilson_interval, (0, 0), "total is below 1"),
+    "shares": (metrics.bootstrap_interval, (SQUARE / 3,), "confusion is not integers"),
+    "an empty class": (metrics.bootstrap_interval, (np.diag([1, 0]),), "with images of every class"),
+    "several": (metrics.bootstrap_interval, (SQUARE[None],), r"confusion is not integers \[K, K\]"),
+    "predictions": (metrics.paired_difference, (Y, Y), "first has .* dtype int64; pass booleans"),
+    "other images": (metrics.paired_difference, (RIGHT, RIGHT[:2]), "second has 2 entries, first 3"),
+    "hits [n, 1]": (metrics.paired_difference, (RIGHT, RIGHT[:, None]), r"second has shape \[3, 1\]"),
+    "no images": (metrics.paired_difference, (RIGHT[:0], RIGHT[:0]), r"first has shape \[0\]"),
+    "no hits": (metrics.share, (RIGHT[:0],), r"hits has shape \[0\] and dtype bool"),
+    "numbers": (metrics.share, (Y,), "hits has .* dtype int64"),
+    "a column": (metrics.worst_case, (Y[:, None], {"clean": Y}), r"labels have shape \[3, 1\]"),
+    "a short condition": (metrics.worst_case, (Y, {"pgd": Y[:2]}), "predictions of 'pgd' have 2 entries"),
+    "no condition": (metrics.worst_case, (Y, {}), "predictions has no condition"),
+    "float classes": (metrics.summarize, (Y, {"clean": Y / 1}, [3, 2, 1]), "predictions of 'clean' have"),
+    "counts": (metrics.summarize, (Y, {"clean": Y}, 3), r"class_counts has shape \[\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_refused(wrong):
+    function, arguments, message = WRONG[wrong]
+    with pytest.raises(InputError, match=message):
+        function(*arguments)
+
+
 def test_summary_refuses_a_class_without_test_images():
     with pytest.raises(InputError, match="no image of class 1"):
         metrics.summarize(np.array([0, 2]), {"clean": np.array([0, 2])}, [3, 2, 1])
@@ -233,7 +276,7 @@ def test_summary_refuses_a_class_without_test_images():
 @pytest.mark.parametrize("names", [[], ["pgd_20", "clean"], ["clean", "worst"]])
 def test_summary_refuses_other_conditions(names):
     labels = np.array([0, 1])
-    with pytest.raises(ValueError, match="must start with 'clean'"):
+    with pytest.raises(InputError, match="start with 'clean'"):
         metrics.summarize(labels, dict.fromkeys(names, labels), [2, 1])
 
 

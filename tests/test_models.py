@@ -291,13 +291,13 @@ def test_strides_of_a_resnet(backbone, pixels, sides):
 
 
 def test_stem_of_a_resnet():
-    with pytest.raises(ValueError, match=r"a ResNet's stem is 'imagenet' or 'small', not 'cifar'"):
+    with pytest.raises(ValueError, match=r"unknown stem 'cifar'; use 'imagenet' or 'small'"):
         models.ResNet50(stem="cifar")
 
 
 @pytest.mark.parametrize("depth", [4, 9, 33, -2])
 def test_depth_of_a_wide_resnet(depth):
-    with pytest.raises(ValueError, match=rf"6 n \+ 4 with n at least 1, not {depth}"):
+    with pytest.raises(ValueError, match=rf"depth is {depth}; .* 6 n \+ 4 with n at least 1"):
         models.WideResNet(depth, 1)
 
 

@@ -415,7 +415,7 @@ def with_labels(labels):
 
 
 def mma(labels, threat=PGD.keywords["threat"], **keywords):
-    """What mma gives with a real attack, and the images near the boundary."""
+    """Returns the loss and metrics of mma with a real attack, and the images near the boundary."""
     shown, attack = [], partial(PGD, threat=threat, step_size=threat.epsilon / 2)
     objective = partial(CASES["mma"].objective, attack=attack, threat=threat, **keywords)
     found, outcome = value(objective, batch=with_labels(labels), model=tiny_model(shown=shown))

@@ -1,28 +1,13 @@
 """Blocks say the same in Markdown and in HTML, and nothing in a text is taken for markup."""
 
-import html.parser
 import re
 
 import pytest
+from helpers import Text
 
 from robal_jax.reporting import page
 
 ODD = '<b>a</b> & "c" | `d` *e* _f_ g_h\nnext'
-
-
-class Text(html.parser.HTMLParser):
-    """The tags of a page, with their attributes, and its text."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def blocks(text):

@@ -5,99 +5,17 @@ import re
 
 import numpy as np
 import pytest
+from helpers import AUDIT, META, Text, fake_evaluation, fake_results, gallery, norms, verdict
 from rich.console import Console
-from test_page import Text
 
-from robal_jax import (
-    metrics,
-)
+from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import figures
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.report import write_report
+from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Results
 from robal_jax.reporting.sections import audit_verdict
 from robal_jax.reporting.terminal import evaluation_table
-
-META = {
-    "method": "RoBal",
-    "dataset": "digits-LT",
-    "main_attack": "pgd_20",
-    "norm": "Linf",
-    "epsilon": 0.031,
-    "seed": 0,
-    "versions": {"jax": "1.2"},
-    "note|odd": "a|b",
-}
-ATTACKS = ("fgsm", "pgd_20", "new_attack")
-
-
-def fake_evaluation(num_classes=10, per_class=20, seed=0, strength=1.0):
-    """Labels and predictions of a model that is better on its first classes."""
-    generator = np.random.default_rng(seed)
-    labels = np.tile(np.arange(num_classes), per_class)
-    margin = generator.normal(1.5 - labels / num_classes, 1)
-    predictions = {}
-    for step, name in enumerate(("clean", *ATTACKS)):
-        right = margin + generator.normal(0, 0.1, len(labels)) > 0.4 * strength * step
-        predictions[name] = np.where(right, labels, (labels + 1) % num_classes)
-    return labels, predictions
-
-
-def fake_summary(num_classes=10):
-    return metrics.summarize(*fake_evaluation(num_classes), np.arange(3 * num_classes, 2 * num_classes, -1))
-
-
-def curve(x, **series):
-    """A curve of figures with intervals."""
-    return {
-        "x": x,
-        "series": {
-            name: [{"value": value, "low": value - 0.05, "high": value + 0.05} for value in values]
-            for name, values in series.items()
-        },
-    }
-
-
-def verdict(name, flagged, statement="All as it should be.", **evidence):
-    return {"name": name, "title": name, "flagged": flagged, "statement": statement, "evidence": evidence}
-
-
-AUDIT = {
-    "examples": 50,
-    "verdicts": [
-        verdict(
-            "logit_scale",
-            True,
-            "PGD at 3 leaves 20 %, <at> 1 40 %.",
-            accuracy={"1": 0.4, "3": 0.2},
-            images=50,
-        ),
-        verdict("Steps", False),
-        verdict("Transfer", None, "There was no second model."),
-    ],
-    "curves": {
-        "scale": curve([0.1, 0.9, 1, 1.1, 10], PGD=[0.5, 0.4, 0.4, 0.3, 0.3], CW=[0.3] * 5),
-        "steps": curve([1, 20, 100], PGD=[0.7, 0.4, 0.39]),
-        "restarts": curve([1, 2, 5], PGD=[0.4, 0.39, 0.38]),
-    },
-}
-
-
-def norms(num_classes):
-    return {"weights": np.linspace(2, 1, num_classes).tolist(), "features": [5.0] * num_classes}
-
-
-def gallery(count=2, channels=1, size=8):
-    """Images changed by 0.1 each way; the attack fails on the first."""
-    generator = np.random.default_rng(0)
-    images = generator.uniform(0.1, 0.9, (count, size, size, channels))
-    return {
-        "images": images,
-        "adversarial": images + 0.1 * generator.choice([-1, 1], images.shape),
-        "labels": list(range(count)),
-        "predictions": [0, *((3 * k) % 10 for k in range(1, count))],
-        "condition": "pgd_20",
-    }
 
 
 def printed(function, *args, **options):
@@ -108,11 +26,11 @@ def printed(function, *args, **options):
 
 @pytest.mark.parametrize("num_classes", [2, 10])
 def test_evaluation_table_has_a_row_per_condition(num_classes):
-    summary = fake_summary(num_classes)
-    lines = printed(evaluation_table, summary).splitlines()
+    results = fake_results(num_classes)
+    lines = printed(evaluation_table, results).splitlines()
     for name in ("Clean", "FGSM", "PGD-20", "NEW-ATTACK", "Worst"):
         assert sum(line.strip().startswith(name) for line in lines) == 1
-    accuracy = summary["conditions"]["clean"]["accuracy"]
+    accuracy = results.conditions["clean"]["accuracy"]
     cell = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**{key: 100 * x for key, x in accuracy.items()})
     assert any(cell in line for line in lines)
     assert max(map(len, lines)) <= 100
@@ -125,14 +43,16 @@ FILES = {"results.json", "per_class.csv", "report.md", "report.html"} | FIGURES
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_report_files(tmp_path, num_classes):
-    summary = fake_summary(num_classes)
     meta = META | {"class_names": [f"name {k}" for k in range(num_classes)]}
+    results = fake_results(num_classes, meta)
+    summary = results.summary
     folder = tmp_path / "new" / "evaluation"
-    files = write_report(folder, summary, meta)
+    files = write_report(folder, results)
     assert sorted(files) == sorted(folder.iterdir())  # and no partial file is left
     assert {file.name for file in files} == FILES
     text = (folder / "results.json").read_text()
     assert json.loads(text) == {"meta": meta, "summary": summary, "audit": None, "norms": None}
+    assert Results.read(folder) == results
     assert str(summary["conditions"]["worst"]["confusion"][0]) in text
     assert not re.search(r"^\s*[\d.]+,?$", text, re.MULTILINE)  # lists of numbers stand on one line
     for name in FIGURES:
@@ -182,8 +102,8 @@ def full_report(folder, num_classes=10, **changes):
         "autoattack": ["apgd_ce", "square"],
         "stages": {"apgd_ce": 0.4321, "square": 0.4},
     }
-    inputs = {"audit": AUDIT, "norms": norms(num_classes), "gallery": gallery(), **changes}
-    write_report(folder, fake_summary(num_classes), meta, **inputs)
+    parts = {"audit": AUDIT, "norms": norms(num_classes), **changes}
+    write_report(folder, fake_results(num_classes, meta, **parts), gallery=gallery())
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 
 
@@ -216,8 +136,8 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
         cell for line in markdown.splitlines() if re.match(r"\| (?!-)", line) for cell in line.split(" | ")
     ]
     for text in (
-        "1 of 3 checks is flagged (1 not run): the attacks with fixed steps (FGSM, PGD, MIM) must not be "
-        "believed; look at the ensemble",
+        "1 of 3 checks is flagged (1 not run): do not trust the fixed-step attacks (FGSM, PGD, MIM); "
+        "evaluate with AutoAttack",
         "accuracy (1 = 0.4, 3 = 0.2), images = 50",
         "There was no second model.",
         "magnified 5 times",
@@ -228,7 +148,7 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
         assert text in markdown
         assert text in page.text
     assert "| Square | 40.0 |" in markdown
-    assert page.text.index("must not be believed") < page.text.index("Summary")
+    assert page.text.index("do not trust") < page.text.index("Summary")
     assert len(cells) > 200
     for cell in cells:
         assert cell.strip("| ").replace("&lt;", "<").replace("\\|", "|") in page.text
@@ -261,8 +181,9 @@ def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
 
 @pytest.mark.parametrize("given", ["audit", "norms", "gallery"])
 def test_every_input_may_be_missing(tmp_path, undrawn, given):
-    inputs = {"audit": AUDIT, "norms": norms(10), "gallery": gallery()}
-    write_report(tmp_path, fake_summary(), META, **{given: inputs[given]})
+    parts = {"audit": AUDIT, "norms": norms(10)}
+    shown = {given: parts[given]} if given in parts else {}
+    write_report(tmp_path, fake_results(**shown), gallery=None if shown else gallery())
     picture = {"audit": "curves", "norms": "norms", "gallery": "gallery"}[given]
     assert {file.name for file in tmp_path.iterdir()} == FILES | {f"{picture}.png"}
     markdown = (tmp_path / "report.md").read_text()
@@ -283,8 +204,8 @@ def test_audit_without_curves_and_norms_without_weights(tmp_path, undrawn):
     ("outcomes", "flagged", "words"),
     [
         ([False] * 11 + [None], False, "No check was flagged (11 of 12 run)"),
-        ([True] * 3 + [False] * 9, True, "3 of 12 checks are flagged: no robust accuracy"),
-        ([True] + [None] * 2, True, "1 of 3 checks is flagged (2 not run): no robust accuracy"),
+        ([True] * 3 + [False] * 9, True, "3 of 12 checks are flagged: do not trust any robust"),
+        ([True] + [None] * 2, True, "1 of 3 checks is flagged (2 not run): do not trust any robust"),
         ([None, None], None, "No check was run (0 of 2)"),
     ],
 )
@@ -295,16 +216,30 @@ def test_verdict_of_the_audit(outcomes, flagged, words):
 
 
 @pytest.mark.parametrize(
-    ("names", "sentence"),
+    ("doubts", "sentence"),
     [
-        (("logit_scale", "unbounded"), "2 of 2 checks are flagged: the attacks with fixed steps"),
-        (("logit_scale", "stored_images"), "2 of 2 checks are flagged: no robust accuracy of this report"),
+        ((FIXED_STEPS, FIXED_STEPS), "2 of 2 checks are flagged: do not trust the fixed-step attacks"),
+        ((FIXED_STEPS, EVERYTHING), "2 of 2 checks are flagged: do not trust any robust accuracy"),
+        (
+            (FIXED_STEPS, None),
+            "2 of 2 checks are flagged: do not trust any robust accuracy",
+        ),  # of older results
     ],
 )
-def test_what_is_not_to_be_believed(names, sentence):
-    found = audit_verdict({"verdicts": [verdict(name, True) for name in names]})
+def test_what_is_not_to_be_trusted(doubts, sentence):
+    verdicts = [verdict("a", True, doubts=each) for each in doubts]
+    if doubts[1] is None:
+        del verdicts[1]["doubts"]
+    found = audit_verdict({"verdicts": verdicts})
     assert found[0] is True
     assert found[1].startswith(sentence)
+    assert audit_verdict({"verdicts": [*verdicts, verdict("b", False, doubts=EVERYTHING)]})[0] is True
+
+
+def test_without_an_ensemble_the_verdict_asks_for_one():
+    audit = {"verdicts": [verdict("a", True, doubts=FIXED_STEPS)]}
+    assert audit_verdict(audit)[1].endswith("use the ensemble's accuracy")
+    assert audit_verdict(audit, ensemble=False)[1].endswith("evaluate with AutoAttack")
 
 
 def test_report_without_an_audit_says_so():
@@ -316,28 +251,28 @@ def test_report_without_an_audit_says_so():
 def test_ensembles(tmp_path, undrawn, ensembles):
     labels, predictions = fake_evaluation()
     predictions |= dict.fromkeys(ensembles, predictions["new_attack"])
-    summary = metrics.summarize(labels, predictions, np.arange(20, 10, -1))
-    write_report(tmp_path, summary, META)
+    results = Results(META, metrics.summarize(labels, predictions, np.arange(20, 10, -1)))
+    write_report(tmp_path, results)
     markdown = (tmp_path / "report.md").read_text()
     assert ("**AutoAttack** was not run" in markdown) == ("autoattack" not in ensembles)
     assert ("two of the four attacks of AutoAttack" in markdown) == ("robal_aa" in ensembles)
     header = markdown[: markdown.index("## Summary")]
     names = [display_name(name) for name in ("clean", "pgd_20", *ensembles[-1:], "worst")]
     assert re.findall(r"^- (.*): \*\*", header, re.MULTILINE) == names
-    lines = printed(evaluation_table, summary).splitlines()
+    lines = printed(evaluation_table, results).splitlines()
     assert max(map(len, lines)) <= 100
     assert "…" not in "".join(lines)
 
 
 def test_numbers_in_strings_keep_their_spaces(tmp_path, undrawn):
     meta = META | {"remark": "[1,  2]", "list": [1, [2, 3]], "empty": []}
-    write_report(tmp_path, fake_summary(), meta)
+    write_report(tmp_path, fake_results(meta=meta))
     assert json.loads((tmp_path / "results.json").read_text())["meta"] == meta
 
 
 def test_report_replaces_an_older_one(tmp_path, undrawn):
-    write_report(tmp_path, fake_summary(), META)
-    write_report(tmp_path, fake_summary(), META | {"method": "other"})
+    write_report(tmp_path, fake_results())
+    write_report(tmp_path, fake_results(meta=META | {"method": "other"}))
     assert json.loads((tmp_path / "results.json").read_text())["meta"]["method"] == "other"
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
@@ -345,16 +280,16 @@ def test_report_replaces_an_older_one(tmp_path, undrawn):
 def test_report_without_attacks(tmp_path):
     labels, predictions = fake_evaluation()
     summary = metrics.summarize(labels, {"clean": predictions["clean"]}, np.arange(20, 10, -1))
-    write_report(tmp_path, summary, META | {"main_attack": "clean"})
+    write_report(tmp_path, Results(META | {"main_attack": "clean"}, summary))
     assert (tmp_path / "per_class.png").is_file()
 
 
 def test_report_refuses_an_unknown_main_attack(tmp_path):
-    with pytest.raises(InputError, match="'pgd_99' is not among"):
-        write_report(tmp_path, fake_summary(), META | {"main_attack": "pgd_99"})
+    with pytest.raises(InputError, match="main attack 'pgd_99' was not evaluated"):
+        write_report(tmp_path, fake_results(meta=META | {"main_attack": "pgd_99"}))
 
 
 def test_report_refuses_a_folder_that_is_a_file(tmp_path, undrawn):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="Cannot write the report"):
-        write_report(tmp_path / "file", fake_summary(), META)
+    with pytest.raises(InputError, match="cannot write the report"):
+        write_report(tmp_path / "file", fake_results())

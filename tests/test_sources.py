@@ -161,11 +161,11 @@ def test_digits_seed_draws_classes_and_images():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"head": 105}, "70 for the test set leave 104 for training, and head 105"),
+        ({"head": 105}, "70 for the test set leave 104 for training, fewer than head 105"),
         ({"test_per_class": 0}, "lower head or test_per_class"),
-        ({"head": 0}, "head 0"),
-        ({"ratio": 0.001}, "leaves class 7 without an image .* smallest ratio that works is 0.0096"),
-        ({"profile": "flat"}, "choose one of exp, step"),
+        ({"head": 0}, "a head of 0 images"),
+        ({"ratio": 0.001}, "leaves class 7 without an image .*; set it to at least 0.0096"),
+        ({"profile": "flat"}, "use one of exp, step"),
     ],
 )
 def test_digits_refused(arguments, message):
@@ -227,21 +227,21 @@ def labels(split, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_labels": None}, "lacks test_labels; it holds train_labels.* and needs test_images"),
-        ({"train_images": images("train")}, r"images outside \[0,1\]: found \[0, 255\]"),
-        ({"test_images": images("test") / 255 - 0.5}, r"test_images: .*outside \[0,1\]: found \[-0.5, 0.5\]"),
-        ({"train_images": images("train") * np.nan}, r"images outside \[0,1\]: found \[nan, nan\]"),
-        ({"train_images": images("train") / 256}, "floats must be k/255 with whole k"),
-        ({"train_images": images("train", np.float16) / 255}, "floats must be k/255 with whole k"),
-        ({"train_images": images("train", np.int64)}, "train_images must be uint8, or floats.* found int64"),
+        ({"test_labels": None}, "lacks test_labels; it holds train_labels.*; write test_images"),
+        ({"train_images": images("train")}, r"values in \[0, 255\], outside \[0,1\]"),
+        ({"test_images": images("test") / 255 - 0.5}, r"test_images: values in \[-0.5, 0.5\]"),
+        ({"train_images": images("train") * np.nan}, r"values in \[nan, nan\], outside \[0,1\]"),
+        ({"train_images": images("train") / 256}, "away from k/255 with whole k"),
+        ({"train_images": images("train", np.float16) / 255}, "away from k/255 with whole k"),
+        ({"train_images": images("train", np.int64)}, "train_images is int64; store uint8, or floats"),
         (
             {"test_images": images("test").transpose(0, 3, 1, 2)},
-            r"must be \[N, 32, 32, 3\], found \[20, 3, 32",
+            r"has shape \[20, 3, 32, 32\]; store \[N, 32, 32, 3\]",
         ),
-        ({"test_images": images("test").reshape(20, -1)}, r"must be \[N, 32, 32, 3\], found \[20, 3072\]"),
-        ({"train_labels": labels("train")[:-1]}, r"train_labels must be 60 integers.* int64 \[59\]"),
-        ({"train_labels": labels("train")[:, None]}, r"train_labels must be 60 integers.*\[60, 1\]"),
-        ({"test_labels": labels("test") / 2}, "test_labels must be 20 integers.* found float64"),
+        ({"test_images": images("test").reshape(20, -1)}, r"has shape \[20, 3072\]; store \[N, 32, 32, 3\]"),
+        ({"train_labels": labels("train")[:-1]}, r"train_labels is int64 \[59\]; store 60 integers"),
+        ({"train_labels": labels("train")[:, None]}, r"train_labels is int64 \[60, 1\]; store 60 integers"),
+        ({"test_labels": labels("test") / 2}, "test_labels is float64 .*; store 20 integers"),
         ({"train_labels": labels("train", a=(3, 10))}, r"train set: labels 0..10 found.* labels 0..9"),
         ({"train_labels": labels("train", a=(3, -1))}, r"train set: labels -1..9 found"),
         ({"train_labels": labels("train", a=(9, 8))}, "train set: class 9 has no image"),
@@ -254,7 +254,7 @@ def test_npz_with_wrong_arrays(tmp_path, changes, message):
 
 
 def test_npz_with_too_few_images_for_the_full_counts(tmp_path):
-    refused("class 0 has 6 images but .* asks for 5000", path=write_npz(tmp_path), n_max=None)
+    refused("class 0 has 6 images but .* needs 5000", path=write_npz(tmp_path), n_max=None)
 
 
 def test_npz_missing_says_how_to_get_it(tmp_path):
@@ -426,7 +426,7 @@ def test_class_names():
 
 
 def test_unknown_cifar():
-    with pytest.raises(InputError, match="unknown CIFAR set 'cifar20'; choose one of cifar10, cifar100"):
+    with pytest.raises(InputError, match="unknown CIFAR set 'cifar20'; use one of cifar10, cifar100"):
         cifar.load_cifar_lt("cifar20")
 
 
@@ -493,13 +493,15 @@ def test_prepare_does_not_add_to_another_format(script, tmp_path):
     folder = write_tfds(tmp_path)
     for file in folder.glob("*.array_record*"):
         file.unlink()
-    with pytest.raises(InputError, match="in another format than array_record; give another --data_dir"):
+    with pytest.raises(
+        InputError, match="in a different format from array_record; choose another --data_dir"
+    ):
         script.prepare("cifar10", str(tmp_path))
 
 
 def test_prepare_without_tensorflow(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs TensorFlow.*: pip install 'robal_jax\[data\]'"):
+    with pytest.raises(InputError, match=r"needs TensorFlow.* pip install 'robal_jax\[data\]'"):
         script.prepare("cifar10", str(tmp_path))
 
 
@@ -508,7 +510,7 @@ def test_prepare_without_network_says_so_at_once(script, tmp_path, monkeypatch, 
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(script.socket, "create_connection", unreachable)
-    with pytest.raises(InputError, match=r"cannot reach www\.cs\.toronto\.edu:443 .*; set https_proxy, or"):
+    with pytest.raises(InputError, match=r"cannot reach www\.cs\.toronto\.edu:443 .*; set https_proxy,"):
         script.prepare("cifar10", str(tmp_path))
     monkeypatch.setattr(script.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     script.check_host()  # behind a proxy nothing is tried

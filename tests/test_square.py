@@ -196,7 +196,7 @@ def test_margin():
 
 @pytest.mark.parametrize("p_init", [0.0, -1.0, 1.1, float("nan")])
 def test_shares_that_no_square_has_are_refused(p_init):
-    with pytest.raises(ValueError, match=r"p_init must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"p_init is .*; it must be in \(0, 1\]"):
         attacks.square(model()[0], *batch("linf", SHARES["linf"]), threat=THREATS["linf"], p_init=p_init)
 
 
@@ -204,7 +204,7 @@ def test_shares_that_no_square_has_are_refused(p_init):
 
 
 def test_smallest_images():
-    with pytest.raises(ValueError, match=r"at least 5 x 5 pixels, not \(8, 4\)"):
+    with pytest.raises(ValueError, match=r"images have 8 x 4 pixels; .* at least 5 x 5"):
         square_attack.l2_moves(THREATS["l2"], (8, 4, 3), 0.8)
     rng = np.random.RandomState(0)
     for norm, shape in ("l2", (5, 5, 1)), ("l2", (5, 9, 1)), ("linf", (1, 2, 1)):

@@ -19,8 +19,6 @@ from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
 
-pytestmark = pytest.mark.usefixtures("compilations_are_kept")
-
 CLASSES, COUNTS, SIZE, STORED = 4, (24, 12, 6, 3), 8, 10
 
 
@@ -123,7 +121,7 @@ def test_two_processes_go_on_and_read_their_own_images(root, streamed, tmp_path,
     assert run_until(1, tmp_path / "run", root, monkeypatch) == 2
     arguments = [f"--config={root / 'config.py'}", f"--workdir={tmp_path / 'run'}", *settings(root)]
     first, second = finish(start(Layout("pmap", 2, 2), [*arguments, "--config.train.layout=pmap"]))
-    assert first.startswith("going on from step 2 of 15 ")
+    assert first.startswith("resuming at step 2 of 15 ")
     assert second == ""  # only the first one speaks
     one, two = (checkpoints.read_latest(workdir).tree for workdir in (streamed[0], tmp_path / "run"))
     gaps = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), one["params"], two["params"])

@@ -16,6 +16,7 @@ from experiments.paper.plan import Job, Request, commands, make_plan, row_config
 from experiments.paper.published import DATA_SETS, TABLES, published, rows_of
 from experiments.paper.table import assemble, markdown
 from robal_jax.errors import DivergedError, InputError
+from robal_jax.reporting.results import Results
 
 CONFIGS = ROOT / "configs"
 EVERY = [(name, data) for name in TABLES for data in DATA_SETS]
@@ -28,9 +29,6 @@ def request_for(table, *keys, data="digits_lt", seeds=(0, 1, 2), overrides=(), o
 
 def trainings(plan):
     return [job for job in plan.jobs if job.folder is None]
-
-
-# ---------------------------------------------------------------- the tables
 
 
 @pytest.mark.parametrize(("name", "data"), EVERY)
@@ -88,9 +86,6 @@ def test_the_readme_of_the_configs_is_up_to_date():
                 figures = published(TABLES[name], row, data)
                 shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "robal_aa") if figures]
                 assert all(f" {figure} |" in lines[f"{row.config}.py"] for figure in shown)
-
-
-# ---------------------------------------------------------------- the plan
 
 
 def test_table_1_shares_runs():
@@ -196,11 +191,8 @@ def test_commands():
     assert f"--workdir={workdir}" in post[1]
 
 
-# ---------------------------------------------------------------- the table
-
-
 def result(**percent):
-    """A results.json in which every condition has the same accuracy in the tail, less ten points."""
+    """Results in which every condition has the same accuracy in the tail, less ten points."""
     conditions = {
         name: {"accuracy": {"value": value / 100}, "tail": {"value": (value - 10) / 100}}
         for name, value in percent.items()
@@ -214,7 +206,7 @@ def result(**percent):
         "device": "cpu",
         "date": "2026-01-01",
     }
-    return {"meta": meta, "summary": {"conditions": conditions}}
+    return Results(meta, {"conditions": conditions})
 
 
 def test_figures_over_seeds():
@@ -298,20 +290,17 @@ def test_a_table_without_published_figures():
     assert "composition is ours" in text
 
 
-# ---------------------------------------------------------------- the script
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "unknown table ''; known: 1, 2, 3, 4, S6, S7"),
+        ([], "unknown table ''; use one of 1, 2, 3, 4, S6, S7"),
         (["--table=5"], "unknown table '5'"),
-        (["--table=2", "--rows=at,ldam"], "no row 'ldam'; its rows: plain, at, trades"),
+        (["--table=2", "--rows=at,ldam"], "no row 'ldam'; use one of plain, at, trades"),
         (["--table=4", "--rows=at_100"], "on digits_lt has no row 'at_100'"),
         (["--table=1", "--seeds=0"], "--seeds is '0'"),
         (["--table=1", "--seeds=two"], "--seeds is 'two'"),
-        (["--table=1", "--data=mnist"], "unknown data set 'mnist'; known: digits_lt, cifar10_lt"),
-        (["--table=1", "--config.train.epoch=1"], "nearest: 'train.epochs'"),
+        (["--table=1", "--data=mnist"], "unknown data set 'mnist'; use one of digits_lt, cifar10_lt"),
+        (["--table=1", "--config.train.epoch=1"], "use 'train.epochs'"),
     ],
 )
 def test_bad_input(flags, message, monkeypatch):
@@ -321,7 +310,7 @@ def test_bad_input(flags, message, monkeypatch):
 
 
 def test_two_at_once(tmp_path):
-    with reproduce.alone_in(tmp_path), pytest.raises(InputError, match="another reproduce"):
+    with reproduce.alone_in(tmp_path), pytest.raises(InputError, match="is used by another process"):
         reproduce.alone_in(tmp_path).__enter__()
     with reproduce.alone_in(tmp_path):
         pass
@@ -400,7 +389,7 @@ def test_a_killed_table_ends_with_the_same_bytes(tmp_path):
         assert interrupt(process, killed, f"[{number}/4]", signal.SIGKILL) == -signal.SIGKILL
     process = start(killed)
     assert interrupt(process, killed, "[4/4]", signal.SIGTERM) == 0
-    assert "stopped; the same command goes on" in (killed / "stdout").read_text()
+    assert "stopped; run the same command again" in (killed / "stdout").read_text()
     for folder in (killed, whole):  # the second is complete and does nothing
         process = start(folder)
         assert process.wait() == 0, (folder / "stdout").read_text()

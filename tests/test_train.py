@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoints import empty, flip_a_bit, lose, truncate, zero
+from helpers import empty, flip_a_bit, lose, truncate, zero
 
 from robal_jax import (
     attacks,
@@ -28,8 +28,6 @@ from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.progress import Meter
 from robal_jax.training import initial_state
 from robal_jax.training import step as training_step
-
-pytestmark = pytest.mark.usefixtures("compilations_are_kept")
 
 # Five steps an epoch in chunks of two: the last chunk of an epoch is shorter.
 SETTINGS = ("train.epochs=3", "train.steps_per_dispatch=2", "train.checkpoint_epochs=1", "attack.steps=1")
@@ -238,7 +236,7 @@ def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     assert f"stopped at step {step} of 15" in said[-2]
     assert rows(tmp_path)[-1]["step"] == step
     _, sha256, said = run(tmp_path)
-    assert said[0].startswith(f"going on from step {step} of 15")
+    assert said[0].startswith(f"resuming at step {step} of 15")
     assert sha256 == finished[1]
     assert rows(tmp_path) == rows(finished[0])
 
@@ -251,7 +249,7 @@ def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_pat
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "ep')  # a killed process may leave part of a line
     _, sha256, said = run(tmp_path)
-    assert said[0].startswith("going on from step 10 of 15")
+    assert said[0].startswith("resuming at step 10 of 15")
     assert sha256 == finished[1]
     assert rows(tmp_path) == rows(finished[0])
 
@@ -262,7 +260,7 @@ def test_finished_run_returns_at_once(finished, copy, monkeypatch):
     path, sha256, said = run(copy, "evaluation.seed=3", "train.keep_checkpoints=5")  # change no training
     assert path == newest(copy)
     assert sha256 == finished[1]
-    assert said[0].startswith("going on from step 15 of 15")
+    assert said[0].startswith("resuming at step 15 of 15")
     assert rows(copy) == before
 
 
@@ -312,7 +310,7 @@ def test_a_folder_that_training_did_not_make_is_not_trained_on(copy):
 @pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("versions.json", "{}")])
 def test_damaged_workdir_is_refused(copy, name, content):
     (copy / name).write_text(content)
-    with pytest.raises(InputError, match=f"{name} cannot be read"):
+    with pytest.raises(InputError, match=f"cannot read .*{name}"):
         run(copy)
 
 
@@ -345,7 +343,7 @@ def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     damage(newest(copy))
     _, sha256, said = run(copy)
     assert f"checkpoint {copy / 'checkpoints' / '15'} is damaged" in said[0]
-    assert said[1].startswith("going on from step 10 of 15")
+    assert said[1].startswith("resuming at step 10 of 15")
     assert sha256 == finished[1]
     assert rows(copy) == rows(finished[0])
     assert len(list((copy / "damaged").iterdir())) == 1  # kept for who wants to look
@@ -374,7 +372,8 @@ def test_bfloat16_is_as_robust(tmp_path):
     job = builder.evaluation(read_config(tmp_path / "default"))
     images, labels = to_float(jnp.asarray(job.test.images), job.test.pixel_max), jnp.asarray(job.test.labels)
     counts = job.test.class_counts
-    exact, rounded = (builder.model(config, counts, precision=name) for name in ("highest", "bfloat16"))
+    build = partial(builder.model, config, counts, platform="cpu")
+    exact, rounded = (build(precision=name) for name in ("highest", "bfloat16"))
 
     def attacked(model, params, stats):
         logits_fn = partial(model.predict, params, stats)

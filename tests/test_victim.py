@@ -1,4 +1,4 @@
-"""Work on numbered images, whatever batches and devices make of them (robal_jax.victim)."""
+"""Work on numbered images, whatever batches and devices make of them (robal_jax.evaluation.victim)."""
 
 import os
 import subprocess

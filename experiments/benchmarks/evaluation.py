@@ -1,18 +1,18 @@
 """PGD-20 and AutoAttack beside torchattacks: python experiments/benchmarks/evaluation.py [--networks=...].
 
-Each network is a random backbone with a head fitted to a toy task, and epsilon is chosen so that about half
-of the images survive: an attack that breaks all of them at once has nothing to do. Both sides have the same
-weights.
+Each network is a random backbone with a head fitted to a toy task. Epsilon is chosen so that about half of
+the images survive, because an attack that breaks all images at once has nothing to do. Both sides have the
+same weights.
 
-Ours runs as ``experiments/evaluate.py`` does, in float32, and on an accelerator at its default precision too
-(on a GPU TF32, as PyTorch's convolutions there). torchattacks runs as it is, and with the network in
-channels_last. In turn, each in a process of its own; compilation is reported apart. Robust accuracies, and
-the number of images in which they differ from those of torchattacks as it is, stand beside the times: a weak
-attack is fast.
+Ours runs as in ``experiments/evaluate.py``, in float32, and on an accelerator also at its default precision
+(TF32 on a GPU, as PyTorch's convolutions). torchattacks runs as it is, and with the network in channels_last.
+All run in turn, each in its own process; compilation is reported separately. The robust accuracies, and the
+number of images whose outcome differs from that of torchattacks as it is, stand beside the times, because a
+weak attack is fast.
 
-``torchattacks.AutoAttack`` makes 10 steps where AutoAttack makes 100, and has another schedule of Square's.
-So its four attacks get AutoAttack's constants here, and run one after the other on what is left, as in there.
-Wants PyTorch and torchattacks (pip install --no-deps torchattacks).
+``torchattacks.AutoAttack`` makes 10 steps where AutoAttack makes 100, and has a different schedule for
+Square. So its four attacks get AutoAttack's constants here and run one after the other on the remaining
+images, as in that class. Needs PyTorch and torchattacks (pip install --no-deps torchattacks).
 """
 
 import math
@@ -36,17 +36,17 @@ EPSILON = {"digits_cnn": 12.0, "wrn_16_2": 2.0, "resnet18": 2.5, "wrn_34_10": 2.
 """In 255ths; random features of a deep network are fragile."""
 
 Way = Callable[[], np.ndarray]
-"""Runs an attack and says which images are classified right before and after it, bool ``[n]``."""
+"""Runs an attack; returns which images are classified correctly before and after it, bool ``[n]``."""
 
 
 class Settings(NamedTuple):
-    """What both sides attack with.
+    """The settings of the attacks of both sides.
 
     Attributes:
       epsilon: radius in L-infinity.
       steps: of APGD and FAB.
       queries: of Square.
-      batch: images a call, of ours at most those that an evaluation takes at once.
+      batch: images per call; ours takes at most what an evaluation takes at once.
     """
 
     epsilon: float
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network of ours with its weights, and what it is attacked on.
+    """A network of ours with its weights and the images to attack.
 
     Attributes:
       name: a key of ``step.NETWORKS``.
@@ -74,9 +74,9 @@ class Network(NamedTuple):
 
 
 def toy_images(count: int, *, pixels: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each class has a coarse pattern, which its images show in any contrast, with noise.
+    """Returns images and labels; an image shows the coarse pattern of its class with noise.
 
-    The contrast decides which of them an attack breaks.
+    The contrast of the pattern decides whether an attack breaks the image.
     """
     rng = np.random.default_rng(0)
     coarse = rng.choice([-1.0, 1.0], (CLASSES, 4, 4, channels))
@@ -88,12 +88,12 @@ def toy_images(count: int, *, pixels: int, channels: int) -> tuple[np.ndarray, n
 
 
 def as_floats(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1], as the library makes them."""
+    """Returns images in [0, 1], as the library does."""
     return images / np.float32(LARGEST)
 
 
 def fitted(name: str, tests: int) -> Network:
-    """A random backbone, and the head that least squares find for its features of the training images."""
+    """Returns a random backbone with a head fitted to its features by least squares."""
     import jax
 
     pixels, channels = step.shape(name)
@@ -112,7 +112,7 @@ def fitted(name: str, tests: int) -> Network:
 
 
 def ours(network: Network, attack: str, settings: Settings, precision: str) -> Way:
-    """An attack as an evaluation runs it."""
+    """Returns an attack as an evaluation runs it."""
     import jax.numpy as jnp
 
     from robal_jax import attacks, evaluation
@@ -164,7 +164,7 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
 
 
 def theirs(network: Network, attack: str, settings: Settings, channels_last: bool) -> Way:
-    """The same attack of torchattacks on the same weights."""
+    """Returns the same attack of torchattacks on the same weights."""
     import torch
     import torchattacks
 
@@ -172,10 +172,10 @@ def theirs(network: Network, attack: str, settings: Settings, channels_last: boo
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = in_torch(network).to(device)
-    if channels_last:  # the network only: the attacks reshape images in a way that wants them as they are
+    if channels_last:  # only the network: the attacks reshape images and need them contiguous
         model = model.to(memory_format=torch.channels_last)
         model.register_forward_pre_hook(lambda _, x: x[0].contiguous(memory_format=torch.channels_last))
-    images = np.ascontiguousarray(np.moveaxis(as_floats(network.images), -1, 1))  # the attacks use view
+    images = np.ascontiguousarray(np.moveaxis(as_floats(network.images), -1, 1))  # for the attacks' view
     x = torch.tensor(images, device=device).split(settings.batch)
     y = torch.tensor(network.labels, device=device).long().split(settings.batch)
 
@@ -213,7 +213,7 @@ def theirs(network: Network, attack: str, settings: Settings, channels_last: boo
 
 
 def twin(backbone: Any, params: chex.ArrayTree, stats: chex.ArrayTree) -> Any:
-    """Our network with a linear head in PyTorch, in evaluation mode."""
+    """Returns our network with a linear head in PyTorch, in evaluation mode."""
     import torch
 
     from experiments.benchmarks.torch_networks import RoBal
@@ -227,14 +227,14 @@ def twin(backbone: Any, params: chex.ArrayTree, stats: chex.ArrayTree) -> Any:
 
 
 def in_torch(network: Network) -> Any:
-    """The network in PyTorch."""
+    """Returns the network in PyTorch."""
     from experiments.benchmarks import torch_networks as nets
 
     return twin(nets.BACKBONES[network.name]()[0], network.params, network.stats)
 
 
 def clean_accuracy(network: Network) -> str:
-    """Clean accuracy on both sides, and how far their logits are apart."""
+    """Describes the clean accuracy of both sides and the largest difference of their logits."""
     import jax
     import torch
 
@@ -251,7 +251,7 @@ def clean_accuracy(network: Network) -> str:
 def compare(
     network: Network, attack: str, settings: Settings, precisions: list[str], repeats: int
 ) -> list[dict[str, Any]]:
-    """Prints the rows of one attack on one network, and returns them."""
+    """Prints and returns the rows of one attack on one network."""
     given = (network, attack, settings)
     ways: dict[str, Way] = {f"ours {p}": measure.in_own_process(ours, *given, p) for p in precisions}
     first = {name: seconds_of(way) for name, way in ways.items()}
@@ -287,26 +287,26 @@ def compare(
 
 
 def seconds_of(way: Way) -> float:
-    """How long one call takes."""
+    """Returns the time of one call."""
     started = time.perf_counter()
     way()
     return time.perf_counter() - started
 
 
 def main(arguments: list[str]) -> None:
-    """Times everything, prints a table."""
+    """Times everything and prints a table."""
     texts = {
         "networks": f"some of {','.join(step.NETWORKS)}; digits_cnn if not given",
         "attacks": "split by ';': pgd_20, standard (AutoAttack), or a list such as apgd_ce,square; "
         "pgd_20;standard if not given",
         "images": "to attack, 200",
-        "batch": "images a call, of both sides; all if not given, of ours at most devices.cpu.at_once",
+        "batch": "images per call; all if not given, of ours at most devices.cpu.at_once",
         "epsilon": "in 255ths; by default each network's own",
         "steps": "of APGD and FAB, 100",
         "queries": "of Square, 5000",
         "repeats": "timed calls of each, 3",
-        "precision": "ours, as config.evaluation.precision, several are possible; highest if not given, and "
-        "default too on an accelerator",
+        "precision": "ours, one or more of config.evaluation.precision; highest if not given, and also "
+        "default on an accelerator",
         "json": "file for the record",
     }
     values = cli.parse(arguments, texts, __doc__)

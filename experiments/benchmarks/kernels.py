@@ -1,8 +1,8 @@
 """Where a device's time goes: python experiments/benchmarks/kernels.py [--networks=resnet18] [--batch=64].
 
-The ten kernels that take most of RoBal-N's training step, from a profile of a chunk of steps after a first
-one. XLA numbers its fusions (loop_add_fusion_12); those of one kind count as one. A CPU has no rows of its
-own in a profile: there the threads of XLA's client are counted, and a loop's time contains its body's.
+The ten kernels that take most of RoBal-N's training step, from a profile of a second chunk of steps. XLA
+numbers its fusions (loop_add_fusion_12); those of one kind count as one. A CPU has no rows of its own in a
+profile: there the threads of XLA's client are counted, and the time of a loop includes its body.
 """
 
 import collections
@@ -23,7 +23,7 @@ from robal_jax import cli
 
 
 class Kernel(NamedTuple):
-    """What all calls of a kernel took."""
+    """The time of all calls of a kernel."""
 
     name: str
     milliseconds: float
@@ -31,12 +31,12 @@ class Kernel(NamedTuple):
 
 
 def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
-    """The kernels of a profile, the longest first.
+    """Returns the kernels of a profile, the longest first.
 
     Args:
       trace: as jax.profiler writes it (``*.trace.json.gz``): events 'X' with ``pid``, ``tid``, ``name`` and
         ``dur`` in microseconds; events 'M' name the rows. Of a GPU's rows only the streams are counted: the
-        others (XLA Ops, XLA Modules) say the same again.
+        others (XLA Ops, XLA Modules) repeat them.
     """
     events = trace["traceEvents"]
     names = {
@@ -65,7 +65,7 @@ def kernels(trace: Mapping[str, Any]) -> list[Kernel]:
 
 
 def profiled(network: str, batch: int, steps: int, precision: str) -> tuple[float, list[Kernel]]:
-    """Seconds of one chunk of steps, and its kernels."""
+    """Returns the seconds of one chunk of steps, and its kernels."""
     import jax
 
     chunk = step.ours(network, "robal_n", batch, steps, precision)
@@ -81,7 +81,7 @@ def profiled(network: str, batch: int, steps: int, precision: str) -> tuple[floa
 
 
 def main(arguments: list[str]) -> None:
-    """Profiles each network, prints a table."""
+    """Profiles each network and prints a table."""
     texts = {
         "networks": f"some of {','.join(step.NETWORKS)}; digits_cnn if not given",
         "batch": "size, 64",
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> None:
     for network in (values["networks"] or "digits_cnn").split(","):
         seconds, found = profiled(network, batch, steps, precision)
         total = sum(kernel.milliseconds for kernel in found)
-        print(f"\n{network}, batch {batch}, {precision}, a step: {1e3 * seconds / steps:.2f} ms", end=", ")
+        print(f"\n{network}, batch {batch}, {precision}, per step {1e3 * seconds / steps:.2f} ms", end=", ")
         print(f"{total / steps:.2f} ms of them in {len(found)} kernels")
         for kernel in found[:10]:
             ms, share, calls = kernel.milliseconds / steps, kernel.milliseconds / total, kernel.calls / steps

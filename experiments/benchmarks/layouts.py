@@ -1,14 +1,14 @@
 """One run on many layouts: python experiments/benchmarks/layouts.py [--steps=20] [--out=FILE.md].
 
-Trains RoBal-N on the digits by experiments/train.py, with augmentation, on fake CPU devices: by jit and by
-pmap on 1, 2, 4 and 8 of them, and in two processes of two; in float64 and in float32. Prints the largest
-differences from one device: of the parameters and of the batch-norm statistics after the last step, and of
-the loss at any step, relative to it.
+Trains RoBal-N on the digits with experiments/train.py and augmentation, on fake CPU devices: with jit and
+with pmap on 1, 2, 4 and 8 of them, and in two processes with two each; in float64 and in float32. Prints the
+largest differences from one device: of the parameters and of the batch-norm statistics after the last step,
+and of the loss at any step, relative to it.
 
-Where they come from: a sum over the batch is rounded in another order on each layout. In float64 that is all
-that is seen. In float32 a gradient of an image's pixel may be so near to 0 that the rounding decides its
-sign; the attack then moves this pixel the other way, by twice its step size, and the run is another one from
-there on, as if another attack noise had been drawn for one pixel.
+The differences arise because each layout rounds a sum over the batch in a different order. In float64 this is
+the only effect. In float32 the gradient of a pixel may be so close to 0 that rounding decides its sign; the
+attack then moves this pixel in the opposite direction, and the runs differ from there on, as if a different
+noise had been drawn for this pixel.
 """
 
 import json
@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Layout(NamedTuple):
-    """Processes, devices of each, and ``config.train.layout``."""
+    """Number of processes, devices of each, and ``config.train.layout``."""
 
     name: str = "jit"
     devices: int = 1
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a run leaves: arrays by name, and the loss of every step."""
+    """The result of a run: arrays by name, and the loss of every step."""
 
     params: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
@@ -64,7 +64,7 @@ GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number o
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a port of this machine that is not in use."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
@@ -86,22 +86,22 @@ def start(
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
-    """Waits for them; what each wrote to stdout, but for the connections of JAX's CPU collectives.
+    """Waits for processes; returns their stdout without the messages of JAX's CPU collectives.
 
     Raises:
-      RuntimeError: one failed.
+      RuntimeError: a process failed.
     """
     said = [process.communicate() for process in processes]
     for process, (_, errors) in zip(processes, said, strict=True):
         if process.returncode:
             raise RuntimeError(f"status {process.returncode}: {errors[-2000:]}")
-    # Several threads write them at the same time, so that pieces of one stand between those of another.
+    # Several threads write these messages at the same time, so that their pieces mix.
     kept = [GLOO.sub("", out).splitlines(keepends=True) for out, _ in said]
     return ["".join(line for line in out if line.strip(" \n0123456789")) for out in kept]
 
 
 def train(layout: Layout, workdir: pathlib.Path, steps: int, *overrides: str, **env: str) -> Trained:
-    """A run of so many steps on a layout."""
+    """Trains for a number of steps on a layout."""
     arguments = [
         f"--config={ROOT / 'configs/robal_n.py'}:digits_lt",
         f"--workdir={workdir}",
@@ -119,14 +119,14 @@ def train(layout: Layout, workdir: pathlib.Path, steps: int, *overrides: str, **
 
 
 def largest_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """Over all arrays; they have the same names."""
+    """Returns the largest difference over all arrays, which must have the same names."""
     if one.keys() != other.keys():
         raise ValueError("the runs have different arrays")
     return max(float(np.max(np.abs(one[name] - other[name]))) for name in one)
 
 
 def differences(one: Trained, other: Trained) -> tuple[float, float, float]:
-    """Of parameters, of statistics (both absolute), and of losses (relative)."""
+    """Returns the largest differences of parameters, statistics (both absolute) and losses (relative)."""
     losses = np.max(np.abs(one.losses - other.losses) / np.abs(one.losses))
     return (
         largest_difference(one.params, other.params),
@@ -136,7 +136,7 @@ def differences(one: Trained, other: Trained) -> tuple[float, float, float]:
 
 
 def table(folder: pathlib.Path, steps: int) -> str:
-    """All layouts in both precisions."""
+    """Returns the table of all layouts in both precisions."""
     rows = {layout: f"| {layout} |" for layout in LAYOUTS}
     for precision, x64 in (("float64", "1"), ("float32", "0")):
         first: Trained | None = None
@@ -152,13 +152,13 @@ def table(folder: pathlib.Path, steps: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Flags to the table."""
-    texts = {"steps": "of each run, 20 if not given", "out": "file that the table is written to as well"}
+    """Prints the table and writes it to a file if one is named."""
+    texts = {"steps": "of each run, 20 if not given", "out": "file that also receives the table"}
     values = cli.parse(arguments, texts, __doc__)
     try:
         steps = int(values["steps"] or 20)
     except ValueError as error:
-        raise InputError("--steps is a number") from error
+        raise InputError(f"--steps is {values['steps']!r}; give a number") from error
     with tempfile.TemporaryDirectory() as folder:
         text = table(pathlib.Path(folder), steps)
     print(text, end="")

@@ -1,8 +1,8 @@
-"""What compiled loops cost beside unrolled code: python experiments/benchmarks/loops.py [--network=wrn_16_2].
+"""Compiled loops beside unrolled code: python experiments/benchmarks/loops.py [--network=wrn_16_2].
 
-Five PGD steps: a loop, the same steps unrolled, and the loop with XLA's own gradients of convolutions, which
-are slow in a loop on a CPU (jax-ml/jax#12868). Four training steps of RoBal-N: in the loop of one dispatch,
-and in four dispatches of one step. All in turn in one process; ratios to what is unrolled.
+Five PGD steps: in a loop, unrolled, and in a loop with XLA's own gradients of convolutions, which are slow in
+a loop on a CPU (jax-ml/jax#12868). Four training steps of RoBal-N: in the loop of one dispatch, and in four
+dispatches of one step. All run in turn in one process; ratios are to the unrolled code.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ ATTACK_STEPS, TRAINING_STEPS = 5, 4
 
 
 def attack(network: str, batch: int, unroll: bool, ours: bool = True) -> Callable[[], Any]:
-    """Five PGD steps on a network of random weights, with the convolutions of training or with XLA's own."""
+    """Returns five PGD steps on a network of random weights, with our convolutions or with XLA's own."""
     import jax
     import jax.numpy as jnp
 
@@ -54,7 +54,7 @@ def attack(network: str, batch: int, unroll: bool, ours: bool = True) -> Callabl
 
 
 def training(network: str, batch: int, unroll: bool) -> Callable[[], None]:
-    """Four training steps."""
+    """Returns four training steps."""
     if not unroll:
         return step.ours(network, "robal_n", batch, TRAINING_STEPS, "default")
     one = step.ours(network, "robal_n", batch, 1, "default")
@@ -67,7 +67,7 @@ def training(network: str, batch: int, unroll: bool) -> Callable[[], None]:
 
 
 def main(arguments: list[str]) -> None:
-    """Times all, prints medians and ratios."""
+    """Times everything and prints medians and ratios."""
     texts = {
         "network": f"one of {','.join(step.NETWORKS)}, wrn_16_2 if not given",
         "batch": "images, 32",

@@ -1,4 +1,4 @@
-"""How all benchmarks measure: in turn in one process, medians with their spread, one record of it in JSON."""
+"""Shared by all benchmarks: timing in turn, medians with their spread, and a record in JSON."""
 
 import contextlib
 import datetime
@@ -21,30 +21,30 @@ import numpy as np
 
 from robal_jax.data import Dataset
 
-# PyTorch, and other processes, need a GPU's memory too; read when JAX looks for its devices.
+# Leaves memory of a GPU to PyTorch and other processes; JAX reads it when it looks for its devices.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 LIBRARIES = ("jax", "jaxlib", "flax", "torch", "torchattacks", "foolbox")
 
 
 class Times(NamedTuple):
-    """Seconds of several calls of one way to do something."""
+    """Seconds of several calls of one way to do the work."""
 
     median: float
     low: float
     high: float
 
     def __format__(self, spec: str) -> str:
-        """Milliseconds; ``spec`` is that of each number: '812 (803-840)'."""
+        """Formats milliseconds as '812 (803-840)'; ``spec`` is that of each number."""
         median, low, high = (format(1e3 * seconds, spec or ".3g") for seconds in self)
         return f"{median} ({low}-{high})"
 
 
 def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
-    """Seconds of each way, timed in turn, so that what else the machine does falls on all of them alike.
+    """Times each way in turn, so that other load on the machine affects all of them alike.
 
     Args:
-      ways: each returns once its work is done. One call before those that are timed warms it up.
+      ways: each returns when its work is done; one untimed call comes first.
       repeats: timed calls of each.
     """
     for way in ways.values():
@@ -59,14 +59,14 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 
 
 def in_own_process(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[], Any]:
-    """What ``make(*arguments)`` returns, in a process of its own that lives as long as this one.
+    """Returns ``make(*arguments)``, run in a process of its own that lives as long as this one.
 
-    So that two libraries do not share an allocator, threads, or a GPU's memory that one of them has taken.
+    Two libraries then share no allocator, no threads and no memory of a GPU.
 
     Args:
-      make: a function of a module; it runs in the other process, and so does what it returns, whose results
-        come here.
-      *arguments: of it.
+      make: a function of a module. It and the function that it returns run in the other process; the results
+        of the latter are returned here.
+      *arguments: of ``make``.
     """
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
@@ -78,13 +78,13 @@ def in_own_process(make: Callable[..., Callable[[], Any]], *arguments: Any) -> C
             return ours.recv()
         except EOFError as error:
             name = f"{make.__name__}{reprlib.repr(arguments)}"
-            raise RuntimeError(f"{name} failed; what it said stands above") from error
+            raise RuntimeError(f"{name} failed; see its message above") from error
 
     def run() -> Any:
         ours.send(True)
         return answer()
 
-    answer()  # that it is made
+    answer()  # when it is made
     return run
 
 
@@ -97,7 +97,7 @@ def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], argum
 
 
 def device() -> str:
-    """What JAX computes on: an accelerator by its name, a CPU by its own and the number of its cores."""
+    """Returns the name and number of the accelerators, or of the cores of the CPU, that JAX computes on."""
     import jax
 
     if jax.default_backend() != "cpu":
@@ -109,7 +109,7 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that are compared, where they are installed."""
+    """Returns the versions of Python and of those compared libraries that are installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -120,14 +120,14 @@ def versions() -> dict[str, str]:
 
 
 def heading() -> str:
-    """One line above a table: device, versions, date, the compiler's flags."""
+    """Returns the line above a table: device, date, versions and the compiler's flags."""
     said = ", ".join(f"{name} {version}" for name, version in versions().items())
     flags = f", XLA_FLAGS {os.environ['XLA_FLAGS']}" if os.environ.get("XLA_FLAGS") else ""
     return f"{device()}, {datetime.date.today()}, {said}{flags}"
 
 
 def record(path: str, rows: list[dict[str, Any]]) -> None:
-    """Writes what was measured, with device, versions, date and command; nothing if the path is ''."""
+    """Writes the measurements with device, versions, date and command; nothing if the path is ''."""
     if not path:
         return
     fields = {
@@ -145,7 +145,7 @@ def record(path: str, rows: list[dict[str, Any]]) -> None:
 
 
 def random_images(*, pixels: int, channels: int = 3, images: int = 512, num_classes: int = 10) -> Dataset:
-    """A data set of noise, with which a config trains where only the time matters."""
+    """Returns a data set of noise, for training where only the time matters."""
     rng = np.random.default_rng(0)
     shown = rng.integers(0, 256, (images, pixels, pixels, channels), dtype=np.uint8)
     labels = (np.arange(images) % num_classes).astype(np.int32)

@@ -1,9 +1,9 @@
 """Memory of a training step: python experiments/benchmarks/memory.py [--networks=resnet18] [--batch=64,512].
 
-What XLA lays out for a chunk of one step that is compiled but not run: arguments (state, images), results (in
-place of the old state), and temporaries, where activations are. Where the device counts what is taken of
-its memory (a GPU or TPU does), also its peak after one real chunk; on a GPU beside PyTorch's (channels_last).
-Every line is a process of its own, because a peak is one of a process.
+Prints what XLA allocates for a compiled chunk of one step: arguments (state, images), results (in place of
+the old state), and temporaries, which include the activations. If the device reports its memory (a GPU or TPU
+does), it also prints the peak after one real chunk, on a GPU beside PyTorch's (channels_last). Every line is
+measured in its own process, because a peak belongs to a process.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from robal_jax import cli
 
 
 def shapes_of(job: Any) -> tuple[Any, Any, Any]:
-    """Shapes of what a chunk takes: state, images with labels, key."""
+    """Returns the shapes of a chunk's arguments: state, images with labels, key."""
     import jax
 
     from robal_jax import training
@@ -29,7 +29,7 @@ def shapes_of(job: Any) -> tuple[Any, Any, Any]:
 
 
 def ours(network: str, method: str, batch: int, precision: str) -> dict[str, int]:
-    """Bytes of a compiled chunk of one step, and the device's peak after it ran, where the device knows."""
+    """Returns the bytes of a compiled chunk of one step, and the device's peak after it if reported."""
     import jax
 
     from experiments.benchmarks import step
@@ -46,7 +46,7 @@ def ours(network: str, method: str, batch: int, precision: str) -> dict[str, int
 
 
 def theirs(network: str, method: str, batch: int, bfloat16: bool) -> dict[str, int]:
-    """The peak of PyTorch's step; nothing where there is no GPU."""
+    """Returns the peak of PyTorch's step; nothing without a GPU."""
     import torch
 
     from experiments.benchmarks import step, torch_step
@@ -59,7 +59,7 @@ def theirs(network: str, method: str, batch: int, bfloat16: bool) -> dict[str, i
 
 
 def line(mine: dict[str, int], peer: dict[str, int]) -> str:
-    """MB of each kind, the peaks and their ratio, '-' where they are not known."""
+    """Formats the MB of each kind, the peaks and their ratio; '-' if not known."""
     cells = [f"{mine[name] / 1e6:12,.1f}" for name in ("arguments", "results", "in_place", "temporaries")]
     cells += [f"{found['peak'] / 1e6:10,.1f}" if "peak" in found else f"{'-':>10s}" for found in (mine, peer)]
     return "".join(cells) + (
@@ -68,12 +68,12 @@ def line(mine: dict[str, int], peer: dict[str, int]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles everything, prints a table."""
+    """Compiles everything and prints a table."""
     texts = {
         "networks": "some of step.NETWORKS, resnet18",
         "method": "robal_n or at; robal_n",
         "batch": "sizes, 64,128,256,512",
-        "precision": "ours, as config.train.precision; default, and bfloat16 where the library has it",
+        "precision": "ours, as config.train.precision; default and bfloat16 if not given",
         "json": "file for the record",
     }
     values = cli.parse(arguments, texts, __doc__)
@@ -85,9 +85,7 @@ def main(arguments: list[str]) -> None:
     _, accepted = builder.RANGES["train.precision"]
     known = ",".join(filter(accepted, ("default", "bfloat16")))
     print(measure.heading())
-    print(
-        f"MB, {method}; peaks are measured on a GPU or TPU, PyTorch's on a GPU; here '-' is: not measured\n"
-    )
+    print(f"MB, {method}; peaks are measured on a GPU or TPU, PyTorch's on a GPU; '-': not measured\n")
     names = "".join(f"{name:>12s}" for name in ("arguments", "results", "in place", "temporaries"))
     print(f"{'':27s}{names}{'peak':>10s}{'PyTorch':>10s}{'ratio':>8s}")
     rows: list[dict[str, Any]] = []

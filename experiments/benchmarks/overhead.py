@@ -1,10 +1,10 @@
-"""How long the device waits for the host: python experiments/benchmarks/overhead.py [--steps=400].
+"""The time that the device waits for the host: python experiments/benchmarks/overhead.py [--steps=400].
 
-T(k) is the time of a step where one dispatch makes k of them, in the loop of ``train.train``: images chosen
-while the device works, dispatch, wait, scalars written. T is the same where one dispatch makes all of the
-steps, so that the host has next to nothing to do. For the share 1 - T / T(k) of the time the device waits. By
-default of the smallest network, whose steps are the shortest. On a CPU the device's own cores do the host's
-work.
+T(k) is the time of a step if one dispatch makes k steps, in the loop of ``training.train``: choosing images
+while the device works, dispatch, waiting, writing scalars. T is the same if one dispatch makes all steps, so
+that the host has almost nothing to do. The device then waits for the share 1 - T / T(k) of the time. The
+default is the smallest network, whose steps are the shortest. On a CPU the device's own cores do the work of
+the host.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ DISPATCHES = (1, 5, 20, 100)
 
 
 def waiting_share(a_step: float, a_step_of_one_dispatch: float) -> float:
-    """Share of a step's time in which the device waits for the host; below 0 by noise alone."""
+    """Returns the share of a step's time in which the device waits; below 0 only by noise."""
     return 1 - a_step_of_one_dispatch / a_step
 
 
 def loop(job: Any, given: tuple[Any, Any, Any], scalars: Any) -> Callable[[], None]:
-    """The job's steps as ``train.train`` makes them, from the inputs of a chunk."""
+    """Returns the job's steps as in ``training.train``, from the inputs of a chunk."""
     devices = parallel.devices_for(job.settings.layout)
     chunk, where = training.compiled_chunk(job, devices), training.positions(job)
     first, data, key = given
-    meter = Meter("train", job.total_steps + 1, every=float("inf"))  # silent, where it is no terminal
+    meter = Meter("train", job.total_steps + 1, every=float("inf"))  # silent if stdout is not a terminal
 
     def run() -> None:
         state, step = parallel.replicate(first, devices), 0
@@ -60,13 +60,15 @@ def loop(job: Any, given: tuple[Any, Any, Any], scalars: Any) -> Callable[[], No
 
 
 def overhead(network: str, method: str, batch: int, steps: int, repeats: int) -> list[dict[str, Any]]:
-    """Prints and returns the share in which the device waits, by steps a dispatch."""
+    """Prints and returns the share of waiting by steps per dispatch."""
     job = dataclasses.replace(step.job_of(network, method, batch, steps), total_steps=steps)
     state, data, key = startup.inputs(job)
-    given = jax.device_get(state), data, key  # from where each call takes a new copy: a chunk gives it up
+    given = jax.device_get(state), data, key  # each call copies it anew, because a chunk gives its state up
     with tempfile.TemporaryDirectory() as folder, Scalars(pathlib.Path(folder), 0) as scalars:
         ways = {
-            str(k): loop(dataclasses.replace(job, steps_per_dispatch=k), given, scalars)
+            str(k): loop(
+                dataclasses.replace(job, settings=job.settings._replace(steps_per_dispatch=k)), given, scalars
+            )
             for k in (*(k for k in DISPATCHES if k < steps), steps)
         }
         times = measure.interleaved(ways, repeats)
@@ -74,7 +76,9 @@ def overhead(network: str, method: str, batch: int, steps: int, repeats: int) ->
     for name, seconds in times.items():
         each = measure.Times(*(value / steps for value in seconds))
         share = waiting_share(seconds.median, times[str(steps)].median)
-        print(f"{network} batch {batch:3d}  {name:>4s} steps a dispatch  {each:.3g} ms a step  {share:6.1%}")
+        print(
+            f"{network} batch {batch:3d}  {name:>4s} steps per dispatch  {each:.3g} ms per step  {share:6.1%}"
+        )
         rows.append(
             {"network": network, "batch": batch, "dispatch": int(name), **each._asdict(), "waiting": share}
         )
@@ -82,7 +86,7 @@ def overhead(network: str, method: str, batch: int, steps: int, repeats: int) ->
 
 
 def main(arguments: list[str]) -> None:
-    """Times everything, prints a table."""
+    """Times everything and prints a table."""
     texts = {
         "network": "one of step.NETWORKS, digits_cnn",
         "method": "robal_n or at; robal_n",

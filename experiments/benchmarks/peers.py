@@ -1,8 +1,9 @@
 """Our attacks beside those of torchattacks and foolbox: python experiments/benchmarks/peers.py --workdir=RUN.
 
-The network of a digits run is built in PyTorch with the same weights; all attack the same test images with
-the same constants. Prints robust accuracy, on how many images each differs from ours, seconds an image. Wants
-PyTorch, foolbox and torchattacks (pip install foolbox; pip install --no-deps torchattacks).
+The network of a digits run is built in PyTorch with the same weights, and all attacks use the same test
+images and the same constants. Prints the robust accuracy, the number of images on which a peer differs from
+ours, and the seconds per image. Needs PyTorch, foolbox and torchattacks (pip install foolbox; pip install
+--no-deps torchattacks).
 """
 
 import pathlib
@@ -33,7 +34,7 @@ STEPS = 100
 
 
 def main(arguments: list[str]) -> None:
-    """Runs all of them and prints a table in Markdown."""
+    """Runs all attacks and prints a table in Markdown."""
     texts = {
         "workdir": "folder of a run on digits_lt with a linear head",
         "examples": "test images, 200",
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> None:
 
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Seconds, and which images are still classified right."""
+    """Returns the seconds of an attack, and which images are still classified correctly."""
     started = time.perf_counter()
     robust = run()
     return time.perf_counter() - started, robust
@@ -85,7 +86,7 @@ def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
 def our_attacks(
     logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, threat: ThreatModel
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """PGD and FGSM, and each attack of AutoAttack alone on what is right when clean, compiled."""
+    """Returns PGD, FGSM and each attack of AutoAttack alone, compiled."""
     key, clean = jax.random.key(0), np.asarray(logits_fn(images)).argmax(-1)
     pgd = partial(attacks.pgd, logits_fn, key, threat=threat, steps=20, step_size=threat.epsilon / 8)
     alone = {
@@ -127,7 +128,7 @@ def our_attacks(
 def their_attacks(
     model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel
 ) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
-    """The same of both peers, with the constants of AutoAttack."""
+    """Returns the same attacks of both peers, with the constants of AutoAttack."""
     norm, eps = {"linf": "Linf", "l2": "L2"}[threat.norm], threat.epsilon
     right = (model(x).argmax(1) == y).numpy()
 

@@ -1,8 +1,8 @@
-"""What reading images from files costs: python experiments/benchmarks/reading.py [--images=400] [--batch=50].
+"""Cost of reading images from files: python experiments/benchmarks/reading.py [--images=400] [--batch=50].
 
-Writes smooth random images as files of three kinds, then times, in turn in one process, how fast
-``folders.stream`` gives batches of them with 1, 4 and 16 threads and how fast an array in memory does; prints
-medians and ratios. The files come from the operating system's cache, so this is the cost of decoding.
+Writes smooth random images as files of three kinds. Then times, in turn in one process, batches from
+``image_folder.stream`` with 1, 4 and 16 threads and batches from an array in memory; prints medians and
+ratios. The files come from the operating system's cache, so this is the cost of decoding.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ THREADS, AHEAD = (1, 4, 16), 4
 
 
 class Kind(NamedTuple):
-    """Image files: their format, the side in the file, the side of the square that is used."""
+    """Image files: format, pixels per side in the file, pixels per side of the square that is used."""
 
     extension: str
     side: int
@@ -37,7 +37,7 @@ KINDS = (Kind("png", 64, 64), Kind("jpg", 64, 64), Kind("jpg", 256, 224))
 
 
 def write(folder: pathlib.Path, kind: Kind, count: int) -> image_folder.ImageFiles:
-    """Files that compress about as photographs do: smooth, with a little noise."""
+    """Writes files that compress about as photographs do: smooth, with a little noise."""
     rng = np.random.default_rng(0)
     paths = []
     for i in range(count):
@@ -50,14 +50,14 @@ def write(folder: pathlib.Path, kind: Kind, count: int) -> image_folder.ImageFil
 
 
 def rate(batches: Iterable[np.ndarray]) -> float:
-    """Images a second."""
+    """Returns images per second."""
     started = time.perf_counter()
     count = sum(len(batch) for batch in batches)
     return count / (time.perf_counter() - started)
 
 
 def row(kind: Kind, files: image_folder.ImageFiles, batch: int, repeats: int) -> str:
-    """One line of the table."""
+    """Returns one line of the table."""
     array = files[:]
     steps = range(len(files) // batch)
     order = np.random.default_rng(0).permutation(len(files))
@@ -80,10 +80,10 @@ def row(kind: Kind, files: image_folder.ImageFiles, batch: int, repeats: int) ->
 
 
 def main(arguments: list[str]) -> None:
-    """Times everything, prints a table."""
+    """Times everything and prints a table."""
     texts = {
         "images": "files of each kind, 400",
-        "batch": "images a step, 50",
+        "batch": "images per step, 50",
         "repeats": "timed passes of each, 5",
     }
     values = cli.parse(arguments, texts, __doc__)
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
             image_folder.stream(first, lambda step: np.full(batch, step), range(1), threads=1, ahead=1)
         )  # imports grain
         print(
-            f"Images a second, and the ratio of memory to folder; {count} files, batch {batch}, "
+            f"Images per second, and the ratio of memory to folder; {count} files, batch {batch}, "
             f"{AHEAD} steps ahead, Pillow {PIL.__version__}, medians of {repeats}\n"
         )
         print(f"| files | array in memory | {' | '.join(f'{n} thread(s)' for n in THREADS)} |")

@@ -1,15 +1,15 @@
 """From nothing to the first step: python experiments/benchmarks/startup.py [--networks=digits_cnn].
 
-Start-up: every line is a fresh process, cold with an empty compilation cache and warm with what the cold one
-left there; beside PyTorch's eager step (two passes), and with --compiled=yes torch.compile's, cold and warm.
+Start-up: every line is a fresh process, 'cold' with an empty compilation cache and 'warm' with the cache of
+the cold one; beside PyTorch's eager step (two passes) and, with --compiled=yes, torch.compile's.
 
-    import     from the start of the process until JAX and robal_jax.train, or PyTorch, are there
+    import     from the start of the process until JAX and robal_jax.training, or PyTorch, are imported
     build      data, network, optimiser and the initial state, whose program is compiled here
     trace      tracing and lowering of a chunk of one step
-    compile    XLA's compilation of it, or its reading from the cache
+    compile    compilation of the chunk by XLA, or reading it from the cache
     first      the step; PyTorch compiles here
 
-A run: experiments/train.py on the digits from its first line to its last checkpoint. Wants PyTorch.
+A run: experiments/train.py on the digits from start to last checkpoint. Needs PyTorch.
 """
 
 import itertools
@@ -38,7 +38,7 @@ print(json.dumps({module}.{function}(*json.loads(sys.argv[2]))))"""
 
 
 def in_fresh_process(module: str, function: str, *arguments: Any, **env: str) -> Any:
-    """What a function of a benchmark returns, by way of JSON; ``env`` is added to the environment."""
+    """Calls a function of a benchmark in a fresh process; ``env`` is added to the environment."""
     code = CALL.format(module=module, function=function)
     command = [sys.executable, "-c", code, str(ROOT), json.dumps(arguments)]
     done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=True)
@@ -46,13 +46,13 @@ def in_fresh_process(module: str, function: str, *arguments: Any, **env: str) ->
 
 
 def counted_compilations() -> dict[str, int]:
-    """Counts, from now on, the programs that XLA is asked for and those that the cache had."""
+    """Counts, from now on, requested compilations and those that the cache served."""
     from jax import monitoring
 
     counts = {"asked": 0, "from_cache": 0}
 
     def on_duration(event: str, duration_secs: float, **_: Any) -> None:
-        counts["asked"] += event == "/jax/core/compile/backend_compile_duration"  # of those in the cache too
+        counts["asked"] += event == "/jax/core/compile/backend_compile_duration"  # also if cached
 
     def on_event(event: str, **_: Any) -> None:
         counts["from_cache"] += event == "/jax/compilation_cache/cache_hits"
@@ -63,7 +63,7 @@ def counted_compilations() -> dict[str, int]:
 
 
 def whole_chunk(job: Any) -> Any:
-    """``(state, data, key) -> (state, sums)``, the job's first chunk of steps; to be lowered and compiled."""
+    """Returns the job's first chunk of steps, ``(state, data, key) -> (state, sums)``, not yet compiled."""
     import jax
 
     from robal_jax import (
@@ -80,7 +80,7 @@ def whole_chunk(job: Any) -> Any:
 
 
 def inputs(job: Any) -> tuple[Any, Any, Any]:
-    """What :func:`whole_chunk` takes, on the devices."""
+    """Returns the arguments of :func:`whole_chunk`, on the devices."""
     import jax
 
     from robal_jax import (
@@ -95,7 +95,7 @@ def inputs(job: Any) -> tuple[Any, Any, Any]:
 
 
 def ours(started: float, network: str, method: str, batch: int) -> dict[str, float]:
-    """In a fresh process: seconds of each phase, from the moment it was started, and compilations."""
+    """Returns the seconds of each phase since the process was started, and the compilations."""
     import jax
 
     from experiments.benchmarks import step
@@ -115,7 +115,7 @@ def ours(started: float, network: str, method: str, batch: int) -> dict[str, flo
 
 
 def theirs(started: float, network: str, method: str, batch: int, mode: str) -> dict[str, float]:
-    """The same of PyTorch, compiled by torch.compile if a mode is given."""
+    """Returns the same for PyTorch, compiled by torch.compile if a mode is given."""
     import torch  # noqa: F401
 
     from experiments.benchmarks import torch_networks, torch_step  # noqa: F401
@@ -131,7 +131,7 @@ def theirs(started: float, network: str, method: str, batch: int, mode: str) -> 
 
 
 def short_run(started: float, steps: int) -> dict[str, float]:
-    """In a fresh process: the seconds of a whole run of experiments/train.py, and its compilations."""
+    """Returns the seconds of a whole run of experiments/train.py, and its compilations."""
     from experiments import train
 
     counts = counted_compilations()
@@ -142,7 +142,7 @@ def short_run(started: float, steps: int) -> dict[str, float]:
 
 
 def in_turn(workers: Mapping[str, tuple[Any, ...]], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """What each worker found, time after time; in each turn they share caches that were empty before it."""
+    """Runs the workers in turn, ``repeats`` times; each turn starts with empty caches that they share."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def in_turn(workers: Mapping[str, tuple[Any, ...]], repeats: int) -> dict[str, l
 
 
 def report(what: str, found: dict[str, list[dict[str, float]]], base: str) -> list[dict[str, Any]]:
-    """Prints medians, of the whole its spread and its ratio to ``base``; returns them."""
+    """Prints and returns the medians, and the spread of the total and its ratio to ``base``."""
     rows: list[dict[str, Any]] = []
     for name, all_ in found.items():
         row = {key: statistics.median(of[key] for of in all_) for key in all_[0]}
@@ -171,13 +171,13 @@ def report(what: str, found: dict[str, list[dict[str, float]]], base: str) -> li
 
 
 def main(arguments: list[str]) -> None:
-    """Times everything, prints a table."""
+    """Times everything and prints a table."""
     texts = {
         "networks": "of step.NETWORKS; digits_cnn,wrn_16_2,resnet18",
         "method": "robal_n or at; robal_n",
         "batch": "images, 64",
         "run_steps": "of the whole run, 50; 0 for none",
-        "compiled": "'yes' for torch.compile too",
+        "compiled": "'yes' to include torch.compile",
         "repeats": "processes of each, 3",
         "json": "file for the record",
     }
@@ -187,7 +187,7 @@ def main(arguments: list[str]) -> None:
     networks = (values["networks"] or "digits_cnn,wrn_16_2,resnet18").split(",")
     method, batch = values["method"] or "robal_n", int(values["batch"] or 64)
     run_steps, repeats, rows = int(values["run_steps"] or 50), int(values["repeats"] or 3), []
-    # In a process of its own, because one that has looked for its devices keeps their memory.
+    # In its own process, because a process that has looked for its devices keeps their memory.
     print(in_fresh_process("measure", "heading"))
     print(f"Seconds, medians of {repeats} processes; {method}, batch {batch}\n")
     print(f"{'':28s}{''.join(f'{phase:>8s}' for phase in PHASES)}  total (least-most)")

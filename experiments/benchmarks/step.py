@@ -1,10 +1,10 @@
 """The training step beside PyTorch's: python experiments/benchmarks/step.py [--networks=NAME] [--batch=64].
 
-RoBal-N's step and plain adversarial training's, as ``experiments/train.py`` runs them (a chunk of steps in
-one dispatch, with augmentation), against the released algorithm in PyTorch (float32, four outer passes) and
-against the same mathematics as fast as PyTorch goes (two passes; channels_last, torch.compile, and on a GPU
-bfloat16). In turn, each in a process of its own; PyTorch is given ready tensors and does not augment. Wants
-PyTorch.
+The steps of RoBal-N and of plain adversarial training, as in ``experiments/train.py`` (a chunk of steps in
+one dispatch, with augmentation), beside the released algorithm in PyTorch (float32, four outer passes) and
+beside the same mathematics as fast as PyTorch computes it (two passes; channels_last, torch.compile, and on a
+GPU bfloat16). All run in turn, each in its own process; PyTorch gets ready tensors and does not augment.
+Needs PyTorch.
 """
 
 import pathlib
@@ -27,12 +27,12 @@ METHODS = ("robal_n", "at")
 
 
 def shape(network: str) -> tuple[int, int]:
-    """Pixels of a side and channels of its images."""
+    """Returns the pixels per side and the channels of a network's images."""
     return (8, 1) if network == "digits_cnn" else (32, 3)
 
 
 def job_of(network: str, method: str, batch: int, steps: int, precision: str = "default") -> Any:
-    """What training builds from the method's config on CIFAR-10-LT, with noise for images."""
+    """Builds training from the method's config on CIFAR-10-LT, with noise for images."""
     import importlib
 
     from ml_collections import ConfigDict
@@ -57,7 +57,7 @@ def job_of(network: str, method: str, batch: int, steps: int, precision: str = "
 
 
 def ours(network: str, method: str, batch: int, steps: int, precision: str) -> Callable[[], None]:
-    """A chunk of steps as training makes it."""
+    """Returns a chunk of steps as in training."""
     import jax
 
     from robal_jax import training
@@ -81,7 +81,7 @@ def ours(network: str, method: str, batch: int, steps: int, precision: str) -> C
 
 
 def theirs(network: str, method: str, batch: int, steps: int, variant: Any) -> Callable[[], None]:
-    """The same number of steps in PyTorch."""
+    """Returns the same number of steps in PyTorch."""
     import torch
 
     from experiments.benchmarks import torch_networks as nets
@@ -105,14 +105,14 @@ def theirs(network: str, method: str, batch: int, steps: int, variant: Any) -> C
 
 
 def main(arguments: list[str]) -> None:
-    """Times everything, prints a table."""
+    """Times everything and prints a table."""
     texts = {
         "networks": f"some of {','.join(NETWORKS)}; the first three if not given",
         "methods": "robal_n,at",
         "batch": "sizes, 16,64",
-        "steps": "of a timed call, in one dispatch: 4; a training run makes 20",
+        "steps": "of a timed call, in one dispatch, 4; a training run makes 20",
         "repeats": "timed calls of each, 5",
-        "precision": "ours, as config.train.precision; several are possible",
+        "precision": "ours, one or more of config.train.precision; default",
         "variants": "of PyTorch beside the released one: names as printed, split by ';'; all if not given",
         "json": "file for the record",
     }
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     chosen = values["variants"].split(";") if values["variants"] else [v.name for v in variants]
     rows: list[dict[str, Any]] = []
     print(measure.heading())
-    print(f"Milliseconds a step, medians of {repeats} (least-most) of {steps} steps each, in turn\n")
+    print(f"Milliseconds per step, medians of {repeats} (least-most) of {steps} steps each, in turn\n")
     for network in networks:
         for method in methods:
             for batch in sizes:
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> None:
 def report(
     network: str, method: str, batch: int, steps: int, times: dict[str, measure.Times]
 ) -> list[dict[str, Any]]:
-    """Prints one configuration's rows and returns them."""
+    """Prints and returns the rows of one configuration."""
     peers = {name: t for name, t in times.items() if not name.startswith("ours") and name != "released"}
     best = min(peers.values()) if peers else None
     rows = []

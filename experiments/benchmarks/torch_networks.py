@@ -1,6 +1,6 @@
-"""The networks in PyTorch, from the facts about the released code: peers, and what imports must match.
+"""The networks in PyTorch, from the facts about the released code: peers, and references for imports.
 
-Names are those of the released state_dicts; the small CNN, which has no such, has ours. Wants PyTorch.
+Names are those of the released state_dicts; the small CNN, which was not released, has ours. Needs PyTorch.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from torch.nn import functional
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size of the image, but for its stride."""
+    """Returns a convolution without bias, padded to keep the size of the image if the stride is 1."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
 class WideBlock(nn.Module):
-    """Pre-activation; where the width changes, the shortcut starts from relu(bn1(x))."""
+    """Pre-activation; if the width changes, the shortcut starts from relu(bn1(x))."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ResNet18(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Post-activation; the stride stands at the 3x3 convolution."""
+    """Post-activation; the 3x3 convolution has the stride."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """The names are torchvision's; with the small stem (3x3, stride 1) there is no pooling."""
+    """Names as in torchvision; with the small stem (3x3, stride 1) there is no pooling."""
 
     def __init__(self, num_classes: int, stem: str = "imagenet") -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class SmallCNN(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """RoBal's scale-invariant classifier: a frozen bias and, where it is trained, an unused ``moving_ed``."""
+    """RoBal's scale-invariant classifier: a frozen bias and, if ``moving``, an unused ``moving_ed``."""
 
     def __init__(
         self, width: int, num_classes: int, moving: bool = True, scale: float = 1.0, gamma: float = 1 / 32
@@ -188,7 +188,7 @@ class CosineHead(nn.Module):
         return self.scale * functional.linear(unit, rows) + self.bias
 
 
-# Each of the benchmarks' networks, and how many features it has.
+# The networks of the benchmarks, each with its number of features.
 BACKBONES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "digits_cnn": lambda: (SmallCNN(), 64),
     "wrn_16_2": lambda: (WideResNet(16, 2), 128),
@@ -198,7 +198,7 @@ BACKBONES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
 
 
 class RoBal(nn.Module):
-    """Backbone and classifier, as the released state_dicts name them."""
+    """Backbone and classifier, named as in the released state_dicts."""
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class RoBal(nn.Module):
 
 
 def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
-    """The network with random weights and batch-norm statistics that are not trivial, in evaluation mode."""
+    """Returns the network with random weights and batch-norm statistics, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: torch.Tensor) -> torch.Tensor:

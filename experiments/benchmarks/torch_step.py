@@ -1,6 +1,6 @@
-"""The training step in PyTorch, as a peer: the released algorithm, and the same as fast as it goes.
+"""The training step in PyTorch, as a peer: the released algorithm, and the same as fast as PyTorch allows.
 
-Written from the facts about the released code. Wants PyTorch.
+Written from the facts about the released code. Needs PyTorch.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ SCALE, MARGIN, TAU_B, BETA_REG = 10.0, 0.1, 1.2, 6.0  # RoBal-N on CIFAR-10-LT
 
 
 class Variant(NamedTuple):
-    """How PyTorch is used.
+    """Options of PyTorch.
 
     Attributes:
       name: of the variant in tables.
-      redundant: the released code's four outer passes instead of the two that differ.
-      channels_last: memory laid out as NHWC.
-      bfloat16: autocast to it.
-      compiled: by torch.compile, in this mode; '' for none.
+      redundant: the released code's four outer passes instead of the two distinct ones.
+      channels_last: NHWC memory layout.
+      bfloat16: autocast to bfloat16.
+      compiled: mode of torch.compile; '' for none.
     """
 
     name: str
@@ -50,7 +50,7 @@ GPU_VARIANTS = (
 
 
 def pgd(predict: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, y: torch.Tensor, steps: int) -> Any:
-    """Five steps on the cross entropy from a one-sided start, by the gradient of the images alone."""
+    """Makes PGD steps on the cross entropy from a one-sided start, with the gradient of the images only."""
     adversarial = x + EPSILON * torch.rand_like(x)
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
@@ -63,13 +63,13 @@ def pgd(predict: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, y: tor
 
 
 def margin_adjusted(cosines: torch.Tensor, y: torch.Tensor, log_prior: torch.Tensor) -> torch.Tensor:
-    """RoBal's loss with a uniform margin and a class-aware bias."""
+    """Returns RoBal's loss with a uniform margin and a class-aware bias."""
     margins = MARGIN * functional.one_hot(y, cosines.shape[1])
     return functional.cross_entropy(SCALE * (cosines - margins) + TAU_B * log_prior, y)
 
 
 def divergence(nat: torch.Tensor, adv: torch.Tensor) -> torch.Tensor:
-    """RoBal's regulariser."""
+    """Returns RoBal's regulariser."""
     return functional.kl_div((adv.softmax(1) + 1e-12).log(), nat.softmax(1), reduction="batchmean")
 
 
@@ -81,11 +81,11 @@ def stepper(
     attack_steps: int = ATTACK_STEPS,
     device: str = "cpu",
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function ``(images [B, C, H, W], labels [B]) -> loss`` that makes one training step.
+    """Returns a function ``(images [B, C, H, W], labels [B]) -> loss`` that makes one training step.
 
     Args:
-      network: gives logits, for RoBal cosines.
-      variant: how PyTorch is used.
+      network: returns logits; for RoBal, cosines.
+      variant: options of PyTorch.
       robal: RoBal-N, or plain adversarial training.
       attack_steps: of the inner attack.
       device: 'cpu' or 'cuda'.

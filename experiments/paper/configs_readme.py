@@ -1,16 +1,17 @@
-"""TODO experiments.paper.configs_readme."""
+"""``configs/README.md``: all config files, with the figures that the paper published for them."""
 
 import ast
 import pathlib
 
 from experiments.paper.published import CIFAR, TABLES, published
-from experiments.paper.table import aligned, heading
+from experiments.paper.table import aligned
+from robal_jax.reporting.names import paper_name
 
 
 def configs_readme(folder: pathlib.Path) -> str:
-    """The table of all config files, with what the paper published for them."""
+    """Returns the text of the README of a folder of config files."""
     columns = ("clean", "pgd_20", "robal_aa")
-    header = ["Config", "Row of the paper", *(f"{heading(c)} {n}" for n in (10, 100) for c in columns)]
+    header = ["Config", "Row of the paper", *(f"{paper_name(c)} {n}" for n in (10, 100) for c in columns)]
     body, others = [], []
     for path in sorted(folder.glob("*.py")):
         rows = [(n, row) for n in ("1", "2") for row in TABLES[n].rows if row.config == path.stem]
@@ -30,9 +31,9 @@ def configs_readme(folder: pathlib.Path) -> str:
 
 
 def _with_overrides(name: str) -> str:
-    """The rows of a table whose configs stand in another one, with what they override."""
+    """Returns the rows of a table whose configs are those of another one, with their overrides."""
     table = TABLES[name]
-    header = ["Row of the paper", "Config", *map(heading, table.columns)]
+    header = ["Row of the paper", "Config", *map(paper_name, table.columns)]
     body = []
     for row in table.rows:
         figures = published(table, row, "cifar10_lt")
@@ -49,20 +50,24 @@ def _with_overrides(name: str) -> str:
 _README = """\
 # Configs
 
-A method is a config file with the data set as argument, `configs/at.py:cifar10_lt`; its docstring has the
-command. The figures are those of the RoBal paper, tables 1 and 2, in percent: WideResNet-34-10, last epoch,
-CIFAR-10-LT IR 50 (10) and CIFAR-100-LT IR 10 (100); AA is APGD-CE and APGD-T together.
-`experiments/reproduce.py` makes the paper's tables with these configs.
+Each method has a config file, which takes the data set as its argument: `configs/at.py:cifar10_lt`. Its
+docstring has the command. The figures are those of tables 1 and 2 of the RoBal paper, in percent:
+WideResNet-34-10, last epoch, CIFAR-10-LT IR 50 (10) and CIFAR-100-LT IR 10 (100). AA is APGD-CE and APGD-T
+together. `experiments/reproduce.py` makes the paper's tables with these configs.
 
 {table}
 
-Without a row in tables 1 and 2:
+Configs without a row in tables 1 and 2:
 
 {others}
 
 {tables}
 
-This file is made from `robal_jax/paper.py`:
+This file is made from `experiments/paper/published.py`:
 
-    python -c "from robal_jax.tables import *; print(configs_readme(pathlib.Path('configs')), end='')"
+    python -m experiments.paper.configs_readme
 """
+
+
+if __name__ == "__main__":
+    print(configs_readme(pathlib.Path(__file__).resolve().parents[2] / "configs"), end="")

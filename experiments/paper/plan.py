@@ -1,4 +1,9 @@
-"""TODO experiments.paper.plan."""
+"""The runs and evaluations that a table of the paper needs.
+
+Rows with the same training share one run, also between tables. The name of a run's folder is a digest of
+``training_fields``; that of an evaluation's folder a digest of the run and of the section ``evaluation``.
+Nothing here trains or evaluates; ``experiments/reproduce.py`` does.
+"""
 
 import functools
 import hashlib
@@ -14,14 +19,14 @@ from robal_jax.storage.config_file import differences, to_json, training_fields
 
 
 class Request(NamedTuple):
-    """What the user wants made.
+    """What the user asked for.
 
     Attributes:
       table: its name.
       data: the data set.
       seeds: of the runs of every row.
-      rows: as `paper.rows_of` gives them.
-      overrides: of every config, ``train.epochs=4``.
+      rows: those of ``published.rows_of``.
+      overrides: of every config, such as ``train.epochs=4``.
       out: folder of all runs and tables.
       configs: folder of the config files.
     """
@@ -39,11 +44,11 @@ class Job(NamedTuple):
     """A training or an evaluation.
 
     Attributes:
-      key: row that it is of; of a shared run, the first one.
+      key: its row; the first one, if several rows share the run.
       seed: of the run.
       config: resolved.
       workdir: of the run.
-      start: folder of the run that is fine-tuned, if any.
+      start: folder of the run to fine-tune, if any.
       folder: of the evaluation; None for a training.
     """
 
@@ -56,10 +61,10 @@ class Job(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All jobs, each after those it needs, and where the results will lie.
+    """All jobs in order, and the folders of their results.
 
     Attributes:
-      jobs: no folder twice.
+      jobs: each after those it needs, no folder twice.
       folders: of evaluations, by row key, setting and seed.
     """
 
@@ -67,15 +72,15 @@ class Plan(NamedTuple):
     folders: dict[str, dict[str, dict[int, pathlib.Path]]]
 
 
-# The attacks of the paper's tables; its AA is a pair of those of AutoAttack. No audit of every run.
+# The attacks of the paper's tables, whose AA is two of the four attacks of AutoAttack; no audits.
 PROTOCOL = ("evaluation.autoattack=robal_aa", "evaluation.audit.examples=0")
 
 
 def row_config(row: Row, request: Request, *more: str) -> Any:
-    """The resolved config of a row; ``more`` are overrides.
+    """Returns the resolved config of a row; ``more`` are overrides.
 
     Raises:
-      InputError: an override that the config does not take.
+      InputError: the config does not accept an override.
     """
     plain = cli.load_config(f"{request.configs / row.config}.py:{request.data}")
     overrides = filter(None, (*PROTOCOL, *row.overrides, *request.overrides, *more))
@@ -92,7 +97,7 @@ PLAIN_AT = Row("at", "", "AT", "at")
 
 @functools.cache
 def run_name(row: Row, request: Request) -> str:
-    """Folder of a row's runs, the same for all rows of the same training: 'ldam-0123abcd'."""
+    """Returns the name of the folder of a row's runs, such as 'ldam-0123abcd'."""
     start = f"train.start_from={run_name(PLAIN_AT, request)}" if row.start else ""
     config = row_config(row, request, start)
     name = row.config if differences(config, row_config(PLAIN_AT, request)) else PLAIN_AT.config
@@ -114,35 +119,35 @@ def _evaluation_name(row: Row, setting: str, request: Request) -> str:
 
 
 def _evaluation_folder(row: Row, setting: str, seed: int, request: Request) -> pathlib.Path:
-    """Named so that experiments/compare.py takes the folder above it for a run's."""
+    """Returns a folder named so that ``experiments/compare.py`` sees its parent as a run."""
     name = _evaluation_name(row, setting, request)
     return request.out / request.data / "evaluations" / name / f"seed{seed}" / "evaluation"
 
 
 def _check_overrides(request: Request) -> None:
-    """Refuses overrides of what the rows themselves, or this module, set."""
+    """Raises if an override concerns a field that a row, or this module, sets."""
     asked = {override.partition("=")[0] for override in request.overrides}
     if "seed" in asked:
-        raise InputError("config.seed is set by --seeds; leave it out")
+        raise InputError("config.seed is set by --seeds; remove the override")
     for row in request.rows:
         own = {override.partition("=")[0] for override in (*row.overrides, *row.settings)}
         own |= {"train.start_from"} if row.start else set()
         if own & asked:
-            raise InputError(f"config.{min(own & asked)} is what row {row.key!r} is about; leave it out")
+            raise InputError(f"row {row.key!r} sets config.{min(own & asked)} itself; remove the override")
 
 
 def make_plan(request: Request) -> Plan:
-    """What is to be trained and evaluated for the rows of a request.
+    """Returns everything to train and to evaluate for the rows of a request.
 
     Raises:
-      InputError: an override that a row sets itself, or that its config does not take.
+      InputError: a row sets an overridden field itself, or its config does not accept the override.
     """
     _check_overrides(request)
     jobs: dict[pathlib.Path, Job] = {}
     folders: dict[str, dict[str, dict[int, pathlib.Path]]] = {}
 
     def training(row: Row, seed: int, key: str) -> tuple[pathlib.Path, tuple[str, ...]]:
-        """Plans a row's run, after the one that it starts from; its folder and its own overrides."""
+        """Plans a row's run, after the run that it starts from; returns its folder and overrides."""
         workdir = _workdir(run_name(row, request), seed, request)
         start = training(PLAIN_AT, seed, PLAIN_AT.key)[0] if row.start else None
         more = (f"seed={seed}", f"train.start_from={start}" if start else "")
@@ -163,7 +168,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def commands(row: Row, request: Request) -> list[str]:
-    """How to train and evaluate a row by hand, with the first seed."""
+    """Returns the commands that train and evaluate a row, with the first seed."""
     seed, data = request.seeds[0], request.data
     name = run_name(row, request)
     workdir = _workdir(name, seed, request)

@@ -1,6 +1,6 @@
 """The tables of the RoBal paper (Wu et al., CVPR 2021) as data: rows, the config of each, published figures.
 
-A row is a config and what it changes there. `tables` says what is to be run for a table, and makes it.
+A row is a config with overrides. ``plan`` lists the runs of a table, ``table`` makes the table.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ class Row(NamedTuple):
     Attributes:
       key: its name on the command line.
       stage: heading of the rows that belong together.
-      label: what the paper calls it.
+      label: its name in the paper.
       config: name of the config file.
       cifar10: published figures on CIFAR-10-LT, in the order of the table's columns.
       cifar100: the same on CIFAR-100-LT.
-      overrides: what it changes in the config, ``loss.margin=0.2``.
-      settings: overrides that are tried in the evaluation; the best by ``CHOSEN_BY`` is shown. '' is none.
-      start: a config whose run, of the same seed, is fine-tuned; '' for none.
-      baseline: key of the row that it is compared with.
+      overrides: its changes to the config, such as ``loss.margin=0.2``.
+      settings: overrides to try in the evaluation, '' for none; the best by ``CHOSEN_BY`` is shown.
+      start: a config whose run of the same seed is fine-tuned; '' for none.
+      baseline: key of the row to compare with.
       data: data sets that have this row.
     """
 
@@ -52,10 +52,10 @@ class Table(NamedTuple):
 
     Attributes:
       title: what it shows.
-      columns: conditions, as published; 'worst' of ours is added to them.
-      baseline: what rows are compared with, in words.
-      rows: all of them.
-      note: what a reader must know.
+      columns: published conditions; our 'worst' is added to them.
+      baseline: name of the row that others are compared with.
+      rows: all rows.
+      note: a remark for the reader.
     """
 
     title: str
@@ -108,7 +108,7 @@ _TAU_P = tuple(f"evaluation.tau_p={tau}" for tau in ("0", "0.5", "1", "1.5", "2"
 def _ablation(
     key: str, stage: str, label: str, m: float, tau_m: float, tau_b: float, *cifar10: tuple[float, float]
 ) -> Iterator[Row]:
-    """A training of table 3 as it ends and, with two pairs of figures, with the best prior adjustment too."""
+    """Yields a training of table 3 and, if it has two pairs of figures, its best prior adjustment."""
     loss = (f"loss.margin={m}", f"loss.tau_m={tau_m}", f"loss.tau_b={tau_b}")
     yield Row(key, stage, label, "robal_n", cifar10[0], (), (*loss, _TAU_P[0]), baseline="margin_0")
     if cifar10[1:]:
@@ -132,7 +132,7 @@ _TABLE_3 = (
 
 
 def _at_ratio(ir: int, label: str, config: str, *cifar10: float) -> Row:
-    # Of the 104 digits of the head class IR 100 would leave one image to two classes; IR 5 replaces it.
+    # With 104 digits in the head class, IR 100 would leave two classes with one image; IR 5 replaces it.
     data: tuple[str, ...] = {100: CIFAR, 5: ("digits_lt",)}.get(ir, tuple(DATA_SETS))
     ratio = (f"data.ratio={1 / ir:g}",)
     row = Row(f"{config}_{ir}", f"IR {ir}", label, config, cifar10, overrides=ratio, data=data)
@@ -193,7 +193,7 @@ TABLES = {
         "AT",
         _TABLE_2,
         "HE and, on CIFAR-10-LT, RoBal-R are attacked on unscaled cosines, as released, where gradient "
-        "attacks are weaker: look at `--config.evaluation.logit_scale=10` too. The paper does not state the "
+        "attacks are weaker: also use `--config.evaluation.logit_scale=10`. The paper does not state the "
         "settings of MMA.",
     ),
     "3": Table(
@@ -201,51 +201,51 @@ TABLES = {
         ("clean", "robal_aa"),
         "m₀ = 0, τ_p = 0",
         _TABLE_3,
-        "Where the row does not say 'best', τ_p is 0. Best τ_p: of 0, 0.5, 1, 1.5 and 2 the one with the "
-        "highest mean PGD-20 accuracy on the test set. That is a choice on the test set, as in the paper, so "
-        "its gain is an optimistic one.",
+        "τ_p is 0 unless the row says 'best'. Best τ_p: of 0, 0.5, 1, 1.5 and 2, that with the highest mean "
+        "PGD-20 accuracy on the test set. This is a choice on the test set, as in the paper, so its gain is "
+        "optimistic.",
     ),
     "4": Table(
         "imbalance ratios",
         ("clean", "pgd_20", "mim_20", "cw_20", "robal_aa"),
         "AT at the same IR",
         _TABLE_4,
-        "The paper's row is called RoBal, its exact setting is not stated; here it is RoBal-N.",
+        "The paper calls this row RoBal and does not state its exact setting; here it is RoBal-N.",
     ),
     "S6": Table(
-        "a long-tail loss inside of the attack, outside of it, or both",
+        "a long-tail loss inside the attack, outside it, or both",
         ("clean", "pgd_20"),
-        "cross entropy at both places",
+        "cross entropy in both places",
         _TABLE_S6,
-        "The paper's figures of this table were not at hand.",
+        "The paper's figures of this table were not available to us.",
     ),
     "S7": Table(
         "regularisers",
         ("clean", "pgd_20"),
         "AT",
         _TABLE_S7,
-        "Neither rows nor figures of the paper's table were at hand. The composition is ours: the "
+        "Neither rows nor figures of the paper's table were available to us. The composition is ours: the "
         "regularisers of the released code, on a linear head with the weights of `configs/alp.py`, and MART.",
     ),
 }
 
 
 def rows_of(name: str, data: str, keys: Sequence[str] = ()) -> tuple[Row, ...]:
-    """The rows of a table that a data set has, or those of them that are named.
+    """Returns the rows of a table that a data set has, or the named ones among them.
 
     Raises:
       InputError: no such table or row.
     """
     if name not in TABLES:
-        raise InputError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+        raise InputError(f"unknown table {name!r}; use one of {', '.join(TABLES)}")
     rows = {row.key: row for row in TABLES[name].rows if data in row.data}
     unknown = [key for key in keys if key not in rows]
     if unknown:
-        raise InputError(f"table {name} on {data} has no row {unknown[0]!r}; its rows: {', '.join(rows)}")
+        raise InputError(f"table {name} on {data} has no row {unknown[0]!r}; use one of {', '.join(rows)}")
     return tuple(row for row in rows.values() if not keys or row.key in keys)
 
 
 def published(table: Table, row: Row, data: str) -> dict[str, float]:
-    """A row's published figures on a data set by condition, in percent."""
+    """Returns a row's published figures on a data set by condition, in percent."""
     figures = {"cifar10_lt": row.cifar10, "cifar100_lt": row.cifar100}.get(data)
     return dict(zip(table.columns, figures, strict=True)) if figures else {}

@@ -1,9 +1,4 @@
-"""The runs that a table of the paper needs, and the table that their results make.
-
-Rows of the same training share one run, in whatever tables they stand: a run's folder is named by a digest
-of `build.training_fields`, an evaluation's by that and the config's section ``evaluation``. Nothing here
-trains or evaluates; experiments/reproduce.py does.
-"""
+"""A table of the paper from the results of its runs, as JSON and as Markdown."""
 
 import json
 import statistics
@@ -13,24 +8,27 @@ from typing import Any
 
 from experiments.paper.plan import Request, commands, row_config
 from experiments.paper.published import CHOSEN_BY, DATA_SETS, FAKE_GAINS, TABLES, published
-from robal_jax.reporting.names import display_name, printed
+from robal_jax.reporting.names import display_name, paper_name, printed
+from robal_jax.reporting.results import Results
 from robal_jax.storage.config_file import to_json
 
 
-def assemble(request: Request, results: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, Any]:
-    """The table as JSON, figures in percent.
+def assemble(
+    request: Request, results: Mapping[str, Mapping[str, Mapping[int, Results | None]]]
+) -> dict[str, Any]:
+    """Returns the table as JSON, figures in percent.
 
     Args:
-      request: what was asked for.
-      results: content of results.json by row key, setting and seed; None where there is none.
+      request: the rows and seeds to show.
+      results: by row key, setting and seed; None where it is missing.
 
     Returns:
-      What the table is of, 'notes', and 'rows', each with 'published' and 'ours' by condition ('mean', 'std',
-      'n' and 'values' over seeds), the same of the tail classes in 'ours_tail', 'difference' to the
-      baseline's row, paired by seed, and on the paper's own data set 'ours_minus_published'.
+      Title, data set, 'notes', and 'rows'. Each row has 'published' and 'ours' by condition ('mean', 'std',
+      'n' and 'values' over seeds), 'ours_tail' for the tail classes, 'difference' to the baseline's row,
+      paired by seed, and on the paper's own data set 'ours_minus_published'.
     """
     table = TABLES[request.table]
-    # A data set without figures of its own stands beside CIFAR-10-LT.
+    # A data set without published figures is shown beside CIFAR-10-LT.
     has_own = any(published(table, row, request.data) for row in table.rows)
     source = request.data if has_own else "cifar10_lt"
     known = {row.key: published(table, row, source) for row in table.rows}
@@ -66,7 +64,7 @@ def assemble(request: Request, results: Mapping[str, Mapping[str, Mapping[int, A
             entry["ours_minus_published"] = _minus(means, known[row.key])
         rows.append(entry)
     found = [result for by_seed in shown.values() for result in by_seed.values() if result]
-    made_with = {json.dumps({**r["meta"]["versions"], "device": r["meta"]["device"]}) for r in found}
+    made_with = {json.dumps({**r.meta["versions"], "device": r.meta["device"]}) for r in found}
     published_on = source if any(known.values()) else None
     return {
         "table": request.table,
@@ -82,17 +80,17 @@ def assemble(request: Request, results: Mapping[str, Mapping[str, Mapping[int, A
     }
 
 
-def _by_seed(results: Mapping[int, Any], figure: str = "accuracy") -> dict[str, dict[int, float]]:
-    """A figure in percent by condition and seed."""
+def _by_seed(results: Mapping[int, Results | None], figure: str = "accuracy") -> dict[str, dict[int, float]]:
+    """Returns a figure in percent by condition and seed."""
     values: dict[str, dict[int, float]] = {}
     for seed, result in results.items():
-        for name, condition in (result["summary"]["conditions"] if result else {}).items():
+        for name, condition in (result.conditions if result else {}).items():
             values.setdefault(name, {})[seed] = 100 * condition[figure]["value"]
     return values
 
 
-def _best(by_setting: Mapping[str, Mapping[int, Any]]) -> str:
-    """The setting with the highest mean of ``CHOSEN_BY``; of equal ones the first."""
+def _best(by_setting: Mapping[str, Mapping[int, Results | None]]) -> str:
+    """Returns the setting with the highest mean of ``CHOSEN_BY``; the first, if several are equal."""
     means = {
         setting: statistics.fmean(_by_seed(results).get(CHOSEN_BY, {}).values() or [-1.0])
         for setting, results in by_setting.items()
@@ -101,7 +99,7 @@ def _best(by_setting: Mapping[str, Mapping[int, Any]]) -> str:
 
 
 def _statistics(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, Any]]:
-    """Mean, sample standard deviation, number and values, by condition."""
+    """Returns mean, sample standard deviation, number and values, by condition."""
 
     def figures(values: list[float]) -> dict[str, Any]:
         std = round(statistics.stdev(values), 4) if len(values) > 1 else None
@@ -116,7 +114,7 @@ def _minus(these: Mapping[Any, float], those: Mapping[Any, float]) -> dict[Any, 
     return {key: round(value - those[key], 4) for key, value in these.items() if key in those}
 
 
-def _notes(request: Request, published_on: str | None, found: Sequence[Any]) -> list[str]:
+def _notes(request: Request, published_on: str | None, found: Sequence[Results]) -> list[str]:
     table = TABLES[request.table]
     fields = json.loads(to_json(row_config(request.rows[0], request)))
     data = f"{DATA_SETS[request.data]}, {fields['data']['profile']} profile"
@@ -128,36 +126,31 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Any]) -> 
     model = ", ".join([fields["model"].pop("name"), *filter(None, [printed(fields["model"])])])
     seeds = f"mean ± standard deviation over {len(request.seeds)} seeds, differences seed by seed"
     notes = [
-        f"Ours: {data}; model {model}; {length}, where the row's config says nothing else; last checkpoint; "
+        f"Ours: {data}; model {model}; {length}, unless the row's config says otherwise; last checkpoint; "
         f"{seeds if len(request.seeds) > 1 else 'one seed'}."
     ]
     if found:
-        meta, conditions = found[0]["meta"], list(found[0]["summary"]["conditions"])
+        meta, conditions = found[0].meta, list(found[0].conditions)
         notes.append(
             f"Evaluation: {meta['n']} test images, {meta['norm']}, ε = {meta['epsilon']:g}; PGD-20, MIM-20 "
-            f"and CW-20 with step {meta['step_size']:g}. Worst: right under every one of "
+            f"and CW-20 with step {meta['step_size']:g}. Worst: classified correctly under all of "
             f"{', '.join(map(display_name, conditions[:-1]))}. It is never above CW-20, whose steps do "
-            "not depend on the scale of the logits, so a gain that is not seen there may be a fake one."
+            "not depend on the scale of the logits, so a gain that Worst does not show may be fake."
         )
     if published_on is not None:
         about = f"Paper (Wu et al., CVPR 2021): {DATA_SETS[published_on]}, WideResNet-34-10, ε = 0.031."
         if published_on != request.data:
-            about += " Another problem than ours: compare the differences, not the levels."
+            about += " This is a different problem from ours: compare the differences, not the levels."
         notes.append(about)
     if "robal_aa" in table.columns:
         notes.append("AA is APGD-CE and APGD-T together, two of the four attacks of AutoAttack.")
     if any(row.key in FAKE_GAINS for row in request.rows):
-        notes.append("†: a fake gain, as the paper itself says; see its AA.")
+        notes.append("†: a fake gain, as the paper itself says; compare its AA.")
     return [*notes, *filter(None, [table.note])]
 
 
-def heading(condition: str) -> str:
-    """A condition's name in the paper's tables."""
-    return "AA" if condition == "robal_aa" else display_name(condition)
-
-
 def markdown(table: Mapping[str, Any]) -> str:
-    """What :func:`assemble` gives, for people."""
+    """Returns the result of :func:`assemble` as Markdown."""
     seeds, rows = len(table["seeds"]), table["rows"]
     on, own = table["published_on"], table["published_on"] == table["data"]
     sides = [(name, side) for name in table["columns"] for side in (("paper", "ours") if on else ("ours",))]
@@ -165,7 +158,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     skip = 0 if any(row["stage"] for row in rows) else 1
 
     def block(title: str, cell: Any, chosen: Iterable[Mapping[str, Any]], sides: Sequence[Any]) -> list[str]:
-        header = ["Stage", "Row", *(f"{heading(name)} {side}" for name, side in sides)]
+        header = ["Stage", "Row", *(f"{paper_name(name)} {side}" for name, side in sides)]
         body = [[row["stage"], _label(row), *(cell(row, *side) for side in sides)] for row in chosen]
         return [f"## {title}", aligned(header[skip:], [line[skip:] for line in body], left=2 - skip)]
 
@@ -192,7 +185,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         ours = [(name, "ours − paper") for name in table["columns"]]
         parts += block("Difference to the paper in points", to_paper, rows, ours)
     parts += ["## Notes", "\n".join(f"- {note}" for note in table["notes"])]
-    parts += ["## Commands", f"By hand, with seed {table['seeds'][0]}:"]
+    parts += ["## Commands", f"One seed ({table['seeds'][0]}) by hand:"]
     lines = [f"# {row['key']}\n" + "\n".join(row["commands"]) for row in rows]
     return "\n\n".join([*parts, "```bash\n" + "\n".join(lines) + "\n```"]) + "\n"
 
@@ -202,7 +195,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _figure(figure: Any, seeds: int, sign: str = "") -> str:
-    """'93.7 ± 0.4'; a published figure is a number, one of ours has more to it."""
+    """Formats a published figure, a number, or one of ours, as in '93.7 ± 0.4'."""
     if figure is None:
         return "—"
     if isinstance(figure, float):
@@ -213,12 +206,12 @@ def _figure(figure: Any, seeds: int, sign: str = "") -> str:
 
 
 def _one_decimal(value: float, sign: str = "") -> str:
-    """28.15 is 28.2, as people round."""
+    """Rounds half up: 28.15 becomes 28.2."""
     return f"{Decimal(str(value)).quantize(Decimal('0.1'), ROUND_HALF_UP) + 0:{sign}}"
 
 
 def aligned(header: Sequence[str], body: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table that is aligned as text too; the first ``left`` columns to the left."""
+    """Returns a Markdown table that is aligned as text; the first ``left`` columns to the left."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,4 +1,51 @@
-"""TODO attacks."""
+"""Adversarial attacks, as functions that combine.
+
+An attack knows a model only as a function from images to logits. Parameters, batch-norm mode, logit scale and
+prior adjustment are closed over, so anything that can be written as such a function can be attacked::
+
+    logits_fn = lambda images: model.predict(params, stats, images)
+    threat = ThreatModel(epsilon=8 / 255)
+    adversarial = pgd(logits_fn, key, images, labels, threat=threat, steps=20, step_size=2 / 255)
+
+An attack is put together from these components:
+
+- *Threat model* (``threat``): the images that an adversary may show. :class:`ThreatModel` has the radius, the
+  norm and the pixel bounds, and knows how to project, to ascend and to measure a distance.
+- *Start* (``threat``): the point where the search for an image begins, such as :func:`uniform_start`.
+- *Loss* (``margins``, ``robal_jax.losses``): one value per image, which the attack increases. The default is
+  cross entropy; :func:`negative_margin` makes CW of PGD, and :func:`dlr` ignores the scale of the logits.
+- *Loop*: :func:`pgd` (``projected_gradient``; also FGSM, MIM, CW and EOT), :func:`apgd` (``autopgd``), which
+  chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, and :func:`square`
+  (``square_attack``), which needs no gradient.
+- *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
+  :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
+  a model.
+- *Ensemble* (``autoattack``): several attacks, of which each sees only the images that are left.
+  ``robal_jax.autoattack`` runs AutoAttack.
+
+Settings are bound with ``functools.partial``; the result is called with a model, a key, images and labels:
+
+>>> from functools import partial
+>>> import jax, jax.numpy as jnp
+>>> attack = partial(pgd, threat=ThreatModel(epsilon=0.1), steps=10, step_size=0.025)
+>>> cw = partial(attack, loss=negative_margin, restarts=3)
+>>> strongest = partial(multi_targeted, attack=attack)
+
+>>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))  # class 1 is bright
+>>> images, labels = jnp.array([0.45, 0.2]).reshape(2, 1, 1, 1), jnp.array([0, 0])
+>>> for attack in (cw, strongest):
+...     found = jax.jit(partial(attack, logits_fn))(jax.random.key(0), images, labels)
+...     print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
+[0.55 0.3 ] [1 0]
+[0.55 0.3 ] [1 0]
+
+Noise is drawn per image, from that image's key. With one key per image, a result does not depend on how
+images are grouped into batches or spread over devices; a single key is split by position.
+
+Arguments are checked where they are passed in: labels are integers ``[B]``, images are floats within the
+threat model's bounds, logits are floats ``[B, K]``; anything else raises ValueError. Values, as opposed to
+shapes and types, are not known inside ``jax.jit`` and are not checked there.
+"""
 
 from robal_jax.attacks.autopgd import apgd, targeted_apgd
 from robal_jax.attacks.combined import multi_targeted, shortest_adversarial

@@ -1,16 +1,17 @@
-"""AutoAttack: an ensemble of four attacks without settings to tune, image by image the worst case.
+"""AutoAttack: an ensemble of four attacks without settings to tune; an image counts as its worst case.
 
-An ensemble is a tuple of *stages*, run one after the other on the images that are still classified right. A
-stage is one attack in several *rounds* (targets, restarts). What a round has broken costs nothing in the
-next one, and all rounds of a stage are calls of one compiled function with full batches::
+:func:`autoattack` runs the whole ensemble on any model. Underneath, an ensemble is a tuple of *stages*, which
+run one after the other on the images that are still classified correctly. A stage is one attack in several
+*rounds*, for its targets or restarts. An image that a round breaks is left out of all later rounds, and all
+rounds of a stage call one compiled function with full batches::
 
     progress = begin(labels, clean_predictions)
     for stage in stages("standard", num_classes=10, threat=threat):
         for progress in run(stage, attack, labels, progress, size=500):
-            ...  # after every batch: save it, show it, stop
+            ...  # after every batch: save the progress, show it, or stop
 
-``attack`` is the edge of the world: it knows the model, the images and the devices. Progress is arrays and
-counts; from a saved one the ensemble goes on as if it had not been interrupted.
+Only the callback ``attack`` knows the model, the images and the devices. Progress consists of arrays and
+counts; from saved progress, the ensemble continues as if it had not been interrupted.
 
 Only the whole standard ensemble is called AutoAttack. RoBal's tables call the first two of its four attacks
 "AA"; here that pair is ``robal_aa``.
@@ -22,7 +23,7 @@ implementation.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chex
 import jax
@@ -36,7 +37,7 @@ from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
 from robal_jax.errors import InputError
-from robal_jax.keys import fold_in, image_keys
+from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 from robal_jax.models import closure
 
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -45,12 +46,129 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "plus": ("apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"),
     "rand": ("apgd_ce", "apgd_dlr"),
 }
+"""Attacks of each version of the ensemble, in their order."""
 
 CONDITIONS = {"standard": "autoattack", "plus": "autoattack_plus", "rand": "autoattack_rand"}
-"""What the outcome of a whole version is called; of a list of one's own: ``custom``."""
+"""Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
+
+
+class Found(NamedTuple):
+    """The result of :func:`autoattack`.
+
+    Attributes:
+      images: ``[n, H, W, C]``: an adversarial image where one was found, the image itself elsewhere.
+      predictions: class of each of these images, int ``[n]``.
+      robust: name of an attack to whether each image is still classified correctly after it and all attacks
+        before it, bool ``[n]``; the first is 'clean', before any attack.
+    """
+
+    images: np.ndarray
+    predictions: np.ndarray
+    robust: dict[str, np.ndarray]
+
+
+def autoattack(
+    logits_fn: LogitsFn | RandomLogitsFn,
+    key: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    version: str = "standard",
+    batch_size: int = 500,
+    steps: int = 100,
+    queries: int = 5000,
+) -> Found:
+    """Runs AutoAttack, or a part of it, on any model.
+
+    Each attack sees only the images that are still classified correctly. An image's noise comes from its own
+    key, so the batch size changes nothing but speed and memory.
+
+    Args:
+      logits_fn: images ``[B, H, W, C]`` to logits ``[B, K]``; for the version 'rand' a random model,
+        ``logits_fn(images, keys [B])``.
+      key: one key, or one per image ``[n]``.
+      images: ``[n, H, W, C]``, floats within the bounds of the threat model.
+      labels: integers ``[n]`` in ``0..K-1``.
+      threat: allowed images.
+      version: 'standard', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), 'none', or a list such as
+        'apgd_ce,square'.
+      batch_size: number of images in each call.
+      steps: of each run of APGD and FAB; AutoAttack's is 100.
+      queries: of Square; AutoAttack's is 5000.
+
+    Returns:
+      The adversarial images and the outcome of each attack.
+
+    Raises:
+      InputError: the version is unknown, or the model has too few classes for it.
+      ValueError: an argument or the model's logits have a wrong shape, type or range.
+
+    Source: Croce and Hein (ICML 2020).
+
+    Example:
+      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))  # class 1 is bright
+      >>> images, labels = jnp.array([0.6, 0.45, 0.2]).reshape(3, 1, 1, 1), jnp.array([0, 0, 0])
+      >>> found = autoattack(logits_fn, jax.random.key(0), images, labels,
+      ...                    threat=ThreatModel(0.1), version="apgd_ce,square", steps=5, queries=10)
+      >>> {name: right.tolist() for name, right in found.robust.items()}
+      {'clean': [False, True, True], 'apgd_ce': [False, False, True], 'square': [False, False, True]}
+      >>> print(found.predictions, np.array_str(found.images.reshape(-1), precision=2))
+      [1 1 0] [0.6  0.55 0.2 ]
+    """
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    checks.at_least(1, batch_size=batch_size, steps=steps)
+    checks.at_least(0, queries=queries)
+    keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))
+    predict: Callable[..., chex.Array]
+    arrays: list[chex.Array]
+    if random:
+        predict, arrays = lambda _, *given: logits_fn(*given), []
+    else:
+        predict, arrays = closure.split(cast(LogitsFn, logits_fn), images.shape[1:])
+
+    @partial(jax.jit, static_argnums=0)
+    def attacked(
+        stage: Stage | None, arrays: Any, keys: Any, x: Any, y: Any, number: Any
+    ) -> tuple[chex.Array, chex.Array]:
+        """Images and logits after a round of a stage on one batch, or those of the clean images."""
+        model = partial(predict, arrays)
+        if stage is not None:
+            keys = fold_in(keys, stage.first + number)
+            x = stage.attack(model, keys, x, y, number)
+        return x, checks.logits_of(len(x), model(x, fold_in(keys, JUDGEMENT)) if random else model(x))
+
+    def in_batches(stage: Stage | None, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images after a round, and their predictions; the last batch is filled up with its last image."""
+        shown, predictions = [], []
+        for start in range(0, len(ids), size):
+            batch = np.take(ids, range(start, start + size), mode="clip")
+            x, logits = attacked(stage, arrays, keys[batch], images[batch], labels[batch], np.int32(number))
+            shown.append(np.asarray(x))
+            predictions.append(np.asarray(logits).argmax(-1))
+        return np.concatenate(shown)[: len(ids)], np.concatenate(predictions)[: len(ids)]
+
+    first_batch = (arrays, keys[:size], images[:size], labels[:size], np.int32(0))
+    num_classes = jax.eval_shape(partial(attacked, None), *first_batch)[1].shape[-1]
+    checks.labels_in(num_classes, labels)
+    ensemble = stages(version, num_classes, threat=threat, steps=steps, queries=queries)
+
+    true = np.asarray(labels)
+    progress = begin(true, in_batches(None, np.arange(len(images)), 0)[1])
+    for stage in ensemble:
+        for _ in run(stage, partial(in_batches, stage), true, progress, size=size):
+            pass
+    shown = np.array(images)
+    for number, image in progress.adversarial.items():
+        shown[number] = image
+    robust = {"clean": ~broken_by(progress, CLEAN)}
+    robust |= {stage.name: ~broken_by(progress, stage.last) for stage in ensemble}
+    return Found(shown, progress.predictions, robust)
+
 
 Round = Callable[[LogitsFn | RandomLogitsFn, chex.PRNGKey, chex.Array, chex.Array, chex.Array], chex.Array]
-"""``(logits_fn, keys [B], images, labels, number) -> images``, all of them allowed by the threat model."""
+"""``(logits_fn, keys [B], images, labels, number) -> images``, all allowed by the threat model."""
 
 
 class Stage(NamedTuple):
@@ -58,9 +176,9 @@ class Stage(NamedTuple):
 
     Attributes:
       name: of the attack.
-      attack: one round.
-      rounds: how often it is run, with another target or start each time.
-      first: number of its first round, counted over the whole ensemble from 1.
+      attack: runs one round.
+      rounds: their number, each with a different target or start.
+      first: number of the first round, counted over the whole ensemble from 1.
     """
 
     name: str
@@ -70,22 +188,31 @@ class Stage(NamedTuple):
 
     @property
     def last(self) -> int:
-        """Number of its last round."""
+        """Number of the last round."""
         return self.first + self.rounds - 1
 
 
 def attack_names(version: str) -> tuple[str, ...]:
-    """The attacks of a version, or of a list of one's own separated by commas.
+    """Names of the attacks of a version, or of a list separated by commas.
+
+    Args:
+      version: see :func:`autoattack`.
 
     Raises:
-      InputError: an unknown name, or one that comes twice.
+      InputError: a name is unknown, or occurs twice.
+
+    Example:
+      >>> attack_names("standard")
+      ('apgd_ce', 'apgd_t', 'fab_t', 'square')
     """
+    if version == "none":
+        return ()
     names = VERSIONS.get(version) or tuple(version.split(","))
     unknown = [name for name in names if name not in _ATTACKS]
     if unknown or len(set(names)) < len(names):
         raise InputError(
-            f"{version!r} is no ensemble of attacks; it must be none, {', '.join(VERSIONS)}, or a list, "
-            f"separated by commas and each once, of {', '.join(_ATTACKS)}"
+            f"unknown ensemble {version!r}; use 'none', one of {', '.join(VERSIONS)}, "
+            f"or a comma-separated list (no repeats) of {', '.join(_ATTACKS)}"
         )
     return names
 
@@ -98,24 +225,28 @@ def stages(
     steps: int = 100,
     queries: int = 5000,
 ) -> tuple[Stage, ...]:
-    """The stages of a version or of a list of attacks.
+    """Stages of a version or of a list of attacks.
 
     Args:
-      version: a key of ``VERSIONS``, or names of attacks separated by commas.
-      num_classes: K; a targeted attack takes the ``min(9, K - 1)`` most likely wrong classes.
-      threat: what is allowed.
+      version: see :func:`autoattack`.
+      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes.
+      threat: allowed images.
       steps: of each run of APGD and FAB; AutoAttack's is 100.
       queries: of Square; AutoAttack's is 5000.
 
     Raises:
-      InputError: no such ensemble, or too few classes for the losses of its attacks.
+      InputError: the version is unknown, or there are too few classes for the losses of its attacks.
+
+    Example:
+      >>> [(stage.name, stage.rounds) for stage in stages("standard", 10, threat=ThreatModel(8 / 255))]
+      [('apgd_ce', 1), ('apgd_t', 9), ('fab_t', 9), ('square', 1)]
     """
     names = attack_names(version)
     for name, needed in (("apgd_dlr", 3), ("apgd_t", 4)):
         if name in names and num_classes < needed:
             raise InputError(
-                f"{name} needs at least {needed} classes and the model has {num_classes}; name attacks that "
-                "do not, for example apgd_ce,fab_t,square"
+                f"{name} needs at least {needed} classes, and the model has {num_classes}; use attacks that "
+                "need fewer, such as apgd_ce,fab_t,square"
             )
     restarts = 5 if version == "plus" else 1
     settings = _Settings(threat, steps, queries, eot=20 if version == "rand" else 0)
@@ -145,7 +276,7 @@ def _apgd(
     settings: _Settings,
     loss: losses.Loss,
 ) -> chex.Array:
-    del number  # a restart differs by its keys
+    del number  # restarts differ in their keys
     threat, steps, eot = settings.threat, settings.steps, settings.eot
     return autopgd.apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, loss=loss, eot=eot)
 
@@ -176,10 +307,10 @@ def _fab(
     threat, rank, start = settings.threat, None, images
     if targeted:
         rank = number + 2
-    else:  # the first run starts at the image, each restart at a random one
+    else:  # the first run starts at the image, each restart at a random point
         start = jnp.where(number > 0, starting_points(fab_start, keys, images, threat), images)
     found = fab(logits_fn, keys, images, labels, threat=threat, rank=rank, n_iter=settings.steps, start=start)
-    # FAB looks for the nearest misclassified image, wherever it is.
+    # FAB finds the nearest misclassified image, which may lie outside the ball.
     near = threat.distance(found, images) <= threat.epsilon
     return jnp.where(like_images(near, images), found, images)
 
@@ -211,15 +342,15 @@ CLEAN, ROBUST = 0, -1
 
 @dataclasses.dataclass
 class Progress:
-    """How far an ensemble is, and what it found.
+    """Progress of an ensemble, and its results so far.
 
     Attributes:
-      broken_in: the round, counted over all stages from 1, in which an image was first misclassified;
-        ``CLEAN`` if it is misclassified as it is, ``ROBUST`` if it never was. ``[n]``.
-      predictions: what the image is called there; the label if it never was misclassified. ``[n]``.
-      adversarial: the misclassified images by number.
-      round: that is run, from 1.
-      done: images of this round that were attacked.
+      broken_in: number of the round, counted over all stages from 1, in which an image was first
+        misclassified; ``CLEAN`` if it is misclassified without an attack, ``ROBUST`` if it never is. ``[n]``.
+      predictions: class predicted there; the label if the image never was misclassified. ``[n]``.
+      adversarial: misclassified images by their numbers.
+      round: number of the present round, from 1.
+      done: number of images that this round has attacked.
     """
 
     broken_in: np.ndarray
@@ -234,31 +365,31 @@ class Progress:
 
     @property
     def robust(self) -> int:
-        """How many images are still classified right."""
+        """Number of images that are still classified correctly."""
         return int(np.sum(self.broken_in == ROBUST))
 
 
 def begin(labels: np.ndarray, clean_predictions: np.ndarray) -> Progress:
-    """Nothing is attacked yet; images that are misclassified as they are count as broken."""
+    """Progress before the first attack; images that are misclassified without one count as broken."""
     right = clean_predictions == labels
     return Progress(np.where(right, ROBUST, CLEAN), clean_predictions.copy(), {})
 
 
 Batch = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""``(numbers of images, round of the stage from 0) -> (images, predictions)``."""
+"""``(numbers of images, round of the stage from 0) -> (adversarial images, predictions)``."""
 
 
 def run(
     stage: Stage, attack: Batch, labels: np.ndarray, progress: Progress, *, size: int
 ) -> Iterator[Progress]:
-    """One stage of the ensemble on what is still robust, or what an interrupted run of it has left to do.
+    """Runs one stage of the ensemble on the images that are still robust, or resumes an interrupted stage.
 
     Args:
-      stage: whose turn it is.
-      attack: makes one round of it on a batch.
+      stage: the stage.
+      attack: runs one round of the stage on a batch.
       labels: ``[n]``.
-      progress: from :func:`begin` and the stages before; changed in place.
-      size: largest batch.
+      progress: from :func:`begin` and the earlier stages; changed in place.
+      size: largest number of images in a batch.
 
     Yields:
       The progress after each batch.
@@ -278,7 +409,7 @@ def run(
 
 
 def work_left(stage: Stage, progress: Progress) -> int:
-    """How many images the rounds of a stage have still to attack, if no more of them breaks."""
+    """Number of images that the rounds of a stage have yet to attack, if no further image breaks."""
     if progress.round > stage.last:
         return 0
     rounds_after = stage.last - max(progress.round, stage.first)
@@ -288,14 +419,14 @@ def work_left(stage: Stage, progress: Progress) -> int:
 def outcomes(
     version: str, stages: Sequence[Stage], progress: Progress, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Predictions ``[n]`` under each part of the ensemble that has a name of its own.
+    """Predictions ``[n]`` under each part of the ensemble that has its own name.
 
-    ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, where the ensemble begins with them in
-    their standard form, and the name of the whole version: see ``CONDITIONS``.
+    These are ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, if the ensemble begins with
+    them in their standard form, and the whole version by its name in ``CONDITIONS``.
     """
     names = tuple(stage.name for stage in stages)
     if names == VERSIONS["standard"]:
-        version = "standard"  # spelled out
+        version = "standard"  # also if it was given as a list
     after = {}
     if version not in ("plus", "rand"):
         if names[0] == "apgd_ce":
@@ -311,119 +442,10 @@ def outcomes(
 
 
 def broken_by(progress: Progress, last: int) -> np.ndarray:
-    """Whether images are misclassified as they are or in a round up to ``last``, bool ``[n]``."""
+    """Whether images are misclassified without an attack or in a round up to ``last``, bool ``[n]``."""
     return (progress.broken_in >= CLEAN) & (progress.broken_in <= last)
 
 
 def robust_after(stages: Sequence[Stage], progress: Progress) -> dict[str, float]:
-    """Share of images that are still classified right after each stage."""
+    """Share of images that are still classified correctly after each stage."""
     return {stage.name: float(np.mean(~broken_by(progress, stage.last))) for stage in stages}
-
-
-class Found(NamedTuple):
-    """The result of :func:`autoattack`.
-
-    Attributes:
-      images: ``[n, H, W, C]`` float32: an adversarial image where one was found, the image itself elsewhere.
-      predictions: class of each of these images, int ``[n]``.
-      robust: name of an attack to whether each image is still classified correctly after it and all attacks
-        before it, bool ``[n]``; first 'clean', before any attack.
-    """
-
-    images: np.ndarray
-    predictions: np.ndarray
-    robust: dict[str, np.ndarray]
-
-
-def autoattack(
-    logits_fn: LogitsFn | RandomLogitsFn,
-    key: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    *,
-    threat: ThreatModel,
-    version: str = "standard",
-    batch_size: int = 500,
-    steps: int = 100,
-    queries: int = 5000,
-) -> Found:
-    """Runs AutoAttack, or a part of it, on any model.
-
-    Each attack sees only the images that are still classified correctly. An image's noise comes from its own
-    key, so the batch size changes nothing but speed and memory.
-
-    Args:
-      logits_fn: images ``[B, H, W, C]`` to logits ``[B, K]``; for the version 'rand' a random model,
-        ``logits_fn(images, keys [B])``.
-      key: one key, or one per image ``[n]``.
-      images: ``[n, H, W, C]``, floats within the bounds of the threat model.
-      labels: integers ``[n]`` in ``0..K-1``.
-      threat: what the attacks may do.
-      version: 'standard', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), or a list such as
-        'apgd_ce,square'.
-      batch_size: images that are attacked at once.
-      steps: of each run of APGD and FAB; AutoAttack's is 100.
-      queries: of Square; AutoAttack's is 5000.
-
-    Returns:
-      The adversarial images and the outcome of each attack.
-
-    Raises:
-      InputError: no such version, or too few classes for it.
-      ValueError: images, labels or logits have a wrong shape, type or range.
-
-    Source: Croce and Hein (ICML 2020).
-
-    Example:
-      >>> import jax
-      >>> model = lambda images: images.reshape(-1, 4) @ jnp.array([[1.0, -1.0]] * 4)
-      >>> images = jnp.ones((2, 2, 2, 1)) * jnp.array([0.3, 0.9])[:, None, None, None]
-      >>> found = autoattack(lambda x: model(x - 0.5), jax.random.key(0), images, jnp.zeros(2, int),
-      ...                    threat=ThreatModel(0.1), version="apgd_ce,fab_t", steps=5)
-      >>> {name: right.tolist() for name, right in found.robust.items()}
-      {'clean': [False, True], 'apgd_ce': [False, True], 'fab_t': [False, True]}
-    """
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
-    keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))
-    given: Any = logits_fn
-    predict, arrays = (None, []) if random else closure.split(given, images.shape[1:])
-
-    def judged(arrays: Any, keys: chex.PRNGKey, shown: chex.Array) -> tuple[chex.Array, chex.Array]:
-        return shown, predict(arrays, shown) if predict else given(shown, keys)
-
-    def one_round(stage: Stage, arrays: Any, keys: Any, x: Any, y: Any, number: Any) -> tuple[Any, Any]:
-        keys = fold_in(keys, stage.first + number)
-        model = partial(predict, arrays) if predict else given
-        return judged(arrays, keys, stage.attack(model, keys, x, y, number))
-
-    def in_batches(work: Callable[..., Any], ids: np.ndarray, *more: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Images, and the classes that they are given; a last batch that is not full is filled up."""
-        shown, predictions = [], []
-        for start in range(0, len(ids), size):
-            batch = np.take(ids, range(start, start + size), mode="clip")
-            x, logits = work(arrays, keys[batch], images[batch], labels[batch], *more)
-            shown.append(np.asarray(x)[: len(ids) - start])
-            predictions.append(np.argmax(np.asarray(logits), -1)[: len(ids) - start])
-        return np.concatenate(shown), np.concatenate(predictions)
-
-    clean = jax.jit(lambda arrays, keys, x, y: judged(arrays, keys, x))
-    num_classes = jax.eval_shape(clean, arrays, keys[:size], images[:size], labels[:size])[1].shape[-1]
-    true = np.asarray(labels)
-    if true.max() >= num_classes:
-        raise ValueError(
-            f"labels go up to {true.max()}; the {num_classes} classes need labels in 0..{num_classes - 1}"
-        )
-    ensemble = stages(version, num_classes, threat=threat, steps=steps, queries=queries)
-    clean_predictions = in_batches(clean, np.arange(len(images)))[1]
-    progress = begin(true, clean_predictions)
-    for stage in ensemble:
-        work = jax.jit(partial(one_round, stage))
-        attack: Batch = lambda ids, number, work=work: in_batches(work, ids, np.int32(number))  # type: ignore[misc]  # noqa: E731
-        for _ in run(stage, attack, true, progress, size=size):
-            pass
-    shown = np.array(images, np.float32)
-    for number, image in progress.adversarial.items():
-        shown[number] = image
-    robust = {stage.name: ~broken_by(progress, stage.last) for stage in ensemble}
-    return Found(shown, progress.predictions, {"clean": clean_predictions == true, **robust})

@@ -1,4 +1,4 @@
-"""TODO attacks.combined."""
+"""Attacks made of other attacks: towards several targets, and onto the decision boundary."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,46 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from robal_jax import losses
+from robal_jax import checks
+from robal_jax.attacks.attempts import best_found, mean_logits
 from robal_jax.attacks.margins import negative_margin, of_wrong_classes, ranked_class, targeted_margin
 from robal_jax.attacks.threat import Attack, LogitsFn, RandomLogitsFn, ThreatModel, like_images
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
-
-
-def mean_logits(
-    logits_fn: Callable[..., chex.Array], keys: chex.PRNGKey, eot: int, x: chex.Array
-) -> chex.Array:
-    """Logits ``[B, K]``: those of a model that is not random, or the mean of ``eot`` draws."""
-    if not eot:
-        return logits_fn(x)
-    return jax.lax.map(lambda draw: logits_fn(x, fold_in(keys, draw)), jnp.arange(eot)).mean(0)
-
-
-def best_found(
-    attempt: Callable[..., chex.Array],
-    settings: chex.ArrayTree,
-    judge: LogitsFn,
-    loss: losses.Loss,
-    images: chex.Array,
-    labels: chex.Array,
-) -> chex.Array:
-    """Of several attempts at an image the first that is misclassified, otherwise that of highest loss.
-
-    ``attempt`` makes candidates ``[B, H, W, C]`` of one of the ``settings``, which are stacked along their
-    first axis; ``judge`` gives the candidates' logits. The loop compiles once.
-    """
-
-    def step(best: tuple[chex.Array, chex.Array], setting: chex.ArrayTree) -> tuple:
-        candidates = attempt(setting)
-        logits = judge(candidates)
-        success = jnp.argmax(logits, axis=-1) != labels
-        score = jnp.where(success, jnp.inf, loss(logits, labels)).astype(images.dtype)
-        better = score > best[1]
-        found = jnp.where(like_images(better, images), candidates, best[0])
-        return (found, jnp.where(better, score, best[1])), None
-
-    nothing = images, jnp.full(labels.shape, -jnp.inf, images.dtype)
-    return jax.lax.stop_gradient(jax.lax.scan(step, nothing, settings)[0][0])
 
 
 def multi_targeted(
@@ -60,27 +25,41 @@ def multi_targeted(
     loss: Callable[..., chex.Array] = targeted_margin,
     eot: int = 0,
 ) -> chex.Array:
-    """An attack run towards each of several wrong classes, those with the highest logits of the clean image.
+    """An attack towards each of several wrong classes: those with the highest logits of the clean image.
 
-    An image keeps the first result that is misclassified, as whatever class, otherwise the one in which a
-    wrong class comes nearest to the true one. An untargeted attack follows the class that is ahead on its
-    way, which need not be the one that can be reached.
+    An image keeps the first result that is misclassified, as whatever class, otherwise the result in which a
+    wrong class comes nearest to the true one. An untargeted attack follows the class that leads on its way,
+    which may be another class than the one that it can reach.
 
     Args:
       logits_fn: the model; with ``eot`` a random one.
-      key: one key, or one an image ``[B]``.
+      key: one key, or one per image ``[B]``.
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
-      attack: run once a target, in a loop that compiles once; takes ``loss``.
-      targets: number of targets; all wrong classes if there are fewer.
-      loss: what the attack ascends; takes ``targets [B]``.
-      eot: of the attack; the logits by which targets and results are chosen are the mean of as many draws.
+      attack: run once per target, in a loop that compiles once; takes ``loss``.
+      targets: number of targets, at least 1; all wrong classes if there are fewer.
+      loss: ascended by the attack; takes ``targets [B]``.
+      eot: of the attack; targets and results are chosen by the mean logits of this many draws.
 
     Returns:
       Adversarial images ``[B, H, W, C]``; no gradient flows back.
 
+    Raises:
+      ValueError: an argument or the model's logits have a wrong shape, type or range.
+
     Source: Gowal et al., "An Alternative Surrogate Loss for PGD-based Adversarial Testing" (2019).
+
+    Example:
+      >>> from robal_jax.attacks import pgd
+      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 0.0, 1.0]))
+      >>> images, labels = jnp.array([0.45, 0.2]).reshape(2, 1, 1, 1), jnp.array([0, 0])
+      >>> attack = partial(pgd, threat=ThreatModel(epsilon=0.1), steps=10, step_size=0.025)
+      >>> found = multi_targeted(logits_fn, jax.random.key(0), images, labels, attack=attack, targets=2)
+      >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
+      [0.55 0.3 ] [2 0]
     """
+    checks.images_and_labels(images, labels)  # the attack checks the pixels
+    checks.at_least(1, targets=targets)
     keys = image_keys(key, images)
     judge = partial(mean_logits, logits_fn, fold_in(keys, JUDGEMENT), eot)
     wrong = of_wrong_classes(judge(images), labels)
@@ -104,27 +83,42 @@ def shortest_adversarial(
     max_epsilon: float,
     search_steps: int = 10,
 ) -> tuple[chex.Array, chex.Array]:
-    """Adversarial images on the decision boundary: a fixed attack's direction, and bisection along it.
+    """Adversarial images on the decision boundary: the direction of an attack, and bisection along it.
 
-    With ``delta = attack(x) - x`` and ``u = delta / ||delta||`` it looks for the smallest ``eta`` at which
+    With ``delta = attack(x) - x`` and ``u = delta / ||delta||``, it looks for the smallest ``eta`` at which
     ``x + eta * u`` is misclassified: in ``[0, ||delta||]`` where the attack succeeded, otherwise in
-    ``[||delta||, max_epsilon]``; an attack that goes further than ``max_epsilon`` only gives the direction.
+    ``[||delta||, max_epsilon]``. An attack that goes further than ``max_epsilon`` only gives the direction.
 
     Args:
       logits_fn: the model.
-      key: one key, or one an image ``[B]``.
+      key: one key, or one per image ``[B]``.
       images: ``x [B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       attack: gives the direction.
-      threat: its norm and bounds; its epsilon is the attack's.
-      max_epsilon: where the search ends.
+      threat: its norm and bounds; its epsilon is not read here.
+      max_epsilon: largest length of the search.
       search_steps: number of halvings.
 
     Returns:
       The images ``[B, H, W, C]`` and their lengths ``eta [B]``, ``max_epsilon`` where none was found.
 
+    Raises:
+      ValueError: an argument or the model's logits have a wrong shape, type or range.
+
     Source: AN-PGD of MMA training (Ding et al., ICLR 2020, algorithm 2).
+
+    Example:
+      >>> from robal_jax.attacks import pgd
+      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))
+      >>> images, labels, threat = jnp.array([[0.45], [0.2]]), jnp.array([0, 0]), ThreatModel(epsilon=0.1)
+      >>> found, lengths = shortest_adversarial(
+      ...     logits_fn, jax.random.key(0), images, labels, threat=threat, max_epsilon=0.2,
+      ...     attack=partial(pgd, threat=threat, steps=10, step_size=0.025))
+      >>> print(jnp.array_str(lengths, precision=3))
+      [0.05 0.2 ]
     """
+    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    checks.at_least(0, search_steps=search_steps)
     delta = attack(logits_fn, key, images, labels) - images
     length = threat.distance(images + delta, images)
     unit = delta / like_images(jnp.where(length > 0, length, 1.0), images)
@@ -133,7 +127,7 @@ def shortest_adversarial(
         return jnp.clip(images + like_images(eta, images) * unit, threat.lower, threat.upper)
 
     def fooled(eta: chex.Array) -> chex.Array:
-        return jnp.argmax(logits_fn(at(eta)), axis=-1) != labels
+        return jnp.argmax(checks.logits_of(len(images), logits_fn(at(eta))), axis=-1) != labels
 
     def halve(_: chex.Array, bracket: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array]:
         low, high = bracket

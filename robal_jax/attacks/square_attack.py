@@ -1,11 +1,12 @@
-"""The Square Attack: a random search that sees of a model nothing but its logits.
+"""The Square Attack: a random search that uses nothing of a model but its logits.
 
-No gradient is taken, so it also breaks what only hides gradients::
+It takes no gradient, so it also breaks a model that only hides its gradients::
 
     adversarial = square(logits_fn, key, images, labels, threat=ThreatModel(epsilon=8 / 255))
 
-Each query changes a square window of the best image so far, and is kept if the true class leads by less.
-The shapes are fixed: windows are masks, and an image that is fooled is carried along untouched until all are.
+Each query changes a square window of the best image so far; the change is kept if it reduces the lead of the
+true class. All shapes are fixed: windows are masks, and misclassified images stay in the batch, unchanged,
+until all images are misclassified.
 
 Source: Andriushchenko, Croce, Flammarion and Hein, "Square Attack" (ECCV 2020), with the constants that
 AutoAttack (Croce and Hein, ICML 2020) runs it with.
@@ -20,28 +21,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robal_jax import checks
 from robal_jax.attacks.margins import margin
 from robal_jax.attacks.threat import LogitsFn, ThreatModel
 from robal_jax.keys import fold_in, image_keys
 
-Draw = Callable[[chex.PRNGKey, chex.Array | int, int], chex.Array]
-"""``(keys [B], number, count)`` to uniforms in [0, 1) ``[B, count]``; number 0 is the start, q query q."""
-
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""Numbers of earlier queries beyond which the share of the image that a square covers is halved again."""
+"""Numbers of earlier queries after which the share of the image that a square covers is halved again."""
 
-TINY = 1e-12  # keeps a window without perturbation from 0 / 0
+TINY = 1e-12  # prevents 0 / 0 in a window without perturbation
+
+
+Draw = Callable[[chex.PRNGKey, chex.Array | int, int], chex.Array]
+"""``(keys [B], number, count)`` to uniforms in [0, 1) ``[B, count]``; number 0 is the start, then queries."""
+
+
+def uniform_draw(keys: chex.PRNGKey, number: chex.Array | int, count: int) -> chex.Array:
+    """Uniforms ``[B, count]`` of each image, which depend on its own key and the query's number only."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(fold_in(keys, number))
+
+
+def square(
+    logits_fn: LogitsFn,
+    key: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    draw: Draw = uniform_draw,
+) -> chex.Array:
+    """The Square Attack: random search for a small margin, from the logits alone.
+
+    Args:
+      logits_fn: the model; one image's logits may not depend on the others.
+      key: one key, or one per image ``[B]``.
+      images: ``[B, H, W, C]`` within the threat model's bounds.
+      labels: ``[B]``.
+      threat: allowed images.
+      queries: largest number of queries per image, after the one for its start.
+      p_init: share of the image that the first squares cover, in (0, 1].
+      draw: source of the uniforms, a hook for tests: they replay the draws of another implementation.
+
+    Returns:
+      The best images found ``[B, H, W, C]``, misclassified or not; no gradient flows back. An image that is
+      misclassified without an attack may come back correctly classified, so the caller must leave it out.
+
+    Raises:
+      ValueError: an argument or the model's logits have a wrong shape, type or range, or the images are too
+        small (see :func:`l2_moves`).
+
+    Source: Andriushchenko et al. (ECCV 2020).
+
+    Example:
+      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))  # class 1 is bright
+      >>> images, labels = jnp.array([0.45, 0.2]).reshape(2, 1, 1, 1), jnp.array([0, 0])
+      >>> found = square(logits_fn, jax.random.key(0), images, labels, threat=ThreatModel(0.1), queries=20)
+      >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
+      [0.55 0.3 ] [1 0]
+    """
+    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    keys = image_keys(key, images)
+    return square_search(
+        logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
+    ).best
 
 
 class Search(NamedTuple):
-    """Where the search stands.
+    """State of the search.
 
     Attributes:
       best: image with the smallest margin so far ``[B, H, W, C]``.
-      margin: its margin ``[B]``; the image is fooled, and done, if that is at most 0.
-      queries_used: how often the model was asked about an image that was not done, its start included
-        ``[B]``.
-      number: of the next query, where 0 is the start.
+      margin: its margin ``[B]``; at most 0 if the image is misclassified, so that its search has ended.
+      queries_used: number of queries until the search of an image ended, including its start ``[B]``.
+      number: of the next query; 0 is the start.
     """
 
     best: chex.Array
@@ -50,14 +104,91 @@ class Search(NamedTuple):
     number: chex.Array
 
 
+def square_search(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    draw: Draw = uniform_draw,
+) -> Search:
+    """The search of :func:`square`, with its whole last state.
+
+    ``x_{q+1} = x'`` if ``margin(x') < margin(x_q)``, else ``x_q``;  ``x' = propose(x_q)``
+
+    while ``margin(x_q) > 0``, where the margin is ``z_y - max_{i != y} z_i``. The squares' share of the
+    image is ``p_init``, halved after each of ``HALVINGS`` queries, whatever ``queries`` is. The loop ends
+    when all images are misclassified. It compiles once, and contains the model once.
+
+    Args:
+      logits_fn: see :func:`square`.
+      keys: one per image ``[B]``.
+      images: ``x [B, H, W, C]`` within the threat model's bounds.
+      labels: ``y [B]``.
+      threat: allowed images.
+      queries: see :func:`square`.
+      p_init: see :func:`square`.
+      draw: see :func:`square`.
+
+    Returns:
+      The last state; no gradient flows back.
+
+    Raises:
+      ValueError: see :func:`square`.
+
+    Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code.
+    The released code draws one square for a whole batch; here each image has its own.
+    """
+    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    checks.at_least(0, queries=queries)
+    if not 0 < p_init <= 1:
+        raise ValueError(f"p_init is {p_init}; it must be in (0, 1]")
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {list(images.shape)}; the Square Attack needs [B, H, W, C]")
+    images = jax.lax.stop_gradient(images)
+    moves = MOVES[threat.norm](threat, images.shape[1:], p_init)
+
+    def start(_: Search) -> chex.Array:
+        return jax.vmap(moves.start)(draw(keys, 0, moves.start_draws), images)
+
+    def propose(search: Search) -> chex.Array:
+        halvings = jnp.sum(search.number - 1 > jnp.array(HALVINGS))
+        uniforms = draw(keys, search.number, moves.draws)
+        return jax.vmap(moves.propose, (0, None, 0, 0))(uniforms, halvings, search.best, images)
+
+    def ask(search: Search) -> Search:
+        # The start is a query like all later ones, so that the model is compiled once.
+        candidates = jax.lax.cond(search.number == 0, start, propose, search)
+        logits = checks.logits_of(len(images), logits_fn(candidates))
+        found = margin(logits, labels).astype(images.dtype)
+        running = search.margin > 0
+        better = running & (found < search.margin)
+        return Search(
+            jnp.where(better[:, None, None, None], candidates, search.best),
+            jnp.where(better, found, search.margin),
+            search.queries_used + running,
+            search.number + 1,
+        )
+
+    def unfinished(search: Search) -> chex.Array:
+        return (search.number <= queries) & (search.margin > 0).any()
+
+    unknown = jnp.full(len(images), jnp.inf, images.dtype)
+    begin = Search(images, unknown, jnp.zeros(len(images), int), jnp.zeros((), int))
+    return jax.lax.stop_gradient(jax.lax.while_loop(unfinished, ask, begin))
+
+
 class Moves(NamedTuple):
-    """How one norm searches, for one image.
+    """The search in one norm, for one image.
 
     Attributes:
       start_draws: number ``S`` of uniforms for a start.
       start: uniforms ``[S]`` and image ``[H, W, C]`` to the first candidate ``[H, W, C]``.
       draws: number ``N`` of uniforms for a proposal.
-      propose: uniforms ``[N]``, how often the share was halved, best image and image ``[H, W, C]`` to the
+      propose: uniforms ``[N]``, number of halvings of the share, best image and image ``[H, W, C]`` to the
         next candidate.
     """
 
@@ -67,43 +198,16 @@ class Moves(NamedTuple):
     propose: Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Array]
 
 
-def uniform_draw(keys: chex.PRNGKey, number: chex.Array | int, count: int) -> chex.Array:
-    """Uniforms of each image from its own key and the query's number alone, ``[B, count]``."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(fold_in(keys, number))
-
-
-def _sides(shape: tuple[int, ...], p_init: float) -> list[int]:
-    """Side of a square that covers the share ``p_init / 2^k`` of the image, for each ``k``."""
-    height, width, _ = shape
-    return [round(math.sqrt(p_init / 2**k * height * width)) for k in range(len(HALVINGS) + 1)]
-
-
-def _corner(uniforms: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
-    """First row and column of a square; never the last ones possible, as in the released code."""
-    return jnp.floor((jnp.array(shape[:2]) - side) * uniforms).astype(int)
-
-
-def _window(corner: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
-    """Which pixels are in a square, ``[H, W, 1]``."""
-    rows, columns = (jnp.arange(size) - first for size, first in zip(shape[:2], corner, strict=True))
-    inside = [(offset >= 0) & (offset < side) for offset in (rows, columns)]
-    return (inside[0][:, None] & inside[1][None, :])[..., None]
-
-
-def _signs(uniforms: chex.Array, image: chex.Array) -> chex.Array:
-    return jnp.sign(2 * uniforms - 1).astype(image.dtype)
-
-
 def linf_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Moves:
-    """L-infinity: vertical stripes of ``+-epsilon``, then squares of ``+-2 epsilon``, cut to the ball.
+    """L-infinity: vertical stripes of ``+-epsilon``, then squares of ``+-2 epsilon``, clipped to the ball.
 
     Args:
-      threat: what is allowed.
+      threat: allowed images.
       shape: ``(H, W, C)`` of an image.
       p_init: share of the image that the first squares cover.
 
     Returns:
-      The moves, of ``W C`` draws for the start and ``2 + C`` (row, column, sign of each channel) for a query.
+      The moves, with ``W C`` draws per start and ``2 + C`` per query: row, column, sign of each channel.
     """
     height, width, channels = shape
     sides = np.clip(_sides(shape, p_init), 1, min(height, width))
@@ -122,67 +226,32 @@ def linf_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Mo
     return Moves(width * channels, start, 2 + channels, propose)
 
 
-def _pyramid(height: int, width: int) -> np.ndarray:
-    """Square rings, ``sum_{k >= d} 1 / (k + 1)^2`` at distance ``d`` from the middle, scaled to length 1."""
-    rows, columns = (np.abs(np.arange(size) - size // 2) for size in (height, width))
-    terms = 1.0 / np.arange(1, max(height, width) // 2 + 2) ** 2
-    rings = terms[::-1].cumsum()[::-1]
-    pyramid = rings[np.maximum(rows[:, None], columns[None, :])]
-    return pyramid / np.sqrt(np.square(pyramid).sum())
-
-
-def eta(side: int) -> np.ndarray:
-    """What the L2 attack adds to a square ``[s, s]``: a pyramid above its negative, of length 1 together."""
-    upper = side // 2  # 0 of a single pixel, which is all lower half
-    pattern = np.concatenate([_pyramid(upper, side), -_pyramid(side - upper, side)])
-    return pattern / np.sqrt(np.square(pattern).sum())
-
-
-def _placed(values: np.ndarray, shape: tuple[int, ...], first: int = 0) -> np.ndarray:
-    """Values from one row and column on, cut to the image, and 0 around them ``[H, W]``."""
-    height, width, _ = shape
-    return np.pad(values, ((first, height), (first, width)))[:height, :width]
-
-
-def _tiles(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The L2 start: a centred grid of etas and one of their transposes ``[2, H, W]``, each pixel's tile."""
-    smaller = min(shape[:2])
-    side = smaller // 5
-    first = (smaller - 5 * side) // 2
-    counts = [size // side for size in shape[:2]]
-    grids = [_placed(np.tile(pattern, counts), shape, first) for pattern in (eta(side), eta(side).T)]
-    tile = np.arange(math.prod(counts)).reshape(counts).repeat(side, 0).repeat(side, 1)
-    return np.stack(grids), _placed(tile, shape, first)
-
-
-def _length(x: chex.Array, axis: tuple[int, ...] | None = None) -> chex.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
-
-
 def l2_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Moves:
-    """L2: tiles of :func:`eta`, then one window's perturbation moved into another, which gets an eta more.
+    """L2: tiles of :func:`eta`, then the perturbation of one window moved into another, with an eta added.
 
-    With the perturbation ``d``, windows ``w`` and ``v``, and lengths of each channel in the norms marked c:
+    With the perturbation ``d``, windows ``w`` and ``v``, and ``||.||_c`` the length of each channel:
 
     ``n = +-eta + d_w / ||d_w||_c``;  ``d_v <- 0``;
     ``d_w <- n / ||n||_c * sqrt(max(epsilon^2 - ||d||^2, 0) / C + ||d_{w or v}||^2)``
 
-    and all of it is scaled to the length ``epsilon`` before it is cut to the bounds.
+    The whole perturbation is scaled to the length ``epsilon`` before it is clipped to the bounds.
 
     Args:
-      threat: what is allowed.
+      threat: allowed images.
       shape: ``(H, W, C)`` of an image.
       p_init: share of the image that the first squares cover.
 
     Returns:
-      The moves; ``5 + C`` draws a query: both corners, whether eta is transposed, sign of each channel.
+      The moves, with ``5 + C`` draws per query: two corners, whether eta is transposed, sign of each channel.
 
     Raises:
-      ValueError: an image is less than 5 pixels high or wide: there are no tiles to start from.
+      ValueError: the images are less than 5 pixels high or wide, so that there are no tiles to start from.
     """
     smaller = min(shape[:2])
     if smaller < 5:
-        raise ValueError(f"the L2 square attack needs images of at least 5 x 5 pixels, not {shape[:2]}")
+        raise ValueError(
+            f"images have {shape[0]} x {shape[1]} pixels; the Square Attack in L2 needs at least 5 x 5"
+        )
     # Odd, at least 3, and within the image.
     sides = np.clip([side + (side + 1) % 2 for side in _sides(shape, p_init)], 3, (smaller - 1) | 1)
     patterns = np.stack([[_placed(p, shape) for p in (eta(side), eta(side).T)] for side in sides])
@@ -206,7 +275,7 @@ def l2_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Move
         corner, emptied_corner = (_corner(u, side, shape) for u in (uniforms[:2], uniforms[2:4]))
         window, emptied = (_window(c, side, shape) for c in (corner, emptied_corner))
         pattern = jnp.asarray(patterns, image.dtype)[halvings, (uniforms[4] > 0.5).astype(int)]
-        # Beyond its side a pattern is 0, and so is what comes round the edge.
+        # A pattern is 0 outside its square, so the roll brings only zeros round the edge.
         pattern = jnp.roll(pattern, corner, (0, 1))[..., None] * _signs(uniforms[5:], image)[None, None]
 
         old = jnp.where(window, delta, 0)
@@ -222,111 +291,60 @@ def l2_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Move
 MOVES = {"linf": linf_moves, "l2": l2_moves}
 
 
-def square_search(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    *,
-    threat: ThreatModel,
-    queries: int = 5000,
-    p_init: float = 0.8,
-    draw: Draw = uniform_draw,
-) -> Search:
-    """The search of :func:`square` with all that it knows at its end.
-
-    ``x_{q+1} = x'`` if ``margin(x') < margin(x_q)``, else ``x_q``;  ``x' = propose(x_q)``
-
-    while ``margin(x_q) > 0``, where the margin is ``z_y - max_{i != y} z_i``. The squares' share of the
-    image is ``p_init``, halved after each of ``HALVINGS`` queries whatever ``queries`` is. The loop ends when
-    all images are fooled. It compiles once, with one copy of the model in it.
-
-    Args:
-      logits_fn: the model; per image.
-      keys: ``[B]``, one key an image.
-      images: ``x [B, H, W, C]`` within the threat model's bounds.
-      labels: ``y [B]``.
-      threat: what is allowed.
-      queries: at most so many for an image, after the one for its start.
-      p_init: share of the image that the first squares cover, in (0, 1].
-      draw: where the uniforms come from.
-
-    Returns:
-      Where the search ends; no gradient flows back.
-
-    Raises:
-      ValueError: ``p_init`` is not in (0, 1], or the images are too small (see :func:`l2_moves`).
-
-    Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code,
-    which draws one square for a whole batch, where here each image has its own.
-    """
-    if not 0 < p_init <= 1:
-        raise ValueError(f"p_init must be in (0, 1], not {p_init}")
-    images = jax.lax.stop_gradient(images)
-    moves = MOVES[threat.norm](threat, images.shape[1:], p_init)
-
-    def start(_: Search) -> chex.Array:
-        return jax.vmap(moves.start)(draw(keys, 0, moves.start_draws), images)
-
-    def propose(search: Search) -> chex.Array:
-        halvings = jnp.sum(search.number - 1 > jnp.array(HALVINGS))
-        uniforms = draw(keys, search.number, moves.draws)
-        return jax.vmap(moves.propose, (0, None, 0, 0))(uniforms, halvings, search.best, images)
-
-    def ask(search: Search) -> Search:
-        # The start is a query like the others, so that the model is compiled once.
-        candidates = jax.lax.cond(search.number == 0, start, propose, search)
-        found = margin(logits_fn(candidates), labels).astype(images.dtype)
-        running = search.margin > 0
-        better = running & (found < search.margin)
-        return Search(
-            jnp.where(better[:, None, None, None], candidates, search.best),
-            jnp.where(better, found, search.margin),
-            search.queries_used + running,
-            search.number + 1,
-        )
-
-    def goes_on(search: Search) -> chex.Array:
-        return (search.number <= queries) & (search.margin > 0).any()
-
-    unknown = jnp.full(len(images), jnp.inf, images.dtype)
-    begin = Search(images, unknown, jnp.zeros(len(images), int), jnp.zeros((), int))
-    return jax.lax.stop_gradient(jax.lax.while_loop(goes_on, ask, begin))
+def _sides(shape: tuple[int, ...], p_init: float) -> list[int]:
+    """Side of a square that covers the share ``p_init / 2^k`` of the image, for each ``k``."""
+    height, width, _ = shape
+    return [round(math.sqrt(p_init / 2**k * height * width)) for k in range(len(HALVINGS) + 1)]
 
 
-def square(
-    logits_fn: LogitsFn,
-    key: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    *,
-    threat: ThreatModel,
-    queries: int = 5000,
-    p_init: float = 0.8,
-    draw: Draw = uniform_draw,
-) -> chex.Array:
-    """The Square Attack: random search for a small margin, by the images' logits alone.
+def _corner(uniforms: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """First row and column of a square; the last possible ones never occur, as in the released code."""
+    return jnp.floor((jnp.array(shape[:2]) - side) * uniforms).astype(int)
 
-    Args:
-      logits_fn: the model; per image.
-      key: one key, or one an image ``[B]``.
-      images: ``[B, H, W, C]`` within the threat model's bounds.
-      labels: ``[B]``.
-      threat: what is allowed.
-      queries: at most so many for an image, after the one for its start.
-      p_init: share of the image that the first squares cover, in (0, 1].
-      draw: where the uniforms come from.
 
-    Returns:
-      The best images found ``[B, H, W, C]``, fooled or not; no gradient flows back. What is misclassified
-      without an attack may come back classified right: it is for the caller to leave that out.
+def _window(corner: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+    """Whether each pixel is in a square, bool ``[H, W, 1]``."""
+    rows, columns = (jnp.arange(size) - first for size, first in zip(shape[:2], corner, strict=True))
+    inside = [(offset >= 0) & (offset < side) for offset in (rows, columns)]
+    return (inside[0][:, None] & inside[1][None, :])[..., None]
 
-    Raises:
-      ValueError: see :func:`square_search`.
 
-    Source: Andriushchenko et al. (ECCV 2020).
-    """
-    keys = image_keys(key, images)
-    return square_search(
-        logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
-    ).best
+def _signs(uniforms: chex.Array, image: chex.Array) -> chex.Array:
+    return jnp.sign(2 * uniforms - 1).astype(image.dtype)
+
+
+def _pyramid(height: int, width: int) -> np.ndarray:
+    """Square rings, ``sum_{k >= d} 1 / (k + 1)^2`` at distance ``d`` from the centre, scaled to length 1."""
+    rows, columns = (np.abs(np.arange(size) - size // 2) for size in (height, width))
+    terms = 1.0 / np.arange(1, max(height, width) // 2 + 2) ** 2
+    rings = terms[::-1].cumsum()[::-1]
+    pyramid = rings[np.maximum(rows[:, None], columns[None, :])]
+    return pyramid / np.sqrt(np.square(pyramid).sum())
+
+
+def eta(side: int) -> np.ndarray:
+    """The pattern ``[s, s]`` that L2 adds to a square: a pyramid above a negative one, length 1 in all."""
+    upper = side // 2  # 0 for a single pixel, which belongs to the lower half
+    pattern = np.concatenate([_pyramid(upper, side), -_pyramid(side - upper, side)])
+    return pattern / np.sqrt(np.square(pattern).sum())
+
+
+def _placed(values: np.ndarray, shape: tuple[int, ...], first: int = 0) -> np.ndarray:
+    """Values placed from row and column ``first`` on, cut to the image, and 0 around them, ``[H, W]``."""
+    height, width, _ = shape
+    return np.pad(values, ((first, height), (first, width)))[:height, :width]
+
+
+def _tiles(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Centred grids of etas and of their transposes ``[2, H, W]``, and the number of each pixel's tile."""
+    smaller = min(shape[:2])
+    side = smaller // 5
+    first = (smaller - 5 * side) // 2
+    counts = [size // side for size in shape[:2]]
+    grids = [_placed(np.tile(pattern, counts), shape, first) for pattern in (eta(side), eta(side).T)]
+    tile = np.arange(math.prod(counts)).reshape(counts).repeat(side, 0).repeat(side, 1)
+    return np.stack(grids), _placed(tile, shape, first)
+
+
+def _length(x: chex.Array, axis: tuple[int, ...] | None = None) -> chex.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))

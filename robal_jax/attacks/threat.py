@@ -1,6 +1,11 @@
-"""TODO attacks.threat."""
+"""The threat model: the images that an adversary may show, and the points where attacks start.
+
+Everything that depends on the norm is here: the ball, the direction of steepest ascent, the distance and the
+random starts. The attacks call these functions and know of no norm themselves.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import chex
@@ -10,27 +15,33 @@ import jax.numpy as jnp
 from robal_jax.keys import image_keys
 
 LogitsFn = Callable[[chex.Array], chex.Array]
-"""Images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``."""
+"""Images ``[B, H, W, C]`` within the threat model's bounds to logits ``[B, K]``."""
 
 RandomLogitsFn = Callable[[chex.Array, chex.PRNGKey], chex.Array]
-"""The same of a random model, with one key an image ``[B]``."""
+"""A random model: images ``[B, H, W, C]`` and one key per image ``[B]`` to logits ``[B, K]``."""
 
 Attack = Callable[..., chex.Array]
 """``(logits_fn, key, images [B, H, W, C], labels [B])`` to adversarial images ``[B, H, W, C]``.
 
-``key`` is one key or one an image ``[B]``. Attacks that ascend a loss take it by keyword, ``loss``.
+``key`` is one key, or one per image ``[B]``. Attacks that ascend a loss take it by keyword, ``loss``.
 """
+
+NORMS = {"linf": "L-infinity", "l2": "L2"}
+"""Norms by their names, with the names that a reader sees."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ThreatModel:
-    """The images that an adversary may show instead of ``x``: ``||x' - x|| <= epsilon``, in bounds.
+    """The images that an adversary may show in place of ``x``: ``||x' - x|| <= epsilon``, within bounds.
 
     Attributes:
       epsilon: radius, > 0, in units of the image.
       norm: a key of ``NORMS``.
       lower: smallest pixel value.
       upper: largest pixel value.
+
+    Raises:
+      ValueError: one of these is out of its range.
     """
 
     epsilon: float
@@ -39,26 +50,45 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be > 0, not {self.epsilon}")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be finite and > 0")
         if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
+            raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
+        if not -math.inf < self.lower < self.upper < math.inf:
+            raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
 
     def project(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
-        """Allowed images near the candidates: in the ball around ``images`` and in the bounds."""
+        """Moves candidates into the ball around ``images`` and into the bounds.
+
+        Example:
+          >>> images, candidates = jnp.array([[0.5, 0.5]]), jnp.array([[0.8, 2.0]])
+          >>> print(ThreatModel(0.25).project(candidates, images))
+          [[0.75 0.75]]
+          >>> found = ThreatModel(0.25, "l2").project(jnp.array([[0.8, 0.9]]), images)
+          >>> print(jnp.array_str(found, precision=2))
+          [[0.65 0.7 ]]
+        """
         if self.norm == "l2":
             delta = candidates - images
             size = _l2(delta)
             candidates = images + delta * jnp.minimum(1.0, self.epsilon / jnp.where(size > 0, size, 1.0))
         else:
             candidates = jnp.clip(candidates, images - self.epsilon, images + self.epsilon)
-        # The images lie within the bounds, so what is clipped to them comes nearer and stays in the ball.
+        # The images lie within the bounds, so clipping to the bounds brings a candidate nearer to its image.
         return jnp.clip(candidates, self.lower, self.upper)
 
     def ascent_direction(self, gradient: chex.Array) -> chex.Array:
-        """Direction of steepest ascent in this norm, of length 1: the sign, or the unit vector; 0 for 0."""
+        """Direction of steepest ascent, of length 1 in this norm: the sign, or the unit vector; 0 for 0.
+
+        Example:
+          >>> gradient = jnp.array([[3.0, -4.0]])
+          >>> print(ThreatModel(0.1).ascent_direction(gradient))
+          [[ 1. -1.]]
+          >>> print(jnp.array_str(ThreatModel(0.1, "l2").ascent_direction(gradient), precision=2))
+          [[ 0.6 -0.8]]
+        """
         if self.norm == "l2":
-            # Scaled first: the squares of a saturated softmax's gradient would all be 0.
+            # Scaled first, because the squares of a saturated softmax's gradient would all be 0.
             largest = jnp.abs(gradient).max(per_image(gradient), keepdims=True)
             gradient = gradient / jnp.where(largest > 0, largest, 1.0)
             size = _l2(gradient)
@@ -66,16 +96,26 @@ class ThreatModel:
         return jnp.sign(gradient)
 
     def distance(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
-        """``||x' - x||`` of each image, ``[B]``."""
+        """Distance ``||x' - x||`` of each candidate from its image, ``[B]``.
+
+        Example:
+          >>> images, candidates = jnp.zeros((2, 2)), jnp.array([[3.0, -4.0], [0.0, 0.5]])
+          >>> print(ThreatModel(0.1).distance(candidates, images))
+          [4.  0.5]
+          >>> print(ThreatModel(0.1, "l2").distance(candidates, images))
+          [5.  0.5]
+        """
         delta = candidates - images
         return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
 
 
-NORMS = {"linf": "L-infinity", "l2": "L2"}
-
-
 def like_images(values: chex.Array, images: chex.Array) -> chex.Array:
-    """``[B]`` with axes of size 1 behind, to go with ``[B, H, W, C]``."""
+    """Values ``[B]`` with trailing axes of size 1, to broadcast against images ``[B, H, W, C]``.
+
+    Example:
+      >>> like_images(jnp.array([1.0, 2.0]), jnp.zeros((2, 8, 8, 3))).shape
+      (2, 1, 1, 1)
+    """
     return values.reshape(-1, *(1 for _ in per_image(images)))
 
 
@@ -90,17 +130,54 @@ def _l2(images: chex.Array) -> chex.Array:
 
 
 Start = Callable[[chex.PRNGKey, chex.Array, ThreatModel], chex.Array]
-"""One key and one image ``[H, W, C]`` to where its attack starts; not clamped, as in the released code."""
+"""One key and one image ``[H, W, C]`` to the point where its attack starts.
+
+It may lie outside the pixel bounds, as in the released code.
+"""
+
+
+def starting_points(start: Start, key: chex.PRNGKey, images: chex.Array, threat: ThreatModel) -> chex.Array:
+    """Starts of all images ``[B, ...]``, each from its own key.
+
+    Args:
+      start: of one image.
+      key: one key, or one per image ``[B]``.
+      images: ``[B, ...]``.
+      threat: allowed images.
+
+    Returns:
+      ``[B, ...]``.
+
+    Example:
+      >>> images, threat = jnp.full((2, 8, 8, 1), 0.5), ThreatModel(0.1)
+      >>> start = starting_points(uniform_start, jax.random.key(0), images, threat)
+      >>> print(jnp.array_str(threat.distance(start, images), precision=2))
+      [0.1 0.1]
+      >>> bool((start[0] == start[1]).any())
+      False
+    """
+    return jax.vmap(lambda key, image: start(key, image, threat))(image_keys(key, images), images)
 
 
 def clean_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
-    """``x``: the image itself."""
+    """The image itself, ``x``.
+
+    Example:
+      >>> print(clean_start(jax.random.key(0), jnp.array([0.5, 0.7]), ThreatModel(0.1)))
+      [0.5 0.7]
+    """
     del key, threat
     return image
 
 
 def uniform_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
-    """Uniform in the ball, ``x + U(-epsilon, epsilon)`` in L-infinity: what evaluation uses."""
+    """Uniform in the ball, ``x + U(-epsilon, epsilon)`` in L-infinity: the start of the evaluations.
+
+    Example:
+      >>> noise = uniform_start(jax.random.key(0), jnp.zeros((100, 100)), ThreatModel(0.1))
+      >>> print(f"{noise.min():.2f} to {noise.max():.2f}")
+      -0.10 to 0.10
+    """
     if threat.norm == "l2":
         key, radius_key = jax.random.split(key)
         noise = jax.random.normal(key, image.shape, image.dtype)
@@ -110,12 +187,24 @@ def uniform_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> 
 
 
 def one_sided_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
-    """``x + epsilon * U[0, 1)``: never below the image; what RoBal's released training does (L-infinity)."""
+    """``x + epsilon * U[0, 1)``, never below the image: the start of RoBal's released training (L-infinity).
+
+    Example:
+      >>> noise = one_sided_start(jax.random.key(0), jnp.zeros((100, 100)), ThreatModel(0.1))
+      >>> print(f"{noise.min():.2f} to {noise.max():.2f}")
+      0.00 to 0.10
+    """
     return image + threat.epsilon * jax.random.uniform(key, image.shape, image.dtype)
 
 
 def gaussian_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
-    """``x + 0.001 * N(0, 1)``: the start of TRADES (Zhang et al., ICML 2019)."""
+    """``x + 0.001 * N(0, 1)``: the start of TRADES (Zhang et al., ICML 2019).
+
+    Example:
+      >>> noise = gaussian_start(jax.random.key(0), jnp.zeros((100, 100)), ThreatModel(0.1))
+      >>> print(f"{noise.std():.3f}")
+      0.001
+    """
     del threat
     return image + 0.001 * jax.random.normal(key, image.shape, image.dtype)
 
@@ -126,8 +215,4 @@ STARTS: dict[str, Start] = {
     "one_sided": one_sided_start,
     "gaussian": gaussian_start,
 }
-
-
-def starting_points(start: Start, key: chex.PRNGKey, images: chex.Array, threat: ThreatModel) -> chex.Array:
-    """The start of every image ``[B, ...]``, from its own key; ``key`` is one or ``[B]``."""
-    return jax.vmap(lambda key, image: start(key, image, threat))(image_keys(key, images), images)
+"""Starts by the names that configs use."""

@@ -1,4 +1,33 @@
-"""TODO builder."""
+"""From a config to plain functions and values: the only folder that reads config fields.
+
+- ``training_job``, ``evaluation_job``: all that a training or an evaluation needs, built and checked
+- ``parts``: data set, model, objective with its attack and losses, optimizer, augmentation
+- ``instantiate``: the function that a section names, with its arguments bound
+- ``ranges``: which fields a config must have, and which values are allowed
+
+A section with a ``name`` selects a function: one of the library's tables (``LOSSES``, ``HEADS``, ...), or
+one of the user's own if the name has the form ``module:function``. The other keys of the section are keyword
+arguments of the function. If it has parameters with the following names, it also receives values that are not
+in its section::
+
+    kind        section                          names
+    data set    config.data                      none
+    model       config.model                     convolution, axis_name
+    head        config.head, .evaluation.head    num_classes, class_counts, axis_name
+    loss        config.loss                      class_counts, axis_name, threat, epoch
+    loss        config.attack.loss               class_counts, axis_name, threat
+    objective   config.objective                 class_counts, axis_name, threat, loss, attack
+    schedule    config.schedule                  epochs (every schedule needs it)
+    optimizer   config.optimizer                 schedule
+
+- ``class_counts``: training images per class, integers ``[K]``; ``num_classes``: ``K``
+- ``axis_name``: the mapped axis over which a batch is spread, or None
+- ``convolution``: the implementation of convolutions for the platform, see ``models.convolutions``
+- ``threat``: the ``ThreatModel`` of the training attack
+- ``loss``, ``attack``: the functions of ``config.loss`` and ``config.attack``, bound
+- ``epoch``: the current epoch, counted from 1, an integer array
+- ``epochs``: epochs of the whole run; ``schedule``: ``step -> learning rate``
+"""
 
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of
 from robal_jax.builder.instantiate import call

@@ -21,12 +21,17 @@ from robal_jax.storage.config_file import to_json
 
 
 def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
-    """Returns a run's config with another's inference: its name, head, logit scale and prior adjustment.
+    """Returns the config of a run with the inference of another: method, head, logit scale, prior adjustment.
 
-    The protocol of the evaluation (epsilon, steps, seed) stays the run's.
+    The protocol of the evaluation (epsilon, steps, seed) stays that of the run.
+
+    Raises:
+      InputError: a field of one of the configs cannot be used.
     """
+    validate(config)
+    validate(other)
     combined = config.copy_and_resolve_references()
-    with combined.unlocked():
+    with combined.unlocked(), combined.ignore_type():  # so that 1.0 may replace 1
         combined.method = other.method
         for field in ("head", "logit_scale", "tau_p"):
             combined.evaluation[field] = other.evaluation[field]
@@ -35,17 +40,17 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Everything that an evaluation needs but the weights.
+    """Everything that an evaluation needs except the weights.
 
     Attributes:
       test: the images, and the class counts of the training set.
       variables: shapes of ``params`` and ``stats``, the parts of a checkpoint that the model needs.
       predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
-      features: ``(params, stats, images) -> [B, D]``, the input of the head; None where it is not known.
+      features: ``(params, stats, images) -> [B, D]``, the input of the head; None if it is not known.
       threat: what the attacks may do.
       step_size: of the iterated attacks.
-      version: of the ensemble of attacks, a key of ``autoattack.VERSIONS`` or a list.
-      ensemble: its stages; none for the version 'none'.
+      version: of the ensemble of attacks: a key of ``autoattack.VERSIONS``, a list, or 'none'.
+      ensemble: its stages; empty for 'none'.
       audit_examples: test images in the audit's sample; 0 for no audit.
       surrogate: folder of another run on the same data; '' for none.
       batch_size: images per device in each call, see :func:`at_once`.
@@ -79,16 +84,15 @@ def evaluation(config: ConfigDict) -> Evaluation:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    settings, test = config.evaluation, dataset(config).test_set
+    settings, test, platform = config.evaluation, dataset(config).test_set, jax.default_backend()
     counts = test.class_counts
     groups = metrics.class_groups(counts, settings.head_classes, settings.tail_classes)
     head = settings.head if settings.head.name else config.head
-    network = model(config, counts, head=head, precision=settings.precision)
+    network = model(config, counts, platform=platform, precision=settings.precision, head=head)
     variables = _variables(network, test)
     if settings.head.name:
-        _check_same_variables(
-            config, head, _variables(model(config, counts, precision="highest"), test), variables
-        )
+        trained = model(config, counts, platform=platform, precision=settings.precision)
+        _check_same_variables(config, head, _variables(trained, test), variables)
 
     def predict(params: Any, stats: Any, images: Any) -> Any:
         logits = settings.logit_scale * network.predict(params, stats, images)
@@ -97,7 +101,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
     threat, version = ThreatModel(settings.epsilon, config.threat.norm), settings.autoattack
     pixels = math.prod(test.images.shape[1:3])
     ensemble = () if version == "none" else autoattack.stages(version, len(counts), threat=threat)
-    batch_size = at_once(settings.batch_size, pixels, jax.default_backend())
+    batch_size = at_once(settings.batch_size, pixels, platform)
     return Evaluation(
         test=test,
         variables=variables,
@@ -121,15 +125,16 @@ def _about(
     config: ConfigDict, test: TestSet, head: ConfigDict, ensemble: tuple[autoattack.Stage, ...]
 ) -> dict[str, Any]:
     """Describes method, data and attack for the report."""
-    settings, counts, ratio = config.evaluation, test.class_counts, config.data.get("ratio", 1.0)
+    settings, counts = config.evaluation, test.class_counts
+    ratio, profile = config.data.get("ratio", 1.0), config.data.get("profile")
     options = [f"{key} {value}" for key, value in sorted(head.items()) if key != "name"]
     start = "x + U(-epsilon, epsilon)" if config.threat.norm == "linf" else "uniform in the ball"
     return {
         "method": config.method,
         "seed": config.seed,
         "dataset": config.data.name,
-        "imbalance": f"{config.data.profile}, ratio {ratio:g} (IR {1 / ratio:g})"
-        if ratio < 1
+        "imbalance": f"{profile}, ratio {ratio:g} (IR {1 / ratio:g})"
+        if ratio < 1 and profile
         else f"{counts.max()} to {counts.min()} images per class",
         "class_names": list(test.class_names),
         "head": ", ".join([head.name, *options]),
@@ -156,7 +161,7 @@ def _variables(network: models.Model, test: TestSet) -> dict[str, Any]:
 def _check_same_variables(
     config: ConfigDict, head: ConfigDict, trained: dict[str, Any], evaluated: dict[str, Any]
 ) -> None:
-    """Refuses a head for the evaluation that needs other variables than the trained network has."""
+    """Raises if the evaluation's head needs variables that the trained network lacks."""
     have, want = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape

@@ -1,4 +1,4 @@
-"""TODO builder.instantiate."""
+"""From a section of a config to the function that it names, with its arguments bound."""
 
 import functools
 import importlib
@@ -8,31 +8,37 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from robal_jax.errors import InputError
+from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule
+from robal_jax.errors import InputError, one_line
 
-# What a function may ask for that is known only when a step is made.
+# Parameters that receive their values at every step.
 LATE = ("epoch",)
+
+ANYTHING: Rule = ("anything", lambda value: True)
+
+OF_TYPE: dict[Any, Rule] = {str: TEXT, bool: BOOLEAN, int: INTEGER, float: NUMBER}
+"""Values of a parameter, by its annotation."""
 
 
 def call(
     kind: str, table: Mapping[str, Callable[..., Any]], section: ConfigDict, **given: Any
 ) -> functools.partial:
-    """The function that a section names, with the section's other keys and what it wants of ``given`` bound.
+    """Binds the arguments of the function that a section names.
 
     Args:
-      kind: what the section is, for messages.
+      kind: of function, for messages.
       table: the library's functions by name.
-      section: ``name`` and keyword arguments; one that is a section itself is built the same way.
-      **given: values that come from elsewhere (class counts, say); only those that the function has a
-        parameter for are bound.
+      section: ``name`` and keyword arguments; an argument that is a section itself is built the same way.
+      **given: values that the config does not hold, such as class counts; each is bound if the function has a
+        parameter of that name.
 
     Returns:
       A ``functools.partial``.
 
     Raises:
-      InputError: no such name, or keyword arguments that the function does not take.
+      InputError: the name is unknown, a keyword is unknown or missing, or its value has the wrong type.
     """
-    name = section.name
+    name = str(section.get("name", ""))
     options = {
         key: call(kind, table, value, **given) if isinstance(value, ConfigDict) else value
         for key, value in section.items()
@@ -44,15 +50,17 @@ def call(
         function = table[name]
     else:
         raise InputError(
-            f"unknown {kind} {name!r}; known: {', '.join(table)}, or your own as 'module:function'"
+            f"unknown {kind} {name!r}; use one of {', '.join(table)}, or your own as 'module:function'"
         )
     parameters = inspect.signature(function).parameters
     unknown = sorted(set(options) - set(parameters))
     if unknown:
-        takes = [
-            key for key in parameters if key not in ("parent", "name")
-        ]  # flax adds these to a module's own
-        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; it takes: {', '.join(takes)}")
+        known = [key for key in parameters if key not in ("parent", "name")]  # which flax adds to a module's
+        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; use one of {', '.join(known)}")
+    for key, value in options.items():
+        must, holds = OF_TYPE.get(parameters[key].annotation, ANYTHING)
+        if not holds(value):
+            raise InputError(f"{key} of {kind} {name!r} is {value!r}; it must be {must}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
     needed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     missing = [key for key in needed if key not in bound and key not in LATE]
@@ -65,8 +73,11 @@ def _import(kind: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot import the {kind} {name!r}: {error}") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"cannot import the {kind} {name!r} ({one_line(error)}); correct the name, or add its folder to "
+            "PYTHONPATH"
+        ) from error
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -1,10 +1,9 @@
-"""TODO builder.parts."""
+"""The parts of a training or an evaluation, each from its section of the config."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -19,7 +18,7 @@ from robal_jax.models import convolutions
 
 
 def dataset(config: ConfigDict) -> Dataset:
-    """The long-tailed training set and the balanced test set, on the host."""
+    """Loads the long-tailed training set and the balanced test set, on the host."""
     return call("data set", sources.SOURCES, config.data)()
 
 
@@ -27,16 +26,24 @@ def model(
     config: ConfigDict,
     class_counts: np.ndarray,
     *,
-    head: ConfigDict | None = None,
+    platform: str,
     precision: str,
+    head: ConfigDict | None = None,
     axis_name: str | None = None,
     sync_batch_norm: bool = True,
 ) -> models.Model:
-    """The network of ``config.model`` with ``head``, by default ``config.head``, as functions.
+    """Builds the network of ``config.model`` and a head as functions.
 
-    ``axis_name`` is a mapped axis over which batches are spread; batch norm may keep to each device's part.
+    Args:
+      config: the whole config.
+      class_counts: training images per class, integers ``[K]``.
+      platform: of the devices: 'cpu', 'gpu' or 'tpu'; decides how convolutions are computed.
+      precision: a key of ``models.PRECISIONS``.
+      head: section of the head; ``config.head`` if None.
+      axis_name: mapped axis over which batches are spread, if any.
+      sync_batch_norm: whether batch norm takes its statistics over ``axis_name``, or from each device's part.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform == "cpu"
     backbone = call(
         "model",
         models.BACKBONES,
@@ -55,14 +62,14 @@ def model(
     try:
         network = models.Network(backbone(), classifier())
     except ValueError as error:
-        raise InputError(f"config.model or its head: {error}") from error
+        raise InputError(f"config.model and the head do not fit: {error}") from error
     return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
 
 
 def objective(
     config: ConfigDict, class_counts: np.ndarray, axis_name: str | None = None
 ) -> objectives.Objective:
-    """What a step minimises, with its attack and loss bound."""
+    """Builds the function that a step minimises, with its attack and loss bound."""
     threat = ThreatModel(config.threat.epsilon, config.threat.norm)
     given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
     loss = call("loss", losses.LOSSES, config.loss, **given)
@@ -87,11 +94,7 @@ def objective(
 def _check_parts(
     config: ConfigDict, loss: functools.partial, inner_loss: functools.partial, function: functools.partial
 ) -> None:
-    """Refuses losses, attack and objective that do not go together.
-
-    Raises:
-      InputError: says which.
-    """
+    """Raises an ``InputError`` if the losses, the attack and the objective do not fit together."""
     if not takes(function, "loss") and config.loss.name != "cross_entropy":
         raise InputError(
             f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
@@ -104,29 +107,29 @@ def _check_parts(
             "set config.loss.reweight=False"
         )
     if takes(inner_loss, "epoch"):
-        raise InputError("config.attack.loss cannot depend on the epoch; the loss outside of the attack can")
+        raise InputError("config.attack.loss depends on the epoch; use such a loss as config.loss only")
     if config.threat.norm == "l2" and config.attack.start == "one_sided":
         raise InputError(
-            "config.attack.start 'one_sided' is for norm linf; in l2 take 'uniform' or 'gaussian'"
+            "config.attack.start 'one_sided' is for norm linf; for l2 use 'uniform' or 'gaussian'"
         )
 
 
 def optimizer(
     config: ConfigDict, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser of ``config.optimizer``, and the learning rate of each step by ``config.schedule``."""
+    """Builds the optimiser, and its schedule: from a step to a learning rate."""
     rates = call("schedule", optimizers.SCHEDULES, config.schedule)(epochs=config.train.epochs)
     schedule = optimizers.per_step(rates, steps_per_epoch)
     return call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)(), schedule
 
 
 def augmentation(name: str, data: Dataset) -> Callable[..., Any]:
-    """One of ``AUGMENTATIONS``, from the size of the stored training images to that of the test images."""
+    """Returns one of ``AUGMENTATIONS``, from the size of stored training images to that of test images."""
     stored, (_, height, width, _) = data.train_images.shape[1:3], data.test_images.shape
     if stored != (height, width) and name != "resized_crop_flip":
         raise InputError(
             f"config.train.augmentation {name!r} leaves the training images at {stored}, but the test images "
-            f"are {(height, width)}; take 'resized_crop_flip', or set config.data.resize to "
+            f"are {(height, width)}; use 'resized_crop_flip', or set config.data.resize to "
             "config.data.image_size"
         )
     augmentation = AUGMENTATIONS[name]

@@ -1,6 +1,7 @@
-"""TODO builder.ranges."""
+"""The fields that every config must have, their types, and the values that fields may have."""
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,15 +14,33 @@ from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import flatten
 
-POSITIVE = "> 0", lambda value: value > 0
+Rule = tuple[str, Callable[[Any], bool]]
+"""How a value must be, in words and as a function; a ``TypeError`` counts as False."""
 
-NOT_NEGATIVE = ">= 0", lambda value: value >= 0
+POSITIVE: Rule = ("> 0", lambda value: value > 0)
 
-SEED = "in 0..2^32-1", lambda value: 0 <= value < 2**32
+NOT_NEGATIVE: Rule = (">= 0", lambda value: value >= 0)
+
+SEED: Rule = ("in 0..2^32-1", lambda value: 0 <= value < 2**32)
+
+TEXT: Rule = ("a text", lambda value: isinstance(value, str))
+
+BOOLEAN: Rule = ("True or False", lambda value: isinstance(value, bool))
+
+NUMBER: Rule = ("a number", lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+INTEGER: Rule = (
+    "an integer",
+    lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),
+)
 
 
-def _one_of(names: Iterable[str]) -> tuple[str, Callable[[Any], bool]]:
+def _one_of(names: Iterable[str]) -> Rule:
     return f"one of {', '.join(names)}", lambda value: value in names
+
+
+def _are_epochs(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(epoch, int) for epoch in value)
 
 
 _POSITIVE_FIELDS = (
@@ -37,11 +56,11 @@ _NOT_NEGATIVE_FIELDS = (
     "optimizer.clip_norm", "optimizer.momentum", "optimizer.weight_decay",
 )  # fmt: skip
 
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RANGES: dict[str, Rule] = {
     **dict.fromkeys(("seed", "data.seed", "evaluation.seed"), SEED),
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
-    "schedule.milestones": ("epochs", lambda value: all(isinstance(epoch, int) for epoch in value)),
+    "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
     "attack.start": _one_of(STARTS),
     "head.bias": _one_of(classifiers.BIASES),
@@ -53,21 +72,34 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "train.precision": _one_of(models.PRECISIONS),
     "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),
 }
-"""What fields must be, where a config has them."""
+"""Values of fields, if a config has them."""
 
-
-REQUIRED = (
-    "method", "seed", "data.name", "model.name", "head.name", "loss.name", "objective.name",
-    "threat.epsilon", "threat.norm", "attack.loss.name", "attack.steps", "attack.step_size", "attack.start",
-    "optimizer.name", "schedule.name", "train.epochs", "train.max_steps", "train.batch_size",
-    "train.accumulation_steps", "train.sync_batch_norm", "train.sampler", "train.start_from",
-    "train.augmentation", "train.reading_threads", "train.steps_per_dispatch", "train.checkpoint_epochs",
-    "train.keep_checkpoints", "train.layout", "train.precision", "evaluation.batch_size", "evaluation.seed",
-    "evaluation.epsilon", "evaluation.step_size", "evaluation.logit_scale", "evaluation.tau_p",
-    "evaluation.head.name", "evaluation.head_classes", "evaluation.tail_classes", "evaluation.autoattack",
-    "evaluation.audit.examples", "evaluation.audit.surrogate", "evaluation.precision",
+_TEXTS = (
+    "method", "data.name", "model.name", "head.name", "loss.name", "objective.name", "threat.norm",
+    "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
+    "train.start_from", "train.augmentation", "train.layout", "train.precision", "evaluation.head.name",
+    "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
 )  # fmt: skip
-"""Fields that every config has."""
+
+_INTEGERS = (
+    "seed", "attack.steps", "train.epochs", "train.max_steps", "train.batch_size",
+    "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
+    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size", "evaluation.seed",
+    "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
+)  # fmt: skip
+
+_NUMBERS = (
+    "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
+    "evaluation.logit_scale", "evaluation.tau_p",
+)  # fmt: skip
+
+REQUIRED: dict[str, Rule] = {
+    **dict.fromkeys(_TEXTS, TEXT),
+    **dict.fromkeys(_INTEGERS, INTEGER),
+    **dict.fromkeys(_NUMBERS, NUMBER),
+    "train.sync_batch_norm": BOOLEAN,
+}
+"""Types of the fields that every config has."""
 
 
 def validate(config: ConfigDict) -> None:
@@ -80,9 +112,16 @@ def validate(config: ConfigDict) -> None:
     for field in REQUIRED:
         if field not in fields:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
-    for field, (must, holds) in RANGES.items():
-        if field in fields and not holds(fields[field]):
+    for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:
+        if field in fields and not _holds(holds, fields[field]):
             raise InputError(f"config.{field} is {fields[field]!r}; it must be {must}")
     for field, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"config.{field} is {value!r}; it must be finite")
+
+
+def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return holds(value)
+    except TypeError:
+        return False

@@ -1,15 +1,11 @@
-"""From a config to plain functions and values: the only module that reads config fields.
-
-A section with a ``name`` stands for a function of one of the library's tables (``LOSSES``, ``HEADS``, ...),
-or of the user's own where the name has the form ``module:function``; the section's other keys are its
-keyword arguments. Everything is checked here, before any long work starts.
-"""
+"""From a config to a :class:`Training`: everything is built and checked here, before any long work starts."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -23,7 +19,7 @@ from robal_jax.errors import InputError
 
 
 class Settings(NamedTuple):
-    """Fields of ``config.train`` that the training loop reads as they are; configs/base.py explains them."""
+    """Fields of ``config.train`` for the training loop; configs/base.py explains them."""
 
     start_from: str
     batch_size: int
@@ -37,19 +33,19 @@ class Settings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """All that the training loop needs.
+    """Everything that the training loop needs.
 
     Attributes:
       data: the images.
       model: the network.
       objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
-      schedule: learning rate of a step.
+      schedule: ``step -> learning rate``.
       seed: of everything random.
       settings: how the loop runs.
       order: epoch, counted from 0, to the numbers of the images that it shows.
       augment: ``(keys [n], images) -> images``, integers to integers.
-      steps_per_epoch: the last incomplete batch is dropped.
+      steps_per_epoch: without the last incomplete batch.
       total_steps: of the whole run.
     """
 
@@ -73,39 +69,45 @@ def training(config: ConfigDict) -> Training:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    data, settings = dataset(config), config.train
-    as_they_are = {name: settings[name] for name in Settings._fields}
+    data, train = dataset(config), config.train
     counts = data.class_counts
-    # Kept, because each step asks for its epoch's.
+    # An epoch's order is kept, because every step of the epoch needs it.
     order = functools.lru_cache(maxsize=2)(
-        functools.partial(epoch_order, settings.sampler, data.train_labels, config.seed)
+        functools.partial(epoch_order, train.sampler, data.train_labels, config.seed)
     )
-    steps_per_epoch = len(order(0)) // settings.batch_size
+    steps_per_epoch = len(order(0)) // train.batch_size
     if not steps_per_epoch:
         raise InputError(
-            f"config.train.batch_size is {settings.batch_size}, but an epoch has only {len(order(0))} images"
+            f"config.train.batch_size is {train.batch_size}, but an epoch has only {len(order(0))} images; "
+            "set a smaller one"
         )
-    total_steps = steps_per_epoch * settings.epochs
+    total_steps = steps_per_epoch * train.epochs
     # Training does not need the groups, but an evaluation that is sure to fail should fail now.
     metrics.class_groups(counts, config.evaluation.head_classes, config.evaluation.tail_classes)
-    as_they_are["steps_per_dispatch"] = min(settings.steps_per_dispatch, steps_per_epoch)
     optimise, schedule = optimizer(config, steps_per_epoch)
     return Training(
         data=data,
         model=model(
             config,
             counts,
-            precision=settings.precision,
+            platform=jax.default_backend(),
+            precision=train.precision,
             axis_name=parallel.AXIS,
-            sync_batch_norm=settings.sync_batch_norm,
+            sync_batch_norm=train.sync_batch_norm,
         ),
         objective=objective(config, counts, parallel.AXIS),
         optimizer=optimise,
         schedule=schedule,
         seed=config.seed,
-        settings=Settings(**as_they_are),
+        settings=_settings(train, steps_per_epoch),
         order=order,
-        augment=augmentation(settings.augmentation, data),
+        augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
-        total_steps=min(total_steps, settings.max_steps or total_steps),
+        total_steps=min(total_steps, train.max_steps or total_steps),
     )
+
+
+def _settings(train: ConfigDict, steps_per_epoch: int) -> Settings:
+    """Copies the fields of ``Settings`` from ``config.train``; a dispatch is at most an epoch."""
+    settings = Settings(**{name: train[name] for name in Settings._fields})
+    return settings._replace(steps_per_dispatch=min(settings.steps_per_dispatch, steps_per_epoch))

@@ -1,4 +1,13 @@
-"""TODO data."""
+"""Which images, and in which order.
+
+- ``dataset``: the train and the test set as arrays or files, their checks, pixels as floats
+- ``sources``: the table of data sets that a config can name, and scikit-learn's digits
+- ``cifar``: CIFAR-10-LT and CIFAR-100-LT from TFDS or an .npz file
+- ``image_folder``: data sets of image files, and reading files ahead of their use
+- ``long_tail``: images per class in a long-tailed subset, and which ones
+- ``sampling``: the order of the train images in an epoch
+- ``augmentation``: random crops and flips, one key per image
+"""
 
 from robal_jax.data.augmentation import AUGMENTATIONS, random_crop_flip, random_resized_crop_flip
 from robal_jax.data.dataset import Dataset, Images, TestSet, as_float, check_dataset, check_labels, to_float

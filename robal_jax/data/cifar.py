@@ -1,4 +1,4 @@
-"""TODO data.cifar."""
+"""CIFAR-10-LT and CIFAR-100-LT, from a TFDS folder or an .npz file; nothing is downloaded."""
 
 import io
 import os
@@ -19,7 +19,7 @@ _SPLITS = ("train", "test")
 
 _IMAGE_SHAPE = (32, 32, 3)
 
-# Train images of each class in the full set, and the class names in label order.
+# Train images per class in the full set, and the class names in the order of their labels.
 _CIFAR = {
     "cifar10": (5000, "airplane automobile bird cat deer dog frog horse ship truck"),
     "cifar100": (
@@ -40,7 +40,7 @@ class _Split(NamedTuple):
     """One split of the full data set, in the official order."""
 
     labels: np.ndarray  # integers [N]
-    images: Callable[[np.ndarray], np.ndarray]  # positions [n] -> uint8 [n, 32, 32, 3]
+    images: Callable[[np.ndarray], np.ndarray]  # positions [n] to uint8 [n, 32, 32, 3]
 
 
 def load_cifar_lt(
@@ -52,31 +52,31 @@ def load_cifar_lt(
     seed: int = 0,
     n_max: int | None = None,
 ) -> Dataset:
-    """CIFAR-10-LT or CIFAR-100-LT: the paper's long-tailed train set and the whole test set.
+    """Reads CIFAR-10-LT or CIFAR-100-LT: the paper's long-tailed train set and the whole test set.
 
-    Nothing is downloaded, and TensorFlow is not needed.
+    TensorFlow is not needed.
 
     Args:
-        name: 'cifar10' or 'cifar100'.
-        path: a TFDS data folder, or the version folder in it that holds dataset_info.json; a file
-            FILE.npz with arrays train_images, test_images [N, 32, 32, 3] (uint8, or floats k/255)
-            and train_labels, test_labels [N] in the official order; '' for TFDS's default folder.
-        ratio: imbalance ratio n_min / n_max in (0, 1].
-        profile: 'exp' or 'step', see data.long_tailed_counts.
-        seed: seed of the subset, 0 in the paper.
-        n_max: train images of class 0; None for all (5000 or 500).
+      name: 'cifar10' or 'cifar100'.
+      path: a TFDS data folder, or the version folder in it that holds ``dataset_info.json``; a file
+        ``FILE.npz`` with arrays ``train_images``, ``test_images`` ``[N, 32, 32, 3]`` (uint8, or floats k/255)
+        and ``train_labels``, ``test_labels`` ``[N]`` in the official order; '' for TFDS's default folder.
+      ratio: imbalance ratio n_min / n_max in (0, 1].
+      profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
+      seed: seed of the subset, 0 in the paper.
+      n_max: train images of class 0; None for all (5000 or 500).
 
     Returns:
-        The data set; images are 32 x 32 x 3, pixel_max 255.
+      The data set; images are 32 x 32 x 3, ``pixel_max`` is 255.
 
     Raises:
-        InputError: unknown name, no data there, data that cannot be used, or see
-            data.long_tailed_counts.
+      InputError: the name is unknown, the data are missing or cannot be used, or see
+        :func:`data.long_tailed_counts`.
 
     Source: RoBal, experimental settings, and the released data set class (quirks 4 and 5).
     """
     if name not in _CIFAR:
-        raise InputError(f"unknown CIFAR set {name!r}; choose one of {', '.join(_CIFAR)}")
+        raise InputError(f"unknown CIFAR set {name!r}; use one of {', '.join(_CIFAR)}")
     full_n_max, names = _CIFAR[name]
     class_names = tuple(names.split())
     counts = long_tailed_counts(full_n_max if n_max is None else n_max, len(class_names), ratio, profile)
@@ -104,7 +104,7 @@ def _how_to_get(name: str) -> str:
 
 
 def _open_npz(name: str, path: str) -> list[_Split]:
-    """Both splits of an .npz file."""
+    """Reads both splits of an .npz file."""
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"no file {file} with {name}; {_how_to_get(name)}")
@@ -117,8 +117,8 @@ def _open_npz(name: str, path: str) -> list[_Split]:
         missing = sorted(wanted - set(content.files))
         if missing:
             raise InputError(
-                f"{file} lacks {', '.join(missing)}; it holds {', '.join(content.files) or 'nothing'}, "
-                f"and needs {', '.join(sorted(wanted))}"
+                f"{file} lacks {', '.join(missing)}; it holds {', '.join(content.files) or 'nothing'}; "
+                f"write {', '.join(sorted(wanted))}"
             )
         arrays = {key: content[key] for key in wanted}
     return [_npz_split(arrays, split, file) for split in _SPLITS]
@@ -127,54 +127,54 @@ def _open_npz(name: str, path: str) -> list[_Split]:
 def _npz_split(arrays: dict[str, np.ndarray], split: str, file: pathlib.Path) -> _Split:
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     if images.ndim != 4 or images.shape[1:] != _IMAGE_SHAPE:
-        raise InputError(f"{file}: {split}_images must be [N, 32, 32, 3], found {list(images.shape)}")
+        raise InputError(f"{file}: {split}_images has shape {list(images.shape)}; store [N, 32, 32, 3]")
     if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise InputError(f"{file}: {split}_images must be uint8, or floats in [0,1], found {images.dtype}")
+        raise InputError(f"{file}: {split}_images is {images.dtype}; store uint8, or floats in [0,1]")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise InputError(
-            f"{file}: {split}_labels must be {len(images)} integers, one for each image, "
-            f"found {labels.dtype} {list(labels.shape)}"
+            f"{file}: {split}_labels is {labels.dtype} {list(labels.shape)}; "
+            f"store {len(images)} integers, one per image"
         )
     return _Split(labels, lambda positions: _as_uint8(images[positions], f"{file}: {split}_images"))
 
 
 def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
-    """Images of k or k/255 as k in uint8."""
+    """Returns images of k or k/255 as k in uint8."""
     if images.dtype == np.uint8:
         return images
     low, high = images.min(), images.max()
-    if not (low >= 0 and high <= 1):  # so written that NaN is caught
+    if not (low >= 0 and high <= 1):  # written so that NaN is caught
         raise InputError(
-            f"{what}: images outside [0,1]: found [{low:g}, {high:g}]; store uint8 0..255, or floats k/255"
+            f"{what}: values in [{low:g}, {high:g}], outside [0,1]; store uint8 0..255, or floats k/255"
         )
     scaled = images * np.float64(255)
     rounded = np.rint(scaled)
     # float32 stores k/255 to within 2e-5 of a grey level; a thousandth leaves room for one more rounding
-    # and still tells normalised or resized images, which must not be changed silently, from exact ones.
+    # and still catches normalised or resized images, which must not be changed silently.
     off = np.abs(scaled - rounded).max()
     if off > 1e-3:
         raise InputError(
-            f"{what}: floats must be k/255 with whole k, found one {off:.3f} grey levels off; "
+            f"{what}: a float is {off:.3f} grey levels away from k/255 with whole k; "
             f"store the original uint8 images"
         )
     return rounded.astype(np.uint8)
 
 
 def tfds_folder(path: str = "") -> pathlib.Path:
-    """The TFDS data folder that is meant: path, or else TFDS_DATA_DIR, or else TFDS's own default."""
-    # TFDS itself looks at the variable once, when it is imported.
+    """Returns the TFDS data folder: ``path``, or else TFDS_DATA_DIR, or else TFDS's own default."""
+    # TFDS itself reads the variable only once, when it is imported.
     return pathlib.Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def find_tfds(name: str, path: str = "") -> pathlib.Path | None:
-    """The folder of the newest version of a data set that TFDS has prepared.
+    """Finds the newest version of a data set that TFDS has prepared.
 
     Args:
-        name: 'cifar10' or 'cifar100'.
-        path: a TFDS data folder, or a version folder itself; '' for the default folder.
+      name: 'cifar10' or 'cifar100'.
+      path: a TFDS data folder, or a version folder itself; '' for the default folder.
 
     Returns:
-        The folder that holds dataset_info.json, None if there is none.
+      The folder that holds ``dataset_info.json``; None if there is none.
     """
     root = tfds_folder(path)
     if (root / "dataset_info.json").is_file():
@@ -188,12 +188,12 @@ def find_tfds(name: str, path: str = "") -> pathlib.Path | None:
 
 
 def has_array_record(folder: pathlib.Path) -> bool:
-    """Whether a version folder has files that can be read in any order and without TensorFlow."""
+    """Returns whether a version folder has files that can be read in any order and without TensorFlow."""
     return any(folder.glob("*.array_record*"))
 
 
 def _open_tfds(name: str, path: str) -> list[_Split]:
-    """Both splits of a data set that TFDS has prepared."""
+    """Opens both splits of a data set that TFDS has prepared."""
     folder = find_tfds(name, path)
     if folder is None:
         raise InputError(
@@ -201,17 +201,17 @@ def _open_tfds(name: str, path: str) -> list[_Split]:
         )
     if not has_array_record(folder):
         raise InputError(
-            f"{folder} has no *.array_record* file, and other formats need TensorFlow to be read; "
+            f"{folder} has no *.array_record* file, and reading other formats needs TensorFlow; "
             f"prepare {name} as array_record in another folder: {_how_to_get(name)}"
         )
-    import tensorflow_datasets as tfds  # takes a second, and only these data need it
+    import tensorflow_datasets as tfds  # it takes a second, and only these data need it
 
     reading = partial(_reading, str(folder), f"delete it and prepare {name} again: {_how_to_get(name)}")
     with reading():
         builder = tfds.builder_from_directory(folder)
         if builder.name != name:
             raise InputError(f"{folder} holds {builder.name}, not {name}; give the folder of {name}")
-        # Images stay PNG bytes: the labels and ids of all of them are needed, the pixels of few.
+        # Images stay PNG bytes: all labels and ids are needed, but only few images.
         sources = builder.as_data_source(
             list(_SPLITS), decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
         )
@@ -219,7 +219,7 @@ def _open_tfds(name: str, path: str) -> list[_Split]:
 
 
 def _tfds_split(source: Any, reading: Callable[[], AbstractContextManager[None]]) -> _Split:
-    """One split in the official order, which TFDS shuffles away but keeps in the ids (train_00042)."""
+    """Restores the official order of a split from its ids (train_00042), because TFDS shuffles the images."""
     records = source.__getitems__(range(len(source)))
     official = np.array([int(record["id"].split(b"_")[1]) for record in records])
     order = np.argsort(official)
@@ -241,10 +241,10 @@ def _decode(png: bytes) -> np.ndarray:
 
 @contextmanager
 def _reading(what: str, remedy: str) -> Iterator[None]:
-    """Turns whatever a library makes of damaged files into one line for the user."""
+    """Turns whatever a library raises for damaged files into one line for the user."""
     try:
         yield
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # zipfile, zlib, protobuf, Pillow, ... each have their own
+    except Exception as error:  # zipfile, zlib, protobuf, Pillow, ... each raise their own
         raise InputError(f"cannot read {what} ({one_line(error)}); {remedy}") from error

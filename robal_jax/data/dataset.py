@@ -1,4 +1,4 @@
-"""Long-tailed subsets, sampling orders and augmentation: arrays in, arrays out, no files."""
+"""Data sets as arrays or as files that are read on demand, their checks, and pixels as floats."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -10,14 +10,14 @@ from robal_jax.errors import InputError
 
 
 class Images(Protocol):
-    """Images that are read when they are asked for; an array in memory is the simplest of them.
+    """Images that are read on demand, from memory or from files; a NumPy array is one.
 
     Symbols: N images H x W x C.
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)."""
+        """``(N, H, W, C)``."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -27,11 +27,11 @@ class Images(Protocol):
         """N."""
 
     def __getitem__(self, ids: Any, /) -> np.ndarray:
-        """Integers [...], or a slice, to uint8 [..., H, W, C]; may be called from several threads."""
+        """Returns the images at integers ``[...]`` or a slice: uint8 ``[..., H, W, C]``; thread-safe."""
 
 
 class TestSet(NamedTuple):
-    """The images that a model is evaluated on, and what the report must know of the training set.
+    """The images that a model is evaluated on, and the class counts and names of the training set.
 
     Symbols: M test images, K classes, images H x W x C.
     """
@@ -39,16 +39,16 @@ class TestSet(NamedTuple):
     images: Images  # uint8 [M, H, W, C], 0..pixel_max; or float32 in [0, 1]
     labels: np.ndarray  # int32 [M], 0..K-1
     pixel_max: int  # the pixel value that becomes 1; 1 for float images
-    class_counts: np.ndarray  # training images of each class, int64 [K]
+    class_counts: np.ndarray  # training images per class, int64 [K]
     class_names: tuple[str, ...]  # [K]
 
 
 class Dataset(NamedTuple):
     """A long-tailed train set and a balanced test set of images in [0, 1], stored as integers.
 
-    Symbols: N train images, M test images, K classes, images H x W x C. An image is
-    uint8 / pixel_max. A subset that was cut to a long tail is in class order, class 0 (the head) first,
-    as the paper's. Train images may be larger than test images: augmentation then makes them equal.
+    Symbols: N train images, M test images, K classes, images H x W x C. The model sees uint8 / pixel_max. A
+    subset that was cut to a long tail is in class order, class 0 (the head) first, as in the paper. Train
+    images may be larger than test images; augmentation then makes them equal.
     """
 
     train_images: Images  # uint8 [N, H, W, C], 0..pixel_max
@@ -60,7 +60,7 @@ class Dataset(NamedTuple):
 
     @property
     def class_counts(self) -> np.ndarray:
-        """Train images of each class, n_i: int64 [K]."""
+        """Train images per class, n_i: int64 ``[K]``."""
         return np.bincount(self.train_labels, minlength=len(self.class_names)).astype(np.int64)
 
     @property
@@ -71,22 +71,22 @@ class Dataset(NamedTuple):
 
 
 def to_float(images: jax.Array, pixel_max: int) -> jax.Array:
-    """Integer pixels as floats in [0, 1]: images / pixel_max, correctly rounded.
+    """Returns integer pixels as floats in [0, 1]: images / pixel_max, correctly rounded.
 
     Args:
-        images: uint8 [...], 0..pixel_max.
-        pixel_max: the value that stands for 1.
+      images: uint8 ``[...]``, 0..pixel_max.
+      pixel_max: the value that becomes 1.
 
     Returns:
-        float [...], float32, or float64 where JAX's x64 mode is on.
+      ``[...]``, float32, or float64 if JAX's x64 mode is on.
     """
-    # Looked up, because XLA turns a division by a constant into a product with its rounded inverse,
-    # which is one ulp off for half of the 256 values.
+    # A table, because XLA turns a division by a constant into a product with its rounded inverse, which is
+    # one ulp off for half of the 256 values.
     return jnp.asarray(np.arange(pixel_max + 1) / pixel_max, dtype=float)[images]
 
 
 def as_float(images: jax.Array | np.ndarray, pixel_max: int) -> jax.Array:
-    """Images in [0, 1]: integers as :func:`to_float` gives them, floats as they are."""
+    """Returns images in [0, 1]: integers converted by :func:`to_float`, floats unchanged."""
     images = jnp.asarray(images)
     return images if jnp.issubdtype(images.dtype, jnp.floating) else to_float(images, pixel_max)
 
@@ -95,12 +95,12 @@ def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
     """Checks that labels are in 0..num_classes-1 and that every class occurs.
 
     Args:
-        labels: integers [N].
-        num_classes: K.
-        what: name of the labels in the message.
+      labels: integers ``[N]``.
+      num_classes: K.
+      what: name of the labels in the message.
 
     Raises:
-        InputError: a label out of range or a class without an image.
+      InputError: a label is out of range, or a class has no image.
     """
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
         raise InputError(
@@ -109,38 +109,38 @@ def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
         )
     counts = np.bincount(labels, minlength=num_classes)
     if 0 in counts:
-        raise InputError(f"{what}: class {np.argmin(counts)} has no image; every class needs at least one")
+        raise InputError(f"{what}: class {np.argmin(counts)} has no image; give at least one image per class")
 
 
 def check_dataset(dataset: Dataset) -> Dataset:
-    """Checks everything that training and evaluation take for granted about a data set.
+    """Checks what training and evaluation assume about a data set.
 
     Returns:
-        The data set itself.
+      The data set itself.
 
     Raises:
-        InputError: wrong dtype or shape, labels out of range, a class without a train or a test image, or
-            pixels above pixel_max in an array; images that would have to be read are not.
+      InputError: a dtype or shape is wrong, a label is out of range, a class has no train or no test image,
+        or a pixel of an array is above ``pixel_max``. Images in files are not read for this.
     """
     for split, images, labels in (
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ):
         if images.dtype != np.uint8 or len(images.shape) != 4:
-            raise InputError(
-                f"{split} images must be uint8 [N, H, W, C]: found {images.dtype} {images.shape}"
-            )
+            raise InputError(f"{split} images are {images.dtype} {images.shape}; give uint8 [N, H, W, C]")
         if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
             raise InputError(
-                f"{split} labels must be int32 [{len(images)}], one for each image: "
-                f"found {labels.dtype} {labels.shape}"
+                f"{split} labels are {labels.dtype} {labels.shape}; give int32 [{len(images)}], one per image"
             )
         check_labels(labels, len(dataset.class_names), f"{split} set")
         if isinstance(images, np.ndarray) and images.max() > dataset.pixel_max:
             raise InputError(
-                f"{split} images have pixels up to {images.max()}, above pixel_max {dataset.pixel_max}"
+                f"{split} images have pixels up to {images.max()}, above pixel_max {dataset.pixel_max}; "
+                "correct pixel_max"
             )
     channels = [images.shape[3] for images in (dataset.train_images, dataset.test_images)]
     if channels[0] != channels[1]:
-        raise InputError(f"train images have {channels[0]} channels and test images {channels[1]}")
+        raise InputError(
+            f"train images have {channels[0]} channels and test images {channels[1]}; give both the same"
+        )
     return dataset

@@ -1,4 +1,4 @@
-"""Images that stay in files: folders and lists of them, and reading them before a step needs them."""
+"""Data sets of image files, in folders or lists, and reading the files before a step needs them."""
 
 import dataclasses
 import functools
@@ -18,17 +18,17 @@ from robal_jax.errors import InputError
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
-# Named, so that the threads need not search (and load) all of Pillow's formats at the same time.
+# The formats are named so that the threads do not all search (and load) every format of Pillow at once.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Image files as :class:`data.Images`: read, resized and cropped whenever they are asked for.
+    """Image files as :class:`data.Images`: read, resized and cropped on demand.
 
     The shorter side is resized to ``resize`` (bilinear with antialiasing, the aspect ratio kept) unless it
-    has that length, then the centre ``size x size`` is cut out. Grey images become RGB too, transparency is
-    dropped, and a rotation noted in the file is not applied.
+    already has that length. Then the centre ``size x size`` is cut out. Grey images become RGB too,
+    transparency is dropped, and a rotation noted in the file is not applied.
 
     Attributes:
       paths: ``[N]``, relative to ``root``.
@@ -44,7 +44,7 @@ class ImageFiles:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.resize:
-            raise ValueError(f"size must be in 1..resize ({self.resize}), not {self.size}")
+            raise ValueError(f"size is {self.size}; give a value in 1..resize ({self.resize})")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,10 +61,10 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, ids: Any, /) -> np.ndarray:
-        """The images of these positions: integers ``[...]``, or a slice, to uint8 ``[..., size, size, 3]``.
+        """Reads the images at ``ids``, integers ``[...]`` or a slice, as uint8 ``[..., size, size, 3]``.
 
         Raises:
-          InputError: a file is missing or damaged, or has more than 8 bits a channel.
+          InputError: a file is missing or damaged, or has more than 8 bits per channel.
         """
         ids = np.asarray(range(len(self))[ids] if isinstance(ids, slice) else ids)
         images = np.empty((ids.size, *self.shape[1:]), np.uint8)
@@ -73,10 +73,10 @@ class ImageFiles:
         return images.reshape(*ids.shape, *self.shape[1:])
 
     def identity(self) -> np.ndarray:
-        """Bytes that stand for the images without reading them: paths, file sizes, resize and crop.
+        """Returns bytes that identify the images without reading them: paths, file sizes, resize and crop.
 
         Returns:
-          uint8 ``[bytes]``. ``root`` has no part in it, so the files may be moved.
+          uint8 ``[bytes]``. They do not depend on ``root``, so the files may be moved.
 
         Raises:
           InputError: a file is missing.
@@ -91,15 +91,15 @@ class ImageFiles:
 
 
 def _unreadable(path: str, error: Exception) -> InputError:
-    return InputError(f"cannot read image {path} ({error!r}); put it right, or take it out of the data")
+    return InputError(f"cannot read image {path} ({error!r}); repair it, or remove it from the data")
 
 
 def _read(path: str, resize: int, size: int) -> np.ndarray:
-    """One file as uint8 ``[size, size, 3]``, see :class:`ImageFiles`."""
+    """Reads one file as uint8 ``[size, size, 3]``, see :class:`ImageFiles`."""
     try:
         with Image.open(path, formats=_FORMATS) as file:
             if file.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")  # which Pillow would clip, not scale, to 8
+                raise ValueError("more than 8 bits per channel")  # Pillow would clip them to 8, not scale
             # A palette with transparency has no direct way to RGB.
             image = (file.convert("RGBA") if file.mode == "P" else file).convert("RGB")
     except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
@@ -113,7 +113,7 @@ def _read(path: str, resize: int, size: int) -> np.ndarray:
 
 
 class _Split(NamedTuple):
-    """Files of one split, with the classes' names where the folders tell them."""
+    """Files of one split, and the names of the classes if the folders name them."""
 
     paths: list[str]  # [N], relative to the root
     labels: np.ndarray  # integers [N]
@@ -133,29 +133,29 @@ def load_image_folder(
     image_size: int = 64,
     resize: int = 64,
 ) -> Dataset:
-    """A data set of image files, which stay where they are until a step needs them.
+    """Finds a data set of image files, which are read when a step needs them.
 
-    A split is a folder with one sub-folder for each class (in the order of their names; images at any depth
-    in it), or a list file with lines ``relative/path.JPEG 17`` as ImageNet-LT's.
+    A split is a folder with one sub-folder per class (in the order of their names; images at any depth in
+    it), or a list file with lines ``relative/path.JPEG 17``, as ImageNet-LT's.
 
     Args:
       path: folder that all other paths are relative to.
-      train: folder of the train split, unless there is a list.
-      test: folder of the test split, unless there is a list.
+      train: folder of the train split, if there is no list.
+      test: folder of the test split, if there is no list.
       train_list: list file of the train split; '' for none.
       test_list: list file of the test split; '' for none.
-      ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used, with the
-        size of the smallest class as n_max; 1 for all of its images, and with a list, which is used as it is.
+      ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used, whose
+        n_max is the size of the smallest class; 1 for all images. With a list it must be 1.
       profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
       seed: seed of the subset.
       image_size: side of the test images, 1..resize: the centre of the resized images.
       resize: length to which the shorter side is resized, and side of the train images.
 
     Returns:
-      The data set, RGB, pixel_max 255. Classes that no folder names have their numbers as names.
+      The data set, RGB, ``pixel_max`` 255. If no folder names the classes, their numbers are their names.
 
     Raises:
-      InputError: no such folder or file, a class without an image, splits with different classes, a list that
+      InputError: a folder or file is missing, a class has no image, the splits have different classes, a list
         cannot be used, or see :func:`data.long_tailed_counts`.
 
     Source: Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World" (ImageNet-LT's lists).
@@ -164,9 +164,11 @@ def load_image_folder(
         raise InputError("no folder of images given; set config.data.path")
     root = str(pathlib.Path(path).expanduser())
     if not 1 <= image_size <= resize:
-        raise InputError(f"image_size {image_size} must be in 1..resize ({resize})")
+        raise InputError(f"image_size is {image_size}; give a value in 1..resize ({resize})")
     if train_list and ratio != 1:
-        raise InputError(f"train_list is used as it is: ratio must be 1, not {ratio}")
+        raise InputError(
+            f"ratio is {ratio}, but train_list cannot be cut to a ratio; set config.data.ratio=1"
+        )
     splits = {
         "train": _listed(root, train_list) if train_list else _foldered(root, train),
         "test": _listed(root, test_list) if test_list else _foldered(root, test),
@@ -191,13 +193,13 @@ def load_image_folder(
 
 
 def _foldered(root: str, split: str) -> _Split:
-    """The split of a folder with one sub-folder for each class."""
+    """Finds the split of a folder with one sub-folder per class."""
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder}; it must hold one sub-folder of images for each class")
+        raise InputError(f"no folder {folder}; make it, with one sub-folder of images per class")
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not names:
-        raise InputError(f"{folder} has no sub-folder; it must hold one of images for each class")
+        raise InputError(f"{folder} has no sub-folder; give it one sub-folder of images per class")
     paths: list[str] = []
     counts = []
     for name in names:
@@ -209,7 +211,7 @@ def _foldered(root: str, split: str) -> _Split:
         )
         if not found:
             raise InputError(
-                f"no image in {os.path.join(folder, name)}; each class needs at least one "
+                f"no image in {os.path.join(folder, name)}; give at least one per class "
                 f"({', '.join(_EXTENSIONS)})"
             )
         paths += found
@@ -218,9 +220,9 @@ def _foldered(root: str, split: str) -> _Split:
 
 
 def _listed(root: str, list_file: str) -> _Split:
-    """The split of a list file."""
+    """Reads the split of a list file."""
     file = pathlib.Path(root, list_file)
-    expected = "it must have lines with a path and a class number, such as `relative/path.JPEG 17`"
+    expected = "write one line per image with its path and class number, such as `relative/path.JPEG 17`"
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
@@ -237,10 +239,10 @@ def _listed(root: str, list_file: str) -> _Split:
     missing = [path for path, _ in entries if not os.path.isfile(os.path.join(root, path))]
     if missing:
         raise InputError(
-            f"{len(missing)} of the {len(entries)} images in {file} are not there, the first is "
-            f"{os.path.join(root, missing[0])}; the paths in a list are relative to {root}"
+            f"{len(missing)} of the {len(entries)} images in {file} are missing, the first is "
+            f"{os.path.join(root, missing[0])}; write paths relative to {root}"
         )
-    # Where each class has a folder of its own, the folder names it.
+    # If each class has a folder of its own, the folder names it.
     folders = sorted({(label, os.path.basename(os.path.dirname(path))) for path, label in entries})
     names = [name for _, name in folders]
     named = len(set(names)) == len(folders) == len({label for label, _ in folders}) and "" not in names
@@ -248,17 +250,18 @@ def _listed(root: str, list_file: str) -> _Split:
 
 
 def _class_names(splits: dict[str, _Split]) -> list[str]:
-    """The names of the classes, the same in both splits; their numbers if neither tells them."""
+    """Returns the names of the classes, the same in both splits; their numbers if they have no names."""
     train, test = (split.names for split in splits.values())
     if train and test and train != test:
         only = [*({*train} - {*test}), *({*test} - {*train})]
         raise InputError(
-            "train and test set must have the same classes: "
+            "train and test set have different classes: "
             + (
                 f"{len(only)} occur in one only, such as {min(only)!r}"
                 if only
                 else "the lists number them differently"
             )
+            + "; give both the same"
         )
     return train or test or [str(i) for i in range(len(np.unique(splits["train"].labels)))]
 
@@ -266,30 +269,31 @@ def _class_names(splits: dict[str, _Split]) -> list[str]:
 def stream(
     images: Images, ids_of_step: Callable[[int], np.ndarray], steps: range, *, threads: int, ahead: int
 ) -> Iterator[np.ndarray]:
-    """The images of each step in turn, read ahead by threads that all work on the next step.
+    """Yields the images of each step in turn, read ahead by threads that all work on the next step.
 
-    A function of its arguments only: any step can be the first, and nothing before it is read. The threads
-    end when the iterator is closed or forgotten.
+    Any step can be the first, and nothing before it is read. The threads end when the iterator is closed or
+    garbage-collected.
 
     Args:
       images: N images H x W x C.
-      ids_of_step: a step to its images' positions, integers ``[...]``; called from the threads.
-      steps: the steps wanted.
-      threads: number of threads; 0: read by the caller.
-      ahead: how many steps' images are read, and held in memory, while one is used; 0: none, no threads.
+      ids_of_step: a step to the positions of its images, integers ``[...]``; called from the threads.
+      steps: the steps to read.
+      threads: number of threads; with 0 the caller reads.
+      ahead: of how many steps the images are read, and held in memory, while one is used; with 0 the caller
+        reads.
 
     Yields:
       ``images[ids_of_step(step)]``, uint8 ``[..., H, W, C]``.
 
     Raises:
-      InputError: of a file that cannot be read, when its step is due.
+      InputError: a file cannot be read; raised when its step is due.
     """
-    import grain  # takes seconds, and only images that are not in memory need it
+    import grain  # it takes seconds, and only images that are not in memory need it
 
-    # Each thread takes a share of a step. Single images would occupy all threads as well, but grain's work
-    # for an element grows with the number of those that lie ready.
+    # Each thread reads a share of a step. Single images would occupy all threads as well, but the work of
+    # grain per element grows with the number of elements that are ready.
     shares = max(threads, 1)
-    ids_of = functools.lru_cache(maxsize=ahead + 2)(ids_of_step)  # the steps that the threads may be at
+    ids_of = functools.lru_cache(maxsize=ahead + 2)(ids_of_step)  # the steps that the threads may be reading
 
     def read(position: int) -> np.ndarray:
         step, share = divmod(position, shares)

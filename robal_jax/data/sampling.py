@@ -1,4 +1,4 @@
-"""TODO data.sampling."""
+"""The order in which an epoch visits the train images: a function of (sampler, labels, seed, epoch) only."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,15 +9,15 @@ from robal_jax.errors import InputError
 
 
 def uniform_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the examples that depends on (seed, epoch) only.
+    """Draws a permutation of the examples that depends on (seed, epoch) only.
 
     Args:
-        num_examples: N.
-        seed: training seed, >= 0.
-        epoch: epoch number, >= 0.
+      num_examples: N.
+      seed: training seed, >= 0.
+      epoch: epoch number, >= 0.
 
     Returns:
-        int32 [N], each of 0..N-1 once.
+      int32 ``[N]``, each of 0..N-1 once.
     """
     # NumPy promises never to change the streams of Philox and of RandomState, unlike Generator's.
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
@@ -25,33 +25,35 @@ def uniform_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _shuffled_rounds(items: list[int], rng: random.Random) -> Iterator[int]:
-    """All items in a fresh random order, again and again."""
+    """Yields all items in a fresh random order, again and again."""
     while True:
         rng.shuffle(items)
         yield from items
 
 
 def class_aware_order(labels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Class-aware sampling: every class is drawn equally often.
+    """Draws every class equally often.
 
-    Classes come in rounds, each round a fresh shuffle; a class's images come in rounds of their own.
-    An epoch is max_i(n_i) * K draws.
+    Classes come in rounds, each round a fresh shuffle; the images of each class come in rounds of their own.
+    An epoch is ``max_i(n_i) * K`` draws.
 
     Args:
-        labels: integers [N], every class 0..K-1 present.
-        rng: source of the shuffles; random.Random(0) gives the released sampler's first epoch.
+      labels: integers ``[N]``, every class 0..K-1 present.
+      rng: source of the shuffles; random.Random(0) gives the released sampler's first epoch.
 
     Returns:
-        int32 [max_i(n_i) * K], positions in 0..N-1.
+      int32 ``[max_i(n_i) * K]``, positions in 0..N-1.
 
     Raises:
-        InputError: a class has no image.
+      InputError: a class has no image.
 
     Source: "re-sampling" baseline of RoBal; epoch length as released (quirks 4 and 9).
     """
     counts = np.bincount(labels)
     if 0 in counts:
-        raise InputError(f"class-aware sampling needs every class: class {np.argmin(counts)} has no image")
+        raise InputError(
+            f"class {np.argmin(counts)} has no image; class-aware sampling needs one or more per class"
+        )
     classes = _shuffled_rounds(list(range(len(counts))), rng)
     images = [_shuffled_rounds(np.flatnonzero(labels == c).tolist(), rng) for c in range(len(counts))]
     return np.array([next(images[next(classes)]) for _ in range(counts.max() * len(counts))], np.int32)
@@ -62,8 +64,8 @@ def _uniform_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def _class_aware_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    # The released sampler runs one generator through all epochs; a seed of its own for each epoch
-    # lets a resumed run continue without replaying the earlier ones.
+    # The released sampler runs one generator through all epochs. With one seed per epoch, a resumed run need
+    # not replay the earlier epochs.
     return class_aware_order(labels, random.Random(f"{seed}/{epoch}"))
 
 
@@ -80,21 +82,21 @@ SAMPLERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
 
 
 def epoch_order(sampler: str, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the train images, a function of its arguments only.
+    """Returns the order in which an epoch visits the train images, a function of the arguments only.
 
     Args:
-        sampler: 'uniform' (each image once), 'class_aware' (each class equally often), or 'mixed' (draws of
-            both in turn, 2 N in all, as the released sampler of that name).
-        labels: int32 [N].
-        seed: training seed, >= 0.
-        epoch: epoch number, >= 0.
+      sampler: 'uniform' (each image once), 'class_aware' (each class equally often), or 'mixed' (draws from
+        both in turn, 2 N in all, as the released sampler of that name).
+      labels: int32 ``[N]``.
+      seed: training seed, >= 0.
+      epoch: epoch number, >= 0.
 
     Returns:
-        int32 [draws], positions in 0..N-1.
+      int32 ``[draws]``, positions in 0..N-1.
 
     Raises:
-        InputError: unknown sampler.
+      InputError: the sampler is unknown.
     """
     if sampler not in SAMPLERS:
-        raise InputError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        raise InputError(f"unknown sampler {sampler!r}; use one of {', '.join(SAMPLERS)}")
     return SAMPLERS[sampler](labels, seed, epoch)

@@ -1,4 +1,4 @@
-"""Where the images come from: scikit-learn's digits, CIFAR by TFDS or in an .npz file, folders of images."""
+"""The data sets that a config can name: scikit-learn's digits, CIFAR from TFDS or .npz, image folders."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,20 +14,20 @@ from robal_jax.errors import InputError
 def load_digits_lt(
     ratio: float = 0.05, profile: str = "exp", head: int = 104, test_per_class: int = 70, seed: int = 0
 ) -> Dataset:
-    """Long-tailed handwritten digits: 8 x 8 x 1 images of 0..16, part of scikit-learn, no download.
+    """Makes a long-tailed set of scikit-learn's handwritten digits: 8 x 8 x 1 images of 0..16, no download.
 
     Args:
-        ratio: imbalance ratio n_min / n_max in (0, 1].
-        profile: 'exp' or 'step', see data.long_tailed_counts.
-        head: train images of class 0, 1..174 - test_per_class.
-        test_per_class: test images of each class, >= 1.
-        seed: draws which digit is class 0 (the head), 1, ... and which images are used.
+      ratio: imbalance ratio n_min / n_max in (0, 1].
+      profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
+      head: train images of class 0, 1..174 - test_per_class.
+      test_per_class: test images per class, >= 1.
+      seed: decides which digit is class 0 (the head), 1, ... and which images are used.
 
     Returns:
-        The data set; class_names are the digits.
+      The data set; ``class_names`` are the digits.
 
     Raises:
-        InputError: too many images asked for, or see data.long_tailed_counts.
+      InputError: there are not enough images, or see :func:`data.long_tailed_counts`.
     """
     from sklearn.datasets import load_digits
 
@@ -36,7 +36,7 @@ def load_digits_lt(
     if test_per_class < 1 or test_per_class + head > smallest:
         raise InputError(
             f"the rarest digit has {smallest} images: {test_per_class} for the test set leave "
-            f"{smallest - test_per_class} for training, and head {head} was asked for; "
+            f"{smallest - test_per_class} for training, fewer than head {head}; "
             f"lower head or test_per_class (1 or more)"
         )
     counts = long_tailed_counts(head, len(digits.target_names), ratio, profile)

@@ -1,4 +1,4 @@
-"""TODO devices.cpu."""
+"""Settings of JAX before it starts, and how many pixels a CPU should compute at once."""
 
 import hashlib
 import importlib.metadata
@@ -7,24 +7,24 @@ import pathlib
 import platform
 from collections.abc import MutableMapping
 
-# Eigen's convolutions and matrix products instead of YNNPACK's, which are slower on two cores
+# Uses Eigen's convolutions and matrix products instead of YNNPACK's, which are slower on two cores
 # (experiments/benchmarks/NOTES.md).
 CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type", "-individual_convolution,-individual_dot"
 
-# Versions of jaxlib that know it; another one might abort.
+# Versions of jaxlib that know the flag; another version might abort.
 KNOWN_IN = "0.10.2", "0.11.2", "0.12.0.1"
 
 
 def prepare_jax(environment: MutableMapping[str, str]) -> None:
-    """Sets what JAX reads when it is imported and when it starts; what is set already stays as it is.
+    """Sets the variables that JAX reads when it is imported and when it starts, unless they are set already.
 
-    - ``JAX_COMPILATION_CACHE_DIR``: a folder of the user's for what was compiled, one for each kind of
-      processor, because compiled code may use all instructions of the one it was compiled on. Set to '' it
-      is not kept.
-    - ``XLA_FLAGS``: ``CPU_FLAG``, where no accelerator's plugin is installed.
+    - ``JAX_COMPILATION_CACHE_DIR``: a folder of the user's for compiled programs, one per kind of processor,
+      because compiled code may use all instructions of the processor it was compiled on. Set it to '' to turn
+      the cache off.
+    - ``XLA_FLAGS``: ``CPU_FLAG``, if no accelerator's plugin is installed.
 
     Args:
-      environment: changed; that of the process is ``os.environ``.
+      environment: ``os.environ``, or another mapping; it is changed.
     """
     home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "robal_jax" / _processor()))
@@ -38,7 +38,7 @@ def prepare_jax(environment: MutableMapping[str, str]) -> None:
 
 
 def _processor() -> str:
-    """Stands for the instructions that the processor knows."""
+    """Returns a short digest of the instructions that the processor knows."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     known = [line for line in lines if line.startswith(("flags", "Features"))][:1]
@@ -49,10 +49,11 @@ LEVEL_2_CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
 def cpu_piece() -> int:
-    """Pixels that a CPU predicts at once, so that its caches hold what a network makes of them.
+    """Returns how many pixels a CPU should predict at once, so that the activations fit its caches.
 
-    A pixel for 32 bytes of a core's level-2 cache: 16 images of CIFAR's size for 512 KiB, 32 for 1 MiB, each
-    measured on a processor with that (experiments/benchmarks/NOTES.md); 512 KiB where it is not known.
+    One pixel per 32 bytes of a core's level-2 cache: 16 images of CIFAR's size for 512 KiB, 32 for 1 MiB,
+    each measured on a processor with such a cache (experiments/benchmarks/NOTES.md). If the size of the cache
+    is not known, 512 KiB are assumed.
     """
     try:
         kib = int(LEVEL_2_CACHE.read_text().strip().removesuffix("K"))  # Linux writes 1024K
@@ -62,14 +63,14 @@ def cpu_piece() -> int:
 
 
 def at_once(batch_size: int, pixels: int, platform: str) -> int:
-    """Images that a device evaluates in one call: ``batch_size``, on a CPU at most :func:`cpu_piece` pixels.
+    """Returns the images per device in each call of an evaluation; a CPU gets fewer.
 
-    There more at once is no faster, and the fewer survivors an attack leaves, the more of a batch that is
-    filled up is computed for nothing.
+    On a CPU they have at most :func:`cpu_piece` pixels. A larger batch is no faster there, and it wastes more
+    work when few images survive an attack, because the last batch is filled up.
 
     Args:
       batch_size: of the config.
-      pixels: of an image; where one alone has more than a piece, the batch stays as it is.
+      pixels: per image; if one image has more than :func:`cpu_piece`, ``batch_size`` is returned.
       platform: of the devices: 'cpu', 'gpu' or 'tpu'.
     """
     if platform != "cpu":

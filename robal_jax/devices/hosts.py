@@ -1,8 +1,8 @@
-"""The processes of one job, on one machine or many: how they start, who writes, and how all stop together.
+"""The processes of one job, on one machine or many: how they start, which one writes, how all stop together.
 
-Every process runs the same program on the same numbers; only the devices differ that it feeds. So what must
-happen once (mending a folder, writing a report) the first process does, and the others are told what came of
-it (:func:`by_first`); and what must be the same for all is compared (:func:`check_agreement`).
+All processes run the same program on the same numbers; each feeds its own devices. Work that must happen once
+(repairing a folder, writing a report) is done by the first process, which sends its result to all
+(:func:`by_first`). Values that must be the same in all processes are compared (:func:`check_agreement`).
 """
 
 import contextlib
@@ -23,26 +23,28 @@ from robal_jax.errors import InputError
 
 T = TypeVar("T")
 
-START_SECONDS = 1800  # that a process waits for the others: a large slice may take so long to come up
+START_SECONDS = 1800  # a process waits this long for all to join: a large slice may need as long to start
 
-_polls = itertools.count()  # of the preemption service, of which there is one a process
+_polls = itertools.count()  # numbers the calls to the preemption service, one service per process
 
 
 def start(coordinator: str, processes: str = "", process: str = "") -> None:
-    """Joins the other processes of the job; to be called before anything else that asks JAX for devices.
+    """Joins the other processes of the job; call it before anything else that asks JAX for devices.
 
     Args:
-      coordinator: address ``host:port`` of the first process, 'auto' where JAX finds out all by itself (TPU
-        slices, Slurm, Open MPI, Kubernetes), or '' for a job of one process.
-      processes: how many there are; '' with 'auto'.
-      process: number of this one, from 0.
+      coordinator: address ``host:port`` of the first process, 'auto' if JAX can find out everything itself
+        (TPU slices, Slurm, Open MPI, Kubernetes), or '' for a job of one process.
+      processes: how many processes there are; '' with 'auto'.
+      process: number of this process, from 0.
 
     Raises:
-      InputError: the numbers are no numbers or do not fit, or the others cannot be reached.
+      InputError: the process numbers are invalid or inconsistent, or the other processes cannot be reached.
     """
     if not coordinator:
         if processes or process:
-            raise InputError("--processes and --process need --coordinator=HOST:PORT, the same for all")
+            raise InputError(
+                "--processes and --process need --coordinator; give HOST:PORT, the same to all processes"
+            )
         return
     given: dict[str, Any] = {}
     if coordinator != "auto":
@@ -50,37 +52,40 @@ def start(coordinator: str, processes: str = "", process: str = "") -> None:
             given = {"num_processes": int(processes), "process_id": int(process)}
         except ValueError as error:
             raise InputError(
-                "--coordinator=HOST:PORT needs --processes=N and --process=I, I in 0..N-1; "
-                "or give --coordinator=auto on a TPU slice or under Slurm"
+                "--coordinator=HOST:PORT needs --processes=N and --process=I, I in 0..N-1; give both, "
+                "or --coordinator=auto on a TPU slice or under Slurm"
             ) from error
         if not 0 <= given["process_id"] < given["num_processes"]:
-            raise InputError(f"--process={process} is not in 0..{given['num_processes'] - 1}")
+            raise InputError(f"--process={process} is out of range; give 0..{given['num_processes'] - 1}")
         given["coordinator_address"] = coordinator
         print(f"process {process} of {processes}: waiting for all at {coordinator}", file=sys.stderr)
     try:
         jax.distributed.initialize(**given, initialization_timeout=START_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"cannot join the other processes ({coordinator}): {error}") from error
+        raise InputError(
+            f"cannot join the other processes ({coordinator}): {error}; check --coordinator, --processes and "
+            "--process, and that all processes are running"
+        ) from error
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Returns whether this is the process that writes files and messages."""
     return jax.process_index() == 0
 
 
 def by_first(function: Callable[[], T]) -> T:
-    """What ``function`` returns, or the ``InputError`` that it raises, in the first process, for all of them.
+    """Runs ``function`` in the first process and gives its result, or its ``InputError``, to all processes.
 
-    It runs there only. All processes must make the same calls in the same order.
+    All processes must make the same calls in the same order.
 
     Args:
-      function: of no arguments; what it returns can be pickled.
+      function: takes no arguments; its result must be picklable.
 
     Returns:
-      What it returned.
+      The result of ``function``.
 
     Raises:
-      InputError: it did.
+      InputError: ``function`` raised it.
     """
     if jax.process_count() == 1:
         return function()
@@ -100,25 +105,30 @@ def by_first(function: Callable[[], T]) -> T:
 
 
 def check_agreement(what: str, value: str) -> None:
-    """Refuses processes that do not have the same ``value``: in all of them, lest some wait for the others.
+    """Raises in every process if they do not all have the same ``value``, so that none waits in vain.
+
+    Args:
+      what: name of the value, for the message.
+      value: of this process.
 
     Raises:
-      InputError: they differ.
+      InputError: the values differ.
     """
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
     found = multihost_utils.process_allgather(mine)
-    others = [i for i, digest in enumerate(found) if not np.array_equal(digest, found[0])]
-    if others:
+    different = [i for i, digest in enumerate(found) if not np.array_equal(digest, found[0])]
+    if different:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         raise InputError(
-            f"{what} of process {others[0]} ({len(others)} of {len(found)} processes) is not that of process "
-            "0; all must be started with the same command, on the same data and the same folders"
+            f"process {different[0]}{more} of {len(found)} disagrees with process 0 on {what}; "
+            "start all processes with the same command, on the same data and the same folders"
         )
 
 
 class Silent:
-    """Stands in for a meter or a log where only the first process has one; does nothing."""
+    """Takes the place of a meter or a log in all processes but the first; does nothing."""
 
     def update(self, *_: object) -> None:
         """Shows nothing."""
@@ -134,25 +144,25 @@ class Silent:
 
 
 def only_first(make: Callable[[], T]) -> T | Silent:
-    """What ``make`` gives in the first process, and :class:`Silent` in the others."""
+    """Returns ``make()`` in the first process, and :class:`Silent` in all other processes."""
     return make() if is_first() else Silent()
 
 
 def speaker(say: Callable[[str], None]) -> Callable[[str], None]:
-    """``say`` in the first process; the others keep quiet."""
+    """Returns ``say`` in the first process, and a function that does nothing in all other processes."""
     return say if is_first() else lambda _: None
 
 
 class Stop:
-    """Whether someone asked the job to stop at its next safe moment: SIGTERM, Ctrl-C, a preemption notice.
+    """Whether the job was asked to stop at its next safe moment: by SIGTERM, Ctrl-C or a preemption notice.
 
-    Alone, a process handles these signals itself. One of several leaves SIGTERM to JAX's preemption service
-    (which Orbax asks as well): a notice to any process makes ``bool(stop)`` true in all of them at the same
+    A single process handles these signals itself. Several processes leave SIGTERM to JAX's preemption service
+    (which Orbax uses as well): a notice to any process makes ``bool(stop)`` true in all of them at the same
     call, so they must all make the same number of calls.
 
     Attributes:
-      asked: whether.
-      handlers: of signals that stood before this one; the ``Stop`` of an enclosing loop is told as well.
+      asked: whether the job was asked to stop.
+      handlers: the handlers before this one, by signal; the ``Stop`` of an enclosing loop is called as well.
     """
 
     def __init__(self) -> None:
@@ -170,7 +180,7 @@ class Stop:
         return self.asked
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        """A signal came; a second Ctrl-C stops at once."""
+        """Notes a signal; a second Ctrl-C stops at once."""
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
@@ -181,7 +191,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turns SIGTERM and the first Ctrl-C into a flag that loops look at; the handlers before come back."""
+    """Turns SIGTERM and the first Ctrl-C into a flag that loops read; restores the handlers afterwards."""
     stop = Stop()
     for number in stop.handlers:
         signal.signal(number, stop)

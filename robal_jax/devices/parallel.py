@@ -1,17 +1,17 @@
-"""Lays compiled work over the devices of a job: chunks of training steps, attacks, batches to evaluate.
+"""Compiles work for all devices of a job: chunks of training steps, attacks, batches to evaluate.
 
 The training step is written once, for one device, which averages gradients, metrics and moments over a named
 axis (``AXIS``). Here it is compiled
 
 - by ``jit``: over a mesh of the devices of all processes, each with its part of the batch (the default);
-- by ``pmap``: the same, by the older way of JAX.
+- by ``pmap``: the same, with the older interface of JAX.
 
 Both run the same program on every device and give the numbers of one device up to the order of summation:
-batch statistics are those of the whole batch (unless the model is built without), and noise belongs to an
-image's position in it. Attacks and evaluation treat each image by itself and need no communication at all
-(:func:`spread`, :func:`attack`).
+batch statistics are those of the whole batch (unless the model is built without synchronisation), and noise
+depends on the position of an image in the batch. Attacks and evaluation treat every image separately and need
+no communication (:func:`spread`, :func:`attack`).
 
-Where there are several processes, each passes its own share of a batch to a compiled chunk (:func:`share`).
+With several processes, each passes its own share of a batch to a compiled chunk (:func:`share`).
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ Chunk = Callable[..., tuple[chex.ArrayTree, dict[str, chex.Array]]]
 
 
 def devices_for(layout: str) -> list[jax.Device]:
-    """The devices that a process names: for ``pmap`` its own, for ``jit`` those of all processes."""
+    """Returns the devices that a process names: its own for ``pmap``, those of all processes for ``jit``."""
     if layout == "pmap":
         return jax.local_devices()
     return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
 
 
 def share(size: int) -> slice:
-    """The part of an axis, spread over the devices of all processes, that is this process's."""
+    """Returns the part of an axis that belongs to this process, if all devices of the job share the axis."""
     part = size // jax.process_count()
     return slice(part * jax.process_index(), part * (jax.process_index() + 1))
 
@@ -49,18 +49,18 @@ def _mesh(devices: list[jax.Device]) -> Mesh:
 
 
 def replicate(tree: chex.ArrayTree, devices: list[jax.Device]) -> chex.ArrayTree:
-    """The tree with a copy on every device, placed as a compiled chunk returns it (so it is not retraced).
+    """Copies a tree to every device, placed as a compiled chunk returns it (so that it is not retraced).
 
     Args:
       tree: the same in all processes.
-      devices: of :func:`devices_for`.
+      devices: from :func:`devices_for`.
     """
     everywhere = NamedSharding(_mesh(devices), PartitionSpec())
     return _from_host(lambda x: jax.device_put(x, everywhere), tree)
 
 
 def _from_host(put: Callable[[np.ndarray], jax.Array], tree: chex.ArrayTree) -> chex.ArrayTree:
-    """The tree placed leaf by leaf; JAX sends nothing from one device to those of other processes."""
+    """Places a tree leaf by leaf, because JAX copies no array to the devices of other processes."""
 
     def place(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -71,11 +71,11 @@ def _from_host(put: Callable[[np.ndarray], jax.Array], tree: chex.ArrayTree) -> 
 
 
 def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
-    """The chunk compiled for a batch split over ``devices``; the state that goes in is given up.
+    """Compiles a chunk for a batch that is split over ``devices``; the chunk's input state is donated.
 
     Args:
       chunk: for one device, with the mapped axis ``AXIS``.
-      devices: of all processes; the images of a part of the batch are a multiple of their number.
+      devices: of all processes; each part of a batch must have a multiple of their number of images.
 
     Returns:
       A chunk that takes this process's share of ``rows`` and ``positions``.
@@ -87,7 +87,7 @@ def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
         mesh=mesh,
         in_specs=(everywhere, everywhere, by_row, everywhere, everywhere, by_position),
         out_specs=everywhere,
-        check_vma=False,  # the chunk averages itself
+        check_vma=False,  # the chunk itself averages over the devices
     )
     compiled = jax.jit(mapped, donate_argnums=0)
 
@@ -102,12 +102,12 @@ def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
 
 
 def _global(mesh: Mesh, spec: PartitionSpec, tree: chex.ArrayTree) -> chex.ArrayTree:
-    """Arrays over all processes, made of what each has of them."""
+    """Makes arrays over all processes from the share that each process has."""
     return _from_host(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), tree)
 
 
 def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
-    """The chunk compiled by ``pmap``, each device with its part of the batch and a copy of the state.
+    """Compiles a chunk by ``pmap``: each device gets its part of the batch and a copy of the state.
 
     Args:
       chunk: for one device, with the mapped axis ``AXIS``.
@@ -116,7 +116,7 @@ def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
     Returns:
       A chunk that takes this process's share of ``rows`` and ``positions``.
     """
-    # Without donation: JAX refuses it for a state that is not mapped where there are several processes.
+    # Without donation: with several processes JAX refuses it for a state that is not mapped.
     mapped = jax.pmap(
         chunk,
         AXIS,
@@ -144,19 +144,19 @@ Spread = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
 
 
 def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
-    """Work on images that do not depend on each other, each device with its part of them; compiled once.
+    """Compiles work on images that do not depend on each other; each device works on its part of them.
 
-    Every device runs the same program on a batch of the same size, so what comes out for an image does not
-    depend on how many devices there are.
+    Every device runs the same program on a batch of the same size, so the output for an image does not depend
+    on the number of devices.
 
     Args:
       function: for one device.
-      layout: a key of ``LAYOUTS``: ``jit`` cuts the parts by ``shard_map``, ``pmap`` maps over them.
-      devices: of :func:`devices_for`.
+      layout: a key of ``LAYOUTS``: ``jit`` splits the parts by ``shard_map``, ``pmap`` maps over them.
+      devices: from :func:`devices_for`.
 
     Returns:
-      The same on all devices, for parts of a multiple of their number. Where there are several processes,
-      each passes its own share of the parts, and all get all outputs.
+      ``function`` on all devices; the number of parts must be a multiple of their number. With several
+      processes, each passes its own share of the parts, and all get all outputs.
     """
     alone = jax.process_count() == 1
     everyone = (lambda x: x) if alone else partial(multihost_utils.process_allgather, tiled=True)
@@ -188,7 +188,7 @@ def attack(
     layout: str = "jit",
     devices: list[jax.Device] | None = None,
 ) -> Callable[[chex.ArrayTree, chex.PRNGKey, chex.Array, chex.Array], chex.Array]:
-    """An attack, PGD say, compiled for all devices by ``jit`` or by ``pmap``, for use by itself.
+    """Compiles an attack, such as PGD, for all devices by ``jit`` or by ``pmap``.
 
     ::
 
@@ -200,12 +200,11 @@ def attack(
       predict: ``(variables, images [B, H, W, C]) -> logits [B, K]``.
       inner_loop: ``(logits_fn, keys [B], images, labels [B]) -> images``.
       layout: a key of ``LAYOUTS``.
-      devices: to work on; all of them if None.
+      devices: to work on; all if None.
 
     Returns:
       ``(variables, keys [B], images [B, H, W, C], labels [B]) -> images``, for any ``B`` that is a multiple
-      of the number of devices; compiled once for each ``B``. Where there are several processes, all pass the
-      same arguments.
+      of the number of devices; compiled once per ``B``. With several processes, all pass the same arguments.
     """
 
     def on_device(parts: tuple, variables: chex.ArrayTree) -> chex.Array:

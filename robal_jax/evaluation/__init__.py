@@ -1,7 +1,15 @@
-"""TODO evaluation."""
+"""Evaluation: attacks on every test image, an audit of the attacks, and the report.
+
+- ``steps``: the attacks on one batch, as pure functions
+- ``victim``: the model under attack and its images, on all devices
+- ``loop``: attacks, ensemble and audit in order, saved and resumed
+- ``measurements``, ``verdicts``: what the audit measures, and what it says
+- ``findings``: from what was found to the files of the report
+- ``any_model``, ``run``: the evaluation of any function, and a trained run as a function
+"""
 
 from robal_jax.evaluation.any_model import evaluate_model
-from robal_jax.evaluation.findings import GALLERY_IMAGES, pixels_of, recompute, report
+from robal_jax.evaluation.findings import GALLERY_IMAGES, recompute, report
 from robal_jax.evaluation.loop import MAIN_ATTACK, audited, conditions, ensemble, evaluate
 from robal_jax.evaluation.run import Run, load_run
 from robal_jax.evaluation.steps import (
@@ -32,7 +40,6 @@ __all__ = [
     "evaluate_model",
     "judge",
     "load_run",
-    "pixels_of",
     "recompute",
     "report",
     "shown_step",

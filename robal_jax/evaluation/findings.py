@@ -1,6 +1,5 @@
-"""TODO evaluation.findings."""
+"""From what the attacks found to the files of an evaluation: judged, stored, summarised and written."""
 
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,10 +13,12 @@ import numpy as np
 from robal_jax import builder, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
+from robal_jax.evaluation.measurements import Sample
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import Verdict, give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.report import write_report
+from robal_jax.reporting.results import Gallery, Outcomes, Results, to_arrays
 from robal_jax.reporting.terminal import evaluation_table, terminal
 from robal_jax.storage.files import replacing
 from robal_jax.storage.names import ADVERSARIAL, EXAMPLES, REPORT_HTML
@@ -25,21 +26,117 @@ from robal_jax.storage.names import ADVERSARIAL, EXAMPLES, REPORT_HTML
 GALLERY_IMAGES = 8
 
 
-def pixels_of(victim: Victim) -> int:
-    """Returns how many numbers an image has."""
-    return math.prod(victim.images.shape[1:])
+def report(
+    victim: Victim,
+    job: builder.Evaluation,
+    weights: Mapping[str, Any],
+    outcomes: Outcomes,
+    found: autoattack.Progress,
+    sample: Sample,
+    meta: Mapping[str, Any],
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> None:
+    """Judges what was found, stores it, writes the results and the report, and prints the table.
+
+    Args:
+      victim: the model and the test images.
+      job: what was evaluated, and how.
+      weights: ``params`` and ``stats`` of the model.
+      outcomes: of all test images, by condition.
+      found: what the ensemble found.
+      sample: what the audit measured.
+      meta: see :class:`Results`.
+      folder: receives the files.
+      say: receives messages for the user, line by line.
+    """
+    labels = victim.labels
+    predictions = {condition: outcomes[condition]["pred"] for condition in CONDITIONS}
+    if job.ensemble:
+        predictions |= autoattack.outcomes(job.version, job.ensemble, found, labels)
+
+    verdicts, curves = _judge(job, found, sample, predictions, labels)
+    verdicts += _store(victim, job, found, folder)
+
+    results = Results(
+        meta,
+        summary=metrics.summarize(labels, predictions, job.test.class_counts, groups=job.groups),
+        audit=_audit(sample, verdicts, curves),
+        norms=_norms(victim, job, weights["params"]),
+    )
+    gallery = _gallery(victim, job, found)
+
+    kept: Outcomes = {name: {"pred": values} for name, values in predictions.items()}
+    for condition in CONDITIONS:
+        kept[condition]["distance"] = outcomes[condition]["distance"]
+    arrays: dict[str, Any] = {"labels": labels, "ids": np.arange(len(labels)), **to_arrays(kept)}
+
+    def write() -> None:
+        with replacing(folder / EXAMPLES) as file:
+            np.savez(file, **arrays)
+        write_report(folder, results, gallery=gallery)
+        say(results.title + (f", checkpoint {meta['checkpoint']}" if "checkpoint" in meta else ""))
+        evaluation_table(results, terminal())
+        say(f"report {folder / REPORT_HTML}")
+
+    hosts.by_first(write)
+
+
+def _judge(
+    job: builder.Evaluation,
+    found: autoattack.Progress,
+    sample: Sample,
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """Judges the measurements of the audit; returns the verdicts and the curves."""
+    if not sample.measured:
+        return [], {}
+    survived = np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
+    by_square = np.zeros(len(labels), bool)
+    for stage in job.ensemble:
+        in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
+        survived &= ~in_stage | (stage.name == "square")
+        by_square |= in_stage & (stage.name == "square")
+    if "square" not in [stage.name for stage in job.ensemble[1:]]:
+        survived, by_square = survived[sample.ids], ~sample.measured["gradient_free"]["right"]
+    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square)
+
+
+def _store(
+    victim: Victim, job: builder.Evaluation, found: autoattack.Progress, folder: pathlib.Path
+) -> list[Verdict]:
+    """Stores the ensemble's adversarial images, reads them again and judges whether the accuracy is the same.
+
+    Without an ensemble nothing is judged, and the images of an earlier evaluation are removed.
+    """
+    path = folder / ADVERSARIAL
+    if not job.ensemble:
+        hosts.by_first(partial(path.unlink, missing_ok=True))
+        return []
+    ids = np.array(sorted(found.adversarial), int)
+    images = np.array([found.adversarial[index] for index in ids], np.float32)
+    images = images.reshape(-1, *victim.images.shape[1:])
+
+    def write() -> None:
+        with replacing(path) as file:
+            kept = {"ids": ids, "images": images, "predictions": found.predictions[ids]}
+            np.savez(file, **kept, epsilon=np.array(job.threat.epsilon))
+
+    hosts.by_first(write)
+    judged = recompute(victim, path, job.threat)
+    check("stored", judged, job.threat, victim.pixels)
+    reported, computed = found.predictions != victim.labels, judged["pred"] != victim.labels
+    return [stored_images(reported, computed, judged["distance"], job.threat.epsilon)]
 
 
 def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged:
-    """What the model makes of the stored adversarial images, and of the clean ones where none is stored.
+    """Returns how the model classifies all test images, each by its stored adversarial image if there is one.
 
     Args:
-      victim: the model.
+      victim: the model and the test images.
       path: of ``adversarial.npz``: ``ids`` and ``images``.
       threat: of the evaluation.
-
-    Returns:
-      For all images ``[n]``.
     """
 
     def read() -> tuple[np.ndarray, np.ndarray]:
@@ -57,106 +154,19 @@ def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged
     return jax.tree.map(lambda *batches: np.concatenate(batches), *judged)
 
 
-def report(
-    victim: Victim,
-    job: builder.Evaluation,
-    weights: Mapping[str, Any],
-    outcomes: dict[str, np.ndarray],
-    found: autoattack.Progress,
-    measured: dict[str, dict[str, np.ndarray]],
-    meta: dict,
-    folder: pathlib.Path,
-    say: Callable[[str], None],
-) -> None:
-    """Writes examples.npz, adversarial.npz, the summary, the tables and the figures, and prints the table."""
-    labels = victim.labels
-    predictions = {condition: outcomes[f"pred_{condition}"] for condition in CONDITIONS}
-    if job.ensemble:
-        predictions |= autoattack.outcomes(job.version, job.ensemble, found, labels)
-    kept: dict[str, Any] = {k: values for k, values in outcomes.items() if k.startswith("distance_")}
-    kept |= {f"pred_{name}": values for name, values in predictions.items()}
-    kept |= {"labels": labels, "ids": np.arange(len(labels))}
-    summary = metrics.summarize(labels, predictions, job.test.class_counts, groups=job.groups)
-    parts = {
-        "audit": _audit(victim, job, found, measured, predictions, folder),
-        "norms": _norms(victim, job, weights["params"]),
-        "gallery": _gallery(victim, job, found),
+def _audit(sample: Sample, verdicts: list[Verdict], curves: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the audit as :class:`Results` holds it."""
+    if not verdicts:
+        return None
+    return {
+        "examples": len(sample.ids),
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+        "curves": curves,
     }
-
-    def write() -> None:
-        with replacing(folder / EXAMPLES) as file:
-            np.savez(file, **kept)
-        write_report(folder, summary, meta, **parts)
-        say(
-            f"{meta['method']} on {meta['dataset']}"
-            + (f", checkpoint {meta['checkpoint']}" if "checkpoint" in meta else "")
-        )
-        evaluation_table(summary, terminal())
-        say(f"report {folder / REPORT_HTML}")
-
-    hosts.by_first(write)
-
-
-def _audit(
-    victim: Victim,
-    job: builder.Evaluation,
-    found: autoattack.Progress,
-    measured: dict[str, dict[str, np.ndarray]],
-    predictions: Mapping[str, np.ndarray],
-    folder: pathlib.Path,
-) -> dict[str, Any] | None:
-    """Stores the ensemble's images, looks at them again, and judges all that was measured."""
-    found_again = _stored(victim, job, found, folder) if job.ensemble else None
-    if not job.ensemble:  # what lies there is of an evaluation before this one
-        hosts.by_first(partial((folder / ADVERSARIAL).unlink, missing_ok=True))
-    if not measured:
-        return (
-            None
-            if found_again is None
-            else {"examples": 0, "verdicts": [found_again._asdict()], "curves": {}}
-        )
-    ids, labels = measured.pop("sample")["ids"], victim.labels
-    survived = np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
-    by_square = np.zeros(len(labels), bool)
-    for stage in job.ensemble:
-        in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
-        survived &= ~in_stage | (stage.name == "square")
-        by_square |= in_stage & (stage.name == "square")
-    if "square" not in [stage.name for stage in job.ensemble[1:]]:
-        survived, by_square = survived[ids], ~measured["gradient_free"]["right"]
-    verdicts, curves = give_verdicts(measured, labels[ids], survived, by_square)
-    if found_again is not None:
-        verdicts.append(found_again)
-    return {"examples": len(ids), "verdicts": [verdict._asdict() for verdict in verdicts], "curves": curves}
-
-
-def _stored(
-    victim: Victim, job: builder.Evaluation, found: autoattack.Progress, folder: pathlib.Path
-) -> Verdict:
-    """Writes the ensemble's adversarial images, reads them, and computes the accuracy again."""
-    path, ids = folder / ADVERSARIAL, np.array(sorted(found.adversarial), int)
-    images = np.array([found.adversarial[number] for number in ids], np.float32).reshape(
-        -1, *victim.images.shape[1:]
-    )
-
-    def write() -> None:
-        with replacing(path) as file:
-            kept = {"ids": ids, "images": images, "predictions": found.predictions[ids]}
-            np.savez(file, **kept, epsilon=np.array(job.threat.epsilon))
-
-    hosts.by_first(write)
-    judged = recompute(victim, path, job.threat)
-    check({f"{field}_stored": values for field, values in judged.items()}, job.threat, pixels_of(victim))
-    return stored_images(
-        found.predictions != victim.labels,
-        judged["pred"] != victim.labels,
-        judged["distance"],
-        job.threat.epsilon,
-    )
 
 
 def _norms(victim: Victim, job: builder.Evaluation, params: Mapping[str, Any]) -> dict[str, Any] | None:
-    """By class: norms of the classifier's weight vectors, where it has such; mean norms of the features."""
+    """Returns the norms of the classifier's weight vectors, if it has any, and of the features, by class."""
 
     def work(features: LogitsFn, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array) -> chex.Array:
         del keys, labels
@@ -172,18 +182,18 @@ def _norms(victim: Victim, job: builder.Evaluation, params: Mapping[str, Any]) -
     }
 
 
-def _gallery(victim: Victim, job: builder.Evaluation, found: autoattack.Progress) -> dict[str, Any] | None:
-    """Some images that the ensemble broke, the first of each class, the rarest classes first."""
+def _gallery(victim: Victim, job: builder.Evaluation, found: autoattack.Progress) -> Gallery | None:
+    """Returns some images that the ensemble broke: the first of each class, the rarest classes first."""
     ids = np.array(sorted(found.adversarial), int)
     _, first = np.unique(victim.labels[ids], return_index=True)
     rarest = np.argsort(job.test.class_counts[victim.labels[ids[first]]], kind="stable")
     ids = ids[first[rarest]][:GALLERY_IMAGES]
     if not len(ids):
         return None
-    return {
-        "images": victim.floats(ids),
-        "adversarial": np.stack([found.adversarial[number] for number in ids]),
-        "labels": victim.labels[ids],
-        "predictions": found.predictions[ids],
-        "condition": list(autoattack.outcomes(job.version, job.ensemble, found, victim.labels))[-1],
-    }
+    return Gallery(
+        images=victim.floats(ids),
+        adversarial=np.stack([found.adversarial[index] for index in ids]),
+        labels=victim.labels[ids],
+        predictions=found.predictions[ids],
+        condition=list(autoattack.outcomes(job.version, job.ensemble, found, victim.labels))[-1],
+    )

@@ -1,13 +1,14 @@
-"""Evaluation: attacks on every test image, an audit of what they found, and the run that reports and resumes.
+"""The loop of an evaluation, which saves what it has found and resumes from it.
 
-1. The attacks of RoBal's tables in one compiled step: FGSM, PGD-20 (looked at after 5 and 10 steps as well),
+1. The attacks of RoBal's tables with fixed steps (``steps.py``): FGSM, PGD-20 (also after 5 and 10 steps),
    MIM-20 and CW-20, at the config's logit scale and prior adjustment.
-2. An ensemble: AutoAttack, or a part of it (``autoattack.py``).
-3. The audit, on a sample (``audit.py``).
+2. An ensemble: AutoAttack or a part of it (``attacks/autoattack.py``).
+3. The audit of these attacks on a sample (``measurements.py``).
+4. Verdicts, results and the report (``findings.py``).
 
-An image's noise comes from its place in the test set, so batch size and number of devices change nothing. The
-outcome of every image is kept, and every adversarial image of the ensemble, so any figure can be computed
-again; the accuracy is, before it is reported.
+The noise of an image depends only on the seed and its index in the test set, so batch size and number of
+devices change nothing. The outcome of every image is kept, and every adversarial image of the ensemble; the
+accuracy under the ensemble is computed again from these images before it is reported.
 """
 
 import datetime
@@ -25,18 +26,20 @@ from robal_jax import builder
 from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
-from robal_jax.evaluation.findings import pixels_of, report
-from robal_jax.evaluation.measurements import plan_measurements
+from robal_jax.evaluation.findings import report
+from robal_jax.evaluation.measurements import Measured, Sample, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.names import display_name
+from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.names import EVALUATION, UNFINISHED
 from robal_jax.storage.progress import Meter
 from robal_jax.storage.unfinished import Unfinished
-from robal_jax.storage.workdir import restore_weights, test_set_digest, versions
+from robal_jax.storage.workdir import digest_of_test_set, restore_weights, versions
 
 MAIN_ATTACK = "pgd_20"
+"""The condition whose accuracy counts if no ensemble is evaluated."""
 
 
 def evaluate(
@@ -94,18 +97,18 @@ def attack_and_report(
       job: what is evaluated, and how.
       weights: ``params`` and ``stats`` of the model.
       surrogate: another model, for the audit's attack by transfer.
-      identity: JSON values that tell this evaluation from others, besides the test set.
-      about: what the report says beside ``job.about``.
+      identity: JSON values that tell this evaluation from others, beside the test set.
+      about: what the report says in addition to ``job.about``.
       folder: receives the results.
       command: the command line, for the report.
       stop: whether to stop at the next safe moment.
       say: receives messages for the user, line by line.
 
     Returns:
-      Whether it came to its end; if not, it was stopped, and the same call resumes it.
+      Whether the evaluation is finished; if not, it was stopped, and the same call resumes it.
     """
     victim = as_victim(job, weights)
-    test_set = test_set_digest(job.test.images, job.test.labels)
+    test_set = digest_of_test_set(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
     hosts.by_first(partial(_make, folder))
     unfinished = folder / UNFINISHED
@@ -117,8 +120,8 @@ def attack_and_report(
 
     outcomes = conditions(victim, job, part("conditions"), stop)
     found = None if outcomes is None else ensemble(victim, job, outcomes, part("ensemble"), stop)
-    measured = None if found is None else audited(victim, job, surrogate, part("audit"), stop)
-    if outcomes is None or found is None or measured is None:
+    sample = None if found is None else audited(victim, job, surrogate, part("audit"), stop)
+    if outcomes is None or found is None or sample is None:
         say(f"stopped; the same command resumes from {unfinished}")
         return False
     made_with = versions()
@@ -135,7 +138,7 @@ def attack_and_report(
         "command": command,
         "stages": autoattack.robust_after(job.ensemble, found),
     }
-    report(victim, job, weights, outcomes, found, measured, meta, folder, say)
+    report(victim, job, weights, outcomes, found, sample, meta, folder, say)
     hosts.by_first(partial(shutil.rmtree, unfinished))
     return True
 
@@ -165,53 +168,54 @@ def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:
 
 
 def _surrogate(job: builder.Evaluation, say: Callable[[str], None]) -> Victim | None:
-    """Restores the newest checkpoint of the run that the config names, as that run itself is evaluated."""
+    """Restores the newest checkpoint of the run that the config names, with that run's own config."""
     if not job.surrogate:
         return None
     workdir = pathlib.Path(job.surrogate)
     other = builder.evaluation(read_config(workdir))
-    if test_set_digest(*other.test[:2]) != test_set_digest(*job.test[:2]):
-        raise InputError(f"the surrogate {workdir} has other test images; name a run on the same data")
+    if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
+        raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
     return as_victim(other, restore_weights(workdir, None, other.variables, say).tree)
 
 
 def conditions(
     victim: Victim, job: builder.Evaluation, kept: Unfinished, stop: hosts.Stop
-) -> dict[str, np.ndarray] | None:
-    """Outcomes ``[n]`` of all test images by ``field_condition``; None if stopped before the end."""
+) -> Outcomes | None:
+    """Returns the outcomes of all images under each of ``CONDITIONS``; None if stopped before the end."""
     labels, total = victim.labels, len(victim.labels)
     step = victim.compile(partial(eval_step, threat=job.threat, step_size=job.step_size))
-    outcomes = kept.arrays
-    done = len(outcomes.get("pred_clean", ()))
+    outcomes = from_arrays(kept.arrays)
+    done = len(outcomes["clean"]["pred"]) if outcomes else 0
     with hosts.only_first(lambda: Meter("evaluate", total, done)) as meter:
         while done < total and not stop:
             judged = step(np.arange(done, min(done + victim.size, total)))
             for condition in CONDITIONS:  # jit returns dictionaries in the order of their keys
+                fields = outcomes.setdefault(condition, {})
                 for field, values in judged[condition].items():
-                    name = f"{field}_{condition}"
-                    outcomes[name] = np.concatenate([outcomes.get(name, values[:0]), values])
-            done = len(outcomes["pred_clean"])
-            right = np.mean(outcomes[f"pred_{MAIN_ATTACK}"] == labels[:done])
+                    fields[field] = np.concatenate([fields.get(field, values[:0]), values])
+            done = len(outcomes["clean"]["pred"])
+            right = np.mean(outcomes[MAIN_ATTACK]["pred"] == labels[:done])
             meter.update(done, f"{display_name(MAIN_ATTACK)} accuracy {right:.1%}")
             if stop or done == total or kept.due:
-                kept.save(outcomes)
+                kept.save(to_arrays(outcomes))
     if done < total:
         return None
-    check(outcomes, job.threat, pixels_of(victim))
+    for condition in CONDITIONS:
+        check(condition, outcomes[condition], job.threat, victim.pixels)
     return outcomes
 
 
 def ensemble(
     victim: Victim,
     job: builder.Evaluation,
-    outcomes: Mapping[str, np.ndarray],
+    outcomes: Outcomes,
     kept: Unfinished,
     stop: hosts.Stop,
 ) -> autoattack.Progress | None:
-    """What the ensemble of attacks found; None if stopped before the end."""
+    """Returns what the ensemble of attacks found; None if stopped before the end."""
     labels, progress = victim.labels, _read_progress(kept.arrays)
     if progress is None:
-        progress = autoattack.begin(labels, outcomes["pred_clean"])
+        progress = autoattack.begin(labels, outcomes["clean"]["pred"])
     for stage in job.ensemble:
         step = victim.compile(
             partial(attack_step, stage=stage, threat=job.threat, random=job.version == "rand")
@@ -219,7 +223,7 @@ def ensemble(
 
         def attack(ids: np.ndarray, number: int, step: Callable = step, name: str = stage.name) -> Any:
             found = step(ids, number=np.int32(number))
-            check({f"{field}_{name}": x for field, x in found.items()}, job.threat, pixels_of(victim))
+            check(name, found, job.threat, victim.pixels)
             return found["images"], found["pred"]
 
         total = stage.rounds * int(np.sum(~autoattack.broken_by(progress, stage.first - 1)))
@@ -258,31 +262,36 @@ def _read_progress(arrays: Mapping[str, np.ndarray]) -> autoattack.Progress | No
 
 def audited(
     victim: Victim, job: builder.Evaluation, surrogate: Victim | None, kept: Unfinished, stop: hosts.Stop
-) -> dict[str, dict[str, np.ndarray]] | None:
-    """The audit's measurements on a sample, with the sample's ``ids``; None if stopped before the end."""
-    measured: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in kept.arrays.items():
-        measurement, _, field = name.partition("/")
-        measured.setdefault(measurement, {})[field] = values
+) -> Sample | None:
+    """Returns the audit's measurements on a sample; None if stopped before the end."""
     if not job.audit_examples:
-        return measured
+        return Sample(np.arange(0), {})
     order = np.random.default_rng(job.seed).permutation(len(victim.labels))
     ids = np.sort(order[: job.audit_examples])
     plans = plan_measurements(victim, ids, threat=job.threat, step_size=job.step_size, surrogate=surrogate)
+    measured = _read_measured(kept.arrays)
     with hosts.only_first(lambda: Meter("audit", len(plans), len(measured))) as meter:
         for name, measure in plans.items():
             if name not in measured:
                 measured[name] = measure()
                 meter.update(len(measured), name)
             if stop or kept.due:
-                kept.save(_flat(measured))
+                kept.save(_measured_arrays(measured))
             if stop:
                 return None
-    kept.save(_flat(measured))
-    return {"sample": {"ids": ids}, **measured}
+    kept.save(_measured_arrays(measured))
+    return Sample(ids, measured)
 
 
-def _flat(measured: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _measured_arrays(measured: Measured) -> dict[str, np.ndarray]:
     return {
         f"{name}/{field}": values for name, fields in measured.items() for field, values in fields.items()
     }
+
+
+def _read_measured(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    measured: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in arrays.items():
+        name, _, field = key.partition("/")
+        measured.setdefault(name, {})[field] = values
+    return measured

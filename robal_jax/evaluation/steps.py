@@ -1,4 +1,8 @@
-"""TODO evaluation.steps."""
+"""The steps of an evaluation on one batch, as pure functions: they attack images and judge the result.
+
+:func:`eval_step` makes the conditions of RoBal's tables, :func:`attack_step` one round of an ensemble, and
+:func:`shown_step` judges images made elsewhere. :func:`check` looks at the outcomes on the host.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,18 +18,19 @@ from robal_jax.errors import InputError
 from robal_jax.keys import fold_in
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
+"""The clean images and the attacks with fixed steps, with their numbers of steps."""
 
-# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each. In L2 these
-# errors of the pixels add up as their squares do.
+# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each. In L2 the
+# squares of the pixels' errors add up.
 DISTANCE_TOLERANCE = 4 * 2.0**-23
 
 Judged = dict[str, chex.Array]
 """``pred`` int32 ``[B]``; ``distance`` ``[B]``, in the threat model's norm; ``outside`` ``[B]``, how far
-pixels lie outside of its bounds; ``finite`` bool ``[B]``, of the logits."""
+pixels are outside of its bounds; ``finite`` bool ``[B]``, whether the logits are."""
 
 
 def judge(logits_fn: LogitsFn, shown: chex.Array, images: chex.Array, threat: ThreatModel) -> Judged:
-    """What the model makes of images that are shown instead of ``images``, and whether they may be."""
+    """Returns how the model classifies ``shown``, and how far it is from ``images`` and the bounds."""
     logits, axes = logits_fn(shown), tuple(range(1, shown.ndim))
     return {
         "pred": jnp.argmax(logits, axis=-1).astype(jnp.int32),
@@ -44,18 +49,18 @@ def eval_step(
     threat: ThreatModel,
     step_size: float,
 ) -> dict[str, Judged]:
-    """All conditions of RoBal's tables for one batch.
+    """Makes all conditions of RoBal's tables for one batch.
 
     Args:
-      logits_fn: the model as it is attacked and judged.
-      keys: ``[B]``, one an image.
+      logits_fn: the model that is attacked and judged.
+      keys: ``[B]``, one per image.
       images: ``[B, H, W, C]`` in [0, 1].
       labels: ``[B]``.
       threat: what the attacks may do.
       step_size: of the iterated attacks.
 
     Returns:
-      What the model makes of the images of each of ``CONDITIONS``.
+      How the model classifies the images of each of ``CONDITIONS``.
 
     Source: the attacks and their starts as in RoBal's released evaluation.
     """
@@ -82,7 +87,7 @@ def attack_step(
     threat: ThreatModel,
     random: bool = False,
 ) -> dict[str, chex.Array]:
-    """One round of a stage of the ensemble for one batch.
+    """Runs one round of a stage of the ensemble on one batch.
 
     Args:
       logits_fn: the model.
@@ -92,10 +97,10 @@ def attack_step(
       number: of the round, from 0.
       stage: of the ensemble.
       threat: what the attacks may do.
-      random: whether the attack takes the model for a random one.
+      random: whether the attack treats the model as random.
 
     Returns:
-      ``images [B, H, W, C]``, and what the model makes of them.
+      ``images [B, H, W, C]``, and how the model classifies them.
     """
     keys = fold_in(keys, stage.first + number)
     model = (lambda x, keys: logits_fn(x)) if random else logits_fn
@@ -112,32 +117,31 @@ def shown_step(
     *,
     threat: ThreatModel,
 ) -> Judged:
-    """What the model makes of given images ``[B, H, W, C]``."""
+    """Returns how the model classifies given images ``[B, H, W, C]``."""
     del keys, labels
     return judge(logits_fn, shown, images, threat)
 
 
-def check(outcomes: Mapping[str, np.ndarray], threat: ThreatModel, pixels: int = 1) -> None:
-    """Refuses outcomes that no honest evaluation gives.
+def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel, pixels: int = 1) -> None:
+    """Refuses outcomes that no correct evaluation gives.
 
     Args:
-      outcomes: arrays by ``field_condition``.
+      condition: name of the condition or of the attack.
+      judged: its outcomes, see ``Judged``.
       threat: what the attacks may do.
-      pixels: numbers in an image.
+      pixels: numbers per image.
 
     Raises:
       InputError: logits that are not finite.
       RuntimeError: an image outside of the threat model.
     """
+    finite = judged["finite"]
+    if not finite.all():
+        raise InputError(
+            f"the model's logits are not finite for {np.sum(~finite)} of {len(finite)} images ({condition}); "
+            "use another checkpoint or model"
+        )
     tolerance = DISTANCE_TOLERANCE * (pixels**0.5 if threat.norm == "l2" else 1.0)
-    for name, values in outcomes.items():
-        field, _, condition = name.partition("_")
-        if field == "finite" and not values.all():
-            raise InputError(
-                f"the model's logits are not finite for {np.sum(~values)} of {len(values)} images "
-                f"({condition}), so no accuracy can be given; the checkpoint is not usable"
-            )
-        if (field == "distance" and values.max() > threat.epsilon + tolerance) or (
-            field == "outside" and values.max() > 0
-        ):
-            raise RuntimeError(f"attack {condition} left the threat model: {field} {values.max()}")
+    for field, largest in ("distance", threat.epsilon + tolerance), ("outside", 0):
+        if judged[field].max() > largest:
+            raise RuntimeError(f"attack {condition} left the threat model: {field} {judged[field].max()}")

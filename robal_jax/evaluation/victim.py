@@ -1,9 +1,10 @@
-"""The model under attack, with the images that it is attacked on, on all devices of the job.
+"""The model under attack and the images that it is attacked on, on all devices of the job.
 
-What an evaluation does is written as work on one batch, ``(logits_fn, keys, images, labels)``;
-:meth:`Victim.compile` makes of it a function of the images' numbers, which knows of batches and devices.
+Evaluation code is written for one batch, ``(logits_fn, keys, images, labels)``; :meth:`Victim.compile` turns
+it into a function of image indices that handles batching and devices.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -24,10 +25,10 @@ class Victim:
 
     Attributes:
       predict: images to logits, outside of compiled functions.
-      images: uint8 ``[n, H, W, C]``, in memory or read when they are asked for; or float32 in [0, 1].
+      images: uint8 ``[n, H, W, C]``, in memory or read when they are needed; or float32 in [0, 1].
       labels: ``[n]``.
       pixel_max: the pixel value that becomes 1.
-      size: images that one call of a compiled function takes, on all devices together.
+      size: images in each call of a compiled function, on all devices together.
     """
 
     def __init__(
@@ -43,17 +44,17 @@ class Victim:
         batch_size: int,
         layout: str,
     ) -> None:
-        """Puts the model on all devices; images follow batch by batch.
+        """Puts the model on all devices; the images follow batch by batch.
 
         Args:
           predict: ``(params, stats, images) -> logits``.
           params: of the model.
           stats: its batch-norm statistics.
-          images: uint8 ``[n, H, W, C]``.
+          images: uint8 or float32 ``[n, H, W, C]``.
           labels: ``[n]``.
           pixel_max: the pixel value that becomes 1.
-          seed: the random numbers of an image follow from it and from the image's number.
-          batch_size: images a device and call.
+          seed: the random numbers of an image follow from it and from the image's index.
+          batch_size: images per device in each call.
           layout: a key of ``parallel.LAYOUTS``.
         """
         self._predict, self._layout, self._devices = predict, layout, parallel.devices_for(layout)
@@ -62,20 +63,26 @@ class Victim:
         self.images, self.labels, self.pixel_max = images, labels, pixel_max
         self.size = batch_size * jax.device_count()
 
+    @property
+    def pixels(self) -> int:
+        """Numbers per image."""
+        return math.prod(self.images.shape[1:])
+
     def floats(self, ids: np.ndarray) -> np.ndarray:
-        """The images of these numbers as the model sees them: float32 ``[m, H, W, C]`` in [0, 1]."""
+        """Returns images by index as the model sees them: float32 ``[m, H, W, C]`` in [0, 1]."""
         return np.array(as_float(self.images[ids], self.pixel_max), np.float32)
 
     def compile(self, work: Work, predict: Callable | None = None) -> Callable[..., chex.ArrayTree]:
-        """Work on one batch as a function of images' numbers, compiled once whatever their count.
+        """Turns work on one batch into a function of image indices, compiled once for any number of images.
 
         Args:
-          work: called with the model, one key an image, images in [0, 1], labels, and what the caller adds.
-          predict: what stands in for the model, with the same arguments.
+          work: is called with the model, one key per image, images in [0, 1], labels, and the caller's extra
+            arguments.
+          predict: a function in place of the model, with the same arguments.
 
         Returns:
-          ``(ids [m], *parts [m, ...], **shared) -> outputs [m, ...]``, numpy arrays, any m > 0. A last batch
-          that is not full is filled up with its own last image.
+          ``(ids [m], *parts [m, ...], **shared) -> outputs [m, ...]``, NumPy arrays, any m > 0. The last
+          batch is filled up with its last image.
         """
         predict = self._predict if predict is None else predict
 

@@ -1,18 +1,6 @@
-"""Networks in flax.linen, and the functions that the rest of the library knows them by.
+"""Backbones: networks from images ``[B, H, W, C]`` in [0, 1] to features ``[B, D]``.
 
-Images are ``[B, H, W, C]`` in [0, 1]; a backbone gives features ``[B, D]``; :class:`Network` puts a head
-on it. :func:`functional` turns a module into a :class:`Model`, plain functions of arrays::
-
-    model = functional(Network(WideResNet(depth=34, widen=10), CosineHead(num_classes=10)))
-    params, stats = model.init(key, images)
-    logits = model.predict(params, stats, images)         # running batch-norm statistics
-    logits, moments = model.train(params, stats, images)  # this batch's statistics
-
-A training pass does not touch the running statistics: it returns the batch's moments, and
-:func:`update_statistics` applies them. So an objective gets the update order of the released code
-(adversarial, natural, natural, adversarial) from two passes instead of four.
-
-Module names follow the released PyTorch code with ``_`` for ``.``; ``torch_import`` relies on it.
+Module names follow the released PyTorch code, with ``_`` for ``.``; ``robal_jax.pytorch`` relies on them.
 """
 
 from collections.abc import Callable
@@ -30,7 +18,7 @@ Layers = tuple[tuple[int, int, int], ...]
 
 
 def _pooled(x: chex.Array) -> chex.Array:
-    """Means of the channels ``[B, C]``, in float32 at least: where an accelerator's bfloat16 ends."""
+    """Means of the channels ``[B, C]``, in float32 at least: bfloat16 computation ends here."""
     return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -61,10 +49,10 @@ class WideResNet(nn.Module):
     Source: Zagoruyko and Komodakis (BMVC 2016), as in RoBal's released code.
 
     Attributes:
-      depth: 6 * n + 4 for n blocks a stage.
+      depth: ``6 n + 4`` for ``n`` blocks per stage.
       widen: width factor of the three stages of 16, 32 and 64 channels.
-      activation: inside the blocks; the one before pooling is always ReLU.
-      convolution: which implementation: a function of ``convolutions``.
+      activation: inside the blocks; the activation before pooling is always ReLU.
+      convolution: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
     """
 
@@ -76,7 +64,7 @@ class WideResNet(nn.Module):
 
     def __post_init__(self) -> None:
         if self.depth < 10 or (self.depth - 4) % 6:
-            raise ValueError(f"a WideResNet's depth is 6 n + 4 with n at least 1, not {self.depth}")
+            raise ValueError(f"depth is {self.depth}; a WideResNet's must be 6 n + 4 with n at least 1")
         super().__post_init__()
 
     @nn.compact
@@ -102,11 +90,11 @@ class WideResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Post-activation block: convolutions with BN each and ReLU in between, add the shortcut, ReLU.
+    """Post-activation block: convolutions, each with BN, ReLU in between, the shortcut added, ReLU.
 
     Attributes:
       layers: features, kernel size and stride of each convolution.
-      shortcut: what the projection is called, where one is needed.
+      shortcut: name of the projection, if the block needs one.
       conv: a :class:`Conv`.
       norm: a :class:`BatchNorm`.
     """
@@ -135,24 +123,24 @@ def _basic(width: int, stride: int) -> Layers:
 
 
 def _bottleneck(width: int, stride: int) -> Layers:
-    # The stride stands at the 3x3 convolution, not at the first 1x1 as in the paper: torchvision's v1.5.
+    # The 3x3 convolution has the stride, as in torchvision's v1.5, not the first 1x1 as in the paper.
     return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
 
 
 class ResNet(nn.Module):
-    """ResNet with four stages of post-activation blocks; ``ResNet18`` and ``ResNet50`` are made of it.
+    """ResNet with four stages of post-activation blocks; ``ResNet18`` and ``ResNet50`` are instances of it.
 
-    Images go in as they are, in [0, 1]: weights that were trained on standardised images do not fit.
+    Images in [0, 1] are not standardised, so weights that were trained on standardised images do not fit.
 
     Source: He et al. (CVPR 2016).
 
     Attributes:
-      blocks: number of blocks of each stage.
-      block: width of a stage and stride to the layers of a block.
+      blocks: number of blocks in each stage.
+      block: function from the width of a stage and the stride to the layers of a block.
       shortcut: see :class:`ResidualBlock`.
       stem: 'imagenet' (7x7 of stride 2, max pooling), or 'small' for images of 32 to 64 pixels (3x3 of
         stride 1, no pooling).
-      convolution: which implementation: a function of ``convolutions``.
+      convolution: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
     """
 
@@ -165,7 +153,7 @@ class ResNet(nn.Module):
 
     def __post_init__(self) -> None:
         if self.stem not in ("imagenet", "small"):
-            raise ValueError(f"a ResNet's stem is 'imagenet' or 'small', not {self.stem!r}")
+            raise ValueError(f"unknown stem {self.stem!r}; use 'imagenet' or 'small'")
         super().__post_init__()
 
     @nn.compact
@@ -186,9 +174,9 @@ class ResNet(nn.Module):
         return _pooled(x)
 
 
-# What is bound by position, a config cannot change.
+# A config cannot change arguments that are bound by position.
 ResNet18 = partial(ResNet, (2, 2, 2, 2), _basic, "shortcut", stem="small")
-"""ResNet-18 in the CIFAR form that follow-up work on RoBal uses; features ``[B, 512]``."""
+"""ResNet-18 in the form for CIFAR that follow-up work on RoBal uses; features ``[B, 512]``."""
 
 ResNet50 = partial(ResNet, (3, 4, 6, 3), _bottleneck, "downsample")
 """ResNet-50 with torchvision's names; features ``[B, 2048]``."""
@@ -197,13 +185,13 @@ ResNet50 = partial(ResNet, (3, 4, 6, 3), _bottleneck, "downsample")
 class SmallCNN(nn.Module):
     """Three convolutions and a linear layer for 8x8 and 28x28 images; features ``[B, width]``.
 
-    The features are taken *before* a ReLU: a cosine head on rectified features of a small net collapses
-    to one class, because a feature vector whose units all died has no direction.
+    The features are taken *before* a ReLU. On rectified features of a small network, a cosine head collapses
+    to one class, because a feature vector of zeros has no direction.
 
     Attributes:
       channels: of the three convolutions; the second and the third halve the image.
       width: ``D``, number of features.
-      convolution: which implementation: a function of ``convolutions``.
+      convolution: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
     """
 

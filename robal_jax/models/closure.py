@@ -1,8 +1,9 @@
-"""A function from images to logits, parted into a function and the arrays that it holds.
+"""Separates a function from images to logits into a function and the arrays that it closes over.
 
-A model that was trained elsewhere comes as a function that closes over its weights. Compiled like that, the
-weights become constants of every program: copied, folded by the compiler for minutes, and rounded otherwise.
-:func:`split` takes them out, so that a program receives them as arguments.
+A model that was trained elsewhere comes as a function that closes over its weights. If it is compiled as it
+is, the weights become constants of every program: each program copies them, the compiler folds them for
+minutes, and the logits are rounded differently. :func:`split` takes the weights out, so that a program
+receives them as arguments.
 """
 
 import inspect
@@ -14,23 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-SMALL = 1024  # numbers in an array that may stay a constant of the program
+from robal_jax import checks
+
+SMALL = 1024  # largest number of elements of an array that stays a constant of the program
 
 
 def split(
     logits_fn: Callable[[chex.Array], chex.Array], image_shape: tuple[int, ...]
 ) -> tuple[Callable[[list[chex.Array], chex.Array], chex.Array], list[chex.Array]]:
-    """Parts a model into a function of arrays and images, and the arrays.
+    """Separates a model into a function of arrays and images, and the arrays.
 
     ``logits_fn(images) = predict(arrays, images)``
 
     Args:
       logits_fn: images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``, for any ``B``; traceable by JAX.
-        Arrays inside of a function that another library compiled (``nnx.jit``) are not found.
+        Arrays inside a function that another library compiled (``nnx.jit``) are not found.
       image_shape: ``(H, W, C)``.
 
     Returns:
-      ``predict``, and the arrays that ``logits_fn`` holds.
+      ``predict``, and the arrays that ``logits_fn`` closes over.
 
     Raises:
       ValueError: ``logits_fn`` does not return logits ``[B, K]``.
@@ -48,7 +51,7 @@ def split(
         return jax.make_jaxpr(logits_fn)(images)
 
     image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    _check_logits(jax.eval_shape(logits_fn, image))
+    checks.logits_of(2, jax.eval_shape(logits_fn, image))
     arrays = [array for array in traced(image).consts if np.size(array) > SMALL]
     place = {id(array): number for number, array in enumerate(arrays)}
 
@@ -58,13 +61,3 @@ def split(
         return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(images)[0]
 
     return predict, arrays
-
-
-def _check_logits(found: object) -> None:
-    """Refuses outputs for two images that are not one array of logits ``[2, K]``."""
-    if not isinstance(found, jax.ShapeDtypeStruct):
-        kind = type(found).__name__
-        raise ValueError(f"logits_fn returns a {kind}; it must return one array of logits [B, K]")
-    if len(found.shape) != 2 or found.shape[0] != 2 or not jnp.issubdtype(found.dtype, jnp.floating):
-        given = f"{found.dtype}{list(found.shape)}"
-        raise ValueError(f"logits_fn returns {given} for 2 images; it must return float logits [2, K]")

@@ -1,7 +1,7 @@
 """Convolutions: XLA's own, and one that is fast on a CPU.
 
-Both are ``(x [B, H, W, C], kernel [k, k, C, O], stride) -> [B, H', W', O]``, padded by ``k // 2`` with zeros
-on every side: PyTorch's way, not that of 'SAME'. They agree up to rounding, and so do their gradients.
+Both are ``(x [B, H, W, C], kernel [k, k, C, O], stride) -> [B, H', W', O]``, padded with ``k // 2`` zeros on
+every side: PyTorch's padding, not that of 'SAME'. They agree up to rounding, and so do their gradients.
 """
 
 import math
@@ -20,7 +20,7 @@ Grid = list[list[chex.Array]]
 
 
 def convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
-    """XLA's own convolution: the one for accelerators."""
+    """XLA's own convolution, for accelerators."""
     return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], strides=stride)
 
 
@@ -43,32 +43,32 @@ def _nhwc(
 
 
 def cpu_convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
-    """:func:`convolution` for the CPU: fewer products where they can be saved, and gradients that stay fast.
+    """:func:`convolution` for the CPU, with fewer products and with gradients that stay fast in loops.
 
-    XLA's CPU compiler does not rewrite the gradients of a convolution into its own layout when they stand
-    inside a while loop, and they run several times slower there (jax-ml/jax#12868). Here both gradients
-    are themselves NHWC convolutions of stride 1, 3x3 convolutions of stride 1 are :func:`winograd`'s where
-    the network is wide enough, and those of 1x1, or of few inputs, are one matrix product.
-    Precision has no meaning here; forward-mode differentiation is not supported.
+    XLA's CPU compiler does not rewrite the gradients of a convolution into its own layout if they are inside
+    a while loop, where they run several times slower (jax-ml/jax#12868). Here both gradients are NHWC
+    convolutions of stride 1. A 3x3 convolution of stride 1 uses :func:`winograd` where the network is wide
+    enough; a convolution of 1x1, or of few inputs, is one matrix product. The precision of matrix products
+    has no effect; forward-mode differentiation is not supported.
     """
     if kernel.shape[0] <= stride or kernel[..., 0].size <= PRODUCT_INPUTS:
         return _as_product(x, kernel, stride)
     return _spatial(x, kernel, stride)
 
 
-# A 3x3 convolution of RGB images: its channels are too few for Eigen's vectors. Measured.
+# A 3x3 convolution of RGB images: it has too few channels for Eigen's vectors. Measured.
 PRODUCT_INPUTS = 27
 
 
 def _as_product(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
-    """``[pixels, k * k * C]``, each output pixel's inputs side by side, times the kernel."""
+    """The product of ``[pixels, k * k * C]``, the inputs of each output pixel in one row, and the kernel."""
     k, _, _, features = kernel.shape
     low = k // 2
     b, h, w = len(x), *((n + 2 * low - k) // stride + 1 for n in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (low, low), (low, low), (0, 0)))
     rows, columns = (h - 1) * stride + 1, (w - 1) * stride + 1
     inputs = [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(k) for j in range(k)]
-    pixels = jnp.concatenate(inputs, -1).reshape(b * h * w, -1)  # flat: XLA's products are faster so
+    pixels = jnp.concatenate(inputs, -1).reshape(b * h * w, -1)  # XLA's products are faster if flat
     return (pixels @ kernel.reshape(-1, features)).reshape(b, h, w, features)
 
 
@@ -97,16 +97,16 @@ def _backward(
     for n, m, k in zip(x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True):
         low, dilated = k // 2, (m - 1) * stride + 1
         padding.append((low, k - 1 + dilated - n - low))
-    # Of a large batch in pieces, whose transposed arrays a cache holds.
+    # A large batch is taken in pieces whose transposed arrays fit into a cache.
     pieces = math.gcd(len(x), 64) // 16 or 1
     parts = zip(jnp.split(x, pieces), jnp.split(dy, pieces), strict=True)
     return dx, sum(_kernel_gradient(*part, padding, stride) for part in parts)
 
 
 def _image_gradient(dy: chex.Array, kernel: chex.Array, stride: int, size: tuple[int, ...]) -> chex.Array:
-    """A convolution of dy for each phase: the pixels of every ``stride``-th row and column.
+    """One convolution of dy per phase, that is, for the pixels of every ``stride``-th row and column.
 
-    In one convolution of dy, dilated by the stride, most products would be with zeros.
+    In a single convolution of dy, dilated by the stride, most products would be with zeros.
     """
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     rows, columns = (
@@ -120,13 +120,13 @@ def _image_gradient(dy: chex.Array, kernel: chex.Array, stride: int, size: tuple
 
 
 def _taps(phase: int, n: int, m: int, k: int, stride: int) -> tuple[slice, tuple[int, int]]:
-    """What of a flipped kernel of k reaches the pixels ``q * stride + phase`` of n, and m outputs' padding.
+    """Taps of a flipped kernel of size k that reach pixels ``q * stride + phase`` of n, and m outputs' padding.
 
-    Tap u, k - 1 - u of the flipped kernel, goes from output i to pixel ``i * stride + u - k // 2``: the taps
-    of a phase are ``stride`` apart, and one pixel's outputs side by side.
+    Tap u, which is k - 1 - u of the flipped kernel, goes from output i to pixel ``i * stride + u - k // 2``.
+    So the taps of a phase are ``stride`` apart, and the outputs of one pixel are neighbours.
     """
     first = (k - 1 - k // 2 - phase) % stride
-    nearest = (phase + k // 2 - (k - 1 - first)) // stride  # output of pixel q less q, for the first tap
+    nearest = (phase + k // 2 - (k - 1 - first)) // stride  # output of pixel q, minus q, for the first tap
     farthest = nearest + (k - 1 - first) // stride
     return slice(first, None, stride), (-nearest, -(-n // stride) - m + farthest)
 
@@ -134,14 +134,14 @@ def _taps(phase: int, n: int, m: int, k: int, stride: int) -> tuple[slice, tuple
 def _kernel_gradient(
     x: chex.Array, dy: chex.Array, padding: list[tuple[int, int]], stride: int
 ) -> chex.Array:
-    """The images, batch and channel axes exchanged, by dy dilated by the stride."""
+    """The convolution of the images with dy, dilated by the stride; batch and channel axes are exchanged."""
     x, dy = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
     return _nhwc(x, dy, padding, rhs_dilation=stride).transpose(1, 2, 0, 3)
 
 
 _spatial.defvjp(_forward, _backward)
 
-# With less, transforming tiles and starting forty small operations costs more than it saves: measured.
+# Below these limits, transforming tiles and forty small operations cost more than they save. Measured.
 WINOGRAD_CHANNELS = 32
 
 WINOGRAD_OPERATIONS = 2e8
@@ -162,15 +162,15 @@ def winograd(x: chex.Array, kernel: chex.Array, *, transposed: bool = False) -> 
     """A 3x3 convolution of stride 1 with 2.25 times fewer products: F(2x2, 3x3).
 
     ``Y = A^T [(G g G^T) * (B^T d B)] A`` for every tile ``d [4, 4]`` of the padded image, ``Y [2, 2]``; the
-    tiles overlap by two pixels, and the product is summed over the channels: 16 matrix products.
+    tiles overlap by two pixels, and the product is summed over the channels, so there are 16 matrix products.
 
-    Rounding is that of the direct sum: all entries of A, B, G are 0, 1/2 or 1.
+    It rounds like the direct sum, because all entries of A, B and G are 0, 1/2 or 1 in size.
 
     Args:
       x: ``[B, H, W, C]``, H and W even.
       kernel: ``g [3, 3, C, O]``.
-      transposed: the transposed convolution instead, from ``[B, H, W, O]`` to ``[B, H, W, C]``: the gradient
-        by the image.
+      transposed: compute the transposed convolution, from ``[B, H, W, O]`` to ``[B, H, W, C]``, which is the
+        gradient with respect to the image.
 
     Returns:
       ``[B, H, W, O]``.
@@ -186,7 +186,7 @@ def winograd(x: chex.Array, kernel: chex.Array, *, transposed: bool = False) -> 
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     tiles = [[x[:, i : i + h - 1 : 2, j : j + w - 1 : 2] for j in range(4)] for i in range(4)]
     tiles = _on_both_axes(_of_tile, tiles)
-    # Sixteen products instead of one of stacked tiles: XLA is slow at stacking them.
+    # Sixteen products, not one product of stacked tiles, because XLA is slow at stacking them.
     products = [
         [lax.dot_general(t, u, (channels, ((), ()))) for t, u in zip(*rows, strict=True)]
         for rows in zip(tiles, weights, strict=True)

@@ -1,4 +1,12 @@
-"""TODO models.layers."""
+"""Convolution and batch normalisation, and the running values that training passes update.
+
+Layers and heads keep running values in the collection ``batch_stats``. A training pass does not update them:
+it leaves its moments in their place, and :func:`update_statistics` folds the moments into the running values,
+by the name of the variable. Names with their own rule are in ``FOLDS``. A variable of any other name takes
+the newest value, so a head of your own with a state needs no entry: in a training pass it reads the running
+value, computes the next one and stores it. If a step makes several training passes, the last one counts.
+The training step averages moments over devices and over the parts of a batch, so they must be floats.
+"""
 
 import chex
 import flax.linen as nn
@@ -14,9 +22,9 @@ BATCH_NORM_EPSILON = 1e-5
 
 
 class Conv(nn.Module):
-    """Square convolution without bias; N(0, sqrt(2 / (k * k * out))) at initialisation, as released.
+    """Square convolution without bias, initialised as released with N(0, sqrt(2 / (k * k * out))).
 
-    It computes in the type of what it is given.
+    It computes in the type of its input.
     """
 
     features: int
@@ -37,13 +45,16 @@ class BatchNorm(nn.Module):
 
     ``y = (x - mean) / sqrt(var + 1e-5) * scale + bias``
 
-    Evaluation uses the running ``mean`` and ``var`` of the collection ``batch_stats``. Training uses the
-    batch's own and *leaves them in* ``batch_stats`` (mutable): the batch's mean and its unbiased variance,
-    for :func:`update_statistics`. The variance that normalises is the biased one, as in PyTorch.
+    Evaluation uses the running ``mean`` and ``var`` of the collection ``batch_stats``. Training uses the mean
+    and variance of the batch and *leaves them in* ``batch_stats`` (mutable) for :func:`update_statistics`:
+    the mean and the unbiased variance. The batch is normalised with the biased variance, as in PyTorch.
 
     Attributes:
-      axis_name: mapped axis over which the batch is spread, if any; the statistics are then the whole
-        batch's, so that a run does not depend on the number of devices.
+      axis_name: mapped axis over which the batch is spread, if any; the statistics are then those of the
+        whole batch, so that a run does not depend on the number of devices.
+
+    Raises:
+      ValueError: a training batch has only one value per channel.
     """
 
     axis_name: str | None = None
@@ -63,6 +74,8 @@ class BatchNorm(nn.Module):
             mean, count = x.mean(axes), x.size // x.shape[-1]
             if self.axis_name is not None:
                 mean, count = lax.pmean(mean, self.axis_name), count * lax.axis_size(self.axis_name)
+            if count < 2:
+                raise ValueError("batch norm needs more than one value per channel; use a larger batch")
             var = jnp.square(x - last_axis(mean, x)).mean(axes)
             if self.axis_name is not None:
                 var = lax.pmean(var, self.axis_name)
@@ -72,34 +85,45 @@ class BatchNorm(nn.Module):
 
 
 def last_axis(vector: chex.Array, like: chex.Array) -> chex.Array:
-    """``[C]`` with leading axes of size 1, to go with ``[..., C]``."""
+    """Vector ``[C]`` with leading axes of size 1, to broadcast against ``[..., C]``."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-# How a training pass's moment m changes the running value r, by the name of the array: r <- a * r + b * m.
 FOLDS = {
     "mean": (1.0 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM),
     "var": (1.0 - BATCH_NORM_MOMENTUM, BATCH_NORM_MOMENTUM),
-    "direction": (0.9, 1.0),  # TDE's: a sum that forgets, not a mean; released
-    "bias": (1.0, 0.0),  # frozen
+    "direction": (0.9, 1.0),  # of the TDE head: a sum that forgets, not a mean; as released
+    "bias": (1.0, 0.0),  # of the linear head: frozen, and unchanged by the rounding of an average
 }
+"""Factors ``(a, b)`` of a moment's update of a running value, ``r <- a r + b m``, by variable name."""
 
 
 def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]) -> chex.ArrayTree:
     """Running statistics after several training passes, in their order.
 
-    ``r <- a * r + b * m`` for each ``m`` in ``moments``; (a, b) is (0.9, 0.1) for batch norm, see ``FOLDS``
+    ``r <- a r + b m`` for each ``m`` in ``moments``; ``(a, b)`` is (0.9, 0.1) for batch norm, see ``FOLDS``;
+    ``r <- m`` for a variable that is not in ``FOLDS``
 
     Args:
-      stats: running means and variances ``r``, and what a head keeps there.
-      moments: what each training pass left: batch means and unbiased variances. A pass may stand in it
-        more than once: the released RoBal step runs four passes of which only two are distinct.
+      stats: running values ``r``: means, variances and the state of a head.
+      moments: values ``m`` that each training pass left: batch means, unbiased variances and the state of a
+        head. The same pass may occur more than once: the released RoBal step runs four passes, of which only
+        two are distinct.
 
     Returns:
       The new running statistics.
+
+    Example:
+      >>> stats = {"bn1": {"mean": jnp.array([1.0])}, "classifier": {"count": jnp.array(7.0)}}
+      >>> moments = {"bn1": {"mean": jnp.array([2.0])}, "classifier": {"count": jnp.array(8.0)}}
+      >>> new = update_statistics(stats, (moments,))
+      >>> print(jnp.array_str(new["bn1"]["mean"], precision=2), new["classifier"]["count"])
+      [1.1] 8.0
     """
 
     def fold(path: tuple[jax.tree_util.DictKey, ...], r: chex.Array, m: chex.Array) -> chex.Array:
+        if path[-1].key not in FOLDS:
+            return m
         keep, new = FOLDS[path[-1].key]
         return keep * r + new * m
 

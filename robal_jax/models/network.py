@@ -1,4 +1,4 @@
-"""TODO models.network."""
+"""A network as functions of arrays."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,12 @@ from jax import lax
 
 
 class Network(nn.Module):
-    """A backbone and a head."""
+    """A backbone and a head.
+
+    Attributes:
+      backbone: images ``[B, H, W, C]`` to features ``[B, D]``, called with ``(images, train)``.
+      classifier: features to logits ``[B, K]``, called with ``(features, train)``.
+    """
 
     backbone: nn.Module
     classifier: nn.Module
@@ -27,10 +32,10 @@ class Model(NamedTuple):
     """A network as functions of arrays.
 
     Attributes:
-      init: ``(key, images) -> (params, stats)``; of the images only the shape matters.
-      predict: ``(params, stats, images) -> logits``, with running statistics: what is attacked and evaluated.
-      train: ``(params, stats, images) -> (logits, moments)``, with the batch's own statistics.
-      features: ``(params, stats, images) -> [B, D]``, what ``predict`` gives to the head.
+      init: ``(key, images) -> (params, stats)``; only the shape of the images matters.
+      predict: ``(params, stats, images) -> logits``, with running statistics; it is attacked and evaluated.
+      train: ``(params, stats, images) -> (logits, moments)``, with the statistics of the batch.
+      features: ``(params, stats, images) -> [B, D]``, the input of the head in ``predict``.
     """
 
     init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
@@ -45,7 +50,7 @@ PRECISIONS = {
     "highest": ("highest", None),
     "bfloat16": (None, jnp.bfloat16),
 }
-"""Precision of matrix products, and type in which a network computes, None for that of its parameters."""
+"""Precision of matrix products, and the type in which a network computes; None for its parameters' type."""
 
 
 def functional(network: nn.Module, *, precision: str = "default", piece: int | None = None) -> Model:
@@ -57,13 +62,27 @@ def functional(network: nn.Module, *, precision: str = "default", piece: int | N
         and convolutions ('default' may be TF32 on a GPU and bfloat16 on a TPU). With 'bfloat16' the images
         enter the network in that type, and the library's backbones compute in it; parameters, gradients,
         batch-norm statistics, head and logits stay float32.
-      piece: ``predict`` takes batches of more pixels (images times height times width) in pieces of as many,
-        one after the other, where whole pieces make up the batch; None takes each batch at once. The logits
-        are the same up to rounding; a processor keeps more of a smaller piece in its caches.
+      piece: number of pixels (images times height times width) that ``predict`` takes at once. A larger batch
+        is split into pieces of this size, if they divide it evenly; None takes each batch at once. The logits
+        are the same up to rounding; a smaller piece fits better into a processor's caches.
 
     Returns:
-      Its functions.
+      The network's functions.
+
+    Raises:
+      ValueError: the precision is unknown.
+
+    Example:
+      >>> from robal_jax.classifiers import LinearHead
+      >>> from robal_jax.models.backbones import SmallCNN
+      >>> model = functional(Network(SmallCNN(channels=(4, 4, 4), width=8), LinearHead(num_classes=10)))
+      >>> images = jnp.zeros((2, 8, 8, 1))
+      >>> params, stats = model.init(jax.random.key(0), images)
+      >>> model.predict(params, stats, images).shape, model.features(params, stats, images).shape
+      ((2, 10), (2, 8))
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
     products, compute = PRECISIONS[precision]
 
     def apply(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array, **options: Any) -> Any:

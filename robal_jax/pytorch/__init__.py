@@ -1,4 +1,16 @@
-"""TODO pytorch."""
+"""Weights of PyTorch networks: files, the names of a state_dict, and conversion in both directions.
+
+- ``files``: reading and writing .safetensors and .pt files
+- ``names``: our variables from a state_dict and back: names, layouts, prefixes
+- ``architecture``: which network a state_dict belongs to
+
+A file is read without executing anything in it; only reading a ``.pt`` file needs PyTorch::
+
+    state_dict = read_weights(pathlib.Path("epoch80.pt"))
+    params, stats = model.init(key, images)                    # names and shapes of the arrays
+    prefixes = architecture(shapes(state_dict)).prefixes(params, stats)
+    params, stats = from_state_dict(state_dict, params, stats, prefixes)
+"""
 
 from robal_jax.pytorch.architecture import (
     RESNETS,

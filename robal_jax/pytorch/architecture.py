@@ -1,4 +1,4 @@
-"""TODO pytorch.architecture."""
+"""Which network a state_dict belongs to, from its names and shapes."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import chex
 from robal_jax.errors import InputError
 from robal_jax.pytorch.names import LAST_LAYERS, Shapes, last_layer_of, released_prefixes
 
-# Name and config.model, by blocks of each stage, size of the stem and shape of the first block's third
-# convolution: basic blocks have none, wide and grouped bottlenecks a wider one.
+# Name and config.model, by the number of blocks per stage, the size of the stem and the shape of the first
+# block's third convolution: basic blocks have none; in wide and grouped bottlenecks it is wider.
 RESNETS: dict[tuple[Any, ...], tuple[str, dict[str, str | int]]] = {
     ((2, 2, 2, 2), (3, 3), ()): ("ResNet-18", {"name": "resnet18"}),
     ((3, 4, 6, 3), (7, 7), (256, 64, 1, 1)): ("ResNet-50", {"name": "resnet50", "stem": "imagenet"}),
@@ -19,14 +19,14 @@ RESNETS: dict[tuple[Any, ...], tuple[str, dict[str, str | int]]] = {
 
 
 class Architecture(NamedTuple):
-    """What the names and shapes of a state_dict tell.
+    """The network of a state_dict, as far as names and shapes tell.
 
     Attributes:
-      name: 'WideResNet-34-10', one of ``RESNETS``, or that of a network that this library does not have.
-      model: the section ``config.model`` for it; empty where the library has no such network.
+      name: 'WideResNet-34-10', one of ``RESNETS``, or a description of a network that this library lacks.
+      model: the section ``config.model`` for it; empty if this library has no such network.
       num_classes: rows of the last layer.
-      backbone: how the backbone's names begin: 'backbone.' or ''.
-      last_layer: how the last layer's names begin, one of ``LAST_LAYERS``.
+      backbone: how the names of the backbone begin: 'backbone.' or ''.
+      last_layer: how the names of the last layer begin, one of ``LAST_LAYERS``.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Architecture(NamedTuple):
     last_layer: str
 
     def prefixes(self, params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str, str]:
-        """For :func:`from_state_dict`; of our network's trees only the names are needed."""
+        """Returns the prefixes for :func:`from_state_dict`; only the names in our trees are used."""
         if self.last_layer.startswith("classifier."):
             return {"backbone.": self.backbone, **released_prefixes(params, stats)}
         return {"backbone.": self.backbone, "classifier.": self.last_layer}
 
 
 def architecture(found: Shapes) -> Architecture:
-    """Which network has arrays of these names and shapes.
+    """Finds out which network has arrays of these names and shapes.
 
     Raises:
       InputError: there is no last layer.
@@ -52,8 +52,8 @@ def architecture(found: Shapes) -> Architecture:
     if last is None:
         names = ", ".join(sorted(found)[:5])
         raise InputError(
-            f"the state_dict has no last layer: none of {', '.join(LAST_LAYERS)} with a weight [K, D]; "
-            f"its names begin with {names}"
+            f"the state_dict has no last layer: its names begin with {names}; rename the last layer so that "
+            f"one of {', '.join(LAST_LAYERS)} has a weight [K, D]"
         )
     prefix = "backbone." if any(name.startswith("backbone.") for name in found) else ""
     name, model = _backbone({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
@@ -61,30 +61,30 @@ def architecture(found: Shapes) -> Architecture:
 
 
 def check_architecture(theirs: Architecture, ours: Architecture) -> None:
-    """Refuses weights of another network than the config's, with what to write instead.
+    """Raises if the weights and the config are of different networks, and says what to change.
 
     Raises:
-      InputError: backbone or number of classes differ.
+      InputError: the backbone or the number of classes differ.
     """
     if theirs.name != ours.name:
         changed = {k: v for k, v in theirs.model.items() if ours.model.get(k) != v}
         if not theirs.model:
-            remedy = "give a config with that network, if there is one"
+            remedy = "use a config with that network, if there is one"
         elif "name" in changed:
-            remedy = f"in a config file of your own set config.model = ConfigDict({theirs.model})"
+            remedy = f"set config.model = ConfigDict({theirs.model}) in a config file of your own"
         else:
             remedy = "give " + " ".join(f"--config.model.{key}={value}" for key, value in changed.items())
         raise InputError(f"the weights are of a {theirs.name}, the config says {ours.name}; {remedy}")
     if theirs.num_classes != ours.num_classes:
         raise InputError(
             f"the weights are for {theirs.num_classes} classes, the config's data have "
-            f"{ours.num_classes}; choose another data set behind the colon of --config"
+            f"{ours.num_classes}; choose another data set after the colon of --config"
         )
 
 
 def _backbone(found: Shapes) -> tuple[str, dict[str, str | int]]:
     def blocks(name: str) -> list[int]:
-        """Blocks of each stage."""
+        """Counts the blocks per stage."""
         stages: Iterator[int] = (
             next(i for i in itertools.count() if f"{name.format(stage, i)}.conv1.weight" not in found)
             for stage in itertools.count(1)

@@ -1,4 +1,4 @@
-"""TODO pytorch.files."""
+"""Files of weights: reading .safetensors and .pt without executing anything in them, writing .safetensors."""
 
 import pathlib
 import re
@@ -13,19 +13,19 @@ from robal_jax.storage.files import write_whole
 
 
 def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
-    """The state_dict in a file, whatever it is nested in, without the names of wrappers.
+    """Reads the state_dict of a file, at any depth, without the names of wrappers.
 
     Args:
-      path: ``.safetensors``, or what ``torch.save`` wrote.
-      entry: which of several state_dicts, as the message that lists them says.
+      path: a ``.safetensors`` file, or one that ``torch.save`` wrote.
+      entry: which of several state_dicts, by the name in the message that lists them.
 
     Returns:
-      Arrays by name; the names begin where they begin to differ, that is, without 'module.' of DataParallel
-      and 'model.module.' of the released code's files.
+      Arrays by name. Beginnings that all names share are removed: 'module.' of DataParallel, 'model.module.'
+      in the files of the released code.
 
     Raises:
-      InputError: no such file, or one that cannot be read, needs code to be executed, or holds no or
-        several state_dicts.
+      InputError: there is no such file, it cannot be read without executing code, or it holds no or several
+        state_dicts.
     """
     if not path.is_file():
         raise InputError(f"no file {path}; give the weights with --weights")
@@ -36,7 +36,7 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
     if not found:
         keys = ", ".join(map(str, list(content)[:10])) if isinstance(content, Mapping) else type(content)
         what = f"state_dict {entry!r}" if entry else "state_dict (a mapping of names to tensors)"
-        raise InputError(f"no {what} in {path}; it holds: {keys}")
+        raise InputError(f"no {what} in {path}, which holds {keys}; name another file or entry")
     if len(found) > 1:
         raise InputError(
             f"{path} holds several state_dicts: {', '.join(found)}; choose one with "
@@ -50,13 +50,13 @@ def write_weights(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], meta
     """Writes a ``.safetensors`` file, whole or not at all.
 
     Raises:
-      InputError: it cannot be written, or the package safetensors is missing.
+      InputError: the file cannot be written, or the package safetensors is missing.
     """
     content = _safetensors().save(dict(state_dict), metadata)
     try:
         write_whole(path, content)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {path} ({error.strerror}); choose another file") from error
 
 
 def _safetensors() -> Any:
@@ -64,7 +64,7 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError as error:
         raise InputError(
-            "a .safetensors file needs the package safetensors: pip install 'robal_jax[torch]'"
+            "a .safetensors file needs the package safetensors; pip install 'robal_jax[torch]'"
         ) from error
     return safetensors.numpy
 
@@ -75,20 +75,20 @@ def _read_safetensors(path: pathlib.Path) -> Any:
         return library.load_file(path)
     except Exception as error:  # its own SafetensorError, and OSError, TypeError, ...
         raise InputError(
-            f"cannot read {path} ({one_line(error)}); it is damaged or no .safetensors file"
+            f"cannot read {path} ({one_line(error)}); give an undamaged .safetensors file"
         ) from error
 
 
 def _read_torch(path: pathlib.Path) -> Any:
-    """What ``torch.save`` wrote, if it is tensors and plain values only: nothing else is unpickled."""
+    """Reads tensors and plain values that ``torch.save`` wrote; nothing else is unpickled."""
     try:
         import torch
     except ImportError as error:
         raise InputError(
-            f"reading {path} needs PyTorch: pip install 'robal_jax[torch]'; or make it a .safetensors file"
+            f"reading {path} needs PyTorch; pip install 'robal_jax[torch]', or give a .safetensors file"
         ) from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
-        raise InputError(  # weights_only could be got round before: CVE-2025-32434
+        raise InputError(  # older versions execute code despite weights_only: CVE-2025-32434
             f"PyTorch {torch.__version__} does not read files safely; install 2.6 or newer"
         )
     try:
@@ -99,17 +99,17 @@ def _read_torch(path: pathlib.Path) -> Any:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise InputError(
-                f"{path} holds {code[1]} and not only tensors; to read it would execute code that the file "
-                "names, so it was not read. Where you trust it, write its tensors to a new file: "
+                f"{path} contains {code[1]}, which can only be loaded by executing code; it was not loaded: "
+                "if you trust the file, write its tensors to a new one with "
                 "torch.save(model.state_dict(), FILE)"
             ) from error
         raise InputError(
-            f"cannot read {path} ({one_line(error)}); it is damaged or no file of torch.save"
+            f"cannot read {path} ({one_line(error)}); give an undamaged file that torch.save wrote"
         ) from error
 
 
 def _state_dicts(tree: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping of names of weights to tensors in a tree of mappings, by its place: 'ema.model'."""
+    """Yields every mapping of names to tensors in a tree of mappings, by its place, such as 'ema.model'."""
     if not isinstance(tree, Mapping):
         return
     tensors = {key: value for key, value in tree.items() if isinstance(key, str) and hasattr(value, "dtype")}
@@ -129,7 +129,7 @@ def _without_wrappers(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _array(value: Any) -> np.ndarray:
-    """A NumPy array of a tensor; NumPy has no bfloat16 of its own, and all of it are float32 numbers."""
+    """Returns a tensor as a NumPy array; bfloat16, which NumPy lacks, becomes float32 without loss."""
     if hasattr(value, "detach"):
         value = value.detach()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()

@@ -1,15 +1,8 @@
-"""Weights of PyTorch networks: files, the names of a state_dict, and our variables from them and back.
+"""Our variables from a PyTorch state_dict and back: names and layouts.
 
-A file is read without executing anything in it; only reading a ``.pt`` needs PyTorch::
-
-    state_dict = read_weights(pathlib.Path("epoch80.pt"))
-    params, stats = model.init(key, images)                    # says which arrays there must be
-    prefixes = architecture(shapes(state_dict)).prefixes(params, stats)
-    params, stats = from_state_dict(state_dict, params, stats, prefixes)
-
-The rule of names: our module names are theirs with ``_`` for ``.``; an array's name and layout follow from
-what it is (``ARRAY_NAMES``, ``LAYOUTS``). The exceptions are prefixes: a network that is not in two parts
-(backbone and classifier), and a head that wraps a linear layer ``fc``; see :func:`from_state_dict`.
+Our module names are those of PyTorch with ``_`` in place of ``.``; the name and the layout of an array follow
+from its own name (``ARRAY_NAMES``, ``LAYOUTS``). The exceptions are prefixes: of a network that is not in two
+parts (backbone and classifier), and of a head that wraps a linear layer ``fc``; see :func:`from_state_dict`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,22 +26,23 @@ ARRAY_NAMES = {
     "direction": "moving_ed",
 }
 
-# Arrays whose layout differs: ours to theirs, and back. All others are the same.
+# Arrays whose layout differs: ours to PyTorch's, and back.
 LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
     # HWIO and OIHW; of a linear layer [in, out] and [out, in].
     "kernel": (lambda x: np.moveaxis(x, (-1, -2), (0, 1)), lambda x: np.moveaxis(x, (0, 1), (-1, -2))),
     "direction": (lambda x: x[None], lambda x: x.reshape(x.shape[-1:])),  # [D] and [1, D]
 }
 
-# What a state_dict has and no pass reads, where we have nothing of that name. The counter does nothing at a
-# fixed batch-norm momentum, cosine heads write moving_ed only, and TRADES' WideResNet never calls sub_block1.
+# Arrays of a state_dict that have no effect, unless our network has an array of that name. The counter does
+# nothing at a fixed batch-norm momentum, cosine heads only write moving_ed, and the WideResNet of TRADES does
+# not call sub_block1.
 IGNORED = ("num_batches_tracked", "moving_ed", "sub_block1")
 
-# Arrays that the released heads freeze at a value: ignored while they have it and ours has none.
+# Arrays that the released heads freeze at this value: ignored if they have it and our network lacks them.
 FROZEN = {"classifier.bias": 0.0, "classifier.cla_scale": 1.0}
 
-# Names that the last layer's weight has: of released linear heads, other heads, WideResNet and ResNet-50,
-# ResNet-18.
+# Prefixes of the last layer's weight: of released linear heads, other released heads, WideResNet and
+# ResNet-50, ResNet-18.
 LAST_LAYERS = ("classifier.fc.", "classifier.", "fc.", "linear.")
 
 Path = tuple[str, ...]
@@ -57,9 +51,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def released_prefixes(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str, str]:
-    """Our prefixes and the released networks' for :func:`from_state_dict`: a head with bias wraps ``fc``.
+    """Returns the prefixes of released networks for :func:`from_state_dict`: a head with bias wraps ``fc``.
 
-    Not so its class scales.
+    Its class scales are outside of ``fc``.
     """
     if not any("bias" in tree.get("classifier", {}) for tree in (params, stats)):
         return {}
@@ -67,9 +61,9 @@ def released_prefixes(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str
 
 
 def torch_name(path: Path, prefixes: Mapping[str, str]) -> str:
-    """``('backbone', 'block1_layer_0', 'bn1', 'scale')`` to ``'backbone.block1.layer.0.bn1.weight'``."""
+    """Maps ``('backbone', 'block1_layer_0', 'bn1', 'scale')`` to ``backbone.block1.layer.0.bn1.weight``."""
     if path[-1] not in ARRAY_NAMES:
-        raise InputError(f"{'/'.join(path)} has no name in PyTorch; known are {', '.join(ARRAY_NAMES)}")
+        raise InputError(f"{'/'.join(path)} has no name in PyTorch; use one of {', '.join(ARRAY_NAMES)}")
     name = ".".join([*(module.replace("_", ".") for module in path[:-1]), ARRAY_NAMES[path[-1]]])
     for ours, theirs in prefixes.items():
         if name.startswith(ours):
@@ -80,15 +74,15 @@ def torch_name(path: Path, prefixes: Mapping[str, str]) -> str:
 def to_state_dict(
     params: chex.ArrayTree, stats: chex.ArrayTree, prefixes: Mapping[str, str] | None = None
 ) -> dict[str, np.ndarray]:
-    """The inverse of :func:`from_state_dict`; also names gradients and moments, which have the same shapes.
+    """Inverts :func:`from_state_dict`; it also names gradients and moments, which have the same shapes.
 
     Args:
       params: trainable parameters.
-      stats: running statistics; ``{}`` if none are wanted.
+      stats: running statistics; ``{}`` for none.
       prefixes: see :func:`from_state_dict`.
 
     Returns:
-      Arrays by PyTorch name and in PyTorch's layout, without what PyTorch has and we do not.
+      Arrays by PyTorch name and in PyTorch's layout, without the arrays that only PyTorch has.
     """
     prefixes = released_prefixes(params, stats) if prefixes is None else prefixes
     return {
@@ -100,7 +94,7 @@ def to_state_dict(
 def complete_state_dict(
     params: chex.ArrayTree, stats: chex.ArrayTree, prefixes: Mapping[str, str] | None = None
 ) -> dict[str, np.ndarray]:
-    """:func:`to_state_dict` and what strict loading wants beside: counters of 0, a zero bias of the head."""
+    """Returns :func:`to_state_dict` and what strict loading needs: counters of 0, a zero bias of the head."""
     state = {k: np.ascontiguousarray(v) for k, v in to_state_dict(params, stats, prefixes).items()}
     for name in [name for name in state if name.endswith("running_mean")]:
         state[name.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -114,7 +108,7 @@ def complete_state_dict(
 def torch_shapes(
     params: chex.ArrayTree, stats: chex.ArrayTree, prefixes: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that :func:`to_state_dict` gives; of the trees only the shapes are needed."""
+    """Returns names and shapes of :func:`to_state_dict`; the trees need only have shapes."""
 
     def zeros(tree: chex.ArrayTree) -> chex.ArrayTree:
         return jax.tree.map(lambda like: np.broadcast_to(np.float32(0), like.shape), tree)
@@ -128,23 +122,23 @@ def from_state_dict(
     like_stats: chex.ArrayTree,
     prefixes: Mapping[str, str] | None = None,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """Our variables from a PyTorch state_dict.
+    """Converts a PyTorch state_dict into our variables.
 
     Args:
-      state_dict: arrays by PyTorch name, in PyTorch's layout; a float64 array stays one.
-      like_params: parameters, or their shapes (``jax.eval_shape``), of the network that is to get them.
-      like_stats: likewise its running statistics.
-      prefixes: how PyTorch names begin where the rule gives others: ``{ours: theirs}``, the first match
-        counts. By default the released networks' (:func:`released_prefixes`); for a bare ResNet-18 with
-        its own ``linear`` layer ``{"backbone.": "", "classifier.": "linear."}``, for torchvision's
-        ResNet-50 with ``fc.`` there.
+      state_dict: arrays by PyTorch name, in PyTorch's layout; float64 arrays stay float64.
+      like_params: parameters of the network, or their shapes (``jax.eval_shape``).
+      like_stats: running statistics of the network, or their shapes.
+      prefixes: beginnings of names to replace, ``{ours: theirs}``; the first match counts. By default those
+        of the released networks (:func:`released_prefixes`); for a bare ResNet-18 with its own ``linear``
+        layer ``{"backbone.": "", "classifier.": "linear."}``, for torchvision's ResNet-50 the same with
+        ``fc.``.
 
     Returns:
       Parameters and statistics, NumPy arrays.
 
     Raises:
-      InputError: names are missing, left over (except :func:`ignored`) or of another shape; the message
-        lists them.
+      InputError: names are missing or unused (except :func:`ignored`), or shapes differ; the message lists
+        them.
     """
     prefixes = released_prefixes(like_params, like_stats) if prefixes is None else prefixes
     wanted = torch_shapes(like_params, like_stats, prefixes)
@@ -152,7 +146,7 @@ def from_state_dict(
     problems = {
         "missing": wanted.keys() - found.keys(),
         "unused": found.keys() - wanted.keys() - ignored(state_dict, wanted).keys(),
-        "of another shape": {
+        "of a different shape": {
             f"{name} {found[name]} instead of {shape}"
             for name, shape in wanted.items()
             if found.get(name, shape) != shape
@@ -173,7 +167,7 @@ def from_state_dict(
 
 
 def ignored(state_dict: Mapping[str, np.ndarray], wanted: Shapes) -> dict[str, str]:
-    """Arrays that are not wanted and have no effect, with the reason (``IGNORED``, ``FROZEN``)."""
+    """Lists the arrays that are not wanted and have no effect, with the reason (``IGNORED``, ``FROZEN``)."""
     reasons = {}
     for name in state_dict.keys() - wanted.keys():
         known = [part for part in name.split(".") if part in IGNORED]
@@ -189,15 +183,15 @@ def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def _flat(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[Path, Any]:
-    """Arrays by path; the first part of a path is ``'params'`` or ``'stats'``."""
+    """Returns arrays by path; the first part of a path is ``'params'`` or ``'stats'``."""
     return traverse_util.flatten_dict({"params": params, "stats": stats})
 
 
 def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every array."""
+    """Returns the shape of every array."""
     return {name: tuple(np.shape(array)) for name, array in state_dict.items()}
 
 
 def last_layer_of(found: Shapes) -> str | None:
-    """Returns how the last layer's names begin, one of ``LAST_LAYERS``."""
+    """Returns how the names of the last layer begin: one of ``LAST_LAYERS``, or None if there is none."""
     return next((name for name in LAST_LAYERS if len(found.get(f"{name}weight", ())) == 2), None)

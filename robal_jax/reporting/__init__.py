@@ -1,1 +1,11 @@
-"""TODO reporting."""
+"""Results of an evaluation: as files, on the terminal, and beside those of other runs.
+
+- ``names``: names of conditions, and numbers as people read them
+- ``results``: all numbers of an evaluation, written and read
+- ``report``: writes the report as Markdown and as one page of HTML
+- ``sections``, ``figures``, ``page``: its sections, its figures, and blocks of text in both languages
+- ``terminal``: the table on the terminal
+- ``comparison``: several runs, image by image
+
+Nothing is imported here: only ``figures`` and ``report`` need matplotlib.
+"""

@@ -13,10 +13,10 @@ from rich.markup import escape
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
-from robal_jax.reporting.names import display_name, headline, printed, with_interval
+from robal_jax.reporting.names import display_name, printed, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
-# Runs may be compared only if these agree.
+# Runs can be compared only if these are equal.
 _PROTOCOL = ("dataset", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
 
 
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 def share_right(run: EvaluatedRun, condition: str, group: str) -> dict[str, float]:
-    """Accuracy of a run under one condition, over 'all' test images or those of a group, as a FIGURE."""
+    """Returns the accuracy of a run under a condition on 'all' test images or those of a group, a FIGURE."""
     return metrics.share(_right(run, condition, group))
 
 
@@ -40,21 +40,21 @@ def _right(run: EvaluatedRun, condition: str, group: str) -> np.ndarray:
 
 
 def difference(run: EvaluatedRun, reference: EvaluatedRun, condition: str, group: str) -> dict[str, float]:
-    """How much more a run gets right than another on the same test images.
+    """Returns the accuracy of a run minus that of another on the same test images.
 
-    Paired, image by image (see `metrics.paired_difference`): narrower than two separate intervals suggest.
+    The runs are paired image by image, so the interval is narrower than two separate ones suggest.
 
     Args:
-        run: what is compared.
-        reference: with what.
-        condition: a condition of both.
-        group: 'all', or a group of classes.
+      run: the run.
+      reference: the run that it is compared with.
+      condition: a condition of both.
+      group: 'all', or a group of classes.
 
     Returns:
-        A FIGURE in [-1, 1] with 'p_value', see `metrics.paired_difference`.
+      A FIGURE in [-1, 1] with 'p_value', see :func:`metrics.paired_difference`.
 
     Raises:
-        InputError: the runs differ in test images, class groups, conditions or threat model.
+      InputError: the runs differ in test images, class groups, conditions or threat model.
     """
     _check_comparable(reference, run)
     return metrics.paired_difference(_right(reference, condition, group), _right(run, condition, group))
@@ -63,52 +63,52 @@ def difference(run: EvaluatedRun, reference: EvaluatedRun, condition: str, group
 def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
     names = f"{run.name} and {reference.name}"
     if reference.summary["groups"] != run.summary["groups"]:
-        raise InputError(f"{names} divide the classes into different groups.")
-    if set(reference.summary["conditions"]) != set(run.summary["conditions"]):
-        raise InputError(f"{names} were evaluated under different conditions.")
+        raise InputError(
+            f"{names} divide the classes into different groups; evaluate both in the same groups"
+        )
+    if set(reference.conditions) != set(run.conditions):
+        raise InputError(
+            f"{names} were evaluated under different conditions; evaluate both with the same attacks"
+        )
     for key in _PROTOCOL:
         if reference.meta.get(key) != run.meta.get(key):
             values = f"{printed(run.meta.get(key))} and {printed(reference.meta.get(key))}"
-            raise InputError(f"{names} differ in {key}: {values}.")
+            raise InputError(f"{names} differ in {key}: {values}; evaluate both in the same way")
 
 
 def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
-    """Restrict runs to the conditions that all of them have.
+    """Returns runs with only the conditions that all of them have, in the order of the first run.
 
-    Args:
-        runs: at least one.
-
-    Returns:
-        The runs with those conditions, in the order of the first run; 'worst' is that of the shared ones.
+    'worst' is then the worst of the shared conditions.
     """
-    shared = set.intersection(*(set(run.summary["conditions"]) for run in runs))
-    names = [name for name in runs[0].summary["conditions"] if name in shared]
+    shared = set.intersection(*(set(run.conditions) for run in runs))
+    names = [name for name in runs[0].conditions if name in shared]
 
     def restricted(run: EvaluatedRun) -> EvaluatedRun:
-        conditions = {name: run.summary["conditions"][name] for name in names}
+        conditions = {name: run.conditions[name] for name in names}
         return dataclasses.replace(run, summary={**run.summary, "conditions": conditions})
 
     return [restricted(run) for run in runs]
 
 
 def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
-    """Compare runs in those conditions of the headline that all of them have.
+    """Compares runs in those conditions of the headline that all of them have.
 
-    Runs of one method with different seeds make one row, their mean and standard deviation; each is paired
+    Runs of one method with different seeds share a row with their mean and standard deviation; each is paired
     with the first method's run of the same seed.
 
     Args:
-        runs: at least one.
+      runs: at least one.
 
     Returns:
-        Tables of the runs with their audits, of accuracies and, if there are any, of differences.
+      Tables of the runs with their audits, of accuracies and, if there are any, of differences.
 
     Raises:
-        InputError: runs that cannot be compared.
+      InputError: the runs cannot be compared.
     """
     restricted = shared_conditions(runs)
     first = restricted[0]
-    conditions, groups = headline(first.summary, first.meta), ["all", *first.summary["groups"]]
+    conditions, groups = first.headline, ["all", *first.summary["groups"]]
     rows = _rows(restricted)
     (reference, partners), *others = rows.items()
     by_seed = any(len(members) > 1 for members in rows.values())
@@ -127,7 +127,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
                 pairs = (difference(members[seed], partners[seed], condition, group) for group in groups)
                 differences.append((title, label(row, seed), *map(_difference, pairs)))
     audits = [
-        (label(row, seed), _audit(run), _left_out(run, conditions=first.summary["conditions"]))
+        (label(row, seed), _audit(run), _left_out(run, conditions=first.conditions))
         for row, members in _rows(runs).items()
         for seed, run in members.items()
     ]
@@ -146,12 +146,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
 
 
 def print_comparison(tables: Sequence[Table], console: Console) -> None:
-    """Print tables, a section for each condition.
-
-    Args:
-        tables: see `compare`.
-        console: where to print.
-    """
+    """Prints the tables of :func:`compare`, with a section per condition."""
     for title, header, rows in tables:
         shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=escape(title))
         for index, name in enumerate(header):
@@ -164,7 +159,7 @@ def print_comparison(tables: Sequence[Table], console: Console) -> None:
 
 
 def comparison_markdown(tables: Sequence[Table]) -> str:
-    """The tables of `compare` as a document in Markdown."""
+    """Returns the tables of :func:`compare` as a document in Markdown."""
     blocks = [
         block for title, header, rows in tables for block in (page.section(title), page.table(header, rows))
     ]
@@ -172,7 +167,7 @@ def comparison_markdown(tables: Sequence[Table]) -> str:
 
 
 def _rows(runs: Sequence[EvaluatedRun]) -> dict[str, dict[Any, EvaluatedRun]]:
-    """Runs by method and seed; where those are not unique, a row for each run, named by its folder."""
+    """Returns the runs by method and seed; if those are not unique, a row per run, named by its folder."""
     keys = [(str(run.meta["method"]), run.meta.get("seed")) for run in runs]
     if len(set(keys)) < len(keys):
         return {run.name: {None: run} for run in runs}
@@ -189,13 +184,13 @@ def _mean_and_spread(figures: Sequence[Mapping[str, float]]) -> str:
 
 
 def _difference(pair: Mapping[str, float]) -> str:
-    """On three lines, so that the table fits into 100 columns."""
+    """Returns a difference on three lines, so that the table fits into 100 columns."""
     p_value = "p < 0.001" if pair["p_value"] < 0.001 else f"p = {pair['p_value']:.3f}"
     return with_interval(pair, "+", "\n") + "\n" + p_value
 
 
 def _audit(run: EvaluatedRun) -> str:
-    """The checks that are flagged, or how many found nothing."""
+    """Returns the checks that are flagged, or how many were run if none is."""
     if run.audit is None:
         return "no audit"
     verdicts = run.audit["verdicts"]
@@ -205,5 +200,5 @@ def _audit(run: EvaluatedRun) -> str:
 
 
 def _left_out(run: EvaluatedRun, *, conditions: Collection[str]) -> str:
-    names = [display_name(name) for name in run.summary["conditions"] if name not in conditions]
+    names = [display_name(name) for name in run.conditions if name not in conditions]
     return ", ".join(names) or "none"

@@ -1,8 +1,8 @@
-"""The figures of a report, and the names that figures and tables have in common.
+"""The figures of a report.
 
-A *summary* is what `metrics.summarize` returns; `reporting.write_report` says what *meta*, *curves*, *norms*
-and *gallery* hold. Each function returns a figure that belongs to no window and no global state. Series are
-told apart by colour and by marker; intervals are 95 %.
+Each function returns a figure that belongs to no window and no global state. Series are told apart by colour
+and by marker; intervals are 95 %. Classes are sorted from head to tail, that is from the most to the fewest
+training images.
 """
 
 import io
@@ -24,7 +24,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from robal_jax.reporting.names import class_name, display_name, headline, headline_attack, report_title
+from robal_jax.reporting.names import display_name
+from robal_jax.reporting.results import Gallery, Results
 
 # Okabe and Ito's colours: told apart in every common form of colour blindness.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#D9D9D9"
@@ -33,20 +34,12 @@ _STYLES = ((_BLUE, "o"), (_ORANGE, "s"), (_GREEN, "v"), (_PURPLE, "D"), ("#00000
 
 _DPI = 150
 
-_MANY_CLASSES = 20  # from here on figures name every tenth class only
+_MANY_CLASSES = 20  # with more classes, figures name only every tenth
 
 
-def per_class_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw the accuracies of the headline class by class over the training counts.
-
-    Args:
-        summary: see `metrics.summarize`.
-        meta: see `reporting.write_report`.
-
-    Returns:
-        The figure; classes are sorted from head to tail.
-    """
-    order = _order(summary)
+def per_class_figure(results: Results) -> Figure:
+    """Draws the accuracies of the headline by class, in front of the numbers of training images."""
+    order = _order(results)
     positions = np.arange(len(order))
     many = len(order) > _MANY_CLASSES
     figure = Figure(figsize=(14, 5.5) if many else (10, 5), layout="constrained")
@@ -54,13 +47,13 @@ def per_class_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Fig
     counts_axes = axes.twinx()
     axes.set_zorder(counts_axes.get_zorder() + 1)  # accuracies in front of the counts
     axes.patch.set_visible(False)
-    _count_bars(counts_axes, np.asarray(summary["class_counts"])[order], many)
+    _count_bars(counts_axes, np.asarray(results.summary["class_counts"])[order], many)
     counts_axes.set_ylabel("Training images of the class (log scale)")
 
-    shown = headline(summary, meta)[: 3 if many else None]  # four in so little space nobody could read
+    shown = results.headline[: 3 if many else None]  # four would be too many to read
     shifts = 0.22 * (np.arange(len(shown)) - (len(shown) - 1) / 2)
     for name, shift, (color, marker) in zip(shown, shifts, _STYLES, strict=False):
-        recall = summary["conditions"][name]["per_class"]["recall"]
+        recall = results.conditions[name]["per_class"]["recall"]
         _errorbar(
             axes,
             positions + shift,
@@ -73,28 +66,20 @@ def per_class_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Fig
         )
     _accuracy_axis(axes, "Accuracy on the test images of the class (%)")
     axes.set_ylim(-2, 102)  # whole markers at 0 and 100
-    _class_axis(axes, summary, meta)
-    figure.suptitle(f"{report_title(meta)}: accuracy by class, 95 % intervals")
+    _class_axis(axes, results)
+    figure.suptitle(f"{results.title}: accuracy by class, 95 % intervals")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
-def attacks_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw accuracy under each attack, of all classes and of the tail side by side.
-
-    Args:
-        summary: see `metrics.summarize`.
-        meta: see `reporting.write_report`.
-
-    Returns:
-        The figure; the clean accuracy stands first for scale.
-    """
-    conditions = summary["conditions"]
+def attacks_figure(results: Results) -> Figure:
+    """Draws the accuracy under each attack, of all classes and of the tail side by side."""
+    conditions = results.conditions
     positions = np.arange(len(conditions))
     figure = Figure(figsize=(max(6.5, 1.2 + 1.1 * len(conditions)), 4.5), layout="constrained")
     axes = figure.subplots()
     series = [("accuracy", "All classes", _BLUE, "o")]
-    if "tail" in summary["groups"]:
+    if "tail" in results.summary["groups"]:
         series.append(("tail", "Tail classes", _ORANGE, "s"))
     for shift, (figure_name, label, color, marker) in zip((-0.12, 0.12), series, strict=False):
         values = [condition[figure_name] for condition in conditions.values()]
@@ -102,7 +87,7 @@ def attacks_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figur
             axes, positions + shift, values, color=color, marker=marker, markersize=4, capsize=4, label=label
         )
         for x, value in zip(positions + shift, values, strict=True):
-            # Outwards, so that the numbers of the two series never meet.
+            # Outwards, so that the numbers of the two series never overlap.
             offset, side = (-7, "right") if shift < 0 else (7, "left")
             axes.annotate(
                 f"{100 * value['value']:.1f}",
@@ -121,24 +106,17 @@ def attacks_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figur
     axes.set_xticks(positions, [display_name(name).replace(" + ", "\n+ ") for name in conditions])
     axes.set_xlim(-0.6, len(conditions) - 0.4)
     axes.set_xlabel("Attack")
-    axes.set_title(f"{report_title(meta)}: robust accuracy by attack, 95 % intervals")
+    axes.set_title(f"{results.title}: robust accuracy by attack, 95 % intervals")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def curves_figure(curves: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw accuracy over the scale of the logits, over steps and over restarts, as far as they were measured.
+def curves_figure(results: Results) -> Figure:
+    """Draws the audit's curves, as far as they were measured: accuracy by logit scale, steps and restarts.
 
-    Args:
-        curves: see `reporting.write_report`; at least one.
-        meta: see there.
-
-    Returns:
-        The figure, a panel for each curve.
-
-    Source:
-        The panel of scales is figure 2 of RoBal, CVPR 2021.
+    Source: the panel of scales is figure 2 of RoBal (CVPR 2021).
     """
+    curves = results.curves
     labels = {
         "scale": "Factor on the model's logits",
         "steps": "Steps of the attack",
@@ -169,7 +147,7 @@ def curves_figure(curves: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
         axes.label_outer()
     if "scale" in panels:
         handles["The model as it is (factor 1)"] = own
-    figure.suptitle(f"{report_title(meta)}: accuracy under stronger and weaker attacks, 95 % intervals")
+    figure.suptitle(f"{results.title}: accuracy under stronger and weaker attacks, 95 % intervals")
     figure.legend(
         handles.values(),
         handles.keys(),
@@ -180,21 +158,13 @@ def curves_figure(curves: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def errors_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Stack natural error, boundary error and robust accuracy of each class to 100 %.
+def errors_figure(results: Results) -> Figure:
+    """Stacks natural error, boundary error and robust accuracy of each class, under the headline attack.
 
-    Args:
-        summary: see `metrics.summarize`.
-        meta: see `reporting.write_report`.
-
-    Returns:
-        The figure, under the headline attack; classes are sorted from head to tail.
-
-    Source:
-        The decomposition is that of TRADES (Zhang et al., ICML 2019).
+    Source: the decomposition of TRADES (Zhang et al., ICML 2019).
     """
-    order, attack = _order(summary), headline_attack(summary, meta)
-    per_class = summary["conditions"][attack]["per_class"]
+    order, attack = _order(results), results.headline_attack
+    per_class = results.conditions[attack]["per_class"]
     natural, boundary = (
         100 * np.asarray(per_class[key])[order] for key in ("natural_error", "boundary_error")
     )
@@ -223,73 +193,60 @@ def errors_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure
     _accuracy_axis(axes, "Test images of the class (%)")
     axes.set_axisbelow(True)
     axes.set_ylim(0, 100)
-    _class_axis(axes, summary, meta)
-    figure.suptitle(f"{report_title(meta)}: errors by class under {display_name(attack)}")
+    _class_axis(axes, results)
+    figure.suptitle(f"{results.title}: errors by class under {display_name(attack)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def confusion_figure(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw which classes the headline attack turns into which, each row as shares of the true class.
+def confusion_figure(results: Results) -> Figure:
+    """Draws the confusion under the headline attack, in percent of the true class.
 
-    Args:
-        summary: see `metrics.summarize`.
-        meta: see `reporting.write_report`.
-
-    Returns:
-        The figure; classes are sorted from head to tail, cells carry percentages up to 20 classes.
+    Cells carry their numbers up to 20 classes.
     """
-    order, attack = _order(summary), headline_attack(summary, meta)
-    counts = np.asarray(summary["conditions"][attack]["confusion"])[np.ix_(order, order)]
+    order, attack = _order(results), results.headline_attack
+    counts = np.asarray(results.conditions[attack]["confusion"])[np.ix_(order, order)]
     shares = 100 * counts / counts.sum(-1, keepdims=True)
     many = len(order) > _MANY_CLASSES
     side = 7.5 if many else max(5.0, 2.2 + 0.5 * len(order))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    # Of many classes each takes a small share: there the square root of the share sets the colour.
+    # With many classes most shares are small; then the square root of the share sets the colour.
     norm = PowerNorm(0.5 if many else 1, vmin=0, vmax=100)
     image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     figure.colorbar(image, ax=axes, shrink=0.8, label="Test images of the true class (%)")
     for i, j in np.ndindex(*shares.shape) if not many else ():
-        if counts[i, j]:  # an empty cell says so by itself
+        if counts[i, j]:  # an empty cell needs no 0
             color = "white" if shares[i, j] > 55 else "black"
             text = f"{shares[i, j]:.0f}" if shares[i, j] >= 0.5 else "<1"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-    shown, names = _named_classes(order, meta)
+    shown, names = _named_classes(order, results)
     axes.set_xticks(shown, names, rotation=90 if max(map(len, names)) > 3 else 0)
     axes.set_yticks(shown, names)
     every = " (every tenth named)" if many else ""
     axes.set_xlabel(f"Predicted class, from head to tail{every}")
     axes.set_ylabel(f"True class, from head to tail{every}")
-    for boundary in np.cumsum([len(classes) for classes in summary["groups"].values()])[:-1] - 0.5:
+    for boundary in np.cumsum([len(classes) for classes in results.summary["groups"].values()])[:-1] - 0.5:
         axes.axhline(boundary, color="black", linewidth=0.8, linestyle=":")
         axes.axvline(boundary, color="black", linewidth=0.8, linestyle=":")
-    figure.suptitle(f"{report_title(meta)}:\nconfusion under {display_name(attack)}")
+    figure.suptitle(f"{results.title}:\nconfusion under {display_name(attack)}")
     return figure
 
 
-def norms_figure(norms: Mapping[str, Any], summary: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Draw the training images of each class above the norms of its weights and of its features.
+def norms_figure(results: Results) -> Figure:
+    """Draws the training images of each class above the norms of its weights and of its features.
 
-    Args:
-        norms: see `reporting.write_report`; one of the two at least.
-        summary: see `metrics.summarize`.
-        meta: see `reporting.write_report`.
-
-    Returns:
-        The figure, a panel each; classes are sorted from head to tail.
-
-    Source:
-        Weight norms that fall from head to tail are the bias that RoBal's cosine head removes.
+    Source: weight norms that fall from head to tail are the bias that RoBal's cosine head removes.
     """
-    order = _order(summary)
+    order = _order(results)
     positions = np.arange(len(order))
     many = len(order) > _MANY_CLASSES
+    norms = results.norms or {}
     labels = {"weights": "Norm of the class\nweight vector", "features": "Mean norm of the\nclass's features"}
     panels = [name for name in labels if norms.get(name) is not None]
     figure = Figure(figsize=(14 if many else 10, 1.4 + 1.9 * (1 + len(panels))), layout="constrained")
     counts_axes, *rest = figure.subplots(1 + len(panels), sharex=True)
-    _count_bars(counts_axes, np.asarray(summary["class_counts"])[order], many)
+    _count_bars(counts_axes, np.asarray(results.summary["class_counts"])[order], many)
     counts_axes.set_ylabel("Training images\n(log scale)")
     for axes, name, (color, marker) in zip(rest, panels, _STYLES, strict=False):
         values = np.asarray(norms[name])[order]
@@ -298,24 +255,16 @@ def norms_figure(norms: Mapping[str, Any], summary: Mapping[str, Any], meta: Map
         axes.grid(axis="y", linewidth=0.5, alpha=0.6)
         axes.set_ylabel(labels[name])
     for axes in (counts_axes, *rest):
-        _class_axis(axes, summary, meta, named=axes is counts_axes)
+        _class_axis(axes, results, named=axes is counts_axes)
         axes.label_outer()
-    figure.suptitle(f"{report_title(meta)}: training images and norms by class")
+    figure.suptitle(f"{results.title}: training images and norms by class")
     return figure
 
 
-def gallery_figure(gallery: Mapping[str, Any], meta: Mapping[str, Any]) -> Figure:
-    """Show images, their adversarial images and the magnified difference between the two.
-
-    Args:
-        gallery: see `reporting.write_report`; at least one image.
-        meta: see there.
-
-    Returns:
-        The figure, three pictures for each image under 'true class -> predicted class'.
-    """
-    images, adversarial = (np.asarray(gallery[key], np.float64) for key in ("images", "adversarial"))
-    factor = magnification(gallery)
+def gallery_figure(gallery: Gallery, results: Results) -> Figure:
+    """Draws images, adversarial images and their magnified difference, with true and predicted class."""
+    images, adversarial = (np.asarray(shown, np.float64) for shown in gallery[:2])
+    factor = gallery.magnification
     difference = np.clip(0.5 + factor * (adversarial - images), 0, 1)
     height, width = images.shape[1:3]
     gap = np.ones((len(images), height, max(1, width // 10), images.shape[3]))
@@ -329,9 +278,7 @@ def gallery_figure(gallery: Mapping[str, Any], meta: Mapping[str, Any]) -> Figur
     centers = [(width - 1) / 2 + place * (width + gap.shape[2]) for place in range(3)]
     for axes in grid:
         axes.set_axis_off()
-    for axes, strip, label, found in zip(
-        grid, strips, gallery["labels"], gallery["predictions"], strict=False
-    ):
+    for axes, strip, label, found in zip(grid, strips, gallery.labels, gallery.predictions, strict=False):
         axes.set_axis_on()
         axes.imshow(strip, vmin=0, vmax=1, interpolation="nearest")
         axes.spines[:].set_visible(False)
@@ -339,25 +286,19 @@ def gallery_figure(gallery: Mapping[str, Any], meta: Mapping[str, Any]) -> Figur
         axes.set_xticks(centers, ["image", "adversarial", f"difference × {factor}"])
         axes.set_yticks([])
         kept = " (not fooled)" if label == found else ""
-        text = f"{class_name(meta, int(label))} → {class_name(meta, int(found))}{kept}"
+        text = f"{results.class_name(int(label))} → {results.class_name(int(found))}{kept}"
         axes.set_title(text, fontsize=10)
-    figure.suptitle(f"{report_title(meta)}: true class → class under {display_name(gallery['condition'])}")
+    figure.suptitle(f"{results.title}: true class → class under {display_name(gallery.condition)}")
     return figure
 
 
-def magnification(gallery: Mapping[str, Any]) -> int:
-    """The whole factor by which the largest change of a gallery just fills the range of grey."""
-    change = np.abs(np.asarray(gallery["adversarial"], np.float64) - np.asarray(gallery["images"])).max()
-    return max(1, int(0.5 / change + 1e-3)) if change > 0 else 1  # float32 may make 0.1 a little more
-
-
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Returns the figure as a PNG file."""
     return _file(figure, "png")
 
 
 def svg(figure: Figure) -> bytes:
-    """The figure as an SVG file that holds its letters as shapes, the same bytes each time."""
+    """Returns the figure as an SVG file with its letters as shapes, the same bytes each time."""
     with matplotlib.rc_context({"svg.hashsalt": "robal_jax", "svg.fonttype": "path"}):
         return _file(figure, "svg", metadata={"Date": None})
 
@@ -368,23 +309,21 @@ def _file(figure: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _order(summary: Mapping[str, Any]) -> np.ndarray:
-    """Classes from the most to the fewest training images."""
-    return np.concatenate(list(summary["groups"].values()))
+def _order(results: Results) -> np.ndarray:
+    """Returns the classes from head to tail."""
+    return np.concatenate(list(results.summary["groups"].values()))
 
 
-def _named_classes(order: np.ndarray, meta: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
-    """Positions that bear a name, and these names."""
+def _named_classes(order: np.ndarray, results: Results) -> tuple[np.ndarray, list[str]]:
+    """Returns the positions that have a name, and these names."""
     shown = np.arange(len(order))[:: 10 if len(order) > _MANY_CLASSES else 1]
-    return shown, [class_name(meta, k) for k in order[shown]]
+    return shown, [results.class_name(k) for k in order[shown]]
 
 
-def _class_axis(
-    axes: Axes, summary: Mapping[str, Any], meta: Mapping[str, Any], *, named: bool = True
-) -> None:
-    """Classes from head to tail below the axes, the names of their groups above if `named`."""
-    order = _order(summary)
-    shown, names = _named_classes(order, meta)
+def _class_axis(axes: Axes, results: Results, *, named: bool = True) -> None:
+    """Puts the classes below the axes, and the names of their groups above if ``named``."""
+    order = _order(results)
+    shown, names = _named_classes(order, results)
     long_names = max(map(len, names)) > 4
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
     axes.set_xticklabels(names, rotation=30 if long_names else 0, ha="right" if long_names else "center")
@@ -392,7 +331,7 @@ def _class_axis(
     axes.set_xlabel(f"Class, from the most to the fewest training images{every}")
     axes.set_xlim(-0.7, len(order) - 0.3)
     start = 0
-    for name, classes in summary["groups"].items():
+    for name, classes in results.summary["groups"].items():
         if named:
             place = (start + (len(classes) - 1) / 2, 1.01)
             axes.text(
@@ -404,7 +343,7 @@ def _class_axis(
 
 
 def _count_bars(axes: Axes, counts: np.ndarray, many: bool) -> None:
-    """Training images per class as grey bars on a log scale with plain numbers."""
+    """Draws the training images per class as grey bars on a log scale with plain numbers."""
     axes.bar(np.arange(len(counts)), counts, width=1.0 if many else 0.9, color=_GRAY, label="Training images")
     axes.set_yscale("log")
     # A bar of the smallest class keeps a visible height.
@@ -415,13 +354,13 @@ def _count_bars(axes: Axes, counts: np.ndarray, many: bool) -> None:
 
 
 def _plain_ticks(axes: Axes, x: np.ndarray) -> None:
-    """Plain numbers at the measured places, less those whose labels would meet."""
+    """Writes plain numbers at the measured places, but for those whose labels would overlap."""
     if axes.get_xscale() != "log":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return
     places = np.log(x)
     apart = 0.09 * max(np.ptp(places), 1e-9)
-    # The model's own scale, 1, keeps its number before any other.
+    # The model's own scale, 1, always has its number.
     kept: list[int] = np.flatnonzero(x == 1).tolist()
     for index in range(len(x)):
         if all(abs(places[index] - places[other]) >= apart for other in kept):
@@ -432,12 +371,12 @@ def _plain_ticks(axes: Axes, x: np.ndarray) -> None:
 
 
 def _percents(values: Sequence[Mapping[str, float]]) -> Iterable[np.ndarray]:
-    """Values, lower and upper bounds of figures, in percent."""
+    """Returns values, lower and upper bounds of FIGUREs, in percent."""
     return (100 * np.array([entry[key] for entry in values]) for key in ("value", "low", "high"))
 
 
 def _errorbar(axes: Axes, x: np.ndarray, values: Sequence[Mapping[str, float]], **style: Any) -> None:
-    """Draw figures with their intervals, in percent."""
+    """Draws FIGUREs with their intervals, in percent."""
     value, low, high = _percents(values)
     axes.errorbar(x, value, yerr=(value - low, high - value), linestyle="none", **style)
 

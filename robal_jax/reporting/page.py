@@ -1,7 +1,7 @@
-"""Blocks of a document that stand in Markdown and in HTML alike: one content, two renderings.
+"""Blocks of a document that is written in Markdown and in HTML.
 
-A function makes a block from plain text; it escapes what either language would take for markup. The HTML is
-one file that asks nothing of any network: its style is inline and figures are data.
+A function makes a block from plain text and escapes what either language would take for markup. The HTML is
+one file that loads nothing: its style is inline and its figures are data.
 """
 
 import base64
@@ -73,11 +73,11 @@ summary { cursor: pointer; color: #00527f }
 """
 
 BADGES = {True: ("flagged", "FLAGGED"), False: ("passed", "PASSED"), None: ("not-run", "NOT RUN")}
-"""Style and text of a check's outcome, by whether it was flagged; None: it was not run."""
+"""Style and text of a check's outcome: flagged, not flagged, or not run (None)."""
 
 
 class Block(NamedTuple):
-    """A part of a document in both languages; `title` is that of a section which begins here."""
+    """A part of a document in both languages; ``title`` is that of a section which begins here."""
 
     markdown: str
     html: str
@@ -85,17 +85,17 @@ class Block(NamedTuple):
 
 
 def section(title: str) -> Block:
-    """The heading of a section; the table of contents lists it."""
+    """Returns the heading of a section, which the table of contents lists."""
     return Block(f"## {_marked(title)}", f'<h2 id="{_anchor(title)}">{html.escape(title)}</h2>', title)
 
 
 def paragraph(text: str) -> Block:
-    """Running text."""
+    """Returns running text."""
     return Block(_marked(text), f"<p>{html.escape(text)}</p>")
 
 
 def points(items: Iterable[tuple[str, str]]) -> Block:
-    """A list; each item is (words that stand out, text after them)."""
+    """Returns a list; each item is (words in bold, text after them)."""
     items = list(items)
     return Block(
         "\n".join(f"- **{_marked(lead)}** {_marked(text)}" for lead, text in items),
@@ -106,14 +106,11 @@ def points(items: Iterable[tuple[str, str]]) -> Block:
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Block:
-    """A table; columns whose every cell begins with a figure are set to the right.
+    """Returns a table; columns in which every cell begins with a digit are aligned to the right.
 
     Args:
-        header: headings of the columns.
-        rows: cells of each row, as many; anything that `str` prints.
-
-    Returns:
-        The block.
+      header: headings of the columns.
+      rows: as many cells per row; anything that ``str`` prints.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     heads = [str(head) for head in header]
@@ -123,14 +120,14 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Block:
         return "| " + " | ".join(_marked(cell).replace("|", "\\|") for cell in row) + " |"
 
     def tag(name: str, text: str, number: bool) -> str:
-        # The interval behind a figure stands back.
+        # The interval after a number is printed smaller.
         text = re.sub(r"(\[.*\])$", r"<i>\1</i>", html.escape(text)) if number else html.escape(text)
         return f'<{name} class="number">{text}</{name}>' if number else f"<{name}>{text}</{name}>"
 
     def html_row(name: str, row: Sequence[str]) -> str:
         return "<tr>" + "".join(tag(name, *cell) for cell in zip(row, right, strict=True)) + "</tr>"
 
-    place = "scroll tall" if len(cells) > 40 else "scroll"  # as many classes scroll in place, settings do not
+    place = "scroll tall" if len(cells) > 40 else "scroll"  # many classes scroll in place, settings do not
     rule = "|" + "".join(" ---: |" if number else " --- |" for number in right)
     return Block(
         "\n".join((line(heads), rule, *map(line, cells))),
@@ -141,9 +138,9 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Block:
 
 
 def figure(name: str, caption: str, svg: bytes) -> Block:
-    """A figure: Markdown links to the file `name`, HTML holds the SVG itself."""
+    """Returns a figure: Markdown links to the file ``name``, HTML holds the SVG itself."""
     text = html.escape(caption)
-    # As an image, not inline: the names inside one drawing cannot meet those of another.
+    # As an image, not inline: the names inside one drawing cannot collide with those of another.
     source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     return Block(
         f"![{_marked(caption)}]({name})",
@@ -152,12 +149,12 @@ def figure(name: str, caption: str, svg: bytes) -> Block:
 
 
 def banner(flagged: bool | None, text: str) -> Block:
-    """The verdict above everything else; `flagged` as in `BADGES`."""
+    """Returns the verdict above everything else; ``flagged`` as in ``BADGES``."""
     return Block(f"**{_marked(text)}**", f'<p class="banner {BADGES[flagged][0]}">{html.escape(text)}</p>')
 
 
 def cards(items: Iterable[tuple[str, str, str]]) -> Block:
-    """Figures to see first: (name, figure, remark) each."""
+    """Returns numbers to see first, each as (name, number, remark)."""
     items = list(items)
     return Block(
         "\n".join(f"- {_marked(name)}: **{_marked(value)}** {_marked(note)}" for name, value, note in items),
@@ -172,7 +169,7 @@ def cards(items: Iterable[tuple[str, str, str]]) -> Block:
 
 
 def checks(items: Iterable[tuple[bool | None, str, str, str]]) -> Block:
-    """Outcomes of checks: (flagged as in `BADGES`, title, statement, evidence) each."""
+    """Returns outcomes of checks, each as (flagged as in ``BADGES``, title, statement, evidence)."""
     lines, entries = [], []
     for flagged, title, statement, evidence in items:
         style, badge = BADGES[flagged]
@@ -187,7 +184,7 @@ def checks(items: Iterable[tuple[bool | None, str, str, str]]) -> Block:
 
 
 def code(text: str, language: str = "", *, folded: str = "") -> Block:
-    """Text as it is; `folded` names it where HTML shows it on demand only."""
+    """Returns text as it is; HTML shows it on demand only, under the name ``folded``, if there is one."""
     content = f"<pre>{html.escape(text)}</pre>"
     return Block(
         f"```{language}\n{text}\n```",
@@ -196,12 +193,12 @@ def code(text: str, language: str = "", *, folded: str = "") -> Block:
 
 
 def to_markdown(title: str, blocks: Iterable[Block]) -> str:
-    """The document in Markdown."""
+    """Returns the document in Markdown."""
     return "\n\n".join((f"# {_marked(title)}", *(block.markdown for block in blocks))) + "\n"
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The document as one HTML page; blocks before the first section make its header."""
+    """Returns the document as one HTML page; the blocks before the first section are its header."""
     sections = [block.title for block in blocks if block.title]
     first = next((index for index, block in enumerate(blocks) if block.title), len(blocks))
     links = " ".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name in sections)
@@ -209,7 +206,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
         (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # Whatever the text may hold, the page can neither run nor load anything.
+            # Whatever the text contains, the page can neither run nor load anything.
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
             f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
@@ -227,6 +224,6 @@ def _anchor(title: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """Text for Markdown, on one line: nothing in it is markup, and `a_b` keeps its underscore plain."""
+    """Returns text for Markdown on one line: nothing in it is markup, and ``a_b`` keeps its underscore."""
     text = html.escape(" ".join(text.split()), quote=False).replace("&gt;", ">")
     return re.sub(r"[\\`*]|(?<![^\W_])_|_(?![^\W_])", lambda match: "\\" + match[0], text)

@@ -1,36 +1,241 @@
-"""TODO reporting.results."""
+"""All numbers of an evaluation: one record, one writer and one reader of ``results.json``."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
+import pathlib
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from robal_jax import metrics
 from robal_jax.errors import InputError
-from robal_jax.reporting.names import class_name
-from robal_jax.storage.names import EVALUATION, EXAMPLES, RESULTS
+from robal_jax.reporting import names
+from robal_jax.storage.files import write_whole
+from robal_jax.storage.names import EVALUATION, EXAMPLES, PER_CLASS, RESULTS
+
+FIXED_STEPS, EVERYTHING = "fixed steps", "everything"
+"""Which accuracies a check of the audit casts doubt on: those under FGSM, PGD and MIM, or all of them."""
 
 
-def to_json_text(results: Mapping[str, Any]) -> str:
-    """JSON for people too: lists of numbers, such as rows of a confusion matrix, stand on one line."""
-    text = json.dumps(results, indent=1, allow_nan=False)
-    # Only the layout is touched: inside a string JSON writes a line break as \n.
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All numbers of an evaluation, as ``results.json`` holds them; every value is ready for JSON.
+
+    Attributes:
+      meta: what was evaluated and how. 'method', 'dataset' and 'main_attack' are needed; the report prints
+        unknown keys too.
+
+        - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
+          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested);
+        - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256';
+        - the attacks: 'norm', 'epsilon', 'step_size', 'start', 'evaluation_seed', 'main_attack' (the one that
+          counts if no ensemble was evaluated), 'autoattack' (names of the ensemble's attacks), 'stages'
+          ({attack: accuracy after it and all attacks before it});
+        - the evaluation: 'versions' ({package: version}), 'device', 'date', 'seconds', 'command'.
+      summary: what :func:`metrics.summarize` returns.
+      audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
+        its sample; 'verdicts', a list of {'name', 'title', 'flagged' (None: not run), 'doubts'
+        (``FIXED_STEPS`` or ``EVERYTHING``; missing in older files), 'statement', 'evidence' (a dict)};
+        'curves', any of 'scale', 'steps' and 'restarts', each {'x': m numbers, 'series': {name: m FIGUREs}}.
+      norms: None if the features are not known. 'features', the mean norm of each class's features, [K];
+        'weights', the norm of each class's weight vector, [K], or None if the head has no such vectors.
+    """
+
+    meta: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    audit: Mapping[str, Any] | None = None
+    norms: Mapping[str, Any] | None = None
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """The figures of each condition: 'clean' first, 'worst' last."""
+        return self.summary["conditions"]
+
+    @property
+    def title(self) -> str:
+        """The model and the data set in a few words."""
+        return f"{self.meta['method']} on {self.meta['dataset']}"
+
+    @property
+    def headline_attack(self) -> str:
+        """The condition whose accuracy counts as the robust accuracy, see :func:`names.headline_attack`."""
+        return names.headline_attack(self.conditions, self.meta["main_attack"])
+
+    @property
+    def headline(self) -> list[str]:
+        """The conditions to see at a glance."""
+        return names.headline(self.conditions, self.meta["main_attack"])
+
+    @property
+    def curves(self) -> Mapping[str, Any]:
+        """The curves of the audit; empty if there is none."""
+        return (self.audit or {}).get("curves", {})
+
+    def class_name(self, index: int) -> str:
+        """Returns the name of a class, or its index if classes have no names."""
+        return str(self.meta["class_names"][index]) if self.meta.get("class_names") else str(index)
+
+    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Writes ``results.json``, and ``per_class.csv`` with a row per class and condition.
+
+        Raises:
+          OSError: the folder cannot be written to.
+        """
+        content = {"meta": self.meta, "summary": self.summary, "audit": self.audit, "norms": self.norms}
+        texts = {RESULTS: _json_text(content), PER_CLASS: _per_class_csv(self)}
+        for name, text in texts.items():
+            write_whole(folder / name, text.encode())
+        return [folder / name for name in texts]
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "Results":
+        """Reads ``results.json``.
+
+        Raises:
+          InputError: the file is missing or damaged.
+        """
+        with _reading(folder):
+            content = json.loads((folder / RESULTS).read_text())
+            return Results(content["meta"], content["summary"], content.get("audit"), content.get("norms"))
+
+
+class Gallery(NamedTuple):
+    """Images under an attack.
+
+    Attributes:
+      images: ``[m, H, W, 1 or 3]`` in [0, 1], m >= 1.
+      adversarial: the same images after the attack.
+      labels: ``[m]``.
+      predictions: the classes of the adversarial images, ``[m]``.
+      condition: the attack.
+    """
+
+    images: np.ndarray
+    adversarial: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    condition: str
+
+    @property
+    def magnification(self) -> int:
+        """The largest whole factor by which all changes fit into the range of grey, at least 1."""
+        change = np.abs(np.asarray(self.adversarial, np.float64) - np.asarray(self.images)).max()
+        return max(1, int(0.5 / change + 1e-3)) if change > 0 else 1  # float32 may make 0.1 a little more
+
+
+Outcomes = dict[str, dict[str, np.ndarray]]
+"""Name of a condition to its fields, each ``[n]``: ``pred``, ``distance`` and more."""
+
+
+def to_arrays(outcomes: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns outcomes as a file holds them, by ``field_condition``: 'pred_pgd_20'."""
+    return {
+        f"{field}_{condition}": values
+        for condition, fields in outcomes.items()
+        for field, values in fields.items()
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Outcomes:
+    """Returns what :func:`to_arrays` was given; other arrays of the file ('labels', 'ids') are left out."""
+    outcomes: Outcomes = {}
+    for name, values in arrays.items():
+        field, _, condition = name.partition("_")  # no field has an underscore
+        if condition:
+            outcomes.setdefault(condition, {})[field] = values
+    return outcomes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluatedRun(Results):
+    """The results of an evaluation, with the outcome of every image.
+
+    Attributes:
+      name: its folder.
+      examples: content of ``examples.npz``: 'labels' ``[n]``, 'ids' ``[n]`` of the test images, and
+        :func:`to_arrays` of the outcomes.
+    """
+
+    name: str
+    examples: Mapping[str, np.ndarray]
+
+    @property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """Predicted classes ``[n]`` by condition, 'worst' last."""
+        outcomes = from_arrays(self.examples)
+        attacks = {name: outcomes[name]["pred"] for name in self.conditions if name != "worst"}
+        return {**attacks, "worst": metrics.worst_case(self.examples["labels"], attacks)}
+
+
+def read_run(workdir: pathlib.Path) -> EvaluatedRun:
+    """Reads ``results.json`` and ``examples.npz`` of a run.
+
+    Args:
+      workdir: folder of the run, or a folder of results.
+
+    Raises:
+      InputError: a file is missing or damaged.
+    """
+    folder = workdir if (workdir / RESULTS).exists() else workdir / EVALUATION
+    results = Results.read(folder)
+    with _reading(folder):
+        with np.load(folder / EXAMPLES) as file:
+            examples = dict(file)
+        run = EvaluatedRun(
+            results.meta, results.summary, results.audit, results.norms, name=str(workdir), examples=examples
+        )
+        examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
+    return run
+
+
+def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
+    """Reads several runs.
+
+    Args:
+      workdirs: folders of the runs.
+
+    Returns:
+      The runs in that order.
+
+    Raises:
+      InputError: no run, the same folder twice, or a run that cannot be read.
+    """
+    if len(set(workdirs)) < max(1, len(workdirs)):
+        raise InputError("no run, or the same run twice; name at least one folder, and each only once")
+    return [read_run(pathlib.Path(workdir)) for workdir in workdirs]
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of missing and damaged files into an InputError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no evaluation in {folder}: {error.filename} is missing; evaluate the run first"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"the evaluation in {folder} is damaged; evaluate the run again") from error
+
+
+def _json_text(content: Mapping[str, Any]) -> str:
+    """Returns JSON for people too: lists of numbers, such as rows of a confusion matrix, are on one line."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    # Only the layout changes: inside a string JSON writes a line break as \n.
     return re.sub(r'\[\n[^\[\]{}"]*\]', lambda match: f"[{' '.join(match[0][1:-1].split())}]", text)
 
 
-def per_class_csv(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """Returns one row per class and condition, as CSV."""
+def _per_class_csv(results: Results) -> str:
     rows = [
         {
             "class": index,
-            "name": class_name(meta, index),
+            "name": results.class_name(index),
             "train_count": count,
             "support": row["support"][index],
             "condition": name,
@@ -42,81 +247,11 @@ def per_class_csv(summary: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
             "natural_error": row["natural_error"][index],
             "boundary_error": row["boundary_error"][index],
         }
-        for index, count in enumerate(summary["class_counts"])
-        for name, row in ((name, entry["per_class"]) for name, entry in summary["conditions"].items())
+        for index, count in enumerate(results.summary["class_counts"])
+        for name, row in ((name, entry["per_class"]) for name, entry in results.conditions.items())
     ]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluatedRun:
-    """An evaluated model: what `reporting.write_report` and the evaluation left in its folder.
-
-    Attributes:
-        name: its folder.
-        meta: see `reporting.write_report`.
-        summary: see `metrics.summarize`.
-        examples: 'labels' [n], 'ids' [n] of the test images, 'pred_<condition>' [n] and more, by name.
-        audit: see `reporting.write_report`; None if the run was not audited.
-    """
-
-    name: str
-    meta: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    examples: Mapping[str, np.ndarray]
-    audit: Mapping[str, Any] | None = None
-
-    @property
-    def predictions(self) -> dict[str, np.ndarray]:
-        """Predicted classes [n] by condition, 'worst' last."""
-        attacks = {
-            name: self.examples[f"pred_{name}"] for name in self.summary["conditions"] if name != "worst"
-        }
-        return {**attacks, "worst": metrics.worst_case(self.examples["labels"], attacks)}
-
-
-def read_run(workdir: Path) -> EvaluatedRun:
-    """Read evaluation/results.json and evaluation/examples.npz of a run.
-
-    Args:
-        workdir: folder of the run, or one of results in it.
-
-    Returns:
-        The run.
-
-    Raises:
-        InputError: a file is missing or unreadable.
-    """
-    folder = workdir if (workdir / RESULTS).exists() else workdir / EVALUATION
-    try:
-        results = json.loads((folder / RESULTS).read_text())
-        with np.load(folder / EXAMPLES) as file:
-            examples = dict(file)
-        run = EvaluatedRun(str(workdir), results["meta"], results["summary"], examples, results.get("audit"))
-        examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
-    except FileNotFoundError as error:
-        raise InputError(f"{workdir} has not been evaluated: {error.filename} is missing.") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"The evaluation in {folder} is damaged; evaluate the run again.") from error
-    return run
-
-
-def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
-    """Read several runs.
-
-    Args:
-        workdirs: folders of the runs.
-
-    Returns:
-        The runs in that order.
-
-    Raises:
-        InputError: no run, the same folder twice, or a run that cannot be read.
-    """
-    if len(set(workdirs)) < max(1, len(workdirs)):
-        raise InputError("Name at least one folder of a run, and none twice.")
-    return [read_run(Path(workdir)) for workdir in workdirs]

@@ -1,20 +1,20 @@
-"""TODO reporting.sections."""
+"""The sections of a report, each a list of blocks (``page``), empty if there is nothing to show."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robal_jax.reporting import figures, page
+from robal_jax.reporting import page
 from robal_jax.reporting.names import (
-    class_name,
+    AUTOATTACK,
+    ENSEMBLES,
     display_name,
-    headline,
-    headline_attack,
     interval,
     percent,
     printed,
     with_interval,
 )
+from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Gallery, Results
 
 # Order and names of the known keys of meta in the report.
 _META_LABELS = {
@@ -24,7 +24,6 @@ _META_LABELS = {
     "n": "Test images",
     "norm": "Threat model: norm",
     "epsilon": "Threat model: radius",
-    "steps": "Attack steps",
     "step_size": "Attack step size",
     "start": "Attack start",
     "head": "Head under attack",
@@ -36,66 +35,57 @@ _META_LABELS = {
     "checkpoint_sha256": "Checkpoint SHA-256",
     "seed": "Seed",
     "evaluation_seed": "Seed of the attacks",
-    "precision": "Precision of products",
+    "precision": "Precision of matrix products",
     "test_set_sha256": "Test set SHA-256",
     "versions": "Versions",
     "device": "Device",
     "date": "Date",
-    "seconds": "Seconds that the evaluation took",
+    "seconds": "Duration of the evaluation in seconds",
 }
 
 _META_ELSEWHERE = ("class_names", "command", "config", "stages")
-
-# Checks that doubt gradient attacks of fixed steps alone, of which an ensemble does not consist.
-_OF_FIXED_STEPS = {
-    "logit_scale",
-    "steps",
-    "restarts",
-    "zero_gradients",
-    "unbounded",
-    "gradient_free",
-    "transfer",
-}
+_META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of attacks
 
 
-def audit_verdict(audit: Mapping[str, Any] | None) -> tuple[bool | None, str]:
-    """The verdict on all checks together.
+def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> tuple[bool | None, str]:
+    """Returns the verdict of all checks together.
 
     Args:
-        audit: see `write_report`.
+      audit: see :class:`Results`.
+      ensemble: whether an ensemble was evaluated.
 
     Returns:
-        True if any check is flagged, False if none of those that were run is, None if none was run; and a
-        sentence for people.
+      True if any check is flagged, False if checks were run and none is flagged, None if no check was run;
+      and a sentence for people.
     """
     if audit is None:
-        return None, "No audit was made: nothing here tells whether the attacks were as strong as they can be"
-    outcomes = [verdict["flagged"] for verdict in audit["verdicts"]]
-    names = {verdict["name"] for verdict in audit["verdicts"] if verdict["flagged"]}
-    flagged, run = outcomes.count(True), len(outcomes) - outcomes.count(None)
+        return None, "No audit was made, so nothing shows whether the attacks are as strong as they can be"
+    verdicts = audit["verdicts"]
+    flagged = [verdict for verdict in verdicts if verdict["flagged"]]
+    run, count = sum(verdict["flagged"] is not None for verdict in verdicts), len(verdicts)
     if not run:
-        return None, f"No check was run (0 of {len(outcomes)})"
+        return None, f"No check was run (0 of {count})"
     if not flagged:
-        return False, f"No check was flagged ({run} of {len(outcomes)} run)"
-    left_out = "" if run == len(outcomes) else f" ({len(outcomes) - run} not run)"
+        return False, f"No check was flagged ({run} of {count} run)"
+    left_out = "" if run == count else f" ({count - run} not run)"
+    fixed_steps_only = all(verdict.get("doubts", EVERYTHING) == FIXED_STEPS for verdict in flagged)
     return True, (
-        f"{flagged} of {len(outcomes)} checks {'is' if flagged == 1 else 'are'} flagged{left_out}: "
+        f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{left_out}: "
         + (
-            "the attacks with fixed steps (FGSM, PGD, MIM) must not be believed; look at the ensemble"
-            if names <= _OF_FIXED_STEPS
-            else "no robust accuracy of this report must be believed"
+            "do not trust the fixed-step attacks (FGSM, PGD, MIM); "
+            + ("use the ensemble's accuracy" if ensemble else "evaluate with AutoAttack")
+            if fixed_steps_only
+            else "do not trust any robust accuracy in this report"
         )
     )
 
 
-def summary_section(
-    summary: Mapping[str, Any], meta: Mapping[str, Any], audit: Mapping[str, Any] | None
-) -> list[page.Block]:
-    """The page's header, then the headline with its intervals."""
-    conditions = {name: summary["conditions"][name] for name in headline(summary, meta)}
+def summary_section(results: Results) -> list[page.Block]:
+    """Returns the page's header, then the headline with its intervals."""
+    meta, conditions = results.meta, {name: results.conditions[name] for name in results.headline}
     shown = {
         "accuracy": "All classes",
-        **{name: name.capitalize() for name in summary["groups"]},
+        **{name: name.capitalize() for name in results.summary["groups"]},
         "balanced_accuracy": "Balanced accuracy",
     }
     facts = [
@@ -115,7 +105,7 @@ def summary_section(
     )
     return [
         *([page.paragraph(" · ".join(facts))] if facts else []),
-        page.banner(*audit_verdict(audit)),
+        page.banner(*audit_verdict(results.audit, ensemble=results.headline_attack in ENSEMBLES)),
         page.cards(values),
         page.section("Summary"),
         page.paragraph("Accuracy in percent of test images, with 95 % intervals."),
@@ -123,8 +113,9 @@ def summary_section(
     ]
 
 
-def audit_section(audit: Mapping[str, Any] | None, pictures: Mapping[str, page.Block]) -> list[page.Block]:
+def audit_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the verdict of every check, with its evidence."""
+    audit = results.audit
     if audit is None:
         return []
     items = (
@@ -137,12 +128,13 @@ def audit_section(audit: Mapping[str, Any] | None, pictures: Mapping[str, page.B
         for verdict in audit["verdicts"]
     )
     count = audit["examples"]
-    sample = f"Checks that attack anew do so on a sample of {count} test images." if count else ""
+    sample = f" Checks that run attacks of their own use a sample of {count} test images." if count else ""
     return [
         page.section("Audit"),
         page.paragraph(
-            "Each check looks for a sign that an attack is weaker than it seems, so that the accuracy under "
-            f"it is too high. What an attack leaves is the share of images that are still right. {sample}"
+            "Each check looks for a sign that an attack is weaker than it seems, so that the accuracy after "
+            "it is too high. The accuracy after an attack is the share of images still classified correctly."
+            + sample
         ),
         page.checks(items),
         *_pictures(pictures, "curves"),
@@ -150,7 +142,7 @@ def audit_section(audit: Mapping[str, Any] | None, pictures: Mapping[str, page.B
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
-    """Evidence on one line: 'accuracy (1 = 0.48, 30 = 0.61), images = 500'."""
+    """Returns evidence on one line: 'accuracy (1 = 0.48, 30 = 0.61), images = 500'."""
 
     def entry(key: str, value: Any) -> str:
         if isinstance(value, Mapping):
@@ -160,11 +152,9 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
     return ", ".join(entry(key, value) for key, value in evidence.items())
 
 
-def condition_section(
-    summary: Mapping[str, Any], meta: Mapping[str, Any], pictures: Mapping[str, page.Block]
-) -> list[page.Block]:
+def condition_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the figures of all conditions, and the accuracy after each attack of the ensemble."""
-    conditions = summary["conditions"]
+    meta, conditions = results.meta, results.conditions
     accuracies = {
         "accuracy": "Accuracy",
         "balanced_accuracy": "Balanced accuracy",
@@ -181,7 +171,10 @@ def condition_section(
         page.section("All conditions"),
         page.paragraph("Percent, with 95 % intervals. Macro recall is the balanced accuracy."),
         _by_condition(accuracies, conditions),
-        page.paragraph("Natural error + boundary error + right on both = 100 %."),
+        page.paragraph(
+            "Natural error (wrong when clean) + boundary error (right when clean, wrong under the attack) + "
+            "right on both = 100 %."
+        ),
         _by_condition(errors, attacked),
     ]
     if meta.get("stages"):
@@ -193,9 +186,10 @@ def condition_section(
     return [*blocks, pictures["attacks"]]
 
 
-def group_section(summary: Mapping[str, Any]) -> list[page.Block]:
+def group_section(results: Results) -> list[page.Block]:
     """Returns the accuracies of head, medium and tail classes."""
-    conditions, groups, counts = summary["conditions"], summary["groups"], summary["class_counts"]
+    conditions, groups = results.conditions, results.summary["groups"]
+    counts = results.summary["class_counts"]
 
     def count_range(classes: Sequence[int]) -> str:
         return f"{min(counts[k] for k in classes)} to {max(counts[k] for k in classes)}"
@@ -217,45 +211,43 @@ def group_section(summary: Mapping[str, Any]) -> list[page.Block]:
         blocks += [
             page.section("Ten groups of consecutive classes"),
             page.paragraph(
-                "Mean recall of the classes in percent, from the first tenth of the class indices to the "
-                "last."
+                "Mean recall in percent of the classes in each tenth of the class indices, from the first to "
+                "the last."
             ),
             page.table(("Condition", *range(1, 11)), rows),
         ]
     return blocks
 
 
-def class_section(
-    summary: Mapping[str, Any], meta: Mapping[str, Any], pictures: Mapping[str, page.Block]
-) -> list[page.Block]:
+def class_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the figures and the table by class."""
-    conditions, shown = summary["conditions"], headline(summary, meta)
+    conditions, shown = results.conditions, results.headline
     support = conditions["clean"]["per_class"]["support"]
     rows = (
         (
             index,
-            class_name(meta, index),
+            results.class_name(index),
             count,
             support[index],
             *(percent(conditions[name]["per_class"]["recall"][index]) for name in shown),
         )
-        for index, count in enumerate(summary["class_counts"])
+        for index, count in enumerate(results.summary["class_counts"])
     )
     return [
         page.section("Classes"),
         *_pictures(pictures, "per_class", "errors", "confusion"),
         page.paragraph(
-            f"Errors and confusion are those under {display_name(headline_attack(summary, meta))}. The table "
-            "gives accuracies in percent; per_class.csv has all conditions, with intervals, precision and "
-            "F-score, and results.json all confusion matrices."
+            f"Errors and confusion are those under {display_name(results.headline_attack)}. The table gives "
+            "accuracies in percent. All conditions, with intervals, precision and F-score, are in "
+            "per_class.csv; all confusion matrices are in results.json."
         ),
         page.table(("Class", "Name", "Training images", "Test images", *map(display_name, shown)), rows),
     ]
 
 
-def norm_section(norms: Mapping[str, Any] | None, pictures: Mapping[str, page.Block]) -> list[page.Block]:
+def norm_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the norms of weights and features by class."""
-    if norms is None:
+    if results.norms is None:
         return []
     text = (
         "A linear head trained on long-tailed data tends to give frequent classes longer weight vectors, and "
@@ -264,81 +256,87 @@ def norm_section(norms: Mapping[str, Any] | None, pictures: Mapping[str, page.Bl
     return [page.section("Norms"), page.paragraph(text), *_pictures(pictures, "norms")]
 
 
-def gallery_section(
-    gallery: Mapping[str, Any] | None, pictures: Mapping[str, page.Block]
-) -> list[page.Block]:
+def gallery_section(gallery: Gallery | None, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns adversarial examples."""
     if gallery is None:
         return []
     text = (
-        f"Under {display_name(gallery['condition'])}: the image, the adversarial image, and the difference, "
-        f"magnified {figures.magnification(gallery)} times about a middle grey that means no change. Each "
-        "title is the true class, then the predicted one."
+        f"Under {display_name(gallery.condition)}: the image, the adversarial image and their difference, "
+        f"magnified {gallery.magnification} times; middle grey means no change. Each title gives the true "
+        "class and then the predicted class."
     )
     return [page.section("Adversarial examples"), page.paragraph(text), *_pictures(pictures, "gallery")]
 
 
-def settings_section(meta: Mapping[str, Any]) -> list[page.Block]:
-    """Returns what was evaluated, and the command."""
+def settings_section(results: Results) -> list[page.Block]:
+    """Returns the settings of the evaluation, and the command."""
+    meta = results.meta
     known = [key for key in _META_LABELS if key in meta]
     others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
-    settings = ((_META_LABELS.get(key, key), printed(meta[key])) for key in known + others)
+    settings = ((_META_LABELS.get(key, key), _setting(key, meta[key])) for key in known + others)
     blocks = [page.section("What was evaluated"), page.table(("Setting", "Value"), settings)]
     if meta.get("command"):
         blocks += [page.paragraph("The command that made this report:"), page.code(meta["command"], "bash")]
     return blocks
 
 
-def reading_section(summary: Mapping[str, Any], audit: Mapping[str, Any] | None) -> list[page.Block]:
+def _setting(key: str, value: Any) -> str:
+    """Returns a value of meta on one line; attacks by their names for people."""
+    if key in _META_OF_ATTACKS:
+        return ", ".join(map(display_name, [value] if isinstance(value, str) else value)) or "none"
+    return printed(value)
+
+
+def reading_section(results: Results) -> list[page.Block]:
     """Returns how to read the report."""
-    conditions = summary["conditions"]
+    conditions = results.conditions
     items = [
         (
             "Intervals.",
-            "Every share of test images has a 95 % Wilson interval; macro means have a 95 % percentile "
+            "Every share of test images has a 95 % Wilson interval; every macro mean has a 95 % percentile "
             "interval of a bootstrap within classes. Both cover the choice of test images only, not the "
             "spread over training seeds.",
         ),
         (
             "Accuracy",
             "looks at the attacked image alone. Natural error (wrong when clean) plus boundary error (right "
-            "when clean, wrong under the attack) is the robust error; an image that is wrong when clean "
-            "counts as broken.",
+            "when clean, wrong under the attack) is the robust error, which counts an image that is wrong "
+            "when clean as broken.",
         ),
         ("Worst", "counts an image as right only if it is right under every condition of the table."),
         (
-            "Scale of the logits.",
-            "Attacks that follow the gradient of the cross-entropy (FGSM, PGD, MIM) depend on it: a large "
-            "scale saturates the softmax, a small one flattens it, and either can raise the accuracy without "
-            "making the model more robust. Compare models at several scales, or by an attack that does not "
-            "depend on the scale.",
+            "Logit scale.",
+            "Attacks that follow the gradient of the cross-entropy (FGSM, PGD, MIM) depend on the scale of "
+            "the logits: a large scale saturates the softmax, a small one flattens it, and both can raise "
+            "the accuracy without making the model more robust. Compare models at several scales, or by an "
+            "attack that does not depend on the scale.",
         ),
     ]
-    if audit:
-        items.append(
-            (
-                "Audit.",
-                "A flagged check means that an attack can be made stronger by simple means, or that it "
-                "fails for a reason other than robustness. Checks that pass are no proof of robustness.",
-            )
-        )
-    if "robal_aa" in conditions:
-        text = "is the pair of attacks that the paper reports on: two of the four attacks of AutoAttack."
-        items.append((display_name("robal_aa"), text))
-    if not any(name.startswith("autoattack") for name in conditions):
+    if results.audit:
         text = (
-            "was not run. The attacks above bound robust accuracy from above, less tightly than the standard "
-            "ensemble does; those with a fixed step size least tightly."
+            "A flagged check means that an attack can be made stronger by simple means, or that it fails for "
+            "a reason other than robustness. Passing every check is no proof of robustness."
+        )
+        items.append(("Audit.", text))
+    if "robal_aa" in conditions:
+        text = (
+            'is the pair of attacks that the RoBal paper calls "AA": two of the four attacks of AutoAttack.'
+        )
+        items.append((display_name("robal_aa"), text))
+    if not any(name in conditions for name in AUTOATTACK):
+        text = (
+            "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "
+            "of AutoAttack; those of the attacks with a fixed step size are the least tight."
         )
         items.append(("AutoAttack", text))
     return [page.section("How to read this"), page.points(items)]
 
 
-def config_section(meta: Mapping[str, Any]) -> list[page.Block]:
+def config_section(results: Results) -> list[page.Block]:
     """Returns the whole config, folded."""
-    if not meta.get("config"):
+    if not results.meta.get("config"):
         return []
-    text = json.dumps(meta["config"], indent=2)
+    text = json.dumps(results.meta["config"], indent=2)
     return [page.section("Config"), page.code(text, "json", folded="All fields of the config")]
 
 
@@ -347,7 +345,7 @@ def _pictures(pictures: Mapping[str, page.Block], *names: str) -> list[page.Bloc
 
 
 def _by_condition(columns: Mapping[str, str], conditions: Mapping[str, Any]) -> page.Block:
-    """Table of figures (key: heading) with intervals, a row per condition."""
+    """Returns a table of FIGUREs (key: heading) with intervals, a row per condition."""
     rows = (
         (display_name(name), *(with_interval(row[key]) for key in columns))
         for name, row in conditions.items()

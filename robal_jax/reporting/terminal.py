@@ -1,36 +1,29 @@
-"""TODO reporting.terminal."""
-
-from collections.abc import Mapping
-from typing import Any
+"""The table of an evaluation on the terminal."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from robal_jax.reporting.names import display_name, percent, with_interval
+from robal_jax.reporting.results import Results
 
 
 def terminal() -> Console:
-    """Where tables go: as wide as the terminal is, 100 columns where there is none."""
+    """Returns where tables are printed: as wide as the terminal, 100 columns if there is none."""
     console = Console()
     return console if console.is_terminal else Console(width=100)
 
 
-def evaluation_table(summary: Mapping[str, Any], console: Console) -> None:
-    """Print one row per condition, in percent; `write_report` has the intervals of all columns.
-
-    Args:
-        summary: see `metrics.summarize`.
-        console: where to print.
-    """
-    groups = list(summary["groups"])
+def evaluation_table(results: Results, console: Console) -> None:
+    """Prints a row per condition, in percent; the report has the intervals of all columns."""
+    groups = list(results.summary["groups"])
     shown = (*groups, "balanced_accuracy", "f_score", "natural_error", "boundary_error")
     headers = (*map(str.capitalize, groups), "Balanced", "Macro F", "Nat. err.", "Bound. err.")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Percent of test images [95 % interval]")
     table.add_column("Condition", min_width=10)  # the one that breaks into lines where space is short
     for header in ("Accuracy", *headers):
         table.add_column(header, justify="right", no_wrap=True)
-    for name, condition in summary["conditions"].items():
+    for name, condition in results.conditions.items():
         cells = [percent(condition[figure]) for figure in shown]
         table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)

@@ -1,1 +1,10 @@
-"""TODO storage."""
+"""The files of a run.
+
+- ``names``: the names of its files and folders
+- ``workdir``: the folder of a run: its layout, which runs may use it, and reading its weights
+- ``config_file``: ``config.json``, fields that were added later, and what makes two configs the same run
+- ``checkpoints``: checkpoints with digests
+- ``progress``: the progress bar, ``metrics.jsonl`` and TensorBoard
+- ``unfinished``: the state of an interrupted evaluation
+- ``files``: writing a file whole or not at all
+"""

@@ -1,10 +1,10 @@
 """Checkpoints: written by Orbax, asynchronously, each with a digest that is verified when it is read.
 
-Orbax writes a checkpoint under a temporary name and renames it when complete, so a killed process leaves
-none half written. It does not notice a bit that changed on the disk afterwards; the sha256 over all arrays
-that stands in the checkpoint's metadata does. The state is the same on every device, so what is saved are
-host copies: a checkpoint can be read whatever the devices it was made on. All processes of a job save
-together and read what the others read.
+Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a killed process
+leaves no half-written checkpoint. Orbax does not notice a bit that changes on the disk afterwards, but the
+sha256 of all arrays, kept in the checkpoint's metadata, does. The state is the same on every device, so host
+copies are saved, and a checkpoint can be read on any number of devices. All processes of a job save together
+and read the same checkpoints.
 
 This is the only module that knows Orbax.
 """
@@ -29,15 +29,15 @@ from robal_jax.storage.names import CHECKPOINTS
 
 T = TypeVar("T")
 
-FILES = "files.json"  # beside Orbax's own files: their digests
+FILES = "files.json"  # digests of Orbax's own files, beside them
 
-# Bytes that a checkpoint takes beside its arrays, and for each of them: names, types, digests. Measured:
+# Bytes of a checkpoint besides its arrays (names, types, digests): per checkpoint and per array. Measured:
 # 33 kB for 46 arrays, 1.1 MB for 1000.
 OVERHEAD, OVERHEAD_EACH = 2**16, 2**11
 
 
 class Found(NamedTuple, Generic[T]):
-    """A checkpoint that was read: its arrays, its folder, and the sha256 of the arrays."""
+    """The arrays of a checkpoint, its folder, and the sha256 of the arrays."""
 
     tree: T
     path: pathlib.Path
@@ -45,11 +45,11 @@ class Found(NamedTuple, Generic[T]):
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint cannot be read, or is not what was written."""
+    """A checkpoint cannot be read, or differs from what was written."""
 
 
 def digest(tree: chex.ArrayTree) -> str:
-    """Sha256 of all arrays of a tree: names, types, shapes and bytes, in the order of the names."""
+    """Returns the sha256 of the arrays of a tree (names, types, shapes, bytes), in the order of the names."""
     sha = hashlib.sha256()
     for name, array in sorted(_flat(_host(tree)).items()):
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -58,7 +58,7 @@ def digest(tree: chex.ArrayTree) -> str:
 
 
 def _host(tree: chex.ArrayTree) -> dict[str, Any]:
-    """Nested dictionaries of NumPy arrays, whatever containers the tree is made of."""
+    """Returns a tree of any containers as nested dictionaries of NumPy arrays."""
     return jax.tree.map(np.asarray, flax.serialization.to_state_dict(jax.device_get(tree)))
 
 
@@ -70,17 +70,18 @@ def restore(path: pathlib.Path, like: T, *, partial: bool = False) -> tuple[T, s
     """Reads one checkpoint and verifies it.
 
     Args:
-      path: the checkpoint's own folder.
+      path: folder of the checkpoint.
       like: a tree of the same structure, shapes and types.
-      partial: whether ``like`` is a dictionary of some of the checkpoint's parts (``params`` and ``stats``,
-        say); the other parts (the optimiser's state) may then be anything, or missing.
+      partial: whether ``like`` is a dictionary of only some parts of the checkpoint, such as ``params`` and
+        ``stats``. All arrays are still read, because the digest covers all of them; those of the other parts
+        (the optimiser's state) are not compared with anything.
 
     Returns:
-      The tree (NumPy arrays in the containers of ``like``), and its sha256.
+      The tree (NumPy arrays in the containers of ``like``), and the sha256 of the checkpoint.
 
     Raises:
       DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
-      InputError: it is a checkpoint of something else: a name, shape or type differs.
+      InputError: it is a checkpoint of a different model: a name, shape or type differs.
     """
     tree, sha256 = read(path)
     if partial:
@@ -94,17 +95,17 @@ def restore(path: pathlib.Path, like: T, *, partial: bool = False) -> tuple[T, s
         )
         if have != want:
             raise InputError(
-                f"checkpoint {path} is of another model: it has {have} for {name} where the config's "
-                f"model has {want}; evaluate it with the config it was trained with"
+                f"checkpoint {path} is of a different model: it has {have} for {name} where the config's "
+                f"model has {want}; use the config it was trained with"
             )
     return flax.serialization.from_state_dict(like, _with_empty(tree, like)), sha256
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """Reads all arrays of one checkpoint, whatever it is of, and verifies them.
+    """Reads all arrays of one checkpoint of any model, and verifies them.
 
     Args:
-      path: the checkpoint's own folder.
+      path: folder of the checkpoint.
 
     Returns:
       Nested dictionaries of NumPy arrays, and their sha256.
@@ -120,7 +121,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
             tree = ocp.load(path)
     except DamagedCheckpointError:
         raise
-    except Exception as error:  # Orbax and TensorStore raise whatever their layers raise
+    except Exception as error:  # Orbax and TensorStore raise all kinds of errors
         raise DamagedCheckpointError(one_line(error)) from error
     found = digest(tree)
     if found != written:
@@ -151,10 +152,10 @@ def _file_digests(path: pathlib.Path) -> dict[str, str]:
 
 
 def _alone() -> ocp.Context:
-    """Orbax reads in this process without waiting for the job's others.
+    """Lets Orbax read in this process without waiting for the other processes of the job.
 
-    They must all read, though, what one of them does: Orbax numbers its operations, and tells one save of all
-    processes from another by that.
+    Still, all processes must read the same checkpoints: Orbax numbers its operations, and identifies a common
+    save by its number.
     """
     context = ocp.Context()
     if jax.process_count() > 1:
@@ -164,9 +165,10 @@ def _alone() -> ocp.Context:
 
 
 def _verify_files(path: pathlib.Path) -> None:
-    """Compares the files with their digests, so that TensorStore never has to read a damaged one.
+    """Compares the files with their digests, so that TensorStore never has to read a damaged file.
 
-    A process that was killed just after a save leaves no list of them; the arrays' own digest then decides.
+    A process that was killed just after a save leaves no list of digests; then the digest of the arrays
+    decides.
     """
     if (path / FILES).exists():
         written, found = json.loads((path / FILES).read_text()), _file_digests(path)
@@ -176,7 +178,7 @@ def _verify_files(path: pathlib.Path) -> None:
 
 
 def _with_empty(tree: dict[str, Any], like: Any) -> dict[str, Any]:
-    """Puts back the empty containers (an optimiser's parts without state) that a checkpoint leaves out."""
+    """Puts back the empty containers (parts of an optimiser without state) that a checkpoint leaves out."""
     keep = {"keep_empty_nodes": True}
     full = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(like), **keep)
     full.update(flax.traverse_util.flatten_dict(tree))
@@ -184,7 +186,7 @@ def _with_empty(tree: dict[str, Any], like: Any) -> dict[str, Any]:
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
+    """Lists the steps of the complete checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
@@ -197,19 +199,19 @@ def restore_latest(
     on_damage: Callable[[pathlib.Path, str], None],
     partial: bool = False,
 ) -> Found[T] | None:
-    """Reads the newest checkpoint that is whole.
+    """Reads the newest undamaged checkpoint.
 
     Args:
-      folder: holds one folder a step.
+      folder: holds one folder per step.
       like: see :func:`restore`.
-      on_damage: called with each damaged checkpoint that was passed over, and the reason.
+      on_damage: called with the path of each damaged checkpoint that was skipped, and the reason.
       partial: see :func:`restore`.
 
     Returns:
-      What was found; None where there is no checkpoint at all.
+      The checkpoint; None if there is none at all.
 
     Raises:
-      InputError: there are checkpoints, but all are damaged, or the newest whole one is of another model.
+      InputError: all checkpoints are damaged, or the newest undamaged one is of a different model.
     """
     found = steps(folder)
     for step in reversed(found):
@@ -242,7 +244,7 @@ class Saver:
         """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256.
 
         Raises:
-          InputError: there is no room for it, or the one before could not be written.
+          InputError: the disk is too full for it, or the previous checkpoint could not be written.
         """
         self.wait()
         host = _host(state)
@@ -254,21 +256,21 @@ class Saver:
         return path, sha256
 
     def _check_room(self, sizes: list[int]) -> None:
-        """Refuses to begin what cannot be ended: Orbax tells of a full disk in pages of tracebacks."""
+        """Raises before a save that would fill the disk, which Orbax reports with pages of tracebacks."""
         free = shutil.disk_usage(self._folder).free
         needed = sum(sizes) + OVERHEAD + OVERHEAD_EACH * len(sizes)
         if free < needed:
             raise InputError(
-                f"no room for a checkpoint in {self._folder}: it takes {needed / 2**20:.1f} MiB, "
-                f"{free / 2**20:.1f} MiB are free; those before it are whole, and the same command goes on "
-                "from the newest once there is room"
+                f"disk full: a checkpoint in {self._folder} takes {needed / 2**20:.1f} MiB, but "
+                f"{free / 2**20:.1f} MiB are free; earlier checkpoints are intact: free some space and run "
+                "the same command again"
             )
 
     def wait(self) -> None:
-        """Waits until what was started is on the disk.
+        """Waits until the checkpoint that was started is on the disk.
 
         Raises:
-          InputError: it could not be written; the checkpoints before it are untouched.
+          InputError: it could not be written; earlier checkpoints are intact.
         """
         try:
             if self._pending is not None:
@@ -277,7 +279,10 @@ class Saver:
                 if jax.process_index() == 0:
                     write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
         except Exception as error:
-            raise InputError(f"could not write a checkpoint to {self._folder}: {one_line(error)}") from error
+            raise InputError(
+                f"could not write a checkpoint to {self._folder} ({one_line(error)}); earlier checkpoints "
+                "are intact: remove the cause and run the same command again"
+            ) from error
         finally:
             self._pending = None
 
@@ -291,5 +296,5 @@ class Saver:
             self.wait()
             self._checkpointer.close()
         except Exception:
-            if kind is None:  # else Orbax repeats what has been said
+            if kind is None:  # otherwise Orbax repeats an error that was already raised
                 raise

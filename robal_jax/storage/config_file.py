@@ -1,10 +1,11 @@
 """The config of a run as a file, and what makes two configs the same run.
 
-A field that is added to ``configs/base.py`` after a release gets a line in :data:`NEUTRAL`. That line is all
-that keeps older runs alive: a run that was made before the field existed resumes, is evaluated, and keeps its
-name in ``experiments/reproduce.py``.
+A field that is added to ``configs/base.py`` after a release gets a line in :data:`NEUTRAL`. With that line a
+run that was made before the field existed resumes, is evaluated, and keeps its name in
+``experiments/reproduce.py``.
 """
 
+import copy
 import json
 import pathlib
 from collections.abc import Mapping
@@ -12,20 +13,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, one_line
 from robal_jax.storage.names import CONFIG
 
 NEUTRAL: dict[str, Any] = {}
-"""Fields added after 0.1.0, by full name, with the value that means "as before the field existed"."""
+"""Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
+
+The value of a new section is the dictionary of its fields.
+"""
 
 NOT_TRAINED = (
     "method", "evaluation.", "data.path",
     "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
 )  # fmt: skip
-"""Beginnings of the names of fields that do not change what is trained.
+"""Beginnings of the names of the fields that do not change what is trained.
 
-They name the method, the evaluation, how devices are used and fed, and where the data lies (the data itself
-is compared by its digest).
+They are the name of the method, the evaluation, how devices are used and fed, and the place of the data. The
+data themselves are compared by their digest.
 """
 
 
@@ -37,7 +41,7 @@ def to_json(config: ConfigDict) -> str:
 def with_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the fields that an older config lacks, with their neutral values.
 
-    A field is added where its section exists: ``attack.restarts`` to a config that has a section ``attack``.
+    A field is added if its section exists: ``attack.restarts`` to a config that has a section ``attack``.
 
     Args:
       fields: nested dictionaries, as JSON holds a config.
@@ -45,60 +49,58 @@ def with_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       New nested dictionaries.
     """
-    filled = json.loads(json.dumps(fields))
+    filled = copy.deepcopy(dict(fields))
     for name, value in NEUTRAL.items():
         *sections, field = name.split(".")
-        section = filled
+        section: Any = filled
         for key in sections:
-            section = section.get(key, {}) if isinstance(section, dict) else {}
-        if section and isinstance(section, dict):
-            section.setdefault(field, value)
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.setdefault(field, copy.deepcopy(value))
     return filled
 
 
 def without_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields by full name, without those that have their neutral value.
 
-    Two configs that agree here are the same, whichever of them was made before a field was added.
+    If two configs agree in these fields, they are the same, even if a field was added between them.
     """
+    neutral = flatten(NEUTRAL)
     return {
         name: value
         for name, value in flatten(fields).items()
-        if name not in NEUTRAL or value != _as_json(NEUTRAL[name])
+        if name not in neutral or value != neutral[name]
     }
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
     """Reads the config of a run; fields that were added since get their neutral values.
 
     Raises:
-      InputError: the folder holds no config, or a damaged one.
+      InputError: the folder holds no config, or the config cannot be read.
     """
     path = workdir / CONFIG
     try:
-        return ConfigDict(with_neutral(json.loads(path.read_text()))).lock()
+        fields = json.loads(path.read_text())
+        if not isinstance(fields, dict):
+            raise TypeError("it holds no sections")
+        return ConfigDict(with_neutral(fields)).lock()
     except FileNotFoundError as error:
         raise InputError(
             f"no run in {workdir}: it has no {CONFIG}; train first, or correct --workdir"
         ) from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}); restore it from a copy, or train in a new --workdir"
+            f"cannot read {path} ({one_line(error)}); restore it from a copy, or train in a new --workdir"
         ) from error
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """Lists what two configs would train differently, as lines ``field: this, there``."""
-    here, there = training_fields(config), training_fields(other)
+    neutral, here, there = flatten(NEUTRAL), training_fields(config), training_fields(other)
     names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-    both = ((fields.get(name, NEUTRAL.get(name)) for fields in (here, there)) for name in names)
-    return [
-        f"{name}: {mine!r} here, {theirs!r} there" for name, (mine, theirs) in zip(names, both, strict=True)
-    ]
+    filled = [neutral | here, neutral | there]
+    return ["{}: {!r} here, {!r} there".format(name, *(f.get(name) for f in filled)) for name in names]
 
 
 def training_fields(config: ConfigDict) -> dict[str, Any]:
@@ -108,13 +110,13 @@ def training_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def evaluation_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that decide what an evaluation of given weights finds, by full name.
+    """Returns the fields that decide the results of an evaluation, if the weights are given, by full name.
 
     Args:
       fields: nested dictionaries, as JSON holds a config.
 
     Returns:
-      Without neutral values, and without what the weights themselves already decide.
+      The fields, without neutral values.
     """
     read = ("data.", "model.", "head.", "threat.norm", "evaluation.")
     return {

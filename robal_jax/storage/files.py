@@ -1,4 +1,4 @@
-"""TODO storage.files."""
+"""Writing a file so that it is complete, or not there at all."""
 
 import contextlib
 import pathlib
@@ -8,7 +8,7 @@ from typing import IO
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when it is complete."""
+    """Opens a file to write to, which replaces ``path`` when it is complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         yield file
@@ -16,6 +16,6 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
+    """Writes ``content`` to ``path``, all of it or nothing."""
     with replacing(path) as file:
         file.write(content)

@@ -1,8 +1,8 @@
-"""Names of the files and folders of a run; ``workdir.py`` shows them together."""
+"""Names of the files and folders of a run; ``workdir.py`` shows where they belong."""
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
-IMPORT = "import.json"  # of weights that were not trained here
+IMPORT = "import.json"  # in place of versions.json if the weights were imported
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"

@@ -1,4 +1,4 @@
-"""What a long run shows and writes while it goes on: a bar or lines, and scalars."""
+"""Progress of a long job on the terminal, and the scalars of a training run."""
 
 import json
 import pathlib
@@ -15,10 +15,10 @@ from robal_jax.storage.names import METRICS, TENSORBOARD
 
 
 class Meter:
-    """Progress of a long job: a bar on a terminal, elsewhere a plain line now and then.
+    """Progress of a long job: a bar on a terminal, otherwise a plain line from time to time.
 
     Attributes:
-      total: what is to be done, in steps.
+      total: number of steps of the job.
       every: seconds between two plain lines.
     """
 
@@ -38,7 +38,7 @@ class Meter:
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
-        """Says that ``done`` steps are done; ``note`` stands behind."""
+        """Shows that ``done`` steps are done, followed by ``note``."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
@@ -61,10 +61,10 @@ class Meter:
 
 
 class Scalars:
-    """Scalars of a run as JSON lines, the source of truth, and for TensorBoard.
+    """Scalars of a run as JSON lines, which are the source of truth, and for TensorBoard.
 
-    Opened at step ``step``, it drops what an interrupted run logged after that step, so that no step stands
-    there twice.
+    When it is opened at step ``step``, it drops what an interrupted run logged after that step, so that no
+    step is logged twice.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int) -> None:
@@ -89,7 +89,7 @@ class Scalars:
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:
-    """Lines that were written to their end; a killed process may leave a part of one."""
+    """Reads the complete lines of a file; a killed process may leave a part of a line."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,9 +1,8 @@
-"""The state that an interrupted job leaves behind, so that the same command resumes it."""
+"""The state of an interrupted evaluation, from which the same command resumes."""
 
 import json
 import pathlib
 import time
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,20 +16,20 @@ SAVE_SECONDS = 30.0  # between two saves
 
 
 class Unfinished:
-    """The findings of a part of a job so far, in a file that only the same job reads.
+    """The results of a part of a job so far, in a file that only the same job reads.
 
     Attributes:
-      arrays: what was saved; empty at the first start.
-      seconds: the part's run time until it was last saved.
+      arrays: the saved arrays; empty at the first start.
+      seconds: run time of the part until it was last saved.
     """
 
     def __init__(self, path: pathlib.Path, identity: Mapping[str, Any]) -> None:
-        """Reads the file, if it belongs to this job.
+        """Reads the file if it belongs to this job.
 
         Args:
           path: of the file.
-          identity: JSON values that decide what the job finds; of ``config`` only the
-            :func:`evaluation_fields` are compared.
+          identity: JSON values on which the results depend. The file is read only if it has the same values;
+            of ``config``, only the :func:`evaluation_fields` are compared.
         """
         self._path, self._identity = path, json.loads(json.dumps(identity))
         self.arrays = hosts.by_first(self._read)
@@ -41,28 +40,19 @@ class Unfinished:
             with self._path.open("rb") as file, np.load(file) as content:
                 arrays = dict(content)
             written = _compared(json.loads(str(arrays.pop("settings"))))
-            if "method" in written:  # robal_jax 0.1.0 wrote everything that its report said
+            if "method" in written:  # robal_jax 0.1.0 stored everything that its report said
                 written = {name: written.get(name) for name in self._identity}
             return arrays if written == _compared(self._identity) else {}
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            EOFError,
-            TypeError,
-            RuntimeError,
-            zipfile.BadZipFile,
-        ):
-            return {}  # whatever is wrong with it, the job starts from the beginning
+        except Exception:  # whatever is wrong with the file, the job starts from the beginning
+            return {}
 
     @property
     def due(self) -> bool:
-        """Whether the last save lies long enough back."""
+        """Whether it is time to save again."""
         return time.monotonic() - self._saved > SAVE_SECONDS
 
     def save(self, arrays: Mapping[str, Any]) -> None:
-        """Keeps the arrays in the place of those before; the first process does."""
+        """Replaces the saved arrays; only the first process writes."""
         now = time.monotonic()
         self.seconds, self._saved = self.seconds + now - self._saved, now
         if not hosts.is_first():
@@ -75,5 +65,6 @@ class Unfinished:
 
 
 def _compared(identity: dict[str, Any]) -> dict[str, Any]:
+    """Reduces the config in ``identity`` to the fields that an evaluation depends on."""
     config = {"config": evaluation_fields(identity["config"])} if "config" in identity else {}
     return identity | config

@@ -1,15 +1,16 @@
-"""The folder of a run: the names of its files, who may use it, and the checkpoints in it.
+"""The folder of a run: its layout, which runs may use it, and the checkpoints in it.
 
 ::
 
     WORKDIR/
       config.json         the resolved config
-      versions.json       versions of the libraries, and the sha256 of the data
+      versions.json       versions of the libraries, and the sha256 of the data; after an import import.json
       metrics.jsonl       one line per dispatch
       tensorboard/        the same for TensorBoard
       checkpoints/STEP/   the newest checkpoints
       damaged/            checkpoints that could not be read
-      evaluation/         results: results.json, examples.npz, adversarial.npz, report.html, ...
+      evaluation/         results.json, examples.npz, adversarial.npz, per_class.csv, report.html, report.md
+        unfinished/       the state of an interrupted evaluation
 """
 
 import importlib.metadata
@@ -24,11 +25,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 import robal_jax
 from robal_jax.data import Dataset, Images, image_folder
 from robal_jax.devices import hosts
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, one_line
 from robal_jax.storage import checkpoints, config_file
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, VERSIONS
@@ -37,7 +39,7 @@ T = TypeVar("T")
 
 
 def versions() -> dict[str, str]:
-    """Returns what a result may depend on: versions of the libraries and of Python, and the device."""
+    """Returns the versions and the kind of device that a result may depend on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "robal_jax": robal_jax.__version__,
@@ -53,28 +55,25 @@ def fingerprint(images: Images) -> np.ndarray:
 
 
 def data_digest(data: Dataset) -> str:
-    """Returns the sha256 of the training and the test set."""
+    """Returns the sha256 of the training set and the test set."""
     fields = data._asdict()
     arrays = {name: fields[name] for name in ("train_labels", "test_labels")}
     files = {name: fingerprint(fields[name]) for name in ("train_images", "test_images")}
     return checkpoints.digest(arrays | files)
 
 
-def test_set_digest(images: Images, labels: np.ndarray) -> str:
+def digest_of_test_set(images: Images, labels: np.ndarray) -> str:
     """Returns the sha256 of a test set."""
     return checkpoints.digest({"images": fingerprint(images), "labels": labels})
 
 
-test_set_digest.__test__ = False  # type: ignore[attr-defined]  # pytest takes the name for a test's
-
-
-def prepare_workdir(config: Any, digest: str, workdir: pathlib.Path) -> None:
+def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
     """Makes the folder of a run, or checks that it belongs to this run.
 
     Args:
-      config: resolved.
-      digest: of the data.
-      workdir: the folder.
+      config: the resolved config.
+      digest: sha256 of the data.
+      workdir: folder of the run.
 
     Raises:
       InputError: the folder cannot be written to, or was made with a different config or different data.
@@ -99,18 +98,18 @@ def prepare_workdir(config: Any, digest: str, workdir: pathlib.Path) -> None:
     write_whole(path, config_file.to_json(config).encode())
 
 
-def _check_same_run(config: Any, digest: str, workdir: pathlib.Path) -> None:
-    """Refuses a workdir that was made with a different config or different data."""
+def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
+    """Raises if a workdir was made with a different config or different data."""
     try:
-        data_before = json.loads((workdir / VERSIONS).read_text())["data_sha256"]
+        data_before = str(json.loads((workdir / VERSIONS).read_text())["data_sha256"])
     except FileNotFoundError as error:
         raise InputError(
-            f"workdir {workdir} was not made by training; to fine-tune its weights choose another --workdir "
+            f"workdir {workdir} was not made by training; to fine-tune its weights, choose another --workdir "
             f"and set --config.train.start_from={workdir}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{workdir / VERSIONS} cannot be read ({error!r}); choose another --workdir"
+            f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another --workdir"
         ) from error
     changed = config_file.differences(config, config_file.read_config(workdir))
     if not changed and data_before != digest:
@@ -123,7 +122,7 @@ def _check_same_run(config: Any, digest: str, workdir: pathlib.Path) -> None:
 
 
 def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> checkpoints.Found[T] | None:
-    """Restores the newest undamaged checkpoint, if there is any, and sets damaged newer ones aside."""
+    """Restores the newest undamaged checkpoint, if there is any, and moves newer damaged ones away."""
     damaged: list[tuple[pathlib.Path, str]] = []
     found = checkpoints.restore_latest(
         workdir / CHECKPOINTS, like, on_damage=lambda path, why: damaged.append((path, why))
@@ -136,7 +135,7 @@ def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> 
 
 
 def _set_aside(workdir: pathlib.Path, say: Callable[[str], None], path: pathlib.Path, why: str) -> None:
-    """Moves a damaged checkpoint out of the way of the one that will be written in its place."""
+    """Moves a damaged checkpoint away, so that a new one can be written in its place."""
     target = workdir / DAMAGED / f"{path.name}-{time.strftime('%Y%m%dT%H%M%S')}"
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
@@ -149,10 +148,10 @@ def restore_weights(
     like: dict[str, Any],
     say: Callable[[str], None],
 ) -> checkpoints.Found[dict[str, Any]]:
-    """Reads the weights of a run's checkpoint; of its optimiser nothing is needed.
+    """Reads the weights of a run's checkpoint, without the state of its optimiser.
 
     Args:
-      workdir: of the run.
+      workdir: folder of the run.
       checkpoint: folder of one checkpoint; the newest undamaged one if None.
       like: ``params`` and ``stats`` of the model, arrays or their shapes.
       say: receives messages for the user.

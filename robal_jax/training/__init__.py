@@ -1,4 +1,9 @@
-"""TODO training."""
+"""Training from a config to the last checkpoint.
+
+- ``loop``: the run: chunks of steps, metrics, checkpoints, stopping and resuming
+- ``step``: one update as a pure function, and the compiled loop over a chunk of steps
+- ``state``: the arrays of a run, at its start or from another run's weights
+"""
 
 from robal_jax.training.loop import LONG_DISPATCH, chunks, positions, step_ids, train
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state

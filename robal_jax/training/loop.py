@@ -1,14 +1,14 @@
-"""Training: the pure step, its compiled loop over a chunk of steps, and the run that saves and resumes.
+"""A training run: chunks of steps on the devices, metrics, checkpoints, stopping and resuming.
 
 Everything random in step ``t`` comes from ``fold_in(key(seed), t)`` and, from there, from the position of
 the image in the batch; the images of step ``t`` are a function of (seed, t). So a checkpoint is arrays and a
-step number, and a run that goes on from one makes the same numbers as one that was never interrupted.
+step number, and a resumed run makes the same numbers as a run that was never interrupted.
 """
 
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,11 @@ from robal_jax.storage.workdir import data_digest, newest_whole, prepare_workdir
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, compiled_chunk
 
-LONG_DISPATCH = 10.0  # seconds
+LONG_DISPATCH = 10.0  # seconds; a longer dispatch is warned about
 
 
 def step_ids(job: builder.Training, step: int) -> np.ndarray:
-    """The images that a step sees, by part of its batch: ``[A, B / A]``."""
+    """Returns the numbers of the images that a step sees, by part of its batch: ``[A, B / A]``."""
     epoch, offset = divmod(step, job.steps_per_epoch)
     first = offset * job.settings.batch_size
     return job.order(epoch)[first : first + job.settings.batch_size].reshape(
@@ -41,19 +41,19 @@ def step_ids(job: builder.Training, step: int) -> np.ndarray:
 
 
 def positions(job: builder.Training) -> np.ndarray:
-    """The positions in the whole batch of the images that this process feeds, by part: ``[A, b]``."""
+    """Returns the positions in the whole batch of the images that this process feeds, by part: ``[A, b]``."""
     everyone = np.arange(job.settings.batch_size).reshape(job.settings.accumulation_steps, -1)
     return everyone[:, parallel.share(everyone.shape[1])]
 
 
 def chunks(job: builder.Training, step: int) -> Generator[tuple[np.ndarray | Examples, int]]:
-    """What this process feeds to chunk after chunk of steps, from ``step`` to the end of the run.
+    """Yields the input of this process to one chunk of steps after another, from ``step`` to the end.
 
-    A chunk ends where an epoch does. It is a function of the job and the step: nothing is replayed.
+    No chunk crosses the end of an epoch. Chunks are functions of the job and the step: nothing is replayed.
 
     Yields:
-      Rows ``[steps_per_dispatch, A, b]`` for :func:`train_chunk`, of which the first ``count`` are meant, and
-      ``count``: numbers of images where all are on the device, or else images, read ahead of their use.
+      Rows ``[steps_per_dispatch, A, b]`` for :func:`train_chunk`, and ``count``, how many of them to use. The
+      rows are numbers of images if all images are on the device, or else images, read ahead of their use.
     """
     images, labels = job.data.train_images, job.data.train_labels
 
@@ -81,15 +81,15 @@ def chunks(job: builder.Training, step: int) -> Generator[tuple[np.ndarray | Exa
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], None] = print) -> pathlib.Path:
-    """Trains to the end, or goes on with what is in the workdir; saves, and ends early, on SIGTERM.
+    """Trains to the end, or resumes from the newest checkpoint in the workdir; on SIGTERM saves and stops.
 
     Args:
-      config: resolved.
-      workdir: gets ``config.json``, ``versions.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``.
-      say: told, in lines, what a person should know; the last line names the checkpoint and its sha256.
+      config: the resolved config.
+      workdir: folder of the run, see ``storage.workdir``.
+      say: receives messages for the user, line by line; the last one names the checkpoint and its sha256.
 
     Returns:
-      The newest checkpoint's folder.
+      The folder of the newest checkpoint.
 
     Raises:
       InputError: the config, the data or the workdir cannot be used; nothing was changed.
@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         digest = data_digest(job.data)
         hosts.check_agreement("the config", to_json(config))
         hosts.check_agreement("the data", digest)
-        # Looked at before anything is written: what is named may be missing, or not fit.
+        # Before anything is written, because this checkpoint may be missing or may not fit the model.
         like = jax.eval_shape(partial(initial_state, job))
         start = _weights_to_start_from(job, folder)
         state = fine_tuned_state(job, start, say) if start else None
@@ -110,18 +110,18 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         found = newest_whole(workdir, like, say)
         if found:
             state = found.tree
-            say(f"going on from step {int(state.step)} of {job.total_steps} ({found.path})")
+            say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
         elif state is None:
             state = jax.device_get(jax.jit(partial(initial_state, job))())
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
         if stop:
-            say(f"stopped at step {path.name} of {job.total_steps}; the same command goes on from there")
+            say(f"stopped at step {path.name} of {job.total_steps}; the same command resumes from there")
         say(f"checkpoint {path} sha256 {sha256}")
         return path
 
 
 def _check_devices(job: builder.Training) -> None:
-    """Refuses a batch that cannot be spread evenly."""
+    """Raises if a batch cannot be spread evenly over the devices."""
     batch_size, parts = job.settings.batch_size, job.settings.accumulation_steps
     devices = jax.device_count()
     if batch_size % (devices * parts):
@@ -134,6 +134,7 @@ def _check_devices(job: builder.Training) -> None:
 def _weights_to_start_from(
     job: builder.Training, folder: pathlib.Path
 ) -> checkpoints.Found[dict[str, Any]] | None:
+    """Reads the checkpoint that a new run fine-tunes; None if there is none, or if this run has its own."""
     found = None
     if job.settings.start_from and not checkpoints.steps(folder):
         found = checkpoints.read_latest(pathlib.Path(job.settings.start_from))
@@ -149,14 +150,12 @@ def _run(
     stop: hosts.Stop,
     say: Callable[[str], None],
 ) -> tuple[pathlib.Path, str]:
-    """Steps from ``state`` to the end or a stop; ``newest`` and the result: a checkpoint and its sha256."""
-    step, total, slow = int(state.step), job.total_steps, False
-    first = step  # its dispatch waits for the compilation
+    """Trains from ``state`` to the end or a stop; ``newest`` and the result: a checkpoint and its sha256."""
+    first = step = int(state.step)
+    total, warned = job.total_steps, False
     devices = parallel.devices_for(job.settings.layout)
     chunk, where = compiled_chunk(job, devices), positions(job)
-    in_memory = isinstance(job.data.train_images, np.ndarray)
-    data = Examples(job.data.train_images, job.data.train_labels) if in_memory else None
-    state, data, key = parallel.replicate((state, data, jax.random.key(job.seed)), devices)
+    state, data, key = _on_devices(job, state, devices)
     with (
         contextlib.closing(chunks(job, step)) as upcoming,
         checkpoints.Saver(workdir / CHECKPOINTS, job.settings.keep_checkpoints) as saver,
@@ -170,32 +169,67 @@ def _run(
             state, sums = chunk(state, data, rows[0], count, key, where)
             rows = next(upcoming, None)  # read while the devices work
             made, sums = jax.device_get((state.step, sums))
-            means = {name: float(value) / (int(made) - step) for name, value in sums.items()}
-            epoch = step // job.steps_per_epoch + 1
-            if not np.isfinite(means["loss"] + means["grad_norm"]):
-                kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
-                raise DivergedError(
-                    f"loss or gradient is not finite at step {int(made)} (epoch {epoch}); {kept}; "
-                    "try a lower config.schedule.lr, a warm-up or config.optimizer.clip_norm"
-                )
             seconds = time.perf_counter() - started
-            rate = {
-                "learning_rate": float(job.schedule(step)),
-                "images_per_second": count * job.settings.batch_size / seconds,
-            }
-            if seconds > LONG_DISPATCH and step > first and not slow:
-                slow = True
-                say(
-                    f"{count} steps take {seconds:.0f} s, and a signal to stop waits for them; a machine "
-                    "that is taken away gives 30 s: lower config.train.steps_per_dispatch"
-                )
+            row = _metrics(job, step, int(made), sums, seconds)
+            _check_finite(row, int(made), newest)
+            if step > first and not warned:  # the first dispatch waits for the compilation
+                warned = _warn_if_long(count, seconds, say)
             step += count
-            scalars.write(step, {"epoch": epoch, **means, **rate})
-            meter.update(
-                step, f"epoch {epoch}  loss {means['loss']:.3f}  {rate['images_per_second']:.0f} images/s"
-            )
+            scalars.write(step, row)
+            speed = f"{row['images_per_second']:.0f} images/s"
+            meter.update(step, f"epoch {row['epoch']}  loss {row['loss']:.3f}  {speed}")
             if step == total or step % (job.steps_per_epoch * job.settings.checkpoint_epochs) == 0:
                 newest = saver.save(step, state)
         if newest is None or newest[0].name != str(step):
             newest = saver.save(step, state)
     return newest
+
+
+def _on_devices(
+    job: builder.Training, state: TrainState, devices: list[jax.Device]
+) -> tuple[TrainState, Examples | None, jax.Array]:
+    """Copies the state, the training set (None if it is read from files) and the key to all devices."""
+    in_memory = isinstance(job.data.train_images, np.ndarray)
+    data = Examples(job.data.train_images, job.data.train_labels) if in_memory else None
+    return parallel.replicate((state, data, jax.random.key(job.seed)), devices)
+
+
+def _metrics(
+    job: builder.Training, step: int, made: int, sums: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Returns the row of metrics of one dispatch: the epoch, means over its steps, learning rate and speed.
+
+    Args:
+      job: the training.
+      step: steps made before the dispatch.
+      made: steps made after it.
+      sums: metrics summed over the steps between.
+      seconds: duration of the dispatch.
+    """
+    return {
+        "epoch": step // job.steps_per_epoch + 1,
+        **{name: float(value) / (made - step) for name, value in sums.items()},
+        "learning_rate": float(job.schedule(step)),
+        "images_per_second": (made - step) * job.settings.batch_size / seconds,
+    }
+
+
+def _check_finite(row: Mapping[str, Any], made: int, newest: tuple[pathlib.Path, str] | None) -> None:
+    """Raises a ``DivergedError`` if the loss or the gradient of a dispatch is not finite."""
+    if not np.isfinite(row["loss"] + row["grad_norm"]):
+        kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+        raise DivergedError(
+            f"loss or gradient is not finite at step {made} (epoch {row['epoch']}); {kept}; "
+            "try a lower config.schedule.lr, a warm-up or config.optimizer.clip_norm"
+        )
+
+
+def _warn_if_long(count: int, seconds: float, say: Callable[[str], None]) -> bool:
+    """Warns if a dispatch would delay a signal to stop for too long; returns whether it warned."""
+    if seconds <= LONG_DISPATCH:
+        return False
+    say(
+        f"{count} steps take {seconds:.0f} s, and a signal to stop waits for them; preempted machines give "
+        "30 s: lower config.train.steps_per_dispatch"
+    )
+    return True

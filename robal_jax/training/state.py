@@ -1,4 +1,4 @@
-"""TODO training.state."""
+"""The state of a training run, and where it starts: at random weights or at those of a checkpoint."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,15 +19,15 @@ from robal_jax.storage import checkpoints
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run needs to go on: arrays and a step number.
+    """All that a run needs to resume: arrays and a step number.
 
-    Randomness and data order are functions of (seed, step), so they are not in it.
+    Randomness and the order of the data are functions of (seed, step), so they are not part of it.
 
     Attributes:
       step: number of updates made, int32 scalar.
       params: trainable parameters.
-      stats: running batch-norm statistics, and what a head keeps there.
-      opt_state: the optimiser's.
+      stats: running batch-norm statistics, and the statistics of a head.
+      opt_state: state of the optimiser.
     """
 
     step: chex.Array
@@ -37,8 +37,10 @@ class TrainState:
 
 
 def initial_state(job: builder.Training) -> TrainState:
-    """The state before step 0, a function of the seed."""
-    images = jnp.zeros((1, *job.data.test_images.shape[1:]))  # as training images are once augmented
+    """Makes the state before step 0, a function of the seed."""
+    images = jnp.zeros(
+        (1, *job.data.test_images.shape[1:])
+    )  # training images have this size after augmentation
     key = jax.random.fold_in(jax.random.key(job.seed), INITIAL_WEIGHTS)
     params, stats = job.model.init(key, images)
     return TrainState(jnp.int32(0), params, stats, job.optimizer.init(params))
@@ -47,12 +49,12 @@ def initial_state(job: builder.Training) -> TrainState:
 def fine_tuned_state(
     job: builder.Training, start: checkpoints.Found[dict[str, Any]], say: Callable[[str], None]
 ) -> TrainState:
-    """:func:`initial_state` with the weights and statistics of a checkpoint.
+    """Makes :func:`initial_state` with the weights and statistics of a checkpoint.
 
-    What the checkpoint lacks (a scale that the new head learns) keeps its initial value.
+    Arrays that the checkpoint lacks (a scale that the new head learns) keep their initial values.
 
     Raises:
-      InputError: it has arrays that the model has no place for.
+      InputError: the checkpoint has arrays that the model lacks.
     """
     state = jax.device_get(jax.jit(partial(initial_state, job))())
     ours = flatten_dict({"params": state.params, "stats": state.stats}, sep="/")
@@ -62,7 +64,7 @@ def fine_tuned_state(
         if name not in ours or ours[name].shape != array.shape:
             raise InputError(
                 f"config.train.start_from: checkpoint {start.path} has {name} {array.shape}, which does not "
-                "fit the model; it must be of the same backbone and a head with parameters of the same names"
+                "fit the model; name a run with the same backbone and the same parameters in its head"
             )
     kept = sorted(set(ours) - set(theirs))
     say(f"starting from {start.path} sha256 {start.sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))

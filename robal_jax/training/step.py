@@ -1,4 +1,4 @@
-"""TODO training.step."""
+"""One update as a pure function, and several updates in one compiled loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,23 +27,24 @@ def train_step(
     axis_name: str | None = None,
     accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """One update.
+    """Makes one update.
 
     ``g = mean over parts and devices of grad (mean loss of the part's images on the device)``; metrics and
     batch-norm moments are averaged in the same way.
 
     Args:
-      state: before it.
-      batch: what it sees; this device's part.
+      state: before the update.
+      batch: this device's part of the batch.
       model: the network.
-      objective: what is minimised.
-      optimizer: how.
+      objective: the function to minimise.
+      optimizer: turns gradients into updates.
       axis_name: mapped axis over which the batch is spread, if any.
-      accumulation_steps: parts ``A`` in which the device takes its images, one after the other, to need the
-        memory of one. What an objective or batch norm takes from the images together, it takes from a part.
+      accumulation_steps: number of parts ``A`` in which the device takes its images, one after the other, so
+        that it needs the memory of one part. Objectives and batch norm then see one part at a time.
 
     Returns:
-      The state after it, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the objective's.
+      The state after the update, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the
+      metrics of the objective.
     """
 
     def gradients_of(part: tuple[chex.Array, chex.Array, chex.PRNGKey]) -> tuple[chex.ArrayTree, ...]:
@@ -73,7 +74,7 @@ def train_step(
 
 
 def _mean_over(function: Callable[[Any], Any], parts: chex.ArrayTree) -> chex.ArrayTree:
-    """Mean of ``function`` over the leading axis of ``parts``, one after the other."""
+    """Returns the mean of ``function`` over the leading axis of ``parts``, computed one after the other."""
     count = jax.tree.leaves(parts)[0].shape[0]
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -101,23 +102,23 @@ def train_chunk(
     pixel_max: int,
     augment: Callable[[chex.PRNGKey, chex.Array], chex.Array],
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """Several steps in one compiled loop; it ends early after a step that is not finite.
+    """Makes several steps in one compiled loop, which ends early after a step that is not finite.
 
     Args:
       state: before the first step.
-      data: the training set; None where the rows bring the images along.
-      rows: ``[T, A, b]``, which images of ``data`` each step sees in each part of its batch; or they
-        themselves.
+      data: the training set; None if ``rows`` holds the images themselves.
+      rows: ``[T, A, b]``, numbers of the images in ``data`` that each step sees in each part of its batch; or
+        these images themselves.
       count: how many of the ``T`` steps to make; not static, so one compilation serves any number.
       key: of the run.
       positions: ``[A, b]``, positions of these images in the whole batch.
       step_fn: ``(state, batch) -> (state, metrics)``.
       steps_per_epoch: to count the epochs.
-      pixel_max: pixel value that stands for 1.
+      pixel_max: the pixel value that becomes 1.
       augment: ``(keys [n], images [n, H, W, C]) -> images``, integers to integers.
 
     Returns:
-      The state, and the metrics summed over the steps made (their number is the growth of ``state.step``).
+      The state, and the metrics summed over the steps made (their number is the increase of ``state.step``).
     """
 
     def one(i: chex.Array, state: TrainState) -> tuple[TrainState, dict[str, chex.Array]]:
@@ -144,7 +145,7 @@ def train_chunk(
 def compiled_chunk(
     job: builder.Training, devices: list[jax.Device]
 ) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
-    """:func:`train_chunk` over the devices, compiled once."""
+    """Compiles :func:`train_chunk` for all devices."""
     step_fn = partial(
         train_step,
         model=job.model,

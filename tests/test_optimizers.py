@@ -1,4 +1,4 @@
-"""Schedules worked by hand and SGD against PyTorch's rule in NumPy (robal_jax.state)."""
+"""Schedules worked by hand, and SGD against PyTorch's rule in NumPy (robal_jax.optimizers)."""
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +127,8 @@ def test_trainable_freezes_the_other_parameters(pattern, trained, clip_norm):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("weight", "'weight' is the beginning of no parameter's name; there are backbone/conv/kernel, class"),
-        ("classifier(", "'classifier\\(' is no regular expression: missing \\), unterminated subpattern"),
+        ("weight", "'weight' matches no parameter; use the beginning of one of backbone/conv/kernel, class"),
+        ("classifier(", r"'classifier\(' is not a regular expression \(missing \), unterminated subpattern"),
     ],
 )
 def test_trainable_that_cannot_be_used(pattern, message):

@@ -185,7 +185,7 @@ def check_attack(reference, recipe, check, at, batch, seen):
 def test_training_steps(reference, recipe, watched, mode):
     config = load_config(*MODES[mode])
     counts = class_counts(config)
-    model = builder.model(config, counts, precision="default")
+    model = builder.model(config, counts, platform=jax.default_backend(), precision="default")
     objective = watched(builder.objective(config, counts))
     optimizer = optax.chain(KEEP_GRADIENTS, builder.optimizer(config, steps_per_epoch=1000)[0])
     params, stats = imported(recipe, f"trainnet_{mode}", model)
@@ -252,7 +252,8 @@ def test_mart(reference, recipe):
     assert "RuntimeError" in str(reference(FILE, "reg_mart/error"))
     config = load_config("mart", {})
     counts = class_counts(config)
-    model, objective = builder.model(config, counts, precision="default"), builder.objective(config, counts)
+    model = builder.model(config, counts, platform=jax.default_backend(), precision="default")
+    objective = builder.objective(config, counts)
     params, stats = imported(recipe, "trainnet_reg_mart", model)
     names, bn_names = (reference(FILE, f"reg_mart/{kind}_names") for kind in ("param", "bn"))
     assert {*names, *bn_names} == set(pytorch.to_state_dict(params, stats))

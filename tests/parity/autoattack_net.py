@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LAYOUT = ("NHWC", "OIHW", "NHWC")
+from robal_jax.models import convolutions
 
 
 def network(arrays):
@@ -16,9 +16,8 @@ def network(arrays):
     }
 
     def convolution(x, name, stride):
-        x = jax.lax.conv_general_dilated(
-            x, weights[f"{name}.weight"], (stride, stride), [(1, 1), (1, 1)], dimension_numbers=LAYOUT
-        )
+        kernel = jnp.transpose(weights[f"{name}.weight"], (2, 3, 1, 0))
+        x = convolutions.cpu_convolution(x, kernel, stride)
         return jax.nn.relu(x + weights[f"{name}.bias"][None, None, None])
 
     def linear(x, name):

@@ -1,0 +1,68 @@
+"""Several attempts at each image, by restarts or targets, and the choice among their results."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from robal_jax import checks, losses
+from robal_jax.attacks.threat import LogitsFn, like_images
+from robal_jax.keys import fold_in
+
+
+def best_found(
+    attempt: Callable[..., chex.Array],
+    settings: chex.ArrayTree,
+    judge: LogitsFn,
+    loss: losses.Loss,
+    images: chex.Array,
+    labels: chex.Array,
+) -> chex.Array:
+    """The first attempt at each image that is misclassified, otherwise the one of the highest loss.
+
+    The loop compiles once, whatever the number of attempts.
+
+    Args:
+      attempt: makes candidates ``[B, H, W, C]`` from one of the settings.
+      settings: one per attempt, stacked along the first axis.
+      judge: gives the candidates' logits ``[B, K]``.
+      loss: compares attempts without success, ``[B]``.
+      images: ``[B, H, W, C]``.
+      labels: ``[B]``.
+
+    Returns:
+      ``[B, H, W, C]``; no gradient flows back.
+    """
+
+    def step(best: tuple[chex.Array, chex.Array], setting: chex.ArrayTree) -> tuple:
+        candidates = attempt(setting)
+        logits = judge(candidates)
+        success = jnp.argmax(logits, axis=-1) != labels
+        score = jnp.where(success, jnp.inf, loss(logits, labels)).astype(images.dtype)
+        better = score > best[1]
+        found = jnp.where(like_images(better, images), candidates, best[0])
+        return (found, jnp.where(better, score, best[1])), None
+
+    nothing = images, jnp.full(labels.shape, -jnp.inf, images.dtype)
+    return jax.lax.stop_gradient(jax.lax.scan(step, nothing, settings)[0][0])
+
+
+def mean_logits(
+    logits_fn: Callable[..., chex.Array], keys: chex.PRNGKey, eot: int, x: chex.Array
+) -> chex.Array:
+    """Logits ``[B, K]`` by which attempts are judged.
+
+    Args:
+      logits_fn: the model; with ``eot`` a random one.
+      keys: ``[B]``, of a random model's draws.
+      eot: number of draws whose logits are averaged; 0 for a model that is not random.
+      x: ``[B, H, W, C]``.
+    """
+    if not eot:
+        return checks.logits_of(len(x), logits_fn(x))
+
+    def draw(number: chex.Array) -> chex.Array:
+        return checks.logits_of(len(x), logits_fn(x, fold_in(keys, number)))
+
+    return jax.lax.map(draw, jnp.arange(eot)).mean(0)

@@ -1,0 +1,152 @@
+"""What several test files share: fake evaluations, the text of a page, damage to checkpoints."""
+
+import html.parser
+import shutil
+
+import numpy as np
+
+from robal_jax import metrics
+from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Gallery, Results
+
+# ---------------------------------------------------------------- evaluations that never took place
+
+META = {
+    "method": "RoBal",
+    "dataset": "digits-LT",
+    "main_attack": "pgd_20",
+    "norm": "Linf",
+    "epsilon": 0.031,
+    "seed": 0,
+    "versions": {"jax": "1.2"},
+    "note|odd": "a|b",
+}
+ATTACKS = ("fgsm", "pgd_20", "new_attack")
+
+
+def fake_evaluation(num_classes=10, per_class=20, seed=0, strength=1.0):
+    """Labels and predictions of a model that is better on its first classes."""
+    generator = np.random.default_rng(seed)
+    labels = np.tile(np.arange(num_classes), per_class)
+    margin = generator.normal(1.5 - labels / num_classes, 1)
+    predictions = {}
+    for step, name in enumerate(("clean", *ATTACKS)):
+        right = margin + generator.normal(0, 0.1, len(labels)) > 0.4 * strength * step
+        predictions[name] = np.where(right, labels, (labels + 1) % num_classes)
+    return labels, predictions
+
+
+def fake_summary(num_classes=10):
+    return metrics.summarize(*fake_evaluation(num_classes), np.arange(3 * num_classes, 2 * num_classes, -1))
+
+
+def fake_results(num_classes=10, meta=META, **parts):
+    """Results of :func:`fake_evaluation`, with ``audit`` and ``norms`` if given."""
+    return Results(meta, fake_summary(num_classes), **parts)
+
+
+def curve(x, **series):
+    """A curve of figures with intervals."""
+    return {
+        "x": x,
+        "series": {
+            name: [{"value": value, "low": value - 0.05, "high": value + 0.05} for value in values]
+            for name, values in series.items()
+        },
+    }
+
+
+def verdict(name, flagged, statement="All as it should be.", doubts=EVERYTHING, **evidence):
+    return {
+        "name": name, "title": name, "doubts": doubts, "flagged": flagged, "statement": statement,
+        "evidence": evidence,
+    }  # fmt: skip
+
+
+AUDIT = {
+    "examples": 50,
+    "verdicts": [
+        verdict(
+            "logit_scale",
+            True,
+            "PGD at 3 leaves 20 %, <at> 1 40 %.",
+            FIXED_STEPS,
+            accuracy={"1": 0.4, "3": 0.2},
+            images=50,
+        ),
+        verdict("Steps", False),
+        verdict("Transfer", None, "There was no second model."),
+    ],
+    "curves": {
+        "scale": curve([0.1, 0.9, 1, 1.1, 10], PGD=[0.5, 0.4, 0.4, 0.3, 0.3], CW=[0.3] * 5),
+        "steps": curve([1, 20, 100], PGD=[0.7, 0.4, 0.39]),
+        "restarts": curve([1, 2, 5], PGD=[0.4, 0.39, 0.38]),
+    },
+}
+
+
+def norms(num_classes):
+    return {"weights": np.linspace(2, 1, num_classes).tolist(), "features": [5.0] * num_classes}
+
+
+def gallery(count=2, channels=1, size=8):
+    """Images changed by 0.1 each way; the attack fails on the first."""
+    generator = np.random.default_rng(0)
+    images = generator.uniform(0.1, 0.9, (count, size, size, channels))
+    return Gallery(
+        images=images,
+        adversarial=images + 0.1 * generator.choice([-1, 1], images.shape),
+        labels=list(range(count)),
+        predictions=[0, *((3 * k) % 10 for k in range(1, count))],
+        condition="pgd_20",
+    )
+
+
+# ---------------------------------------------------------------- what a report says
+
+
+class Text(html.parser.HTMLParser):
+    """The tags of a page, with their attributes, and its text."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# ---------------------------------------------------------------- what may happen to a checkpoint's folder
+
+
+def biggest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder):
+    path = biggest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero(folder):
+    path = biggest_file(folder)
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lose(folder):
+    biggest_file(folder).unlink()
+
+
+def truncate(folder):
+    path = biggest_file(folder)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()

@@ -1,0 +1,250 @@
+"""The three calls for models of anybody's: evaluate_model, load_run and autoattack; and the public names."""
+
+import ast
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT
+from flax import nnx
+
+import robal_jax
+from robal_jax import ThreatModel, autoattack, cli, evaluate, evaluate_model, load_run
+from robal_jax.errors import InputError
+from robal_jax.storage.config_file import read_config
+from robal_jax.storage.progress import Meter
+
+STORED = pathlib.Path(__file__).with_name("stored_run")
+THREAT = ThreatModel(0.1)
+SHORT = {"threat": THREAT, "version": "apgd_ce", "audit": 0, "say": lambda line: None}
+
+
+@pytest.fixture(scope="module")
+def run():
+    return load_run(STORED)
+
+
+@pytest.fixture(scope="module")
+def digits(run):
+    """Four images per class, as floats and integers in [0, 1]."""
+    chosen = np.concatenate([np.flatnonzero(run.test.labels == k)[:4] for k in range(10)])
+    return run.test.images[chosen] / np.float32(16), run.test.labels[chosen]
+
+
+def fitted(apply, params, images, labels):
+    """A few steps of plain training, so that most images are classified correctly."""
+    update = optax.adam(0.02)
+
+    def loss(params):
+        return optax.softmax_cross_entropy_with_integer_labels(apply(params, images), labels).mean()
+
+    @jax.jit
+    def fit(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = update.update(jax.grad(loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, update.init(params)), length=100)[0][0]
+
+    return fit(params)
+
+
+def plain(images, labels):
+    """A linear model of nothing but JAX."""
+    apply = lambda weight, x: x.reshape(len(x), -1) @ weight  # noqa: E731
+    weight = fitted(apply, jnp.zeros((64, 10)), images, labels)
+    return lambda x: apply(weight, x)
+
+
+def linen(images, labels):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(10)(nn.relu(nn.Dense(32)(x.reshape(len(x), -1))))
+
+    net = Net()
+    params = fitted(net.apply, net.init(jax.random.key(0), images), images, labels)
+    return lambda x: net.apply(params, x)
+
+
+def nnx_model(images, labels):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(1, 8, (3, 3), strides=2, rngs=rngs)
+            self.linear = nnx.Linear(128, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(nnx.relu(self.conv(x)).reshape(len(x), -1))
+
+    graph, params = nnx.split(Net(nnx.Rngs(0)))
+    return nnx.merge(graph, fitted(lambda p, x: nnx.merge(graph, p)(x), params, images, labels))
+
+
+MODELS = {"plain": plain, "linen": linen, "nnx": nnx_model, "jitted": lambda *data: jax.jit(plain(*data))}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_any_model_is_evaluated(kind, digits, tmp_path):
+    images, labels = digits
+    model = MODELS[kind](images, labels)
+    found = evaluate_model(model, images, labels, folder=tmp_path, name=kind, **SHORT)
+    clean = np.argmax(model(images), -1)
+    assert np.mean(clean == labels) > 0.9
+    np.testing.assert_array_equal(found.predictions["clean"], clean)
+    assert list(found.summary["groups"]) == ["all"]  # the training counts are not known
+    right = {name: pred == labels for name, pred in found.predictions.items()}
+    assert right["apgd_ce"].sum() < right["clean"].sum()
+    with np.load(tmp_path / "adversarial.npz") as stored:
+        ids, shown = stored["ids"], stored["images"]
+    assert np.abs(shown - images[ids]).max() <= 0.1 + 1e-6
+    assert (np.argmax(model(shown), -1) != labels[ids]).all()
+    assert {"report.html", "report.md", "results.json", "examples.npz"} <= {
+        f.name for f in tmp_path.iterdir()
+    }
+    assert f"# {kind} on images" in (tmp_path / "report.md").read_text()
+
+
+def test_it_finds_what_the_evaluation_of_the_run_finds(run, tmp_path):
+    """Image for image, by AutoAttack and with the audit, on the function of a run of ours."""
+    config = cli.apply_overrides(
+        read_config(STORED),
+        ["--config.evaluation.autoattack=apgd_ce,square", "--config.evaluation.audit.examples=0"],
+    )
+    folder = evaluate(config, STORED, folder=tmp_path / "ours", say=lambda line: None)
+    images = run.test.images / np.float32(run.test.pixel_max)
+    options = {**SHORT, "version": "apgd_ce,square", "class_counts": run.test.class_counts}
+    found = evaluate_model(
+        run.logits_fn, images, run.test.labels, step_size=0.0125, folder=tmp_path / "theirs", **options
+    )
+    with np.load(folder / "examples.npz") as ours:
+        names = [name for name in ours if name.startswith("pred_")]
+        assert set(names) == {name for name in found.examples if name.startswith("pred_")}
+        for name in names:
+            np.testing.assert_array_equal(found.examples[name], ours[name])
+    assert list(found.summary["groups"]) == ["head", "medium", "tail"]
+
+
+def test_the_audit_with_a_surrogate(digits):
+    images, labels = digits
+    model, other = plain(images, labels), linen(images, labels)
+    options = {**SHORT, "version": "apgd_ce", "audit": 10}
+    found = evaluate_model(model, images, labels, surrogate=other, **options)
+    verdicts = {verdict["name"]: verdict for verdict in found.audit["verdicts"]}
+    assert verdicts["transfer"]["flagged"] is not None
+    assert found.audit["examples"] == 10
+
+
+def test_stopped_and_resumed(digits, tmp_path, monkeypatch):
+    images, labels = digits
+    model, original, updates = plain(images, labels), Meter.update, []
+    whole = evaluate_model(model, images, labels, folder=tmp_path / "whole", **SHORT)
+
+    def update(self, done, note=""):
+        updates.append((self._title, done))
+        original(self, done, note)
+        if len(updates) == 2:  # in the ensemble
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "update", update)
+    assert evaluate_model(model, images, labels, folder=tmp_path / "run", **SHORT) is None
+    found = evaluate_model(model, images, labels, folder=tmp_path / "run", **SHORT)
+    assert len(updates) == len(set(updates)), "something was done twice"
+    for name, values in whole.examples.items():
+        np.testing.assert_array_equal(found.examples[name], values)
+
+
+def test_another_model_does_not_resume_it(digits, tmp_path, monkeypatch):
+    images, labels = digits
+    model, original, updates = plain(images, labels), Meter.update, []
+
+    def update(self, done, note=""):
+        updates.append(done)
+        original(self, done, note)
+        if len(updates) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "update", update)
+    assert evaluate_model(model, images, labels, folder=tmp_path, **SHORT) is None
+    other = evaluate_model(lambda x: -model(x), images, labels, folder=tmp_path, **SHORT)
+    np.testing.assert_array_equal(other.predictions["clean"], np.argmax(-model(images), -1))
+
+
+def test_outcomes_of_the_ensemble_alone(digits):
+    images, labels = digits
+    model = plain(images, labels)
+    found = autoattack(model, jax.random.key(0), images, labels, threat=THREAT, steps=10, queries=20)
+    assert list(found.robust) == ["clean", "apgd_ce", "apgd_t", "fab_t", "square"]
+    np.testing.assert_array_equal(found.robust["square"], np.argmax(model(found.images), -1) == labels)
+    assert found.robust["square"].sum() < found.robust["clean"].sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": np.zeros((40, 1), int)}, ValueError, r"labels have shape \[40, 1\]"),
+        ({"labels": np.full(40, 0.5)}, ValueError, "labels have dtype float.*; they must be integers"),
+        ({"labels": np.arange(40)}, InputError, r"labels 0\.\.39 found, but 10 classes need labels 0\.\.9"),
+        ({"labels": np.zeros(40, int)}, InputError, "class 1 has no image"),
+        ({"images": np.zeros((40, 8, 8, 1), np.uint8)}, ValueError, "images have dtype uint8"),
+        ({"images": np.full((40, 8, 8, 1), 2.0)}, ValueError, r"images have pixels in \[2, 2\]"),
+        ({"images": np.full((40, 8, 8, 1), np.nan)}, ValueError, r"images have pixels in \[nan, nan\]"),
+        ({"class_counts": [1, 2]}, InputError, "class_counts has 2 entries; the model has 10 classes"),
+        ({"class_names": ["a"]}, InputError, "class_names has 1 entries; the model has 10 classes"),
+        ({"version": "autoatack"}, InputError, "autoatack"),
+        ({"logits_fn": lambda x: (x, x)}, ValueError, "logits_fn returns a tuple"),
+        ({"logits_fn": lambda x: x.sum((1, 2, 3))}, ValueError, r"returns float32\[2\] for 2 images"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(digits, change, error, message):
+    given = {"logits_fn": lambda x: x.reshape(-1, 64)[:, :10], "images": digits[0], "labels": digits[1]}
+    given = {**given, **SHORT, **change}
+    with pytest.raises(error, match=message):
+        evaluate_model(given.pop("logits_fn"), given.pop("images"), given.pop("labels"), **given)
+
+
+def test_a_run_predicts_integers_and_floats(run):
+    images = run.test.images[:7]
+    logits = run.logits(images)
+    np.testing.assert_array_equal(run.logits(images / np.float32(16)), logits)
+    np.testing.assert_allclose(run.logits_fn(images / np.float32(16)), logits, atol=1e-5)
+    assert isinstance(logits, np.ndarray)
+    assert logits.shape == (7, 10)
+    assert run.config["method"] == "RoBal-N"
+    assert run.params["classifier"]["weight"].shape == (10, 8)
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_every_public_name_is_there():
+    for name in robal_jax.__all__:
+        assert getattr(robal_jax, name) is not None
+        assert name in dir(robal_jax)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = robal_jax.no_such_name
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(pathlib.Path(robal_jax.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module.removeprefix("robal_jax.") for node in block.body for alias in node.names}
+    assert seen == robal_jax._NAMES
+
+
+def test_rooms_are_found_without_importing_them():
+    code = (
+        "import sys, robal_jax\n"
+        "assert 'jax' not in sys.modules\n"
+        "robal_jax.attacks.pgd, robal_jax.losses.robal, robal_jax.ThreatModel\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
