@@ -78,10 +78,7 @@ def logits_and_labels(logits: chex.Array, labels: chex.Array, name: str = "label
       Traceback (most recent call last):
       ValueError: logits have shape [10]; they must be [B, K]
     """
-    if np.ndim(logits) != 2:
-        raise ValueError(f"logits have shape {list(np.shape(logits))}; they must be [B, K]")
-    if not jnp.issubdtype(jnp.result_type(logits), jnp.floating):
-        raise ValueError(f"logits have dtype {jnp.result_type(logits)}; they must be floats")
+    float_logits(logits=logits)
     batch, classes = np.shape(logits)
     labels_of(batch, labels, name)
     labels_in(classes, labels, name)

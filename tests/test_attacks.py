@@ -85,7 +85,7 @@ def linear_model(classes=2, seed=0):
 
 
 def batch(count=6, seed=0):
-    """Images with pixels near and at both bounds, labels and one key an image."""
+    """Images with pixels near and at both bounds, labels and one key per image."""
     rng = np.random.RandomState(seed)
     images = np.clip(rng.uniform(-0.1, 1.1, (count, *SHAPE)), 0, 1).astype(np.float32)
     labels = rng.randint(0, 2, count).astype(np.int32)

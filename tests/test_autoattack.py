@@ -1,7 +1,9 @@
-"""The ensemble: stages, what each round attacks, interruptions, small real runs (robal_jax.autoattack)."""
+"""The ensemble: stages, what each round attacks, interruptions, small real runs (attacks.autoattack)."""
 
+import contextlib
 import copy
 import functools
+import itertools
 from functools import partial
 
 import jax
@@ -9,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import (
-    attacks,
-    losses,
-)
+import robal_jax
+from robal_jax import attacks, losses
 from robal_jax.attacks import ThreatModel, autoattack, autopgd
 from robal_jax.errors import InputError
 
@@ -64,9 +64,11 @@ def test_stages(version, num_classes, expected):
     assert listed(version, num_classes) == expected
 
 
-@pytest.mark.parametrize("version", ["apgd", "standard,square", "apgd_ce,", "", "apgd_ce, square", "none"])
+@pytest.mark.parametrize("version", ["apgd", "standard,square", "apgd_ce,", "", "apgd_ce, square"])
 def test_unknown_ensemble(version):
-    with pytest.raises(InputError, match=r"no ensemble of attacks; .* none, robal_aa, standard.*fab_t"):
+    with pytest.raises(
+        InputError, match=r"unknown ensemble .*; use 'none', one of robal_aa, standard.*fab_t"
+    ):
         autoattack.stages(version, 10, threat=THREAT)
 
 
@@ -89,7 +91,7 @@ def test_too_few_classes(version, num_classes, needed):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the stages ask the attacks for, in the attacks' place; they find white images."""
+    """Records what the stages ask of the attacks, which are replaced; they find white images."""
     calls = []
 
     def record(name):
@@ -335,10 +337,11 @@ def test_outcomes_have_the_names_of_the_parts(version, ends):
 EPSILONS = {"linf": 0.1, "l2": 0.4}
 CLASSES = 4
 COUNT = 19
+SHORT = {"steps": 5, "queries": 30}
 
 
 def problem():
-    """A model, images at several distances from its boundaries, labels, one key an image.
+    """A model, images at several distances from its boundaries, labels, one key per image.
 
     Of images whose first pixel is white the logits are so large that the gradient of the cross entropy
     vanishes; of those whose second is, there is no gradient at all.
@@ -362,60 +365,159 @@ def problem():
 
 
 @functools.cache
-def ensemble(norm, size):
-    """The standard ensemble, in few steps: its stages, what it found, traces of each attack's model."""
+def ensemble(norm, size, version="standard"):
+    """Result of an ensemble of few steps, and how often the model was traced."""
     logits_fn, images, labels, keys = problem()
-    predict = jax.jit(logits_fn)
-    stages = autoattack.stages(
-        "standard", CLASSES, threat=ThreatModel(EPSILONS[norm], norm), steps=5, queries=30
+    traced = []
+
+    def counted(x):
+        traced.append(x.shape)
+        return logits_fn(x)
+
+    threat = ThreatModel(EPSILONS[norm], norm)
+    found = robal_jax.autoattack(
+        counted, keys, images, labels, threat=threat, version=version, batch_size=size, **SHORT
     )
-    progress, compiled = autoattack.begin(labels, np.asarray(predict(images)).argmax(-1)), {}
-    for stage in stages:
+    return found, len(traced)
 
-        @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        def step(keys, images, labels, number, stage=stage):
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, stage.first + number))(keys)
-            found = stage.attack(logits_fn, keys, images, labels, number)
-            return found, logits_fn(found).argmax(-1)
 
-        compiled[stage.name] = step
+def same_found(one, other):
+    np.testing.assert_array_equal(one.images, other.images)
+    np.testing.assert_array_equal(one.predictions, other.predictions)
+    assert list(one.robust) == list(other.robust)
+    for name in one.robust:
+        np.testing.assert_array_equal(one.robust[name], other.robust[name], name)
 
-        def attack(ids, number, step=step):
-            batch = np.resize(ids, size)
-            found, predictions = step(
-                keys[batch], images[batch], jnp.asarray(labels[batch]), np.int32(number)
-            )
-            return np.asarray(found)[: len(ids)], np.asarray(predictions)[: len(ids)]
 
-        for _ in autoattack.run(stage, attack, labels, progress, size=size):
-            pass
-    return stages, progress, {name: step._cache_size() for name, step in compiled.items()}
+def assert_sound(found, norm, logits_fn):
+    """Allowed images, whose predictions are those of the model; each attack only adds to what is broken."""
+    _, images, labels, _ = problem()
+    broken = ~list(found.robust.values())[-1]
+    np.testing.assert_array_equal(found.images[~broken], images[~broken])
+    np.testing.assert_array_equal(found.images[~found.robust["clean"]], images[~found.robust["clean"]])
+    delta = (np.float64(found.images) - images).reshape(COUNT, -1)
+    distance = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
+    # Each of 36 pixels is rounded by 2^-25 at most, and the radius by as much.
+    assert distance.max() <= EPSILONS[norm] + 8 * 2.0**-24
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    assert found.images.dtype == np.float32
+    np.testing.assert_array_equal(found.predictions != labels, broken)
+    np.testing.assert_array_equal(logits_fn(found.images).argmax(-1), found.predictions)
+    for before, after in itertools.pairwise(found.robust.values()):
+        assert (after <= before).all()
 
 
 @pytest.mark.parametrize("norm", EPSILONS)
 def test_an_ensemble_finds_allowed_images(norm):
-    logits_fn, images, labels, _ = problem()
-    stages, progress, compiled = ensemble(norm, 8)
-    assert compiled == dict.fromkeys(("apgd_ce", "apgd_t", "fab_t", "square"), 1)
-
-    numbers = np.array(sorted(progress.adversarial))
-    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in > autoattack.CLEAN), numbers)
-    np.testing.assert_array_equal(np.flatnonzero(progress.broken_in == autoattack.CLEAN), [2, 11])
+    logits_fn, _, _, _ = problem()
+    found, _ = ensemble(norm, 8)
+    assert_sound(found, norm, logits_fn)
+    assert list(found.robust) == ["clean", "apgd_ce", "apgd_t", "fab_t", "square"]
+    np.testing.assert_array_equal(np.flatnonzero(~found.robust["clean"]), [2, 11])
     # By the cross entropy; by the DLR where that has no gradient; by Square where nothing has; not at all.
-    assert {stages[0].first, stages[1].first, stages[3].first, autoattack.ROBUST} <= set(progress.broken_in)
-    found = np.stack([progress.adversarial[number] for number in numbers])
-    delta = (np.float64(found) - images[numbers]).reshape(len(numbers), -1)
-    distance = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
-    # Each of 36 pixels is rounded by 2^-25 at most, and the radius by as much.
-    assert distance.max() <= EPSILONS[norm] + 8 * 2.0**-24
-    assert found.min() >= 0
-    assert found.max() <= 1
-    np.testing.assert_array_equal(np.asarray(logits_fn(found)).argmax(-1), progress.predictions[numbers])
-    assert (progress.predictions[numbers] != labels[numbers]).all()
-    shares = list(autoattack.robust_after(stages, progress).values())
-    assert shares == sorted(shares, reverse=True)
+    left = {name: right.sum() for name, right in found.robust.items()}
+    assert left["clean"] > left["apgd_ce"] > left["apgd_t"]
+    assert left["fab_t"] > left["square"] > 0
 
 
 def test_the_batch_size_changes_nothing():
-    (_, eight, _), (_, five, _) = ensemble("linf", 8), ensemble("linf", 5)
-    same(eight, five)
+    """Neither what is found nor, from two batches on, how often the model is traced."""
+    (eight, traced), (all_at_once, traced_once) = ensemble("linf", 8), ensemble("linf", 100)
+    same_found(eight, all_at_once)
+    assert traced == traced_once
+
+
+def test_a_round_is_as_if_run_by_hand():
+    """Keys, rounds and targets are those of the stages; what comes first does not depend on what follows."""
+    logits_fn, images, labels, keys = problem()
+    found, _ = ensemble("linf", 8)
+    (stage, *_) = autoattack.stages("standard", CLASSES, threat=ThreatModel(EPSILONS["linf"]), **SHORT)
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, stage.first))(keys)
+    shown = jax.jit(partial(stage.attack, logits_fn))(folded, images, labels, 0)
+    np.testing.assert_array_equal(
+        (logits_fn(shown).argmax(-1) == labels) & found.robust["clean"], found.robust["apgd_ce"]
+    )
+    one, _ = ensemble("linf", 8, "apgd_ce")
+    assert list(one.robust) == ["clean", "apgd_ce"]
+    np.testing.assert_array_equal(one.robust["apgd_ce"], found.robust["apgd_ce"])
+
+
+def test_attacks_in_the_order_of_the_list():
+    found, _ = ensemble("linf", 8, "square,apgd_ce")
+    assert list(found.robust) == ["clean", "square", "apgd_ce"]
+    assert_sound(found, "linf", problem()[0])
+
+
+def test_no_attack():
+    found, _ = ensemble("linf", 8, "none")
+    _, images, labels, _ = problem()
+    assert list(found.robust) == ["clean"]
+    np.testing.assert_array_equal(found.images, images)
+    np.testing.assert_array_equal(found.predictions == labels, found.robust["clean"])
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("autoattack", "unknown ensemble 'autoattack'"), ("apgd_ce,apgd_ce", "no repeats")],
+)
+def test_versions_that_are_refused(version, message):
+    with pytest.raises(InputError, match=message):
+        ensemble("linf", 8, version)
+
+
+def test_one_key_is_split_by_position():
+    logits_fn, images, labels, _ = problem()
+    found = robal_jax.autoattack(
+        logits_fn, jax.random.key(0), images, labels,
+        threat=ThreatModel(EPSILONS["linf"]), version="apgd_ce", **SHORT,
+    )  # fmt: skip
+    same_found(found, ensemble("linf", 8, "apgd_ce")[0])  # problem() splits this key
+
+
+def test_a_random_model():
+    """Each image's noise comes from its key; the version 'rand' averages over it."""
+    logits_fn, images, labels, keys = problem()
+
+    def random_fn(x, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (CLASSES,)))(keys)
+        return logits_fn(x) + 0.01 * noise
+
+    attack = partial(
+        robal_jax.autoattack, random_fn, keys, images, labels,
+        threat=ThreatModel(EPSILONS["linf"]), version="rand", steps=3,
+    )  # fmt: skip
+    eight, all_at_once = attack(batch_size=8), attack(batch_size=100)
+    same_found(eight, all_at_once)
+    assert list(eight.robust) == ["clean", "apgd_ce", "apgd_dlr"]
+    assert_sound(eight, "linf", logits_fn)
+    assert eight.robust["apgd_dlr"].sum() < eight.robust["clean"].sum()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_are_arguments_of_the_programs(tmp_path, compiled):
+    """Not constants, though the model closes over them and even if the user has compiled it."""
+    hidden = jnp.asarray(np.random.RandomState(0).randn(36, 64), jnp.float32)
+    logits_fn = lambda x: jnp.tanh((x.reshape(len(x), -1) - 0.5) @ hidden) @ hidden[:CLASSES].T  # noqa: E731
+    _, images, labels, keys = problem()
+    with dumped_programs(tmp_path) as longest_line:
+        robal_jax.autoattack(
+            jax.jit(logits_fn) if compiled else logits_fn, keys, images, labels,
+            threat=ThreatModel(0.1), version="apgd_ce", steps=2,
+        )  # fmt: skip
+        written = 2 * 4 * hidden.size  # two digits per byte
+        assert 0 < longest_line() < written / 4
+        jax.jit(logits_fn)(images)
+        assert longest_line() > written
+
+
+@contextlib.contextmanager
+def dumped_programs(folder):
+    """Writes every program that is compiled; gives the length of their longest line."""
+    jax.config.update("jax_dump_ir_to", str(folder))
+    try:
+        yield lambda: max(
+            (len(line) for path in folder.glob("*.mlir") for line in path.read_text().splitlines()), default=0
+        )
+    finally:
+        jax.config.update("jax_dump_ir_to", "")

@@ -1,4 +1,4 @@
-"""AutoPGD: a loop in NumPy, what must hold of any search, and its losses (robal_jax.autopgd)."""
+"""AutoPGD: a loop in NumPy, what must hold of any search, and its losses (autopgd)."""
 
 import functools
 from functools import partial
@@ -34,7 +34,7 @@ def logits_fn(x):
 
 
 def batch(count=COUNT, seed=1):
-    """Images with pixels at the bounds, labels that are mostly the model's, one key an image."""
+    """Images with pixels at the bounds, labels that are mostly the model's, one key per image."""
     rng = np.random.RandomState(seed)
     images = np.clip(rng.uniform(-0.2, 1.2, (count, *SHAPE)), 0, 1).astype(np.float32)
     labels = np.asarray(logits_fn(jnp.asarray(images))).argmax(-1)

@@ -1,4 +1,4 @@
-"""FAB: projections against general solvers, closed forms on linear models, invariants (robal_jax.fab)."""
+"""FAB: projections against general solvers, closed forms on linear models, invariants (fab_attack)."""
 
 import functools
 import itertools
@@ -221,7 +221,7 @@ def test_invariants(norm, rank):
     assert found.max() <= 1
     fooled = np.asarray(logits_fn(found).argmax(-1) != labels)
     assert fooled.all(), "nothing found"
-    np.testing.assert_array_equal(found[-2:], images[-2:], "an image misclassified as it is was changed")
+    np.testing.assert_array_equal(found[-2:], images[-2:], "a misclassified clean image was changed")
     assert (distances(norm, found)[:-2] > 0.001).all()
 
     np.testing.assert_array_equal(closest(norm, rank), found, "not deterministic")

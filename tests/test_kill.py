@@ -20,7 +20,7 @@ from experiments.benchmarks.layouts import Layout, start
 from robal_jax.storage import checkpoints
 
 KILLS, STOPS = int(os.environ.get("ROBAL_KILLS", "2")), int(os.environ.get("ROBAL_STOPS", "1"))
-EPOCHS = 12
+EPOCHS = 6
 ONE, TWO = Layout("jit", 1), Layout("jit", 2)
 
 
@@ -29,7 +29,8 @@ def arguments(workdir, epochs=EPOCHS):
         f"--config={ROOT}/configs/robal_n.py:digits_lt",
         f"--workdir={workdir}",
         f"--config.train.epochs={epochs}",
-        "--config.schedule.milestones=(9,11)",
+        "--config.schedule.milestones=(3,5)",
+        "--config.attack.steps=2",
         "--config.train.checkpoint_epochs=1",  # so that many kills fall into a save
     ]
 

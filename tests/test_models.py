@@ -4,6 +4,7 @@ import math
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,39 @@ def test_update_statistics_of_a_head():
     expected = 0.81 * np.float64(r["direction"]) + 0.9 * np.float64(a["direction"]) + n["direction"]
     np.testing.assert_allclose(found["direction"], expected, rtol=1e-6)
     np.testing.assert_array_equal(found["bias"], r["bias"])
+
+
+def test_a_state_of_another_name_takes_the_newest_value():
+    """So a user's head keeps a state without an entry in the library."""
+
+    class CountingHead(nn.Module):
+        @nn.compact
+        def __call__(self, features, train):
+            seen = self.variable("batch_stats", "seen", jnp.zeros, ())
+            if train and not self.is_initializing():
+                seen.value += len(features)
+            return features
+
+    model = models.functional(models.Network(models.SmallCNN((4, 4, 4), 8), CountingHead()))
+    images = jnp.asarray(np.random.RandomState(0).rand(6, 8, 8, 1), jnp.float32)
+    params, stats = jax.jit(model.init)(jax.random.key(0), images)
+    for step in 1, 2:
+        passes = [jax.jit(model.train)(params, stats, images[:size])[1] for size in (6, 4)]
+        stats = models.update_statistics(stats, tuple(passes))
+        assert stats["classifier"]["seen"] == 4 * step
+    assert (
+        0
+        < np.abs(stats["backbone"]["bn1"]["mean"]).max()
+        < np.abs(passes[1]["backbone"]["bn1"]["mean"]).max()
+    )
+
+
+def test_one_value_per_channel_has_no_variance():
+    layer, x = models.BatchNorm(), jnp.ones((1, 1, 1, 4))
+    variables = layer.init(jax.random.key(0), x, True)
+    assert layer.apply(variables, x, False).shape == x.shape
+    with pytest.raises(ValueError, match="more than one value per channel; use a larger batch"):
+        layer.apply(variables, x, True, mutable=["batch_stats"])
 
 
 def test_statistics_of_a_batch_that_is_spread():
@@ -172,7 +206,7 @@ def test_strided_gradient_multiplies_no_zeros(size):
 
 @pytest.mark.parametrize(("batch", "side", "channels"), [(96, 8, 64), (32, 7, 4), (64, 4, 3)])
 def test_cpu_convolution_of_large_batches(batch, side, channels):
-    """What it does on large and wide ones, Winograd's and gradients in pieces of the batch, is XLA's too."""
+    """Its ways for large and wide ones, Winograd's and gradients in pieces of the batch, agree with XLA."""
     rng = np.random.RandomState(0)
     x = jnp.asarray(rng.randn(batch, side, side, channels), jnp.float32)
     kernel = jnp.asarray(rng.randn(3, 3, channels, channels), jnp.float32)
@@ -194,7 +228,7 @@ def test_cpu_convolution_of_large_batches(batch, side, channels):
 
 
 def wide_resnet_size(depth, widen):
-    """Parameters counted from the architecture: convolutions without bias, two a channel of batch norm."""
+    """Parameters counted from the architecture: convolutions without bias, two per channel of batch norm."""
     total, before = 3 * 16 * 9, 16
     for width in (16 * widen, 32 * widen, 64 * widen):
         for block in range((depth - 4) // 6):

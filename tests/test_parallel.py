@@ -89,7 +89,8 @@ for layout in parallel.LAYOUTS:
 
 
 def said(script):
-    flags = "--xla_force_host_platform_device_count=4"
+    # Each program runs once, so that XLA's optimisation takes longer than it saves.
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-W", "error", "-c", script, str(ROOT)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The Square Attack: what must hold of any search, and a loop in NumPy (robal_jax.square)."""
+"""The Square Attack: what must hold of any search, and a loop in NumPy (square_attack)."""
 
 import functools
 
@@ -126,7 +126,7 @@ def test_margins_fall_and_fooled_images_are_left_alone(norm):
     fooled = np.array([state.margin <= 0 for state in path])
     assert 0 < fooled[0].sum() < fooled[4].sum() < fooled[-1].sum() < len(SHARES[norm])
 
-    # The model was asked about an image up to the query that fooled it, no longer.
+    # The model was asked about an image until a query fooled it, not after that.
     for i in np.flatnonzero(fooled[-1]):
         needed = int(path[-1].queries_used[i]) - 1
         assert search(*arguments, needed).margin[i] <= 0
@@ -311,9 +311,9 @@ def numpy_step(uniforms, side, delta, epsilon):
 def test_l2_against_numpy():
     shape, count, queries, epsilon = (12, 11, 3), 4, 80, 0.7
     rng = np.random.RandomState(0)
-    images = rng.uniform(0, 1, (count, *shape)).round(1)  # many a pixel at a bound
+    images = rng.uniform(0, 1, (count, *shape)).round(1)  # many pixels are at a bound
     hidden, out = rng.randn(np.prod(shape), 16) / 20, rng.randn(16, 5)
-    # Six rows of five tiles, 2 pixels a side; the last column of pixels has none.
+    # Six rows of five tiles, 2 pixels per side; the last column of pixels has none.
     starts, steps = rng.rand(count, 6 * 5 * 4), rng.rand(queries, count, 8)
     sides = np.repeat([11, 7, 5], [11, 40, 29])  # of 10.3, 7.3 and 5.1, rounded, then to odd numbers
 

@@ -34,17 +34,18 @@ def best_found(
     Returns:
       ``[B, H, W, C]``; no gradient flows back.
     """
+    dtype = jnp.result_type(images)
 
     def step(best: tuple[chex.Array, chex.Array], setting: chex.ArrayTree) -> tuple:
         candidates = attempt(setting)
         logits = judge(candidates)
         success = jnp.argmax(logits, axis=-1) != labels
-        score = jnp.where(success, jnp.inf, loss(logits, labels)).astype(images.dtype)
+        score = jnp.where(success, jnp.inf, loss(logits, labels)).astype(dtype)
         better = score > best[1]
         found = jnp.where(like_images(better, images), candidates, best[0])
         return (found, jnp.where(better, score, best[1])), None
 
-    nothing = images, jnp.full(labels.shape, -jnp.inf, images.dtype)
+    nothing = images, jnp.full(labels.shape, -jnp.inf, dtype)
     return jax.lax.stop_gradient(jax.lax.scan(step, nothing, settings)[0][0])
 
 

@@ -46,7 +46,7 @@ def fab(
     is the class whose hyperplane is nearest.
 
     Args:
-      logits_fn: the model; one image's logits may not depend on the others, so batch norm must use its
+      logits_fn: the model; the logits of an image must not depend on other images, so batch norm uses its
         running statistics.
       key: not read; nothing is drawn.
       images: ``x [B, H, W, C]`` within the threat model's bounds.

@@ -120,7 +120,7 @@ def pgd_path(
     The loop compiles once, whatever the number of steps, of looks and of draws.
 
     Args:
-      logits_fn: the model; one image's logits may not depend on the others, so batch norm must use its
+      logits_fn: the model; the logits of an image must not depend on other images, so batch norm uses its
         running statistics.
       start: ``x_0 [B, H, W, C]``; may lie outside the threat model, which holds from step 1 on.
       images: ``x [B, H, W, C]``, within the threat model's bounds.

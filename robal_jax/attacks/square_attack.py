@@ -55,7 +55,7 @@ def square(
     """The Square Attack: random search for a small margin, from the logits alone.
 
     Args:
-      logits_fn: the model; one image's logits may not depend on the others.
+      logits_fn: the model; the logits of an image must not depend on other images.
       key: one key, or one per image ``[B]``.
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.

@@ -100,7 +100,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
 
     threat, version = ThreatModel(settings.epsilon, config.threat.norm), settings.autoattack
     pixels = math.prod(test.images.shape[1:3])
-    ensemble = () if version == "none" else autoattack.stages(version, len(counts), threat=threat)
+    ensemble = autoattack.stages(version, len(counts), threat=threat)
     batch_size = at_once(settings.batch_size, pixels, platform)
     return Evaluation(
         test=test,

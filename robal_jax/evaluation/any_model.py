@@ -86,7 +86,7 @@ def evaluate_model(
     images, labels = np.asarray(images), np.asarray(labels)
     checks.images_and_labels(images, labels, threat.lower, threat.upper)
     predict, weights, num_classes = _parted(logits_fn, images)
-    ensemble = () if version == "none" else autoattack.stages(version, num_classes, threat=threat)
+    ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
     test, groups = _test_set(images, labels, num_classes, class_counts, class_names)
     job = builder.Evaluation(
@@ -119,6 +119,8 @@ def evaluate_model(
         kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         speak = hosts.speaker(say)
         done = attack_and_report(job, weights, other_victim, identity, about, kept, "", stop, speak)
+        if not done:
+            speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
         return read_run(kept) if done else None
 
 

@@ -76,7 +76,8 @@ def evaluate(
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder
-        attack_and_report(job, weights, surrogate, identity, about, folder, command, stop, say)
+        if not attack_and_report(job, weights, surrogate, identity, about, folder, command, stop, say):
+            say(f"stopped; the same command resumes from {folder / UNFINISHED}")
         return folder
 
 
@@ -122,7 +123,6 @@ def attack_and_report(
     found = None if outcomes is None else ensemble(victim, job, outcomes, part("ensemble"), stop)
     sample = None if found is None else audited(victim, job, surrogate, part("audit"), stop)
     if outcomes is None or found is None or sample is None:
-        say(f"stopped; the same command resumes from {unfinished}")
         return False
     made_with = versions()
     meta = {
@@ -147,9 +147,7 @@ def _make(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot write to {folder} ({error.strerror}); choose another with --folder"
-        ) from error
+        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another folder") from error
 
 
 def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:

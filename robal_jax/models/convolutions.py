@@ -120,7 +120,7 @@ def _image_gradient(dy: chex.Array, kernel: chex.Array, stride: int, size: tuple
 
 
 def _taps(phase: int, n: int, m: int, k: int, stride: int) -> tuple[slice, tuple[int, int]]:
-    """Taps of a flipped kernel of size k that reach pixels ``q * stride + phase`` of n, and m outputs' padding.
+    """Taps of a flipped kernel of k that reach pixels ``q * stride + phase`` of n, and m outputs' padding.
 
     Tap u, which is k - 1 - u of the flipped kernel, goes from output i to pixel ``i * stride + u - k // 2``.
     So the taps of a phase are ``stride`` apart, and the outputs of one pixel are neighbours.
