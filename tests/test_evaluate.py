@@ -304,7 +304,8 @@ evaluation.evaluate(config, pathlib.Path(workdir))
 def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble):
     fields = "evaluation.audit.examples=0", f"train.layout={layout}", f"evaluation.autoattack={ensemble}"
     overrides = [f"--config.{field}" for field in fields]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"}
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+    env = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
         subprocess_command(EVALUATED, copy, *overrides), env=env, capture_output=True, text=True, check=False
     )
