@@ -363,8 +363,8 @@ def test_a_signal_between_two_jobs_is_the_end(monkeypatch):
 def start(folder):
     command = [
         *(sys.executable, str(ROOT / "experiments/reproduce.py"), "--table=1", "--rows=at,lws"),
-        *("--seeds=1", "--out=out", "--config.train.epochs=4", "--config.schedule.milestones=()"),
-        *("--config.train.checkpoint_epochs=1", "--config.data.test_per_class=10"),
+        *("--seeds=1", "--out=out", "--config.train.epochs=2", "--config.schedule.milestones=()"),
+        *("--config.train.checkpoint_epochs=1", "--config.data.test_per_class=3"),
     ]
     folder.mkdir(exist_ok=True)
     with (folder / "stdout").open("w") as file:
