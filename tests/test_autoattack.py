@@ -15,6 +15,7 @@ import robal_jax
 from robal_jax import attacks, losses
 from robal_jax.attacks import ThreatModel, autoattack, autopgd
 from robal_jax.errors import InputError
+from robal_jax.models import closure
 
 THREAT = ThreatModel(0.1)
 
@@ -521,3 +522,11 @@ def dumped_programs(folder):
         )
     finally:
         jax.config.update("jax_dump_ir_to", "")
+
+
+def test_a_model_of_anybody_s_is_attacked_in_full_float32():
+    """By default accelerators multiply matrices in a shorter type; no robust accuracy may rest on that."""
+    weight = jnp.ones((64, 10))
+    predict, arrays = closure.split(lambda x: x.reshape(len(x), -1) @ weight, (8, 8, 1))
+    program = jax.jit(predict).lower(arrays, jnp.zeros((2, 8, 8, 1))).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in program

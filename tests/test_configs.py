@@ -77,6 +77,7 @@ def test_builds(method, data):
     builder.evaluation(again)  # with the training
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_two_steps(method):

@@ -83,6 +83,7 @@ def state_of(workdir):
 # ---------------------------------------------------------------- what an evaluation leaves
 
 
+@pytest.mark.slow
 def test_files(evaluated):
     assert {path.name for path in (evaluated / "evaluation").iterdir()} == FILES
     saved = examples(evaluated / "evaluation")
@@ -93,6 +94,7 @@ def test_files(evaluated):
     np.testing.assert_array_equal(saved["ids"], np.arange(TEST_IMAGES))
 
 
+@pytest.mark.slow
 def test_accuracies_can_be_computed_again(evaluated):
     saved = examples(evaluated / "evaluation")
     results = json.loads((evaluated / "evaluation" / "results.json").read_text())["summary"]
@@ -107,6 +109,7 @@ def test_accuracies_can_be_computed_again(evaluated):
     assert results["conditions"]["worst"]["accuracy"]["value"] == pytest.approx(worst.mean(), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_results_say_what_was_evaluated(evaluated):
     meta = json.loads((evaluated / "evaluation" / "results.json").read_text())["meta"]
     _, (_, path, sha256) = state_of(evaluated)
@@ -115,6 +118,7 @@ def test_results_say_what_was_evaluated(evaluated):
     assert (meta["n"], meta["epsilon"], meta["logit_scale"], meta["seed"]) == (TEST_IMAGES, EPSILON, 10.0, 0)
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_model(evaluated):
     """Clean predictions and FGSM by a direct computation."""
     job, (weights, _, _) = state_of(evaluated)
@@ -136,6 +140,7 @@ def test_predictions_are_those_of_the_model(evaluated):
     assert agree.mean() > 0.98  # a gradient near 0 may change its sign with the order of a sum
 
 
+@pytest.mark.slow
 def test_distances(evaluated):
     saved = examples(evaluated / "evaluation")
     np.testing.assert_array_equal(saved["distance_clean"], 0)
@@ -145,6 +150,7 @@ def test_distances(evaluated):
         assert distance.min() > 0.9 * EPSILON  # some pixel of every image is moved to the edge
 
 
+@pytest.mark.slow
 def test_more_steps_are_a_stronger_attack(evaluated):
     saved = examples(evaluated / "evaluation")
     accuracy = {c: (saved[f"pred_{c}"] == saved["labels"]).mean() for c in evaluation.CONDITIONS}
@@ -154,6 +160,7 @@ def test_more_steps_are_a_stronger_attack(evaluated):
     assert abs(accuracy["cw_20"] - accuracy["pgd_20"]) < 0.05
 
 
+@pytest.mark.slow
 def test_another_head_stands_in_for_the_trained_one(copy):
     """The inference of another config, over this run's checkpoint, into a folder of its own."""
     other = builder.with_inference_of(read_config(copy), cli.load_config("configs/robal_r.py:digits_lt"))
@@ -172,6 +179,7 @@ def test_another_head_stands_in_for_the_trained_one(copy):
     assert 1.0 < np.abs(logits).max() <= 3.0 * (1 + 1e-5)  # cosines up to rounding
 
 
+@pytest.mark.slow
 def test_a_head_without_its_variables_is_refused(copy):
     config = read_config(copy)
     with config.unlocked():
@@ -186,6 +194,7 @@ def test_a_head_without_its_variables_is_refused(copy):
 # ---------------------------------------------------------------- batches and interruptions
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(evaluated, copy):
     folder, _ = run(copy, *SHORT, "evaluation.batch_size=45")  # 45, 15
     found, expected = examples(folder), examples(evaluated / "evaluation")
@@ -224,6 +233,7 @@ def test_a_cpu_s_piece_goes_with_its_cache(monkeypatch, tmp_path, size, images):
     assert cpu.cpu_piece() == images * 32 * 32
 
 
+@pytest.mark.slow
 def test_one_compilation_for_every_attack(copy, monkeypatch):
     """Partial batches, rounds and restarts included: each piece of work is traced once."""
     original, traced = Victim.compile, []
@@ -246,6 +256,7 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, 4, 40])
 def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
     """In the conditions, in the ensemble and in the audit."""
@@ -324,10 +335,10 @@ def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble
 
 
 @pytest.mark.slow
-def test_killed_three_times(evaluated, copy):
+def test_killed_twice(evaluated, copy):
     command = subprocess_command(EVALUATED, copy, "--config.evaluation.audit.examples=0")
     kept = copy / "evaluation" / "unfinished" / "ensemble.npz"
-    for kill in range(3):
+    for kill in range(2):
         before = kept.stat().st_mtime_ns if kept.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         saves = 0  # dies after three more saves of the ensemble
@@ -345,6 +356,7 @@ def test_killed_three_times(evaluated, copy):
 # ---------------------------------------------------------------- the ensemble and the audit
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     """Everything said of the ensemble follows from the stored images."""
     folder, (job, (weights, _, _)) = evaluated / "evaluation", state_of(evaluated)
@@ -375,6 +387,7 @@ def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     assert stored["flagged"] is False
 
 
+@pytest.mark.slow
 def test_a_model_that_saturates_is_flagged_and_its_autoattack_is_the_same(evaluated, copy):
     folder, _ = run(copy, "evaluation.logit_scale=10000.0", "evaluation.autoattack=robal_aa")
     honest, faked = (json.loads((f / "results.json").read_text()) for f in (evaluated / "evaluation", folder))
@@ -390,6 +403,7 @@ def test_a_model_that_saturates_is_flagged_and_its_autoattack_is_the_same(evalua
     assert not flagged & {"zero_gradients", "unbounded", "gradient_free", "square", "stored_images"}
 
 
+@pytest.mark.slow
 def test_a_surrogate(copy):
     folder, _ = run(copy, SHORT[0], "evaluation.audit.examples=20", f"evaluation.audit.surrogate={copy}")
     verdicts = json.loads((folder / "results.json").read_text())["audit"]["verdicts"]
@@ -403,12 +417,14 @@ def test_a_surrogate(copy):
         run(copy, f"evaluation.audit.surrogate={other}")
 
 
+@pytest.mark.slow
 def test_without_ensemble_and_audit(copy):
     folder, _ = run(copy, *SHORT)
     assert {path.name for path in folder.iterdir()} == FIGURES | TEXTS
     assert json.loads((folder / "results.json").read_text())["audit"] is None
 
 
+@pytest.mark.slow
 def test_an_unknown_ensemble(copy):
     with pytest.raises(InputError, match="unknown ensemble 'autoattack'"):
         run(copy, "evaluation.autoattack=autoattack")
@@ -417,6 +433,7 @@ def test_an_unknown_ensemble(copy):
 # ---------------------------------------------------------------- what is refused
 
 
+@pytest.mark.slow
 def test_checkpoint_that_is_not_finite(copy):
     _, (weights, _, _) = state_of(copy)
     broken = {**weights, "params": jax.tree.map(lambda x: np.full_like(x, np.nan), weights["params"])}

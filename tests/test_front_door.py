@@ -113,6 +113,7 @@ def test_any_model_is_evaluated(kind, digits, tmp_path):
     assert f"# {kind} on images" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_finds_what_the_evaluation_of_the_run_finds(run, tmp_path):
     """Image for image, by AutoAttack and with the audit, on the function of a run of ours."""
     config = cli.apply_overrides(
@@ -133,6 +134,7 @@ def test_it_finds_what_the_evaluation_of_the_run_finds(run, tmp_path):
     assert list(found.summary["groups"]) == ["head", "medium", "tail"]
 
 
+@pytest.mark.slow
 def test_the_audit_with_a_surrogate(digits):
     images, labels = digits
     model, other = plain(images, labels), linen(images, labels)

@@ -115,11 +115,15 @@ def test_bootstrap_interval_of_a_perfect_classifier_is_a_point():
     np.testing.assert_array_equal(metrics.bootstrap_interval(np.diag([4, 5, 6])), np.ones((3, 2)))
 
 
-def test_bootstrap_interval_does_not_depend_on_the_chunks(monkeypatch):
-    confusion = metrics.confusion_matrix(*random_case(5, 300), 5)
-    whole = metrics.bootstrap_interval(confusion, resamples=101)
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 25 * 7)
-    np.testing.assert_array_equal(metrics.bootstrap_interval(confusion, resamples=101), whole)
+def test_bootstrap_interval_does_not_depend_on_the_chunks():
+    """100 classes have so many cells that 250 resamples are drawn in two chunks."""
+    confusion = metrics.confusion_matrix(*random_case(100, 1000), 100)
+    support = confusion.sum(-1)
+    draws = np.random.default_rng(3).multinomial(support, confusion / support[:, None], size=(250, 100))
+    macros = np.mean(metrics.precision_recall_f(draws), axis=-1)
+    whole = np.quantile(macros, (0.025, 0.975), axis=-1).T
+    found = metrics.bootstrap_interval(confusion, resamples=250, seed=3)
+    np.testing.assert_allclose(found, whole, rtol=1e-12)
 
 
 def test_bootstrap_interval_covers_the_truth():

@@ -314,8 +314,8 @@ def test_tfds_gives_the_same_data_set_as_npz(tfds_dir, tmp_path, monkeypatch):
 
 def test_tfds_decodes_only_what_is_needed(tfds_dir, monkeypatch):
     decoded = []
-    decode = cifar._decode
-    monkeypatch.setattr(cifar, "_decode", lambda png: decoded.append(png) or decode(png))
+    decode = cifar.decode_png
+    monkeypatch.setattr(cifar, "decode_png", lambda png: decoded.append(png) or decode(png))
     cifar.load_cifar_lt("cifar10", str(tfds_dir), **LT)
     assert len(decoded) == sum(COUNTS) + 20
 

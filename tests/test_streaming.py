@@ -90,6 +90,7 @@ def streamed(root, tmp_path_factory):
     return workdir, run(workdir, root)
 
 
+@pytest.mark.slow
 def test_files_train_as_arrays_do(root, streamed, tmp_path):
     assert run(tmp_path, root, source="test_streaming:in_memory") == streamed[1]
     losses = [json.loads(line)["loss"] for line in (streamed[0] / "metrics.jsonl").read_text().splitlines()]
@@ -152,6 +153,7 @@ def test_other_files_are_noticed_at_a_resume(root, streamed, tmp_path):
         run(streamed[0], root, "data.train_list=other.txt")
 
 
+@pytest.mark.slow
 def test_evaluation_reads_files_as_arrays(root, streamed, tmp_path):
     outcomes = []
     for source in ("image_folder", "test_streaming:in_memory"):

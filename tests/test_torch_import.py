@@ -325,7 +325,7 @@ STATE = {"conv1.weight": np.ones((2, 3), np.float32), "bn1.bias": np.arange(2.0,
 
 def pretend(monkeypatch, content):
     """Any ``.pt`` file is read as this."""
-    monkeypatch.setattr(files, "_read_torch", lambda path: content)
+    monkeypatch.setattr(files, "read_torch", lambda path: content)
 
 
 def some_file(folder, name="x.pt"):

@@ -114,6 +114,7 @@ def test_one_compilation_serves_the_whole_run(layout, monkeypatch, tmp_path):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_steps_of_a_dispatch_change_nothing(finished, tmp_path):
     workdir, sha256 = finished
     _, again, _ = run(tmp_path, "train.steps_per_dispatch=100")  # a whole epoch, 5 steps
@@ -171,6 +172,7 @@ def fine_tuning_config(*overrides):
     return cli.apply_overrides(config, [f"--config.{override}" for override in overrides])
 
 
+@pytest.mark.slow
 def test_fine_tuning_moves_what_it_shall(tmp_path):
     said = []
     before = training.train(fine_tuning_config("train.epochs=1"), tmp_path / "at", say=said.append)
@@ -225,7 +227,10 @@ def kill():
     raise KilledError
 
 
-@pytest.mark.parametrize(("look", "step"), [(1, 2), (4, 7), (6, 10)])
+@pytest.mark.parametrize(
+    ("look", "step"),
+    [(1, 2), pytest.param(4, 7, marks=pytest.mark.slow), pytest.param(6, 10, marks=pytest.mark.slow)],
+)
 def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
@@ -323,6 +328,7 @@ def test_checkpoints_without_config_are_refused(copy):
 # ---------------------------------------------------------------- divergence and damage
 
 
+@pytest.mark.slow
 def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
     # From epoch 2 on the rate is 1e30 times as large: step 6 ruins the weights, step 7 sees it.
     blows_up = ("schedule.milestones=(2,)", "schedule.decay=1e30", "optimizer.clip_norm=0.0")

@@ -228,12 +228,13 @@ def _tfds_split(source: Any, reading: Callable[[], AbstractContextManager[None]]
 
     def images(positions: np.ndarray) -> np.ndarray:
         with reading():
-            return np.stack([_decode(records[i]["image"]) for i in order[positions]])
+            return np.stack([decode_png(records[i]["image"]) for i in order[positions]])
 
     return _Split(np.array([record["label"] for record in records])[order], images)
 
 
-def _decode(png: bytes) -> np.ndarray:
+def decode_png(png: bytes) -> np.ndarray:
+    """Decodes one image to uint8 ``[H, W, C]``."""
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(png)))

@@ -3,7 +3,8 @@
 A model that was trained elsewhere comes as a function that closes over its weights. If it is compiled as it
 is, the weights become constants of every program: each program copies them, the compiler folds them for
 minutes, and the logits are rounded differently. :func:`split` takes the weights out, so that a program
-receives them as arguments.
+receives them as arguments. It also lets the model multiply matrices in full float32, whatever the device's
+default is: a robust accuracy must not rest on shorter numbers.
 """
 
 import inspect
@@ -48,7 +49,8 @@ def split(
         logits_fn = inspect.unwrap(logits_fn)  # a compiled function hides its arrays
 
     def traced(images: chex.Array | jax.ShapeDtypeStruct) -> ClosedJaxpr:
-        return jax.make_jaxpr(logits_fn)(images)
+        with jax.default_matmul_precision("highest"):
+            return jax.make_jaxpr(logits_fn)(images)
 
     image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     checks.logits_of(2, jax.eval_shape(logits_fn, image))

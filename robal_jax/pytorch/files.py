@@ -29,7 +29,7 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise InputError(f"no file {path}; give the weights with --weights")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     found = dict(_state_dicts(content, ""))
     if entry:
         found = {place: value for place, value in found.items() if place == entry}
@@ -79,7 +79,7 @@ def _read_safetensors(path: pathlib.Path) -> Any:
         ) from error
 
 
-def _read_torch(path: pathlib.Path) -> Any:
+def read_torch(path: pathlib.Path) -> Any:
     """Reads tensors and plain values that ``torch.save`` wrote; nothing else is unpickled."""
     try:
         import torch

@@ -42,6 +42,7 @@ def attack_path(attacked, start, *, steps, step_size=STEP, **settings):
     return jnp.concatenate([start[None], path])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(reference, recipe, attacked, name):
     size, noise, settings, replay = ATTACKS[name]
@@ -92,6 +93,7 @@ def test_attacks(reference, recipe, attacked, name):
     reference.assert_all_seen("attacks", f"{name}/")
 
 
+@pytest.mark.slow
 def test_basic_evaluation(reference, attacked):
     logits_fn, x, y = attacked
     check = functools.partial(reference.check, "attacks", FILE)

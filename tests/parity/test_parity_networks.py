@@ -77,6 +77,7 @@ def check_network(reference, recipe, group, file, name, convolution):
     check(f"{name}/eval_after/out", evaluate(stats, x)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn10_2", "wrn16_1", "wrn10_1_fc", "wrn10_1_silu"])
 def test_small_networks(reference, recipe, name):
     check_network(reference, recipe, "small networks", "network_small_f64", name, convolutions.convolution)
