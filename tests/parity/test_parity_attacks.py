@@ -10,7 +10,7 @@ from parity import BACKBONE, EPSILON, FLOAT32, STEP, THREAT, imported, nchw, nhw
 
 from robal_jax import attacks, classifiers, losses, models
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
 FILE = "attacks_f64"
 ATTACKS = {  # size and array of the start noise, settings of the path, which replay

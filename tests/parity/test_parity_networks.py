@@ -10,7 +10,7 @@ from parity import checksums, imported, nchw, nhwc
 from robal_jax import classifiers, models, pytorch
 from robal_jax.models import convolutions
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
 BARE = {"backbone.": ""}
 NETS = {  # network, prefixes of its names, seed of the second batch, batch

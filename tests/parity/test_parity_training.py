@@ -30,7 +30,7 @@ from robal_jax.data import long_tailed_counts
 from robal_jax.keys import image_keys
 from robal_jax.training import TrainState
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("float64")]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("float64")]
 
 FILE = "train_step_f64"
 STEPS, BATCH = 3, 8
