@@ -40,7 +40,7 @@ def check_network(reference, recipe, group, file, name, convolution):
     check(f"{name}/param_checksum", checksums(recipe, state, sorted(recipe.net_state(name))))
 
     @jax.jit
-    def evaluate(stats, x):
+    def evaluate(params, stats, x):  # arguments: as constants they would be part of the compiled program
         out, pullback = jax.vjp(lambda x: model.predict(params, stats, x), x)
         return out, pullback(cotangent)[0]
 
@@ -49,7 +49,7 @@ def check_network(reference, recipe, group, file, name, convolution):
         out, pullback, moments = jax.vjp(lambda p, x: model.train(p, stats, x), params, x, has_aux=True)
         return out, pullback(cotangent), models.update_statistics(stats, (moments,))
 
-    out, dx = evaluate(stats, x)
+    out, dx = evaluate(params, stats, x)
     check(f"{name}/eval/out", out)
     check(f"{name}/eval/grad_x", nchw(dx)[0])
     check(f"{name}/eval/grad_x_checksum", recipe.checksum(nchw(dx)))
@@ -74,7 +74,7 @@ def check_network(reference, recipe, group, file, name, convolution):
         for key in buffers:
             if f"{name}/train/bn_after{passes}/{key}" in reference.load(file):
                 check(f"{name}/train/bn_after{passes}/{key}", buffers[key])
-    check(f"{name}/eval_after/out", evaluate(stats, x)[0])
+    check(f"{name}/eval_after/out", evaluate(params, stats, x)[0])
 
 
 @pytest.mark.slow
