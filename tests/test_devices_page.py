@@ -21,7 +21,7 @@ def run(command, folder, cache):
     """What a block prints; processes that it starts in the background print into it too."""
     env = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
     done = subprocess.run(

@@ -93,7 +93,8 @@ print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()
 
 def test_what_the_first_process_does_for_all(tmp_path):
     port, log = free_port(), tmp_path / "log"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     commands = [[sys.executable, "-c", SCRIPT, f"127.0.0.1:{port}", "2", str(i), str(log)] for i in range(2)]
     processes = [
         subprocess.Popen(
