@@ -32,7 +32,7 @@ in its section::
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, model, objective, optimizer
-from robal_jax.builder.ranges import RANGES, validate
+from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, training
 
 __all__ = [
@@ -41,7 +41,9 @@ __all__ = [
     "Training",
     "call",
     "dataset",
+    "doubts",
     "evaluation",
+    "evaluation_doubts",
     "model",
     "objective",
     "optimizer",

@@ -1,6 +1,7 @@
 """From a config to an :class:`Evaluation`: the model, the images, the attacks, and what the report says."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -88,10 +89,12 @@ def evaluation(config: ConfigDict) -> Evaluation:
     counts = test.class_counts
     groups = metrics.class_groups(counts, settings.head_classes, settings.tail_classes)
     head = settings.head if settings.head.name else config.head
-    network = model(config, counts, platform=platform, precision=settings.precision, head=head)
+    images = jax.ShapeDtypeStruct((1, 2, *test.images.shape[1:]), np.float32)
+    build = functools.partial(model, config, counts, platform=platform, precision=settings.precision)
+    network = build(head=head, images=images)
     variables = _variables(network, test)
     if settings.head.name:
-        trained = model(config, counts, platform=platform, precision=settings.precision)
+        trained = build()
         _check_same_variables(config, head, _variables(trained, test), variables)
 
     def predict(params: Any, stats: Any, images: Any) -> Any:

@@ -72,6 +72,8 @@ def evaluate(
         job = builder.evaluation(config)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
         surrogate = _surrogate(job, say)
+        for doubt in builder.evaluation_doubts(config):
+            say(f"warning: {doubt}")
         hosts.check_agreement("the config", to_json(config))
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
