@@ -463,6 +463,6 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "tde": TDEHead,
 }
 """Heads by name. The contract of a head, which is checked before training if it is your own:
-``module(features [B, D], train)`` returns float logits ``[B, K]``, for the ``num_classes`` that it receives; the
-rest is that of a backbone, see ``models.BACKBONES``.
+``module(features [B, D], train)`` returns float logits ``[B, K]`` for the ``num_classes`` that it receives.
+The rest is that of a backbone, see ``models.BACKBONES``.
 """
