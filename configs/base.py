@@ -101,8 +101,9 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config.logit_scale = 1.0  # factor of the model's logits
     config.tau_p = 0.0  # tau_p * log prior is subtracted from them (logit adjustment after training)
     config.head = ConfigDict({"name": ""})  # used in place of the trained head; '': the trained head
-    config.head_classes = 0  # number of head classes; 0: a third of all classes
-    config.tail_classes = 0  # number of tail classes; 0: a third of all classes
+    # Numbers of head and of tail classes; 0: a third, or those of equal counts, see metrics.class_groups.
+    config.head_classes = 0
+    config.tail_classes = 0
     # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a list
     # such as 'apgd_ce,square'.
     config.autoattack = "robal_aa"

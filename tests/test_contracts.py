@@ -341,7 +341,7 @@ def a_function():
 
 
 RUNNING = "stores a running value in '.*mean', .*use robal_jax.models.BatchNorm in place of flax's"
-FEATURES = r"; it must be a flax.linen module without dropout, from \(images .* to float features \[B, D\]"
+FEATURES = r"; it must be a flax.linen module without dropout, from \(images .* to floats \[B, D\]"
 BACKBONES = {
     "FlaxNorm": RUNNING,
     "FlaxNormLate": RUNNING,
@@ -463,7 +463,7 @@ class RequiredTemperature(nn.Module):
         return nn.Dense(self.num_classes)(features) / self.temperature
 
 
-LOGITS = r"; it must be a flax.linen module without dropout, from \(features .* to float logits \[B, K\]"
+LOGITS = r"; it must be a flax.linen module without dropout, from \(features .* to floats \[B, K\]"
 HEADS = {
     "OneClassLess": rf"returns float32\[64, 9\] for features \[64, 8\]{LOGITS}",
     "PairHead": "returns a tuple",

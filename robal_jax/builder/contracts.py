@@ -31,8 +31,8 @@ from robal_jax.errors import InputError, one_line
 
 CONTRACTS = {
     "data set": "return a robal_jax.data.Dataset",
-    "model": "be a flax.linen module without dropout, from (images [B, H, W, C], train) to float features [B, D]",
-    "head": "be a flax.linen module without dropout, from (features [B, D], train) to float logits [B, K]",
+    "model": "be a flax.linen module without dropout, from (images [B, H, W, C], train) to floats [B, D]",
+    "head": "be a flax.linen module without dropout, from (features [B, D], train) to floats [B, K]",
     "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch",
