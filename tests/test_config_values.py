@@ -121,13 +121,16 @@ def test_no_shipped_config_is_doubted(method, data):
     [
         (
             ["attack.steps=3"],
-            "3 steps of config.attack.step_size 0.025 are shorter than config.threat.epsilon",
+            "3 times config.attack.step_size 0.025 is less than config.threat.epsilon",
         ),
-        (["attack.step_size=1/255"], "7 steps of config.attack.step_size 0.0039"),
+        (["attack.step_size=1/255"], "7 times config.attack.step_size 0.0039"),
         (["schedule.milestones=55,45"], r"milestones are \[55, 45\]; give epochs from 1 in rising order"),
         (["schedule.milestones=45,45"], r"milestones are \[45, 45\]; "),
         (["schedule.milestones=0,45"], r"milestones are \[0, 45\]; "),
-        (["schedule.warmup=61"], "warmup is 61 epochs, but the run has 60; the learning rate never reaches"),
+        (
+            ["schedule.warmup=61"],
+            "warmup is 61 epochs, but the run has 60; set a shorter warm-up or more epochs",
+        ),
         (["train.epochs=2"], "warmup is 3 epochs, but the run has 2"),
     ],
 )
@@ -156,9 +159,7 @@ def test_what_is_not_doubted(overrides):
 def test_doubts_about_the_evaluation():
     trained, (line,) = warnings("evaluation.step_size=0.001")
     assert trained == []
-    assert (
-        "20 steps of config.evaluation.step_size 0.001 are shorter than config.evaluation.epsilon 0.1" in line
-    )
+    assert "20 times config.evaluation.step_size 0.001 is less than config.evaluation.epsilon 0.1" in line
 
 
 # ---------------------------------------------------------------- values from a file

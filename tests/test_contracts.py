@@ -244,6 +244,16 @@ class Counter(Good):
         return x
 
 
+class Constant(Good):
+    """Moments that depend on nothing."""
+
+    def norm(self, x, train):
+        mean, var = (self.variable("batch_stats", name, jnp.zeros, ()) for name in ("mean", "var"))
+        if train and not self.is_initializing():
+            mean.value = var.value = jnp.ones(())
+        return x
+
+
 class IntegerCounter(Counter):
     def norm(self, x, train):
         seen = self.variable("batch_stats", "seen", lambda: jnp.zeros((), int))
@@ -372,7 +382,7 @@ def test_a_backbone_that_breaks_its_contract(name):
     refused(f"model 'test_contracts:{name}' {BACKBONES[name]}", "model", name)
 
 
-@pytest.mark.parametrize("name", ["Good", "Frozen", "Counter"])
+@pytest.mark.parametrize("name", ["Good", "Frozen", "Counter", "Constant"])
 @pytest.mark.parametrize("head", ["linear", "tde"])
 def test_backbones_that_keep_it(name, head):
     changed = config("model", name)

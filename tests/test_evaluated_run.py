@@ -109,6 +109,11 @@ def test_a_field_of_the_evaluation_is_taken(run, override):
     assert evaluate(run, override) == []
 
 
+def test_doubts_are_said(run):
+    (line,) = evaluate(run, "evaluation.step_size=0.001")
+    assert line.startswith("warning: 20 times config.evaluation.step_size 0.001 is less than")
+
+
 def test_inference_of_another_method_is_taken(run):
     other = builder.with_inference_of(read_config(run), cli.load_config("configs/robal_r.py:digits_lt"))
     with pytest.raises(AcceptedError):
@@ -162,8 +167,10 @@ def test_data_of_another_place_are_taken_and_other_data_there_are_not(tmp_path):
     with config.unlocked():
         config.data.n_max, config.data.ratio, config.data.path = 2, 1.0, str(tmp_path / "one.npz")
         config.model = {"name": "small_cnn", "channels": (2, 2, 2), "width": 4}
-        config.train.max_steps, config.train.batch_size = 1, 20
-    workdir = training.train(config, tmp_path / "run", say=lambda line: None).parents[1]
+        config.train.max_steps, config.train.batch_size, config.attack.steps = 1, 20, 1
+    said = []
+    workdir = training.train(config, tmp_path / "run", say=said.append).parents[1]
+    assert said[0].startswith("warning: 1 times config.attack.step_size 0.0078 is less than")
     assert evaluate(workdir, f"data.path={tmp_path / 'copy.npz'}") == []
     with pytest.raises(InputError, match="the data differ from those of the run"):
         evaluate(workdir, f"data.path={tmp_path / 'other.npz'}")

@@ -3,6 +3,7 @@
 - ``training_job``, ``evaluation_job``: all that a training or an evaluation needs, built and checked
 - ``parts``: data set, model, objective with its attack and losses, optimizer, augmentation
 - ``instantiate``: the function that a section names, with its arguments bound
+- ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``ranges``: which fields a config must have, and which values are allowed
 
 A section with a ``name`` selects a function: one of the library's tables (``LOSSES``, ``HEADS``, ...), or

@@ -154,7 +154,7 @@ def shown(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python does not print integers of thousands of digits
-        return f"an integer of {value.bit_length()} bits"
+        return f"a {type(value).__name__} too long to print"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -187,7 +187,7 @@ def doubts(config: ConfigDict) -> list[str]:
     if schedule.get("warmup", 0) > epochs:
         found.append(
             f"config.schedule.warmup is {schedule.warmup} epochs, but the run has {epochs}; "
-            "the learning rate never reaches config.schedule.lr"
+            "set a shorter warm-up or more epochs"
         )
     return found
 
@@ -205,6 +205,6 @@ def _short_of(field: str, epsilon: float, section: str, steps: int, step_size: f
     if steps * step_size >= epsilon * (1 - 1e-6):
         return []
     return [
-        f"{steps} steps of config.{section}.step_size {step_size:g} are shorter than config.{field} "
+        f"{steps} times config.{section}.step_size {step_size:g} is less than config.{field} "
         f"{epsilon:g}: the attack cannot reach the edge of the ball; set a larger step size"
     ]
