@@ -11,7 +11,7 @@ from test_configs import DATA, METHODS
 from robal_jax import builder, cli
 from robal_jax.attacks import ThreatModel
 from robal_jax.errors import InputError
-from robal_jax.storage.config_file import read_config, to_json
+from robal_jax.storage.config_file import flatten, read_config, to_json
 
 DIGITS = f"{ROOT}/configs/at.py:digits_lt"
 
@@ -217,3 +217,18 @@ def test_a_missing_field_gives_one_line(tmp_path, path):
     with pytest.raises(InputError, match=r"is missing|needs") as raised:
         builder.training(edited(tmp_path, path, None))
     assert path.rpartition(".")[2] in str(raised.value)
+
+
+def test_no_field_of_any_value_gives_more_than_one_line(tmp_path):
+    """Each section and field left out, or of a value that no field has: right, or an ``InputError``."""
+    names = list(flatten(cli.load_config(DIGITS).to_dict()))
+    sections = {name.rpartition(".")[0] for name in names} - {""}
+    refused = 0
+    for path in [*names, *sections]:
+        for value in (None, 10**400, math.nan, {"x": [1]}):
+            try:
+                builder.training(edited(tmp_path, path, value))
+            except InputError as error:
+                refused += 1
+                assert len(str(error).splitlines()) == 1, (path, value)
+    assert refused > 3 * len(names)
