@@ -18,6 +18,9 @@ RATIOS = {
     "imagenet_lt": 1.0,  # all images of its list, which is long-tailed
 }
 
+STEP = 0.0078 / 0.031
+"""Step size of PGD in the released code, as a part of epsilon."""
+
 
 def get_config(data: str) -> ConfigDict:
     """Returns plain adversarial training (AT) of a linear head on one of the data sets of ``RATIOS``."""
@@ -41,12 +44,12 @@ def get_config(data: str) -> ConfigDict:
     config.loss = ConfigDict({"name": "cross_entropy"})
     config.objective = ConfigDict({"name": "pgd_at"})
 
-    # L-infinity ball around images in [0, 1]: 0.031 and 0.0078, not 8/255 and 2/255 (released code).
+    # L-infinity ball around images in [0, 1]: 0.031 and steps of 0.0078, not 8/255 and 2/255 (released code).
     config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
     config.attack = ConfigDict()  # during training
     config.attack.loss = ConfigDict({"name": "cross_entropy"})  # is maximised, on the head's own logits
     config.attack.steps = 5
-    config.attack.step_size = 0.0078
+    config.attack.step_size = STEP * config.threat.get_oneway_ref("epsilon")  # it follows epsilon
     config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
@@ -94,12 +97,13 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config.batch_size = 500  # images per device in each call; a CPU takes fewer, see devices.cpu.at_once
     config.seed = 0  # of the attacks' random starts
     config.epsilon = threat.get_oneway_ref("epsilon")
-    config.step_size = 0.0078
+    config.step_size = STEP * config.get_oneway_ref("epsilon")
     config.logit_scale = 1.0  # factor of the model's logits
     config.tau_p = 0.0  # tau_p * log prior is subtracted from them (logit adjustment after training)
     config.head = ConfigDict({"name": ""})  # used in place of the trained head; '': the trained head
-    config.head_classes = 0  # number of head classes; 0: a third of all classes
-    config.tail_classes = 0  # number of tail classes; 0: a third of all classes
+    # Numbers of head and of tail classes; 0: a third, or those of equal counts, see metrics.class_groups.
+    config.head_classes = 0
+    config.tail_classes = 0
     # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a list
     # such as 'apgd_ce,square'.
     config.autoattack = "robal_aa"
@@ -142,7 +146,7 @@ def _digits(config: ConfigDict) -> None:
     config.model = ConfigDict({"name": "small_cnn"})
     config.threat.epsilon = 0.1
     config.attack.steps = 7
-    config.attack.step_size = 0.025  # epsilon / 4
+    config.attack.step_size = 0.25 * config.threat.get_oneway_ref("epsilon")
     config.attack.start = "uniform"
     config.optimizer.weight_decay = 5e-4
     config.optimizer.clip_norm = 1.0
@@ -156,7 +160,7 @@ def _digits(config: ConfigDict) -> None:
     config.evaluation.batch_size = 120
     config.evaluation.autoattack = "standard"
     config.evaluation.audit.examples = 350
-    config.evaluation.step_size = 0.0125  # epsilon / 8
+    config.evaluation.step_size = 0.125 * config.evaluation.get_oneway_ref("epsilon")
 
 
 def _image_folder(config: ConfigDict, image_size: int, resize: int, epsilon: float) -> None:
@@ -169,11 +173,11 @@ def _image_folder(config: ConfigDict, image_size: int, resize: int, epsilon: flo
     config.data.resize = resize  # pixels of an image's shorter side, and of a training image's sides
     config.data.image_size = image_size  # pixels of a test image's sides, cut from the middle
     config.threat.epsilon = epsilon
-    config.attack.step_size = epsilon / 4
+    config.attack.step_size = 0.25 * config.threat.get_oneway_ref("epsilon")
     config.attack.start = "uniform"
     config.schedule.name = "paper"
     config.evaluation.batch_size = 100  # our choice: ResNet-50 needs more memory per image
-    config.evaluation.step_size = epsilon / 4
+    config.evaluation.step_size = 0.25 * config.evaluation.get_oneway_ref("epsilon")
 
 
 def _tiny_imagenet(config: ConfigDict) -> None:

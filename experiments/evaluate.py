@@ -1,4 +1,4 @@
-"""Evaluate: python experiments/evaluate.py --workdir=DIR [--config=FILE] [--config.KEY=VALUE].
+"""Evaluate: python experiments/evaluate.py --workdir=DIR [--config=FILE] [--config.evaluation.KEY=VALUE].
 
 --config=configs/tau_norm.py:cifar10_lt applies an inference-time method to a run trained without it.
 """

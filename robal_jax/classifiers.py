@@ -462,3 +462,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "tau_norm": TauNormHead,
     "tde": TDEHead,
 }
+"""Heads by name. The contract of a head, which is checked before training if it is your own:
+``module(features [B, D], train)`` returns float logits ``[B, K]`` for the ``num_classes`` that it receives.
+The rest is that of a backbone, see ``models.BACKBONES``.
+"""

@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -162,7 +163,7 @@ def _config_file(name: str) -> pathlib.Path:
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Sets fields of a config from ``--config.field=value``.
+    """Sets fields of a config from ``--config.field=value``; a real number may be a fraction, ``8/255``.
 
     Raises:
       InputError: a field is unknown (the nearest known one is named), or a value has the wrong type.
@@ -175,6 +176,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise InputError(
                 f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
             )
+    overrides = [_without_fraction(known, override) for override in overrides]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict(
@@ -188,8 +190,22 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return values["config"].value
 
 
-def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    names: list[str] = []
+def _without_fraction(fields: dict[str, Any], override: str) -> str:
+    """Computes the value of an override that is a fraction, if its field is a real number."""
+    flag, _, text = override.partition("=")
+    top, slash, bottom = text.partition("/")
+    if not slash or not isinstance(fields[flag.lstrip("-").removeprefix("config.")], float):
+        return override
+    try:
+        return f"{flag}={float(top) / float(bottom)!r}"
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{override} is no number; write 0.031 or 8/255") from error
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for key, value in config.items():
-        names += _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
-    return names
+        fields |= (
+            _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+        )
+    return fields

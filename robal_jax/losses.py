@@ -894,3 +894,5 @@ LOSSES: dict[str, Callable[..., chex.Array]] = {
     "robal": robal,
     "deferred": deferred,
 }
+"""Losses by name. The contract of a loss, which is checked before training: it takes ``(logits [B, K], labels
+[B])`` by position, and returns one float per example, ``[B]``, neither averaged nor summed over the batch."""

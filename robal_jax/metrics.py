@@ -142,33 +142,44 @@ def precision_recall_f(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return ratio(hits, predicted), ratio(hits, support), ratio(2 * hits, predicted + support)
 
 
+_LEVELS = {1: ("all",), 2: ("head", "tail"), 3: ("head", "medium", "tail")}
+"""Names of the groups, if the classes have so many different numbers of training images."""
+
+
 def class_groups(
     class_counts: Sequence[int] | np.ndarray, head_classes: int = 0, tail_classes: int = 0
 ) -> dict[str, np.ndarray]:
     """Divides the classes into head, medium and tail by their number of training images.
 
     Classes are sorted by falling count, equal counts by label; the first are the head, the last the tail. By
-    default each takes ``floor(K / 3)`` classes: 3 / 4 / 3 of 10, 33 / 34 / 33 of 100.
+    default each takes ``floor(K / 3)`` classes: 3 / 4 / 3 of 10, 33 / 34 / 33 of 100. If only one, two or
+    three different counts occur, these are the groups, whatever their sizes: 'all', 'head' and 'tail' (a step
+    profile), or all three.
 
     Args:
       class_counts: training images per class, integers ``[K]``.
-      head_classes: size of the head; 0 for a third.
-      tail_classes: size of the tail; 0 for a third.
+      head_classes: size of the head; 0 for the default.
+      tail_classes: size of the tail; 0 for the default.
 
     Returns:
-      Classes of 'head', 'medium' and 'tail', integer arrays in that sorted order, without empty groups.
+      Classes by the name of their group, integer arrays in that sorted order, without empty groups.
 
     Raises:
       InputError: a negative size, or more than ``K`` classes in head and tail together.
 
     Example:
-      >>> groups = class_groups([5, 90, 20, 30])
-      >>> print({name: classes.tolist() for name, classes in groups.items()})
+      >>> for counts in ([5, 90, 20, 30], [9, 2, 9, 2, 2], [4, 4]):
+      ...     print({name: classes.tolist() for name, classes in class_groups(counts).items()})
       {'head': [1], 'medium': [3, 2], 'tail': [0]}
+      {'head': [0, 2], 'tail': [1, 3, 4]}
+      {'all': [0, 1]}
     """
     counts = _per_class("class_counts", class_counts)
     if head_classes < 0 or tail_classes < 0:
         raise InputError(f"head_classes is {head_classes}, tail_classes {tail_classes}; use 0 or more")
+    order, levels = np.argsort(-counts, kind="stable"), np.unique(counts)[::-1]
+    if not head_classes and not tail_classes and len(levels) in _LEVELS:
+        return {name: order[counts[order] == n] for name, n in zip(_LEVELS[len(levels)], levels, strict=True)}
     head = head_classes or len(counts) // 3
     tail = tail_classes or len(counts) // 3
     if head + tail > len(counts):
@@ -176,9 +187,8 @@ def class_groups(
             f"head_classes {head} and tail_classes {tail} are more than the {len(counts)} classes; "
             "use smaller groups"
         )
-    order = np.argsort(-counts, kind="stable")
     parts = np.split(order, [head, len(counts) - tail])
-    return {name: part for name, part in zip(("head", "medium", "tail"), parts, strict=True) if len(part)}
+    return {name: part for name, part in zip(_LEVELS[3], parts, strict=True) if len(part)}
 
 
 def groups_of_ten(values: ArrayLike) -> np.ndarray:

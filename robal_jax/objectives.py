@@ -400,3 +400,11 @@ OBJECTIVES: dict[str, Callable[..., tuple[chex.Array, Outcome]]] = {
     "avmixup": avmixup,
     "mma": mma,
 }
+"""Objectives by name. The contract of an objective, which is checked before training if it is your own:
+
+- ``(model, params, stats, batch)``, by position, to ``(loss, Outcome(moments, metrics))``.
+- ``loss`` is a float scalar, a mean over the batch.
+- ``moments`` is a tuple of what ``model.train`` returned as its second value, even for one pass.
+- ``metrics`` is a dictionary of float scalars; the training adds loss, grad_norm, epoch, learning_rate and
+  images_per_second.
+"""

@@ -58,6 +58,7 @@ SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     "paper": learning_rates,
     "released": functools.partial(learning_rates, compounding=True),
 }
+"""Schedules by name: functions of ``epochs`` that return one finite learning rate >= 0 per epoch."""
 
 
 def per_step(rates: np.ndarray, steps_per_epoch: int) -> optax.Schedule:
@@ -124,3 +125,5 @@ def _begins_with(pattern: str, params: chex.ArrayTree) -> chex.ArrayTree:
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd}
+"""Optimizers by name: functions that return an ``optax.GradientTransformation`` whose updates are like the
+parameters."""

@@ -127,7 +127,11 @@ def test_overrides(override, message):
     refused(message, cli.apply_overrides, cli.load_config(DIGITS), [override])
 
 
-FOLLOWERS = {"seed": {"data.seed"}, "threat.epsilon": {"evaluation.epsilon"}}
+FOLLOWERS = {
+    "seed": {"data.seed"},
+    "threat.epsilon": {"evaluation.epsilon", "attack.step_size", "evaluation.step_size"},
+    "evaluation.epsilon": {"evaluation.step_size"},
+}
 
 
 @pytest.mark.parametrize("key", ["seed", "data.seed", "threat.epsilon", "evaluation.epsilon", "attack.steps"])
@@ -201,7 +205,7 @@ def keyword(section, name, value):
     ("section", "name", "value", "message"),
     [
         ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; use one of num_classes, scale"),
-        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; use one of cosines, labels"),
+        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; use one of class_counts, scale"),
         ("objective", "beta", 1.0, "objective 'regularised' takes no 'beta'; use one of "),
         ("model", "depth", 34, "model 'small_cnn' takes no 'depth'"),
         ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),

@@ -112,6 +112,13 @@ def test_difference_refuses_other_groups(tmp_path):
         comparison.difference(moved, run, "clean", "all")
 
 
+def test_runs_of_classes_with_equal_counts_have_one_group(tmp_path):
+    run = read_runs([save_run(tmp_path / "a")])[0]
+    equal = dataclasses.replace(run, summary={**run.summary, "groups": {"all": list(range(10))}})
+    (header,) = [line for line in printed([equal]).splitlines() if "Condition " in line]
+    assert header.split() == ["Condition", "Run", "All"]
+
+
 def test_runs_with_other_conditions_are_compared_in_those_they_share(tmp_path):
     runs = read_runs(
         [save_run(tmp_path / "a"), save_run(tmp_path / "b", method="B", conditions=["clean", "pgd_20"])]

@@ -8,6 +8,7 @@ from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_sup
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from robal_jax import metrics
+from robal_jax.data.long_tail import long_tailed_counts
 from robal_jax.errors import InputError
 
 
@@ -73,8 +74,51 @@ def test_groups_follow_counts_and_break_ties_by_label():
 
 
 def test_empty_groups_are_left_out():
-    assert list(metrics.class_groups([4, 2])) == ["medium"]
-    assert list(metrics.class_groups([4, 2], 1, 1)) == ["head", "tail"]
+    assert list(metrics.class_groups([5, 4, 3, 2], 2, 2)) == ["head", "tail"]
+
+
+def in_lists(groups):
+    return {name: classes.tolist() for name, classes in groups.items()}
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([9] * 5 + [2] * 5, {"head": [0, 1, 2, 3, 4], "tail": [5, 6, 7, 8, 9]}),  # a step profile
+        ([2, 9, 2, 9, 9], {"head": [1, 3, 4], "tail": [0, 2]}),
+        ([9, 9, 9, 2], {"head": [0, 1, 2], "tail": [3]}),
+        ([9] + [2] * 9, {"head": [0], "tail": list(range(1, 10))}),
+        ([4, 2], {"head": [0], "tail": [1]}),
+        ([4, 4], {"all": [0, 1]}),
+        ([7] * 10, {"all": list(range(10))}),
+        ([5], {"all": [0]}),
+        ([9, 9, 9, 9, 5, 1], {"head": [0, 1, 2, 3], "medium": [4], "tail": [5]}),
+        ([9, 9, 9, 5, 5, 2, 1], {"head": [0, 1], "medium": [2, 3, 4], "tail": [5, 6]}),  # four counts: thirds
+    ],
+)
+def test_groups_of_few_different_counts_are_those_counts(counts, expected):
+    assert in_lists(metrics.class_groups(counts)) == expected
+
+
+def test_sizes_that_are_given_count_before_equal_counts():
+    assert in_lists(metrics.class_groups([9] * 5 + [2] * 5, head_classes=4)) == {
+        "head": [0, 1, 2, 3],
+        "medium": [4, 5, 6],
+        "tail": [7, 8, 9],
+    }
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "cifar100"])
+def test_groups_of_exponential_profiles_are_thirds(data):
+    n_max, num_classes, ratio = {
+        "digits": (104, 10, 0.05), "cifar10": (5000, 10, 0.02), "cifar100": (500, 100, 0.1),
+    }[data]  # fmt: skip
+    for part in (ratio, ratio / 5, 5 * ratio):
+        counts = long_tailed_counts(n_max, num_classes, part)
+        third = num_classes // 3
+        groups = metrics.class_groups(counts)
+        np.testing.assert_array_equal(groups["head"], np.arange(third))
+        np.testing.assert_array_equal(groups["tail"], np.arange(num_classes - third, num_classes))
 
 
 @pytest.mark.parametrize("sizes", [(-1, 0), (0, -1), (3, 3), (5, 0)])

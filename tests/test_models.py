@@ -91,6 +91,12 @@ def test_a_state_of_another_name_takes_the_newest_value():
     )
 
 
+@pytest.mark.parametrize("moments", [{"bn": {"mean": jnp.ones(2)}}, None, jnp.ones(2), "bn"])
+def test_moments_of_one_pass_are_a_tuple_too(moments):
+    with pytest.raises(ValueError, match=r"moments are a .*; pass a tuple with those of each training pass"):
+        models.update_statistics({"bn": {"mean": jnp.zeros(2)}}, moments)
+
+
 def test_one_value_per_channel_has_no_variance():
     layer, x = models.BatchNorm(), jnp.ones((1, 1, 1, 4))
     variables = layer.init(jax.random.key(0), x, True)

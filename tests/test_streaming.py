@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -155,10 +156,11 @@ def test_other_files_are_noticed_at_a_resume(root, streamed, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_reads_files_as_arrays(root, streamed, tmp_path):
-    outcomes = []
+    outcomes, weights = [], tmp_path / "weights"  # without the run's config, which has the files as its data
+    shutil.copytree(streamed[0] / "checkpoints", weights / "checkpoints")
     for source in ("image_folder", "test_streaming:in_memory"):
         folder = tmp_path / source.partition(":")[0]
-        evaluation.evaluate(config(root, source=source), streamed[0], folder=folder, say=lambda _: None)
+        evaluation.evaluate(config(root, source=source), weights, folder=folder, say=lambda _: None)
         with np.load(folder / "examples.npz") as file:
             outcomes.append(dict(file))
     assert len(outcomes[0]["labels"]) == 5 * CLASSES

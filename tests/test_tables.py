@@ -249,6 +249,16 @@ def test_figures_over_seeds():
     assert lines[7][2:6] == ["+0.9", "+2.0 ± 1.4 (n = 2)", "+0.5", "+1.5 ± 0.7 (n = 2)"]
 
 
+def test_runs_without_a_tail_have_a_table():
+    """Classes with equal numbers of training images are one group."""
+    found = result(clean=80, pgd_20=50, worst=40)
+    for condition in found.summary["conditions"].values():
+        condition["all"] = condition.pop("tail")
+    (row,) = assemble(request_for("1", "at", seeds=(0,)), {"at": {"": {0: found}}})["rows"]
+    assert row["ours"]["clean"]["values"] == [80.0]
+    assert row["ours_tail"] == {}
+
+
 def test_lines_of_a_table_are_aligned():
     request = request_for("1", "at", "ldam", seeds=(0,))
     one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}

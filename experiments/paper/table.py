@@ -81,11 +81,12 @@ def assemble(
 
 
 def _by_seed(results: Mapping[int, Results | None], figure: str = "accuracy") -> dict[str, dict[int, float]]:
-    """Returns a figure in percent by condition and seed."""
+    """Returns a figure in percent by condition and seed, where it exists: equal classes have no tail."""
     values: dict[str, dict[int, float]] = {}
     for seed, result in results.items():
         for name, condition in (result.conditions if result else {}).items():
-            values.setdefault(name, {})[seed] = 100 * condition[figure]["value"]
+            if figure in condition:
+                values.setdefault(name, {})[seed] = 100 * condition[figure]["value"]
     return values
 
 

@@ -56,6 +56,11 @@ class ThreatModel:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if not -math.inf < self.lower < self.upper < math.inf:
             raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
+        if self.norm == "linf" and self.epsilon > self.upper - self.lower:
+            raise ValueError(
+                f"epsilon is {self.epsilon:g}, and the pixels are in [{self.lower:g}, {self.upper:g}]; "
+                f"use the images' unit{in_255ths(self.epsilon)}"
+            )
 
     def project(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
         """Moves candidates into the ball around ``images`` and into the bounds.
@@ -107,6 +112,16 @@ class ThreatModel:
         """
         delta = candidates - images
         return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
+
+
+def in_255ths(value: float) -> str:
+    """Asks whether a length above 1 was given in 255ths, for a message; '' if it cannot have been.
+
+    Example:
+      >>> in_255ths(8.0)
+      ': did you mean 8/255?'
+    """
+    return f": did you mean {value:g}/255?" if 1 < value <= 255 else ""
 
 
 def like_images(values: chex.Array, images: chex.Array) -> chex.Array:

@@ -3,6 +3,7 @@
 - ``training_job``, ``evaluation_job``: all that a training or an evaluation needs, built and checked
 - ``parts``: data set, model, objective with its attack and losses, optimizer, augmentation
 - ``instantiate``: the function that a section names, with its arguments bound
+- ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``ranges``: which fields a config must have, and which values are allowed
 
 A section with a ``name`` selects a function: one of the library's tables (``LOSSES``, ``HEADS``, ...), or
@@ -32,7 +33,7 @@ in its section::
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, model, objective, optimizer
-from robal_jax.builder.ranges import RANGES, validate
+from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, training
 
 __all__ = [
@@ -41,7 +42,9 @@ __all__ = [
     "Training",
     "call",
     "dataset",
+    "doubts",
     "evaluation",
+    "evaluation_doubts",
     "model",
     "objective",
     "optimizer",

@@ -1,6 +1,7 @@
 """From a config to an :class:`Evaluation`: the model, the images, the attacks, and what the report says."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from robal_jax.data import TestSet
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import to_json
+from robal_jax.storage.workdir import data_digest
 
 
 def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
@@ -58,6 +60,7 @@ class Evaluation:
       layout: how the devices are used, a key of ``parallel.LAYOUTS``.
       groups: classes by the name of their group, see ``metrics.class_groups``.
       about: method, data and attack in the words of the report. Nothing reads it back.
+      data_sha256: of the training set and the test set; '' if there is no training set.
     """
 
     test: TestSet
@@ -75,6 +78,7 @@ class Evaluation:
     layout: str
     groups: dict[str, np.ndarray]
     about: dict[str, Any]
+    data_sha256: str = ""
 
 
 def evaluation(config: ConfigDict) -> Evaluation:
@@ -84,14 +88,17 @@ def evaluation(config: ConfigDict) -> Evaluation:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    settings, test, platform = config.evaluation, dataset(config).test_set, jax.default_backend()
+    settings, data, platform = config.evaluation, dataset(config), jax.default_backend()
+    test = data.test_set
     counts = test.class_counts
     groups = metrics.class_groups(counts, settings.head_classes, settings.tail_classes)
     head = settings.head if settings.head.name else config.head
-    network = model(config, counts, platform=platform, precision=settings.precision, head=head)
+    images = jax.ShapeDtypeStruct((1, 2, *test.images.shape[1:]), np.float32)
+    build = functools.partial(model, config, counts, platform=platform, precision=settings.precision)
+    network = build(head=head, images=images)
     variables = _variables(network, test)
     if settings.head.name:
-        trained = model(config, counts, platform=platform, precision=settings.precision)
+        trained = build()
         _check_same_variables(config, head, _variables(trained, test), variables)
 
     def predict(params: Any, stats: Any, images: Any) -> Any:
@@ -118,6 +125,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
         layout=config.train.layout,
         groups=groups,
         about=_about(config, test, head, ensemble),
+        data_sha256=data_digest(data),
     )
 
 

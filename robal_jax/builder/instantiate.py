@@ -8,11 +8,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule
+from robal_jax.builder.contracts import broken, described
+from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule, shown
 from robal_jax.errors import InputError, one_line
 
-# Parameters that receive their values at every step.
-LATE = ("epoch",)
+POSITIONAL = {"loss": ("logits", "labels"), "objective": ("model", "params", "stats", "batch")}
+"""Arguments that a function of a kind receives by position when it is called; those of other kinds: none."""
+
+LATE = {"loss": ("epoch",), "schedule": ("epochs",)}
+"""Parameters that receive their values by name when the function is called."""
+
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 ANYTHING: Rule = ("anything", lambda value: True)
 
@@ -39,11 +45,7 @@ def call(
       InputError: the name is unknown, a keyword is unknown or missing, or its value has the wrong type.
     """
     name = str(section.get("name", ""))
-    options = {
-        key: call(kind, table, value, **given) if isinstance(value, ConfigDict) else value
-        for key, value in section.items()
-        if key != "name"
-    }
+    options = {key: value for key, value in section.items() if key != "name"}
     if ":" in name:
         function = _import(kind, name)
     elif name in table:
@@ -52,34 +54,55 @@ def call(
         raise InputError(
             f"unknown {kind} {name!r}; use one of {', '.join(table)}, or your own as 'module:function'"
         )
-    parameters = inspect.signature(function).parameters
-    unknown = sorted(set(options) - set(parameters))
+    parameters = _parameters(kind, name, function)
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_position = [p.name for p in positional][: len(POSITIONAL.get(kind, ()))]
+    known = [key for key in parameters if key not in (*by_position, "parent")]  # which flax adds
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        known = [key for key in parameters if key not in ("parent", "name")]  # which flax adds to a module's
+        known = [key for key in known if key != "name"]  # flax adds it, too
         raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; use one of {', '.join(known)}")
     for key, value in options.items():
         must, holds = OF_TYPE.get(parameters[key].annotation, ANYTHING)
         if not holds(value):
-            raise InputError(f"{key} of {kind} {name!r} is {value!r}; it must be {must}")
-    bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
-    needed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    missing = [key for key in needed if key not in bound and key not in LATE]
+            raise InputError(f"{key} of {kind} {name!r} is {shown(value)}; it must be {must}")
+        if isinstance(value, ConfigDict):
+            options[key] = call(kind, table, value, **given)
+    bound = options | {key: value for key, value in given.items() if key in known and key not in options}
+    late = LATE.get(kind, ())
+    needed = [key for key in known if parameters[key].default is inspect.Parameter.empty]
+    missing = [
+        key for key in needed if parameters[key].kind not in VARIABLE and key not in bound and key not in late
+    ]
     if missing:
         raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")
     return functools.partial(function, **bound)
 
 
 def _import(kind: str, name: str) -> Callable[..., Any]:
+    """Imports a user's function; whatever the file raises, its error becomes one line."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
         raise InputError(
             f"cannot import the {kind} {name!r} ({one_line(error)}); correct the name, or add its folder to "
             "PYTHONPATH"
         ) from error
+    if not callable(function):
+        raise broken(kind, name, f"is {described(function)}, not a function")
+    return function
 
 
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Returns whether a function has a parameter of this name."""
-    return name in inspect.signature(function).parameters
+def _parameters(kind: str, name: str, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns a function's parameters; they must have room for the arguments given by position."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:  # of some functions written in C
+        raise broken(kind, name, "does not tell its parameters") from error
+    by_position = POSITIONAL.get(kind, ())
+    try:
+        signature.bind_partial(*by_position)
+    except TypeError as error:
+        raise broken(kind, name, f"is a function of {signature}") from error
+    return signature.parameters

@@ -4,14 +4,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from robal_jax import attacks, classifiers, losses, models, objectives, optimizers
 from robal_jax.attacks import STARTS, ThreatModel
-from robal_jax.builder.instantiate import call, takes
-from robal_jax.data import AUGMENTATIONS, Dataset, sources
+from robal_jax.builder import contracts
+from robal_jax.builder.contracts import calling, takes
+from robal_jax.builder.instantiate import call
+from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
@@ -19,7 +22,11 @@ from robal_jax.models import convolutions
 
 def dataset(config: ConfigDict) -> Dataset:
     """Loads the long-tailed training set and the balanced test set, on the host."""
-    return call("data set", sources.SOURCES, config.data)()
+    load = call("data set", sources.SOURCES, config.data)
+    with calling("data set", config.data.name):
+        found = load()
+    contracts.check_dataset(config.data.name, found)
+    return check_dataset(found)
 
 
 def model(
@@ -31,6 +38,7 @@ def model(
     head: ConfigDict | None = None,
     axis_name: str | None = None,
     sync_batch_norm: bool = True,
+    images: jax.ShapeDtypeStruct | None = None,
 ) -> models.Model:
     """Builds the network of ``config.model`` and a head as functions.
 
@@ -40,8 +48,13 @@ def model(
       platform: of the devices: 'cpu', 'gpu' or 'tpu'; decides how convolutions are computed.
       precision: a key of ``models.PRECISIONS``.
       head: section of the head; ``config.head`` if None.
-      axis_name: mapped axis over which batches are spread, if any.
+      axis_name: mapped axis over which batches are spread; None if the network is not trained.
       sync_batch_norm: whether batch norm takes its statistics over ``axis_name``, or from each device's part.
+      images: shape of the images of a step, ``[devices, B, H, W, C]``, with which modules of the user's own
+        are checked, training passes included if there is an axis; None for no check.
+
+    Raises:
+      InputError: a section cannot be used, or a module is not what its contract wants.
     """
     on_cpu = platform == "cpu"
     backbone = call(
@@ -59,10 +72,17 @@ def model(
         class_counts=tuple(int(count) for count in class_counts),
         axis_name=axis_name,
     )
-    try:
-        network = models.Network(backbone(), classifier())
-    except ValueError as error:
-        raise InputError(f"config.model and the head do not fit: {error}") from error
+    names = {"model": config.model.name, "head": (config.head if head is None else head).name}
+    with calling("model", names["model"]):
+        backbone = backbone()
+    with calling("head", names["head"]):
+        classifier = classifier()
+    # Of the library's own modules only batch norm's wish for more than one value is still open.
+    if images is not None and (images.shape[1] == 1 or any(":" in name for name in names.values())):
+        check = functools.partial(contracts.check_module, trained=axis_name is not None)
+        features = check("model", names["model"], backbone, images)
+        check("head", names["head"], classifier, features, len(class_counts))
+    network = models.Network(backbone, classifier)
     return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
 
 
@@ -84,6 +104,8 @@ def objective(
     )
     function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
     _check_parts(config, loss, inner_loss, function)
+    for section, bound in ((config.loss, loss), (config.attack.loss, inner_loss)):
+        contracts.check_loss(section, bound, len(class_counts))
     if not takes(loss, "epoch"):
         return function
     return lambda model, params, stats, batch: function(
@@ -118,9 +140,14 @@ def optimizer(
     config: ConfigDict, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optimiser, and its schedule: from a step to a learning rate."""
-    rates = call("schedule", optimizers.SCHEDULES, config.schedule)(epochs=config.train.epochs)
+    rates_of, epochs = call("schedule", optimizers.SCHEDULES, config.schedule), config.train.epochs
+    with calling("schedule", config.schedule.name):
+        rates = rates_of(epochs=epochs)
+    rates = contracts.check_schedule(config.schedule.name, rates, epochs)
     schedule = optimizers.per_step(rates, steps_per_epoch)
-    return call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)(), schedule
+    make = call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
+    with calling("optimizer", config.optimizer.name):
+        return make(), schedule
 
 
 def augmentation(name: str, data: Dataset) -> Callable[..., Any]:

@@ -1,4 +1,8 @@
-"""The fields that every config must have, their types, and the values that fields may have."""
+"""The fields that every config must have, their types, and the values that fields may have.
+
+A value that cannot be used is refused by :func:`validate`. One that can, but hardly says what was meant, is a
+line of :func:`doubts`.
+"""
 
 import math
 import numbers
@@ -9,6 +13,7 @@ from ml_collections import ConfigDict
 
 from robal_jax import classifiers, models, objectives
 from robal_jax.attacks import NORMS, STARTS
+from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, SAMPLERS
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
@@ -27,12 +32,18 @@ TEXT: Rule = ("a text", lambda value: isinstance(value, str))
 
 BOOLEAN: Rule = ("True or False", lambda value: isinstance(value, bool))
 
+FEW: Rule = ("> 0 and at most 10^6", lambda value: 0 < value <= 10**6)
+
 NUMBER: Rule = ("a number", lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 INTEGER: Rule = (
     "an integer",
     lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),
 )
+
+IN_32_BITS: Rule = ("an integer below 2^31", lambda value: INTEGER[1](value) and abs(value) < 2**31)
+
+FINITE: Rule = ("finite", math.isfinite)
 
 
 def _one_of(names: Iterable[str]) -> Rule:
@@ -45,8 +56,8 @@ def _are_epochs(value: Any) -> bool:
 
 _POSITIVE_FIELDS = (
     "threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale",
-    "schedule.lr", "schedule.decay", "train.epochs", "train.batch_size", "train.steps_per_dispatch",
-    "train.accumulation_steps", "train.reading_threads", "train.checkpoint_epochs", "train.keep_checkpoints",
+    "schedule.lr", "schedule.decay", "train.batch_size", "train.steps_per_dispatch",
+    "train.accumulation_steps", "train.checkpoint_epochs", "train.keep_checkpoints",
     "evaluation.batch_size", "evaluation.epsilon",
     "evaluation.step_size", "evaluation.logit_scale", "objective.max_epsilon", "objective.search_steps",
 )  # fmt: skip
@@ -60,6 +71,7 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(("seed", "data.seed", "evaluation.seed"), SEED),
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
+    **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
     "attack.start": _one_of(STARTS),
@@ -82,9 +94,9 @@ _TEXTS = (
 )  # fmt: skip
 
 _INTEGERS = (
-    "seed", "attack.steps", "train.epochs", "train.max_steps", "train.batch_size",
+    "attack.steps", "train.epochs", "train.max_steps", "train.batch_size",
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
-    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size", "evaluation.seed",
+    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
 )  # fmt: skip
 
@@ -95,15 +107,23 @@ _NUMBERS = (
 
 REQUIRED: dict[str, Rule] = {
     **dict.fromkeys(_TEXTS, TEXT),
-    **dict.fromkeys(_INTEGERS, INTEGER),
+    **dict.fromkeys(("seed", "evaluation.seed"), INTEGER),
+    **dict.fromkeys(_INTEGERS, IN_32_BITS),
     **dict.fromkeys(_NUMBERS, NUMBER),
     "train.sync_batch_norm": BOOLEAN,
 }
 """Types of the fields that every config has."""
 
 
+_LENGTHS = (
+    "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
+    "objective.max_epsilon",
+)  # fmt: skip
+"""Lengths in the images' unit; in L-infinity 1 is the whole range of a pixel."""
+
+
 def validate(config: ConfigDict) -> None:
-    """Checks ``REQUIRED`` and ``RANGES``, and that every number is finite.
+    """Checks ``REQUIRED`` and ``RANGES``, that every number is finite, and that no length leaves the images.
 
     Raises:
       InputError: names the field, its value and what it must be.
@@ -113,15 +133,78 @@ def validate(config: ConfigDict) -> None:
         if field not in fields:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
     for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:
+        if any(name.startswith(f"{field}.") for name in fields):
+            raise InputError(f"config.{field} is a section; it must be {must}")
         if field in fields and not _holds(holds, fields[field]):
-            raise InputError(f"config.{field} is {fields[field]!r}; it must be {must}")
+            raise InputError(f"config.{field} is {shown(fields[field])}; it must be {must}")
     for field, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"config.{field} is {value!r}; it must be finite")
+        entries = value if isinstance(value, list | tuple) else [value]
+        if not all(_holds(FINITE[1], entry) for entry in entries if isinstance(entry, numbers.Number)):
+            raise InputError(f"config.{field} is {shown(value)}; it must be {FINITE[0]}")
+    for field in _LENGTHS:
+        if fields["threat.norm"] == "linf" and fields.get(field, 0) > 1:
+            raise InputError(
+                f"config.{field} is {fields[field]:g}; in L-infinity it must be at most 1, the range of a "
+                "pixel" + in_255ths(fields[field])
+            )
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, shortened to 80 characters, to quote it in a message."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
     try:
         return holds(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         return False
+
+
+EVALUATION_STEPS = 20
+"""Steps of PGD-20, MIM-20 and CW-20 in every evaluation."""
+
+
+def doubts(config: ConfigDict) -> list[str]:
+    """Says what a config that can be used hardly means, in lines for a person.
+
+    Args:
+      config: a valid one.
+
+    Returns:
+      Warnings about the training; see :func:`evaluation_doubts` for the evaluation.
+    """
+    attack, schedule, epochs, found = config.attack, config.schedule, config.train.epochs, []
+    if config.objective.name != "plain":  # which attacks nothing
+        found += _short_of("threat.epsilon", config.threat.epsilon, "attack", attack.steps, attack.step_size)
+    milestones = list(schedule.get("milestones", ()))
+    if milestones != sorted({max(milestone, 1) for milestone in milestones}):
+        found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")
+    if schedule.get("warmup", 0) > epochs:
+        found.append(
+            f"config.schedule.warmup is {schedule.warmup} epochs, but the run has {epochs}; "
+            "set a shorter warm-up or more epochs"
+        )
+    return found
+
+
+def evaluation_doubts(config: ConfigDict) -> list[str]:
+    """Says what the section ``evaluation`` of a valid config hardly means, in lines for a person."""
+    settings = config.evaluation
+    return _short_of(
+        "evaluation.epsilon", settings.epsilon, "evaluation", EVALUATION_STEPS, settings.step_size
+    )
+
+
+def _short_of(field: str, epsilon: float, section: str, steps: int, step_size: float) -> list[str]:
+    """Warns if an attack's steps together are shorter than the radius, up to rounding."""
+    if steps * step_size >= epsilon * (1 - 1e-6):
+        return []
+    return [
+        f"{steps} times config.{section}.step_size {step_size:g} is less than config.{field} "
+        f"{epsilon:g}: the attack cannot reach the edge of the ball; set a larger step size"
+    ]

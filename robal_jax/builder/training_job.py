@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from robal_jax import metrics, models, objectives
+from robal_jax.builder import contracts
 from robal_jax.builder.parts import augmentation, dataset, model, objective, optimizer
 from robal_jax.builder.ranges import validate
 from robal_jax.data import Dataset, epoch_order
@@ -82,20 +83,29 @@ def training(config: ConfigDict) -> Training:
             "set a smaller one"
         )
     total_steps = steps_per_epoch * train.epochs
+    if total_steps >= 2**31:
+        raise InputError(
+            f"config.train.epochs makes {total_steps} steps; set fewer, so that they are below 2^31"
+        )
     # Training does not need the groups, but an evaluation that is sure to fail should fail now.
     metrics.class_groups(counts, config.evaluation.head_classes, config.evaluation.tail_classes)
     optimise, schedule = optimizer(config, steps_per_epoch)
+    images = _images_of_a_step(config, data)
+    network = model(
+        config,
+        counts,
+        platform=jax.default_backend(),
+        precision=train.precision,
+        axis_name=parallel.AXIS,
+        sync_batch_norm=train.sync_batch_norm,
+        images=images,
+    )
+    minimised = objective(config, counts, parallel.AXIS)
+    _check_own(config, network, minimised, optimise, images)
     return Training(
         data=data,
-        model=model(
-            config,
-            counts,
-            platform=jax.default_backend(),
-            precision=train.precision,
-            axis_name=parallel.AXIS,
-            sync_batch_norm=train.sync_batch_norm,
-        ),
-        objective=objective(config, counts, parallel.AXIS),
+        model=network,
+        objective=minimised,
         optimizer=optimise,
         schedule=schedule,
         seed=config.seed,
@@ -105,6 +115,30 @@ def training(config: ConfigDict) -> Training:
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total_steps, train.max_steps or total_steps),
     )
+
+
+def _check_own(
+    config: ConfigDict,
+    network: models.Model,
+    minimised: objectives.Objective,
+    optimise: optax.GradientTransformation,
+    images: jax.ShapeDtypeStruct,
+) -> None:
+    """Checks an objective and an optimizer of the user's own with the network and the images of a step."""
+    names = config.objective.name, config.optimizer.name
+    if not any(":" in name for name in names):
+        return
+    variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
+    contracts.check_objective(names[0], minimised, network, variables, images)
+    contracts.check_optimizer(names[1], optimise, variables[0])
+
+
+def _images_of_a_step(config: ConfigDict, data: Dataset) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the images that the devices see at once, ``[devices, B, H, W, C]``."""
+    devices = jax.device_count()
+    each = max(config.train.batch_size // (devices * config.train.accumulation_steps), 1)
+    shape = (devices, each, *data.test_images.shape[1:])
+    return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
 
 
 def _settings(train: ConfigDict, steps_per_epoch: int) -> Settings:

@@ -67,3 +67,4 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "cifar100_lt": partial(cifar.load_cifar_lt, "cifar100"),
     "image_folder": image_folder.load_image_folder,
 }
+"""Data sets by name: functions that return a :class:`Dataset`, as its docstring describes it."""

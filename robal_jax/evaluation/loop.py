@@ -36,7 +36,13 @@ from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.names import EVALUATION, UNFINISHED
 from robal_jax.storage.progress import Meter
 from robal_jax.storage.unfinished import Unfinished
-from robal_jax.storage.workdir import digest_of_test_set, restore_weights, versions
+from robal_jax.storage.workdir import (
+    check_same_data,
+    check_same_model,
+    digest_of_test_set,
+    restore_weights,
+    versions,
+)
 
 MAIN_ATTACK = "pgd_20"
 """The condition whose accuracy counts if no ensemble is evaluated."""
@@ -65,13 +71,17 @@ def evaluate(
       The folder of the results.
 
     Raises:
-      InputError: config, data, checkpoint or folder cannot be used.
+      InputError: config, data, checkpoint or folder cannot be used, or are not those of the run.
     """
     say = hosts.speaker(say)
     with hosts.stop_signals() as stop:
+        check_same_model(config, workdir)
         job = builder.evaluation(config)
+        check_same_data(job.data_sha256, workdir, say)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
         surrogate = _surrogate(job, say)
+        for doubt in builder.evaluation_doubts(config):
+            say(f"warning: {doubt}")
         hosts.check_agreement("the config", to_json(config))
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}

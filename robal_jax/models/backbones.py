@@ -215,3 +215,13 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": SmallCNN,
     "resnet50": ResNet50,
 }
+"""Backbones by name. The contract of a backbone, which is checked before training if it is your own:
+
+- It is a ``flax.linen`` module; ``module(images [B, H, W, C], train)``, both by position, returns float
+  features ``[B, D]``. A network that ends with maps ``[B, H, W, C]`` takes their mean or flattens them.
+- It draws nothing at random (no ``nn.Dropout``), so that an image's outcome is a function of the image.
+- Parameters are in the collection ``params``, running values in ``batch_stats``; there is no other.
+- A training pass leaves the float *moments of its batch* in ``batch_stats``, as ``models.BatchNorm`` does,
+  and not new running values, as flax's own ``nn.BatchNorm`` does: ``update_statistics`` folds moments of the
+  names in ``FOLDS`` into the running values. A pass that leaves a running value as it is keeps it.
+"""

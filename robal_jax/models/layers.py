@@ -113,6 +113,9 @@ def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]
     Returns:
       The new running statistics.
 
+    Raises:
+      ValueError: ``moments`` is no tuple.
+
     Example:
       >>> stats = {"bn1": {"mean": jnp.array([1.0])}, "classifier": {"count": jnp.array(7.0)}}
       >>> moments = {"bn1": {"mean": jnp.array([2.0])}, "classifier": {"count": jnp.array(8.0)}}
@@ -127,6 +130,9 @@ def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]
         keep, new = FOLDS[path[-1].key]
         return keep * r + new * m
 
+    if not isinstance(moments, tuple | list):
+        kind = type(moments).__name__
+        raise ValueError(f"moments are a {kind}; pass a tuple with those of each training pass, (moments,)")
     for moment in moments:
         stats = jax.tree_util.tree_map_with_path(fold, stats, moment)
     return stats

@@ -13,7 +13,7 @@ from jax import lax
 
 
 class Network(nn.Module):
-    """A backbone and a head.
+    """A backbone and a head, as ``BACKBONES`` and ``classifiers.HEADS`` describe them.
 
     Attributes:
       backbone: images ``[B, H, W, C]`` to features ``[B, D]``, called with ``(images, train)``.
@@ -70,7 +70,7 @@ def functional(network: nn.Module, *, precision: str = "default", piece: int | N
       The network's functions.
 
     Raises:
-      ValueError: the precision is unknown.
+      ValueError: the precision is unknown. A training pass raises it for flax's own ``nn.BatchNorm``.
 
     Example:
       >>> from robal_jax.classifiers import LinearHead
@@ -105,10 +105,28 @@ def functional(network: nn.Module, *, precision: str = "default", piece: int | N
     def train(
         params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
     ) -> tuple[chex.Array, chex.ArrayTree]:
-        logits, moments = apply(params, stats, images, train=True, mutable=["batch_stats"])
+        with nn.intercept_methods(_refuse_running_values):
+            logits, moments = apply(params, stats, images, train=True, mutable=["batch_stats"])
         return logits, moments.get("batch_stats", {})
 
     def features(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
         return apply(params, stats, images, train=False, method=lambda net, x, train: net.backbone(x, train))
 
     return Model(init, predict, train, features)
+
+
+def _refuse_running_values(call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
+    """Calls a module's method; raises a ``ValueError`` for flax's batch norm in a training pass."""
+    module = context.module
+    if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
+        fixed = nn.merge_param(
+            "use_running_average",
+            module.use_running_average,
+            args[1] if len(args) > 1 else options.get("use_running_average"),
+        )
+        if not fixed:
+            raise ValueError(
+                f"{module.name} is flax's nn.BatchNorm, which leaves running values in place of moments; "
+                "use robal_jax.models.BatchNorm"
+            )
+    return call(*args, **options)

@@ -108,7 +108,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
     """
     restricted = shared_conditions(runs)
     first = restricted[0]
-    conditions, groups = first.headline, ["all", *first.summary["groups"]]
+    conditions, groups = first.headline, list(dict.fromkeys(["all", *first.summary["groups"]]))
     rows = _rows(restricted)
     (reference, partners), *others = rows.items()
     by_seed = any(len(members) > 1 for members in rows.values())

@@ -33,6 +33,10 @@ data themselves are compared by their digest.
 """
 
 
+EVALUATED = ("method", "evaluation.", "data.path", "train.layout")
+"""Beginnings of the names of the fields that an evaluation may set for a trained run."""
+
+
 def to_json(config: ConfigDict) -> str:
     """Returns the resolved config as JSON with sorted keys."""
     return json.dumps(json.loads(config.to_json()), indent=2, sort_keys=True) + "\n"
@@ -101,6 +105,17 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
     filled = [neutral | here, neutral | there]
     return ["{}: {!r} here, {!r} there".format(name, *(f.get(name) for f in filled)) for name in names]
+
+
+def evaluates_another_run(config: ConfigDict, trained: ConfigDict) -> list[str]:
+    """Lists the fields that the config of an evaluation may not change, as lines ``field: this, there``."""
+    here, there = (without_neutral(json.loads(c.to_json())) for c in (config, trained))
+    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    return [
+        f"config.{name} is {here.get(name)!r} here, {there.get(name)!r} in the run"
+        for name in names
+        if not name.startswith(EVALUATED)
+    ]
 
 
 def training_fields(config: ConfigDict) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
 from robal_jax.storage import checkpoints, config_file
 from robal_jax.storage.files import write_whole
-from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, VERSIONS
+from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, IMPORT, VERSIONS
 
 T = TypeVar("T")
 
@@ -118,6 +118,48 @@ def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
         raise InputError(
             f"workdir {workdir} was made with a different config ({'; '.join(changed)}); "
             "choose another with --workdir, or use the same config to resume"
+        )
+
+
+def check_same_model(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Checks that an evaluation's config is that of the run, but for what an evaluation may set.
+
+    Raises:
+      InputError: the config changes a field of the model, the data or the training.
+    """
+    if not (workdir / CONFIG).exists():
+        return
+    changed = config_file.evaluates_another_run(config, config_file.read_config(workdir))
+    if changed:
+        raise InputError(
+            f"an evaluation cannot change the run {workdir} ({'; '.join(changed)}); set only fields of "
+            "config.evaluation (evaluation.epsilon for another radius, evaluation.head for another head), "
+            "config.data.path and config.train.layout, or train another run"
+        )
+
+
+def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Checks that an evaluation has the data of the run.
+
+    Args:
+      digest: sha256 of its data, see :func:`data_digest`.
+      workdir: folder of the run.
+      say: is told if the run does not say which data it was trained on; an imported run never does.
+
+    Raises:
+      InputError: the data are different.
+    """
+    if (workdir / IMPORT).exists() or not (workdir / CONFIG).exists():
+        return
+    try:
+        trained_on = json.loads((workdir / VERSIONS).read_text())["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        say(f"warning: {workdir / VERSIONS} does not say which data the run was trained on")
+        return
+    if trained_on != digest:
+        raise InputError(
+            f"the data differ from those of the run {workdir} (sha256 {digest[:12]}… here, "
+            f"{str(trained_on)[:12]}… there); restore them, or name their place in config.data.path"
         )
 
 

@@ -111,7 +111,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         if found:
             state = found.tree
             say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-        elif state is None:
+        else:
+            for doubt in builder.doubts(config):
+                say(f"warning: {doubt}")
+        if state is None:
             state = jax.device_get(jax.jit(partial(initial_state, job))())
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
         if stop:

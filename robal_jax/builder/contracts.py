@@ -1,0 +1,332 @@
+"""What a function that a config names must take and return, checked before any long work starts.
+
+``CONTRACTS`` has the words of the messages. In full, the contract of a kind is written above its table:
+``models.BACKBONES``, ``classifiers.HEADS``, ``losses.LOSSES``, ``objectives.OBJECTIVES``,
+``optimizers.SCHEDULES`` and ``OPTIMIZERS``, ``data.sources.SOURCES``.
+
+Functions are traced for shapes as they will be called, with one part of a batch on each device; nothing is
+computed. :func:`calling` turns any error of a user's own function into one line.
+"""
+
+import contextlib
+import functools
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.interpreters import partial_eval
+from ml_collections import ConfigDict
+
+from robal_jax import models, objectives
+from robal_jax.data import Dataset
+from robal_jax.devices.parallel import AXIS
+from robal_jax.errors import InputError, one_line
+
+CONTRACTS = {
+    "data set": "return a robal_jax.data.Dataset",
+    "model": "be a flax.linen module without dropout, from (images [B, H, W, C], train) to floats [B, D]",
+    "head": "be a flax.linen module without dropout, from (features [B, D], train) to floats [B, K]",
+    "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
+    "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
+    "schedule": "take epochs and return one finite learning rate >= 0 per epoch",
+    "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
+}
+"""What a function of each kind must do, in words that continue 'it must'."""
+
+RESERVED = ("loss", "grad_norm", "epoch", "learning_rate", "images_per_second")
+"""Names in ``metrics.jsonl`` that the training itself uses."""
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Returns whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters
+
+
+def broken(kind: str, name: str, what: str) -> InputError:
+    """Returns the error of a function that breaks the contract of its kind."""
+    return InputError(f"{kind} {name!r} {what}; it must {CONTRACTS[kind]}")
+
+
+@contextlib.contextmanager
+def calling(kind: str, name: str) -> Iterator[None]:
+    """Turns an error of a function into one line that names the function and the place.
+
+    Of the library's own functions only a ``ValueError`` is the user's doing; others are left alone.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if ":" in name:
+            raise broken(kind, name, f"fails with {one_line(error)}{_place(name, error)}") from error
+        if isinstance(error, ValueError):
+            raise InputError(
+                f"{kind} {name!r} cannot be used here: {' '.join(str(error).split())}"
+            ) from error
+        raise
+
+
+def _place(name: str, error: Exception) -> str:
+    """Returns the line of the function's own file where an error arose, ' (my.py:12)', if it is known."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}:{lines[-1]})" if lines else ""
+
+
+def described(found: Any) -> str:
+    """Says what a function returned: shape and type of an array, the kind of anything else."""
+    if hasattr(found, "shape") and hasattr(found, "dtype"):
+        return f"{found.dtype}{list(found.shape)}"
+    if isinstance(found, tuple | list) and not hasattr(found, "_fields"):
+        return f"a {type(found).__name__} ({', '.join(map(described, found))})"
+    return "None" if found is None else f"a {type(found).__name__}"
+
+
+def is_float(found: Any, shape: tuple[int | None, ...]) -> bool:
+    """Returns whether something is one array of floats of this shape; None stands for any length."""
+    return (
+        hasattr(found, "dtype")
+        and jnp.issubdtype(found.dtype, jnp.floating)
+        and len(found.shape) == len(shape)
+        and all(want in (None, have) for have, want in zip(found.shape, shape, strict=True))
+    )
+
+
+def _struct(shape: tuple[int, ...], dtype: Any = float) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(dtype))
+
+
+def _program(kind: str, name: str, function: Callable[..., Any], axes: Any, *args: Any) -> tuple[Any, Any]:
+    """Traces a function over the devices; the program, and the shapes that one device finds."""
+    with calling(kind, name):
+        program, found = jax.make_jaxpr(jax.vmap(function, in_axes=axes, axis_name=AXIS), return_shape=True)(
+            *args
+        )
+    return program, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), found)
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    """Returns the arrays of a tree by their names, 'bn1/mean'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _unlike(moments: Any, stats: Any) -> str:
+    """Says how moments differ from running values, which they must be like, or are no floats; '' if not."""
+    have, want = _names(moments), _names(stats)
+    for name in sorted(have.keys() ^ want.keys()):
+        return f"{'no ' if name in want else ''}{name!r}"
+    for name, moment in have.items():
+        if not is_float(moment, want[name].shape):
+            return f"{name!r} as {described(moment)}, not floats {list(want[name].shape)},"
+    return ""
+
+
+def check_dataset(name: str, found: Any) -> None:
+    """Refuses anything but a ``Dataset``."""
+    if not isinstance(found, Dataset):
+        raise broken("data set", name, f"returns {described(found)}")
+
+
+def check_loss(section: ConfigDict, loss: Any, classes: int) -> None:
+    """Refuses a loss, or a loss that it wraps, that does not give one float per example.
+
+    Args:
+      section: of the config, with the name.
+      loss: bound, a ``functools.partial``.
+      classes: their number ``K``.
+    """
+    for key, inner in loss.keywords.items():
+        if isinstance(section.get(key), ConfigDict):
+            check_loss(section[key], inner, classes)
+    batch = classes + 1  # so that [K] is not taken for [B]
+    args = (_struct((1, batch, classes)), _struct((1, batch), jnp.int32), _struct((), jnp.int32))
+
+    def at_epoch(logits: Any, labels: Any, epoch: Any) -> Any:
+        late = {"epoch": epoch} if takes(loss, "epoch") else {}
+        return loss(logits, labels, **late)
+
+    _, found = _program("loss", section.name, at_epoch, (0, 0, None), *args)
+    if not is_float(found, (batch,)):
+        what = f"returns {described(found)} for logits [{batch}, {classes}] and labels [{batch}]"
+        raise broken("loss", section.name, what)
+
+
+def check_module(
+    kind: str, name: str, module: Any, inputs: Any, width: int | None = None, *, trained: bool
+) -> Any:
+    """Refuses a backbone or a head that is not what the attacks and a training pass need.
+
+    Args:
+      kind: 'model' or 'head'.
+      name: in the config.
+      module: the flax module.
+      inputs: shape of what it receives in a step, ``[devices, B, ...]``.
+      width: number of features or logits, if it is known.
+      trained: whether there are training passes.
+
+    Returns:
+      The shape of its output, ``[devices, B, D]``.
+    """
+    if not isinstance(module, nn.Module):
+        raise broken(kind, name, f"returns {described(module)}")
+    devices, batch = inputs.shape[:2]
+
+    def checked(found: Any) -> Any:
+        if not is_float(found, (batch, width)):
+            what = {"model": "images", "head": "features"}[kind]
+            raise broken(kind, name, f"returns {described(found)} for {what} {list(inputs.shape[1:])}")
+        return found
+
+    def predict(variables: Any, x: Any) -> Any:
+        return module.apply(variables, x, False)
+
+    def train(params: Any, stats: Any, x: Any) -> Any:
+        return module.apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+
+    def init(key: Any, x: Any) -> Any:
+        return module.init_with_output(key, x, False)
+
+    key = jax.eval_shape(jax.random.key, 0)
+    _, (found, variables) = _program(kind, name, init, (None, 0), key, inputs)
+    checked(found)
+    others = sorted(set(variables) - {"params", "batch_stats"})
+    if others:
+        raise InputError(
+            f"{kind} {name!r} has variables in {others[0]!r}; use the collections 'params' and 'batch_stats'"
+        )
+    params, stats = variables.get("params", {}), variables.get("batch_stats", {})
+    if ":" in name:  # the library's modules draw nothing at random
+        checked(_program(kind, name, predict, (None, 0), variables, inputs)[1])
+    output = jax.ShapeDtypeStruct((devices, *found.shape), found.dtype)
+    if not trained:
+        return output
+    program, (found, moments) = _program(kind, name, train, (None, None, 0), params, stats, inputs)
+    checked(found)
+    moments = moments.get("batch_stats", {})
+    problem = _unlike(moments, stats)
+    if problem:
+        raise InputError(
+            f"{kind} {name!r} leaves {problem} in 'batch_stats'; leave one moment per running value"
+        )
+    _check_no_running_values(kind, name, program.jaxpr, params, stats)
+    return output
+
+
+def _check_no_running_values(kind: str, name: str, program: Any, params: Any, stats: Any) -> None:
+    """Refuses a training pass whose moment depends on the running value into which it will be folded.
+
+    A moment that *is* its running value keeps that value as it is, and is allowed.
+
+    Args:
+      kind: 'model' or 'head'.
+      name: in the config.
+      program: jaxpr of ``(params, stats, x) -> (output, moments)``.
+      params: of the module.
+      stats: its running values.
+    """
+    first = len(jax.tree.leaves(params))
+    running = dict(zip(_names(stats), program.invars[first:], strict=False))
+    moments = dict(zip(running, program.outvars[1:], strict=True))
+    made = {out: eqn for eqn in program.eqns for out in eqn.outvars}
+    folded = [
+        path
+        for path in running
+        if models.FOLDS.get(path.rpartition("/")[2], (0.0, 0.0))[1]
+        and not _is_copy(made, moments[path], running)
+    ]
+
+    def used(paths: list[str]) -> list[str]:
+        kept = {moments[path] for path in paths}
+        _, needed = partial_eval.dce_jaxpr(program, [out in kept for out in program.outvars])
+        read = {var for var, need in zip(program.invars, needed, strict=True) if need}
+        return [path for path in paths if running[path] in read]
+
+    for path in used(folded):  # a moment may depend on other running values
+        if used([path]):
+            raise InputError(
+                f"{kind} {name!r} stores a running value in {path!r}, where a training pass must leave the "
+                "moment of its batch; use robal_jax.models.BatchNorm in place of flax's nn.BatchNorm"
+            )
+
+
+def _is_copy(made: Any, moment: Any, running: Any) -> bool:
+    """Returns whether a moment is a running value, repeated on every device."""
+    eqn = made.get(moment)
+    copied = eqn.invars[0] if eqn is not None and eqn.primitive.name == "broadcast_in_dim" else moment
+    return any(copied is value for value in running.values())
+
+
+def check_objective(name: str, objective: Any, model: models.Model, variables: Any, images: Any) -> None:
+    """Refuses an objective that does not return ``(loss, Outcome)`` as a training step needs it.
+
+    Args:
+      name: in the config.
+      objective: bound.
+      model: the network.
+      variables: shapes of ``params`` and ``stats``.
+      images: shape of the images of a training step, ``[devices, B, H, W, C]``.
+    """
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images.shape[:2]))
+    batch = objectives.Batch(images, _struct(images.shape[:2], jnp.int32), keys, _struct((), jnp.int32))
+    axes = (None, None, objectives.Batch(0, 0, 0, None))
+    _, found = _program("objective", name, functools.partial(objective, model), axes, *variables, batch)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], objectives.Outcome)):
+        raise broken("objective", name, f"returns {described(found)}")
+    loss, (moments, metrics) = found
+    if not is_float(loss, ()):
+        raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar,")
+    if not isinstance(moments, tuple | list):
+        raise broken(
+            "objective", name, f"returns moments that are {described(moments)}, not a tuple of trees,"
+        )
+    for moment in moments:
+        problem = _unlike(moment, variables[1])
+        if problem:
+            raise broken("objective", name, f"returns moments with {problem} unlike the running statistics")
+    if not isinstance(metrics, dict) or not all(is_float(value, ()) for value in metrics.values()):
+        shown = (
+            {key: described(value) for key, value in metrics.items()}
+            if isinstance(metrics, dict)
+            else metrics
+        )
+        raise broken("objective", name, f"returns metrics {shown}, not a dictionary of float scalars,")
+    taken = sorted(set(metrics) & set(RESERVED))
+    if taken:
+        raise InputError(
+            f"objective {name!r} returns a metric {taken[0]!r}, which the training adds; rename it"
+        )
+
+
+def check_schedule(name: str, rates: Any, epochs: int) -> np.ndarray:
+    """Refuses anything but one finite learning rate per epoch; returns them as an array."""
+    with calling("schedule", name):
+        array = np.asarray(rates, float)
+    if array.shape != (epochs,) or not np.all(np.isfinite(array) & (array >= 0)):
+        what = (
+            f"rates of shape {list(array.shape)}"
+            if array.shape != (epochs,)
+            else f"{array.min()}..{array.max()}"
+        )
+        raise broken("schedule", name, f"returns {what} for {epochs} epochs")
+    return array
+
+
+def check_optimizer(name: str, optimizer: Any, params: Any) -> None:
+    """Refuses anything but an Optax transformation whose updates are like the parameters."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise broken("optimizer", name, f"returns {described(optimizer)}")
+    with calling("optimizer", name):
+        state = jax.eval_shape(optimizer.init, params)
+        updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    problem = _unlike(updates, params)
+    if problem:
+        raise broken("optimizer", name, f"returns updates with {problem}")

@@ -1,0 +1,193 @@
+"""An evaluation takes the model and the data of its run, and only fields of the evaluation."""
+
+import inspect
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_cli import npz, saved_run
+
+from robal_jax import builder, cli, evaluation, training
+from robal_jax.data import sources
+from robal_jax.errors import InputError
+from robal_jax.evaluation import loop
+from robal_jax.storage.config_file import read_config
+
+
+class AcceptedError(Exception):
+    """The attacks would have started."""
+
+
+@pytest.fixture(autouse=True)
+def no_attacks(monkeypatch):
+    def accept(*_):
+        raise AcceptedError
+
+    monkeypatch.setattr(loop, "conditions", accept)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    saved_run(workdir)
+    return workdir
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def evaluate(workdir, *overrides):
+    said = []
+    config = cli.apply_overrides(read_config(workdir), [f"--config.{override}" for override in overrides])
+    try:
+        evaluation.evaluate(config, workdir, folder=workdir / "results", say=said.append)
+    except AcceptedError:
+        return said
+    return pytest.fail("not attacked")
+
+
+@pytest.mark.parametrize(
+    ("override", "there"),
+    [
+        ("data.ratio=0.1", "0.05"),
+        ("data.seed=1", "0"),
+        ("data.profile=step", "'exp'"),
+        ("data.test_per_class=60", "70"),
+        ("data.name=cifar10_lt", "'digits_lt'"),
+        ("seed=1", "0"),
+        ("threat.norm=l2", "'linf'"),
+        ("threat.epsilon=0.2", "0.1"),
+        ("head.scale=2.0", "1.0"),
+        ("model.name=resnet18", "'small_cnn'"),
+        ("attack.steps=3", "7"),
+        ("loss.margin=0.2", "0.1"),
+        ("train.batch_size=32", "64"),
+        ("train.epochs=3", "60"),
+        ("train.precision=bfloat16", "'default'"),
+        ("train.reading_threads=2", "16"),
+        ("schedule.lr=0.1", "0.05"),
+        ("optimizer.clip_norm=0.0", "1.0"),
+    ],
+)
+def test_a_field_of_the_run_is_refused(saved, override, there):
+    field = override.partition("=")[0]
+    message = (
+        rf"an evaluation cannot change the run .*\(config\.{field} is .* here, {there} in the run\); "
+        r"set only fields of config\.evaluation"
+    )
+    with pytest.raises(InputError, match=message) as raised:
+        evaluate(saved, override)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_all_fields_of_the_run_are_named(saved):
+    with pytest.raises(
+        InputError, match=r"config\.data\.ratio .*; config\.data\.seed is 3 here, 0 in the run\)"
+    ):
+        evaluate(saved, "data.ratio=0.1", "data.seed=3", "evaluation.epsilon=0.05")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluation.epsilon=0.05",
+        "evaluation.step_size=2/255",
+        "evaluation.seed=3",
+        "evaluation.logit_scale=2.0",
+        "evaluation.autoattack=none",
+        "evaluation.audit.examples=0",
+        "evaluation.batch_size=50",
+        "evaluation.head_classes=2",
+        "evaluation.precision=default",
+        "train.layout=pmap",
+    ],
+)
+def test_a_field_of_the_evaluation_is_taken(run, override):
+    assert evaluate(run, override) == []
+
+
+def test_doubts_are_said(run):
+    (line,) = evaluate(run, "evaluation.step_size=0.001")
+    assert line.startswith("warning: 20 times config.evaluation.step_size 0.001 is less than")
+
+
+def test_inference_of_another_method_is_taken(run):
+    other = builder.with_inference_of(read_config(run), cli.load_config("configs/robal_r.py:digits_lt"))
+    with pytest.raises(AcceptedError):
+        evaluation.evaluate(other, run, folder=run / "results", say=print)
+
+
+def shifted(monkeypatch, change):
+    """Other digits under the same config, as if the data had been made again."""
+
+    def load(**options):
+        data = original(**options)
+        return data._replace(**change(data))
+
+    original = sources.SOURCES["digits_lt"]
+    load.__signature__ = inspect.signature(original)
+    monkeypatch.setitem(sources.SOURCES, "digits_lt", load)
+
+
+CHANGES = {
+    "test pixels": lambda data: {"test_images": np.maximum(data.test_images, np.uint8(1))},
+    "test images": lambda data: {
+        "test_images": data.test_images[::-1],
+        "test_labels": data.test_labels[::-1],
+    },
+    "order of training images": lambda data: {"train_images": data.train_images[::-1]},
+    "number of training images": lambda data: {
+        "train_images": data.train_images[1:],
+        "train_labels": data.train_labels[1:],
+    },
+}
+"""Fields in which other data differ."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_are_refused(run, monkeypatch, change):
+    shifted(monkeypatch, CHANGES[change])
+    with pytest.raises(
+        InputError, match=r"the data differ from those of the run .*sha256 .*… here, .*… there"
+    ):
+        evaluate(run)
+    with pytest.raises(InputError, match="the data differ from those of the run"):
+        evaluation.load_run(run)
+
+
+def test_data_of_another_place_are_taken_and_other_data_there_are_not(tmp_path):
+    labels = np.repeat(np.arange(10), 2)
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    for name, pixels in {"one": images, "copy": images, "other": images[::-1]}.items():
+        npz(tmp_path / f"{name}.npz", pixels, labels)
+    config = cli.load_config("configs/at.py:cifar10_lt")
+    with config.unlocked():
+        config.data.n_max, config.data.ratio, config.data.path = 2, 1.0, str(tmp_path / "one.npz")
+        config.model = {"name": "small_cnn", "channels": (2, 2, 2), "width": 4}
+        config.train.max_steps, config.train.batch_size, config.attack.steps = 1, 20, 1
+    said = []
+    workdir = training.train(config, tmp_path / "run", say=said.append).parents[1]
+    assert said[0].startswith("warning: 1 times config.attack.step_size 0.0078 is less than")
+    assert evaluate(workdir, f"data.path={tmp_path / 'copy.npz'}") == []
+    with pytest.raises(InputError, match="the data differ from those of the run"):
+        evaluate(workdir, f"data.path={tmp_path / 'other.npz'}")
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", "3", '{"jax": "0.4"}'])
+def test_a_run_that_does_not_say_its_data_is_evaluated_with_a_warning(run, content):
+    (run / "versions.json").unlink()
+    if content is not None:
+        (run / "versions.json").write_text(content)
+    (line,) = evaluate(run)
+    assert "versions.json does not say which data the run was trained on" in line
+    (run / "import.json").write_text("{}")
+    assert evaluate(run) == []
+
+
+def test_a_digest_of_another_type_is_another_digest(run):
+    (run / "versions.json").write_text(json.dumps({"data_sha256": 3}))
+    with pytest.raises(InputError, match="3… there"):
+        evaluate(run)
