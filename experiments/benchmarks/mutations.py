@@ -8,6 +8,8 @@ is appended to a file, and the same command resumes there; a higher count keeps 
 
 import ast
 import collections
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -80,7 +82,13 @@ class Mutation(NamedTuple):
 
 
 def _offset(source: bytes, line: int, column: int) -> int:
-    return sum(map(len, source.splitlines(keepends=True)[: line - 1])) + column
+    return _line_starts(source)[line - 1] + column
+
+
+@functools.lru_cache
+def _line_starts(source: bytes) -> list[int]:
+    sizes = (len(line) + 1 for line in source.split(b"\n"))
+    return list(itertools.accumulate(sizes, initial=0))
 
 
 def mutations(file: str, source: bytes) -> list[Mutation]:
