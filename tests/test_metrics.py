@@ -399,8 +399,15 @@ def test_summary_is_consistent(num_classes):
         for part in ("natural_error", "boundary_error"):
             mean = np.average(per_class[part], weights=per_class["support"])
             assert mean == pytest.approx(condition[part]["value"])
-        for key in ("accuracy", *summary["groups"], *parts):
+        for key in ("accuracy", "precision", "recall", "f_score", *summary["groups"], *parts):
             assert 0 <= condition[key]["low"] <= condition[key]["value"] <= condition[key]["high"] <= 1
+            assert condition[key]["low"] < condition[key]["high"]
+        assert condition["balanced_accuracy"] == condition["recall"]
+        hits, predicted, support = np.diagonal(confusion), confusion.sum(0), confusion.sum(1)
+        totals = {"precision": predicted, "recall": support, "f_score": (predicted + support) / 2}
+        for key, total in totals.items():
+            interval = condition[key]["low"], condition[key]["high"]
+            assert interval == metrics.macro_interval(hits, total)
         if name in predictions:
             expected = balanced_accuracy_score(labels, predictions[name])
             assert condition["balanced_accuracy"]["value"] == pytest.approx(expected)
