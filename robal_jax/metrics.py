@@ -2,10 +2,11 @@
 
 Symbols: ``n`` test images, ``K`` classes. A condition is the clean images, or one attack on them.
 
-There are two kinds of intervals. A share of test images (accuracy, the recall of a class, an error rate) gets
-a Wilson interval: a share of 0 or 1 never varies under resampling, so that its bootstrap interval would claim
-certainty. A mean of per-class ratios (macro precision, recall, F-score) gets a stratified bootstrap interval:
-it is not a share, so that it has no Wilson interval.
+Intervals hold 95 % and draw no random numbers. A share of test images (accuracy, the recall of a class, an
+error rate) gets a Wilson interval; a mean of per-class ratios (macro precision, recall, F-score) an exact
+interval at its effective sample size, :func:`macro_interval`; a difference of two models an interval for
+paired shares, :func:`paired_difference`. The last two say how well they hold. A Wilson interval covers 95 %
+on average over shares, and as little as 83 % where fewer than one wrong or one right image is expected.
 
 Every function raises InputError for arguments of a wrong shape, type or range. The examples assume
 ``import numpy as np`` and ``from robal_jax.metrics import *``.
@@ -17,13 +18,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import bdtr, betaincinv
 
 from robal_jax.errors import InputError
 
 Z95 = NormalDist().inv_cdf(0.975)
 """Normal quantile of a two-sided 95 % interval."""
 
-_CHUNK_CELLS = 2_000_000  # confusion cells that the bootstrap holds at a time
+ALPHA = 0.05
+"""Level of the tests; intervals hold ``1 - ALPHA``."""
 
 
 def _classes(name: str, values: ArrayLike, size: int | None = None) -> np.ndarray:
@@ -241,51 +244,81 @@ def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> t
     return np.clip((center - half) / scale, 0, p), np.clip((center + half) / scale, p, 1)
 
 
-def bootstrap_interval(confusion: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Computes 95 % percentile intervals of macro precision, recall and F-score.
+def macro_interval(hits: ArrayLike, totals: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Computes a 95 % interval of a mean of per-class ratios ``m = mean_k t_k / n_k``.
 
-    Each resample draws, for every true class, as many images as the class has, with replacement: row ``k`` of
-    the confusion matrix is multinomial with its own shares. The class sizes stay fixed, because they belong
-    to the design of the test set.
+    If ``t_k ~ Binomial(n_k, p_k)`` are independent, ``Var m = sum_k p_k (1 - p_k) / n_k / K^2``. Of all ``p``
+    with mean ``m <= 1/2``, ``p_k = max(0, (1 - l n_k) / 2)`` has the largest variance V, with the ``l`` that
+    gives this mean; above 1/2 it is one minus those. The interval is the exact one of Clopper and Pearson for
+    ``m n*`` of ``n* = m (1 - m) / V`` images. If all ``n_k`` are equal, ``n*`` is the number of all images.
+
+    With the images of class ``k`` that are predicted as ``k`` for ``t_k``, ``m`` is the macro
+
+    - recall (= balanced accuracy) if ``n_k`` is ``s_k``, the number of images of class ``k``;
+    - precision if it is ``c_k``, the number of images that are predicted as ``k``, given which ``t_k`` is
+      binomial. A class that is never predicted counts as one wrong image;
+    - F-score if it is ``(s_k + c_k) / 2``. By the delta method each error between classes ``i`` and ``j``
+      adds ``(a_i + a_j)^2 <= 2 a_i^2 + 2 a_j^2`` to the variance; with that bound it is the one above.
+
+    At least 93 % are covered if every class has five images; 98 % if recalls differ much. Macro precision
+    also needs as many images per class as there are classes, because a ratio of random counts is biased: 86 %
+    are covered for 100 classes with ten images each. (Simulations in ``tests/test_metrics.py``.)
 
     Args:
-      confusion: ``C``, integers ``[K, K]``, every row sum at least 1.
-      resamples: number of resamples.
-      seed: seed of the draws; equal seeds give equal intervals.
+      hits: ``t [..., K]``, ``0 <= t <= n``.
+      totals: ``n [..., K]``; 0 where a class has no image.
 
     Returns:
-      float64 ``[3, 2]``: (low, high) of macro precision, macro recall (= balanced accuracy), macro F-score.
+      Lower and upper bound, float64 ``[...]`` in [0, 1].
 
-    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 13.
+    Source: Clopper and Pearson (1934), The use of confidence or fiducial limits illustrated in the case of
+      the binomial; at an effective sample size as in Korn and Graubard (1998), Confidence intervals for
+      proportions with small expected number of positive counts estimated from survey data.
 
     Example:
-      >>> print(bootstrap_interval(np.array([[3, 0], [0, 5]])).tolist())  # nothing varies
-      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+      >>> low, high = macro_interval([9, 10], [10, 10])  # as 19 of 20
+      >>> print(low.round(4), high.round(4))
+      0.7513 0.9987
     """
-    confusion = _square(confusion)
-    if confusion.ndim != 2 or not np.issubdtype(confusion.dtype, np.integer) or confusion.sum(-1).min() < 1:
-        raise InputError("confusion is not integers [K, K] with images of every class; count all test images")
-    generator = np.random.default_rng(seed)
-    support = confusion.sum(-1)
-    shares = confusion / support[:, None]
-    chunk = max(1, _CHUNK_CELLS // confusion.size)
-    macros = []
-    for start in range(0, resamples, chunk):
-        size = (min(chunk, resamples - start), len(confusion))
-        macros.append(_macro(generator.multinomial(support, shares, size=size)))
-    return np.quantile(np.concatenate(macros, -1), (0.025, 0.975), axis=-1).T
+    t, n = np.broadcast_arrays(np.asarray(hits, np.float64), np.asarray(totals, np.float64))
+    if not t.ndim or not t.shape[-1] or not np.all((t >= 0) & (t <= n)):  # NaN is not
+        raise InputError("hits are not in 0..totals, per class [..., K]; pass counts of the same images")
+    n = np.maximum(n, 1)
+    mean = np.mean(t / n, axis=-1)
+    size = _effective_size(mean, n)
+    return _exact_low(mean, size), 1 - _exact_low(1 - mean, size)
+
+
+def _exact_low(share: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Returns the lower bound of Clopper and Pearson, a Beta quantile; the counts need not be integers."""
+    s = share * size
+    return np.where(s > 0, betaincinv(np.where(s > 0, s, 1), size - s + 1, ALPHA / 2), 0)
+
+
+def _effective_size(mean: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Returns ``n*`` of :func:`macro_interval`: ``[...]`` from ``m [...]`` and ``n [..., K]``."""
+    share = np.maximum(np.minimum(mean, 1 - mean), 1e-6)  # at 0 the limit
+    n = np.sort(totals, axis=-1)
+    count = n.shape[-1]
+    # K m = sum_k max(0, (1 - l n_k) / 2), of which the first j (smallest n) are above 0: the largest root.
+    active = np.arange(1, count + 1)
+    multiplier = np.max((active - 2 * count * share[..., None]) / np.cumsum(n, -1), -1, keepdims=True)
+    p = np.maximum(0, (1 - multiplier * n) / 2)
+    return share * (1 - share) * count**2 / np.sum(p * (1 - p) / n, axis=-1)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Compares two models on the same images: accuracy of the second minus that of the first.
 
     With ``b`` images that only the second gets right and ``c`` that only the first does, the difference is
-    ``(b - c) / n``. The 95 % interval is the normal approximation for paired proportions after adding 1/2 to
-    each of the four cells (``b' = b + 1/2``, ``c' = c + 1/2``, ``n' = n + 2``), which keeps its coverage for
-    small ``b`` and ``c``: ``(b' - c') / n' -+ z sqrt(b' + c' - (b' - c')^2 / n') / n'``.
+    ``(b - c) / n``. The p-value is that of the exact McNemar test: if neither model were better, each of the
+    ``b + c`` images on which they differ would be gained or lost with probability 1/2, so that
+    ``b ~ Binomial(b + c, 1/2)``.
 
-    The p-value is that of the exact McNemar test: if neither model were better, each of the ``b + c`` images
-    on which they differ would be gained or lost with probability 1/2, so that ``b ~ Binomial(b + c, 1/2)``.
+    The 95 % interval adds one image to ``b`` and to ``c``: with ``p = (b + 1) / (n + 2)`` and
+    ``q = (c + 1) / (n + 2)`` it is ``p - q -+ z sqrt((p + q - (p - q)^2) / (n + 2))``, extended to 0 if the
+    test does not reject. If the test rejects, 0 is outside anyway; so 0 is inside if and only if
+    ``p_value >= 0.05``. At least 93 % are covered from 40 images on, and at least 89 % with fewer.
 
     Args:
       first: whether the first model is right, booleans ``[n]``, ``n >= 1``.
@@ -294,27 +327,28 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]
     Returns:
       'value', 'low' and 'high', in [-1, 1]; 'p_value', two-sided, 1 if the models never differ.
 
-    Source: Agresti and Min (2005), Simple improved confidence intervals for comparing matched proportions;
-      McNemar (1947), Note on the sampling error of the difference between correlated proportions.
+    Source: Bonett and Price (2012), Adjusted Wald confidence interval for a difference of binomial
+      proportions based on paired data; McNemar (1947), Note on the sampling error of the difference between
+      correlated proportions.
 
     Example:
       >>> first, second = np.arange(8) < 4, np.arange(8) < 6
       >>> difference = paired_difference(first, second)  # b = 2, c = 0
       >>> print({name: round(number, 4) for name, number in difference.items()})
-      {'value': 0.25, 'low': -0.116, 'high': 0.516, 'p_value': 0.5}
+      {'value': 0.25, 'low': -0.1719, 'high': 0.5719, 'p_value': 0.5}
     """
-    from scipy.stats import binomtest  # here, since it takes a second that only comparisons need
-
     first = _hits("first", first)
     second = _hits("second", second, len(first))
     n = len(first)
     gained = int(np.sum(second & ~first))
     lost = int(np.sum(first & ~second))
-    center = (gained - lost) / (n + 2)
-    half = Z95 * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-    bounds = np.clip([center - half, center + half], -1, 1)
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return {**_figure((gained - lost) / n, *bounds), "p_value": p_value}
+    p_value = min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = Z95 * np.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    low, high = np.clip([p - q - half, p - q + half], -1, 1)
+    if p_value >= ALPHA:
+        low, high = min(low, 0), max(high, 0)
+    return {**_figure((gained - lost) / n, low, high), "p_value": p_value}
 
 
 def worst_case(labels: np.ndarray, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -437,12 +471,16 @@ def _condition(
     right = prediction == labels
     confusion = confusion_matrix(labels, prediction, num_classes)
     precision, recall, f_score = precision_recall_f(confusion)
+    hits, support, predicted = np.diagonal(confusion), confusion.sum(-1), confusion.sum(-2)
     macro_precision, macro_recall, macro_f = (
-        _figure(value, *bounds)
-        for value, bounds in zip(_macro(confusion), bootstrap_interval(confusion), strict=True)
+        _figure(np.mean(ratios), *macro_interval(hits, totals))
+        for ratios, totals in (
+            (precision, predicted),
+            (recall, support),
+            (f_score, (support + predicted) / 2),
+        )
     )
-    support = confusion.sum(-1)
-    recall_bounds = wilson_interval(np.diagonal(confusion), support)
+    recall_bounds = wilson_interval(hits, support)
 
     def class_share(hits: np.ndarray) -> list[float]:
         return (np.bincount(labels[hits], minlength=num_classes) / support).tolist()
@@ -470,11 +508,6 @@ def _condition(
     if num_classes >= 100:
         figures["groups_of_ten"] = groups_of_ten(recall).tolist()
     return figures
-
-
-def _macro(confusion: np.ndarray) -> np.ndarray:
-    """Unweighted class means of precision, recall and F-score ``[3, ...]``, from ``[..., K, K]``."""
-    return np.stack(precision_recall_f(confusion)).mean(-1)
 
 
 def _figure(value: Any, low: Any, high: Any) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What the benchmarks under experiments/benchmarks/ compute beside times."""
 
+import ast
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import kernels, measure, memory, overhead, roofline, startup, step
+from experiments.benchmarks import kernels, measure, memory, mutations, overhead, roofline, startup, step
 
 FIRST, SECOND, THIRD = 8 * 8 * 9 * 1 * 16, 4 * 4 * 9 * 16 * 32, 2 * 2 * 9 * 32 * 64  # of the small CNN
 DENSE, HEAD = 2 * 2 * 64 * 64, 64 * 10
@@ -194,3 +195,88 @@ def test_kernels_are_those_of_the_device_s_streams():
     found = kernels.kernels({"traceEvents": device + host})
     assert found == [("sm90_gemm", 4.0, 1), ("loop_add_fusion", 1.5, 2)]
     assert kernels.kernels({"traceEvents": host}) == [("dot", 2.0, 1)]
+
+
+SOURCE = '''"""A docstring: 1 + 1."""
+def f(x: dict[int, 3], n=2.5) -> list[7]:
+    if not (x  # 0 < ε
+            < -n) and n != 0 or f"{n + 1}":
+        return "ε" + x[n] * max(x[:n], True)
+    return x.argmin(0)
+'''.encode()
+
+
+def test_mutations_of_a_source():
+    found = mutations.mutations("f.py", SOURCE)
+    assert [(m.line, m.before, m.after) for m in found] == [
+        (2, "2.5", "5.0"),
+        (3, "not", ""),
+        (4, "<", "<="),
+        (4, "-", ""),
+        (4, "and", "or"),
+        (4, "!=", "=="),
+        (4, "0", "1"),
+        (4, "or", "and"),
+        (5, "+", "-"),
+        (5, "", " + 1"),
+        (5, "*", "/"),
+        (5, "max", "min"),
+        (5, "", " + 1"),
+        (5, "True", "False"),
+        (6, "argmin", "argmax"),
+        (6, "0", "1"),
+    ]
+    trees = {ast.dump(ast.parse(mutation.apply(SOURCE))) for mutation in found}
+    assert len(trees - {ast.dump(ast.parse(SOURCE))}) == len(found)
+
+
+def test_every_mutation_of_the_library_is_another_program():
+    drawn = mutations.draw(seed=1, count=80)
+    assert len(set(drawn)) == 80
+    assert {part for part, _ in drawn[:8]} == set(mutations.PARTS)
+    for part, mutation in drawn:
+        source = (mutations.ROOT / mutation.file).read_bytes()
+        assert ast.dump(ast.parse(mutation.apply(source))) != ast.dump(ast.parse(source))
+        assert all((mutations.ROOT / file).is_file() for file in mutations.tests_of(part, mutations.ROOT))
+
+
+def test_mutations_of_a_lower_count_come_first():
+    assert mutations.draw(seed=0, count=24)[:9] == mutations.draw(seed=0, count=9)
+    assert mutations.draw(seed=0, count=8) != mutations.draw(seed=1, count=8)
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [("pass", "survived"), ("assert 0", "killed"), ("syntax error", "killed"), ("while 1: pass", "timeout")],
+)
+def test_outcome_of_a_mutation(tmp_path, body, outcome):
+    (tmp_path / "test_it.py").write_text(f"def test_it():\n    {body}\n")
+    found = mutations.run_tests(["test_it.py"], tmp_path, timeout=3 if outcome == "timeout" else 60)
+    assert found["outcome"] == outcome
+
+
+def test_mutations_resume_after_a_line_that_was_cut_off(tmp_path, monkeypatch):
+    runs = []
+
+    def run_tests(files, folder, timeout):
+        runs.append(timeout)
+        return {"outcome": "survived" if timeout is None else "killed", "seconds": 2.0, "by": []}
+
+    monkeypatch.setattr(mutations, "run_tests", run_tests)
+    out, said = tmp_path / "out.jsonl", []
+    drawn = mutations.draw(seed=0, count=10)
+    mutations.run(drawn[:3], out, said.append)
+    out.write_text(out.read_text()[:-5])
+    mutations.run(drawn, out, said.append)
+    assert [(part, mutation) for part, mutation, _ in mutations.read(out)] == drawn[:2] + drawn[2:]
+    assert len(said) == 3 + 8
+    assert runs[:4] == [None, 66, None, 66]  # without a mutation; three times as long and a minute more
+    assert "| all | 10 | 10 | 0 | 0 |" in mutations.table(mutations.read(out))
+
+
+def test_survivors_are_listed():
+    (part, first), (other, second) = mutations.draw(seed=0, count=2)
+    shown = mutations.table([(part, first, "survived"), (other, second, "timeout")])
+    assert f"| {part} | 1 | 0 | 0 | 1 |" in shown
+    assert "| all | 2 | 0 | 1 | 1 |" in shown
+    assert shown.endswith(f"Survivors:\n- {mutations.shown(first)}")

@@ -1,9 +1,13 @@
 """Metrics against scikit-learn, worked cases and the released code (robal_jax.metrics)."""
 
+import itertools
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+from scipy.special import betaincinv
+from scipy.stats import binom, binomtest, multinomial
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
@@ -146,49 +150,176 @@ def test_wilson_interval_contains_the_share():
     assert np.all((low >= 0) & (low <= successes / total) & (successes / total <= high) & (high <= 1))
 
 
-def test_bootstrap_interval_is_reproducible_and_brackets_the_value():
-    confusion = metrics.confusion_matrix(*random_case(10, 2000), 10)
-    interval = metrics.bootstrap_interval(confusion)
-    np.testing.assert_array_equal(interval, metrics.bootstrap_interval(confusion))
-    assert not np.array_equal(interval, metrics.bootstrap_interval(confusion, seed=1))
-    value = np.mean(metrics.precision_recall_f(confusion), axis=-1)
-    assert np.all((interval[:, 0] < value) & (value < interval[:, 1]))
+def within(truth, interval):
+    """Whether an interval holds the truth; the edges belong to it, and rounding does not matter."""
+    low, high = interval
+    return (low <= truth + 1e-12) & (truth <= high + 1e-12)
 
 
-def test_bootstrap_interval_of_a_perfect_classifier_is_a_point():
-    np.testing.assert_array_equal(metrics.bootstrap_interval(np.diag([4, 5, 6])), np.ones((3, 2)))
+def binomial_low(share, draws):
+    """What a share of draws falls below in one of 100 000 simulations."""
+    return binom.ppf(1e-5, draws, share) / draws
 
 
-def test_bootstrap_interval_does_not_depend_on_the_chunks():
-    """100 classes have so many cells that 250 resamples are drawn in two chunks."""
-    confusion = metrics.confusion_matrix(*random_case(100, 1000), 100)
-    support = confusion.sum(-1)
-    draws = np.random.default_rng(3).multinomial(support, confusion / support[:, None], size=(250, 100))
-    macros = np.mean(metrics.precision_recall_f(draws), axis=-1)
-    whole = np.quantile(macros, (0.025, 0.975), axis=-1).T
-    found = metrics.bootstrap_interval(confusion, resamples=250, seed=3)
-    np.testing.assert_allclose(found, whole, rtol=1e-12)
+def long_tailed(num_classes):
+    return np.geomspace(0.9, 0.02, num_classes)
 
 
-def test_bootstrap_interval_covers_the_truth():
-    # The true macro figures are those of the shares; 95 % intervals of 200 data sets should hold them.
-    shares = np.array([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.3, 0.5]])
-    truth = np.mean(metrics.precision_recall_f(shares), axis=-1)
-    draws = np.random.default_rng(0).multinomial(200, shares, size=(200, 3))
-    intervals = np.stack(
-        [metrics.bootstrap_interval(draw, resamples=300, seed=i) for i, draw in enumerate(draws)]
-    )
-    covered = np.mean((intervals[..., 0] <= truth) & (truth <= intervals[..., 1]), axis=0)
-    # Two standard errors of a coverage over 200 data sets are 0.03; 300 resamples cost a little more.
-    assert np.all((covered > 0.90) & (covered <= 0.99)), covered
+SIZES = {  # test images per class
+    "5": lambda count: np.full(count, 5),
+    "10": lambda count: np.full(count, 10),
+    "100": lambda count: np.full(count, 100),
+    "mixed": lambda count: np.geomspace(100, 10, count).astype(int),
+    "one small": lambda count: np.where(np.arange(count) == 0, 10, 1000),
+}
+RECALLS = {
+    **{str(share): partial(np.full, fill_value=share) for share in (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)},
+    "mixed": lambda count: np.linspace(0, 1, count),
+    "long-tailed": long_tailed,
+    "rising": lambda count: long_tailed(count)[::-1],
+    "one bad": lambda count: np.where(np.arange(count) == 0, 0.5, 1.0),
+}
+
+
+def recall_coverage(num_classes, size, recall, draws):
+    sizes, shares = SIZES[size](num_classes), RECALLS[recall](num_classes)
+    hits = np.random.default_rng(1).binomial(sizes, shares, (draws, num_classes))
+    return within(shares.mean(), metrics.macro_interval(hits, sizes)).mean()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size", "recall"),
+    [
+        (10, "10", "0.99"),
+        (10, "10", "1.0"),
+        (100, "10", "0.01"),
+        (10, "mixed", "long-tailed"),
+        (2, "10", "0.5"),
+        (10, "one small", "one bad"),
+        (100, "100", "0.5"),
+    ],
+)
+def test_macro_interval_covers_macro_recall(num_classes, size, recall):
+    draws = 4000
+    assert recall_coverage(num_classes, size, recall, draws) >= binomial_low(0.93, draws)
+
+
+@pytest.mark.slow
+def test_macro_interval_covers_macro_recall_everywhere():
+    draws = 10_000
+    found = {
+        case: recall_coverage(*case, draws) for case in itertools.product((2, 3, 10, 100), SIZES, RECALLS)
+    }
+    print(sorted((coverage, *case) for case, coverage in found.items())[:10])
+    assert min(found.values()) >= binomial_low(0.93, draws)
+
+
+def confusion_coverage(num_classes, size, recall, errors, draws):
+    """Coverage of macro precision and F-score; ``errors`` are shares of the classes that errors name."""
+    sizes, shares = SIZES[size](num_classes), RECALLS[recall](num_classes)
+    others = np.tile(errors, (num_classes, 1)) * (1 - np.eye(num_classes))
+    cells = np.diag(shares) + (1 - shares)[:, None] * others / others.sum(-1, keepdims=True)
+    precision, _, f_score = np.mean(metrics.precision_recall_f(cells * sizes[:, None]), axis=-1)
+    generator, covered = np.random.default_rng(1), []
+    for _ in range(draws // 100):
+        drawn = generator.multinomial(sizes, cells / cells.sum(-1, keepdims=True), (100, num_classes))
+        hits, support, predicted = np.diagonal(drawn, axis1=1, axis2=2), drawn.sum(2), drawn.sum(1)
+        of_precision = within(precision, metrics.macro_interval(hits, predicted))
+        of_f_score = within(f_score, metrics.macro_interval(hits, (support + predicted) / 2))
+        covered.append([of_precision, of_f_score])
+    return np.mean(covered, axis=(0, 2))
+
+
+def errors_of(kind, num_classes):
+    return np.ones(num_classes) if kind == "anywhere" else np.geomspace(1, 0.02, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("size", "recall", "errors"),
+    [("10", "0.99", "anywhere"), ("10", "long-tailed", "to the head"), ("mixed", "0.5", "anywhere")],
+)
+def test_macro_interval_covers_precision_and_f_score(size, recall, errors):
+    draws = 2000
+    found = confusion_coverage(10, size, recall, errors_of(errors, 10), draws)
+    assert np.all(found >= binomial_low(0.93, draws)), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_macro_interval_covers_precision_and_f_score_everywhere(num_classes):
+    draws = 1000 if num_classes == 100 else 5000
+    low = binomial_low(0.93, draws)
+    sizes = [size for size in ("10", "100", "mixed") if SIZES[size](num_classes).min() >= num_classes]
+    kinds = ("anywhere", "to the head")
+    for size, recall, kind in itertools.product(("10", "100", "mixed"), RECALLS, kinds):
+        if num_classes == 2 and recall == "rising":
+            continue  # as long-tailed
+        of_precision, of_f_score = confusion_coverage(
+            num_classes, size, recall, errors_of(kind, num_classes), draws
+        )
+        case = (size, recall, kind)
+        assert of_f_score >= low, (case, of_f_score)
+        assert of_precision >= low or size not in sizes, (case, of_precision)
+
+
+def test_macro_interval_of_one_class_is_that_of_clopper_and_pearson():
+    for hits, total in [(0, 10), (3, 10), (10, 10), (1, 700)]:
+        exact = binomtest(hits, total).proportion_ci(method="exact")
+        np.testing.assert_allclose(metrics.macro_interval([hits], [total]), exact, rtol=1e-8, atol=1e-12)
+
+
+def test_macro_interval_of_equal_classes_is_that_of_all_their_images():
+    whole = metrics.macro_interval([13], [60])
+    np.testing.assert_allclose(metrics.macro_interval([2, 4, 7], [20, 20, 20]), whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("hits", [[1, 4, 40], [5, 13, 190], [0, 0, 3], [5, 19, 200]])
+def test_macro_interval_has_the_size_of_the_largest_variance(hits):
+    totals = np.array([5, 20, 200])
+    mean = np.mean(hits / totals)
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), 20_000) * 3 * min(mean, 1 - mean)
+    shares = shares[(shares <= 1).all(-1)]  # of all shares with this mean, or one minus them
+    largest = np.max(np.sum(shares * (1 - shares) / totals, axis=-1)) / 9
+    size = mean * (1 - mean) / largest
+    expected = betaincinv(mean * size, size - mean * size + 1, 0.025) if mean else 0
+    assert metrics.macro_interval(hits, totals)[0] == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 100])
+def test_macro_interval_is_nowhere_a_point_and_holds_the_value(num_classes):
+    generator = np.random.default_rng(num_classes)
+    totals = generator.integers(0, 30, (200, num_classes))
+    hits = generator.binomial(totals, generator.random((200, 1)))
+    hits[:20], hits[20:40] = 0, totals[20:40]
+    low, high = metrics.macro_interval(hits, totals)
+    mean = np.mean(hits / np.maximum(totals, 1), axis=-1)
+    assert np.all((low >= 0) & (low <= mean) & (mean <= high) & (high <= 1) & (low < high))
+    np.testing.assert_array_equal([low[7], high[7]], metrics.macro_interval(hits[7], totals[7]))
+
+
+def test_macro_interval_of_a_mirrored_mean_is_mirrored():
+    low, high = metrics.macro_interval([1, 7, 30], [5, 20, 200])
+    mirrored = metrics.macro_interval([4, 13, 170], [5, 20, 200])
+    np.testing.assert_allclose(mirrored, (1 - high, 1 - low), rtol=1e-12)
+
+
+def test_macro_interval_of_a_class_that_is_never_predicted_is_that_of_one_wrong_image():
+    unknown, wrong = (metrics.macro_interval([0, 9], [total, 10]) for total in (0, 1))
+    np.testing.assert_array_equal(unknown, wrong)
+
+
+def paired(gained, lost, n):
+    """The difference of two models where the second gains and loses so many of n images."""
+    place = np.arange(n)
+    return metrics.paired_difference((gained <= place) & (place < gained + lost), place < gained)
 
 
 def test_paired_difference_by_hand():
     first = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool)
     second = np.array([1, 1, 0, 1, 1, 1, 0, 0], bool)
-    # b = 3 gained, c = 1 lost, n = 8: center 2 / 10, half width z sqrt(5 - 4 / 10) / 10.
+    # b = 3 gained, c = 1 lost, n = 8: shares 4 / 10 and 2 / 10, half width z sqrt((0.6 - 0.04) / 10).
     # P(at most 1 of 4 or at least 3 of 4 | 1/2) = 2 (1 + 4) / 16.
-    half = metrics.Z95 * np.sqrt(4.6) / 10
+    half = metrics.Z95 * np.sqrt(0.056)
     expected = {"value": 0.25, "low": 0.2 - half, "high": 0.2 + half, "p_value": 0.625}
     assert metrics.paired_difference(first, second) == pytest.approx(expected)
     mirrored = metrics.paired_difference(second, first)
@@ -196,6 +327,55 @@ def test_paired_difference_by_hand():
     assert mirrored["low"] == pytest.approx(-expected["high"])
     assert mirrored["p_value"] == pytest.approx(0.625)
     assert metrics.paired_difference(first, first)["p_value"] == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 12, 40, 300])
+def test_interval_and_p_value_never_contradict_each_other(n):
+    differ = np.unique(np.linspace(0, n, 13).astype(int))
+    for total in differ:
+        for gained in np.unique(np.linspace(0, total, 25).astype(int)):
+            found = paired(gained, total - gained, n)
+            assert -1 <= found["low"] <= found["value"] <= found["high"] <= 1
+            assert (found["low"] <= 0 <= found["high"]) == (found["p_value"] >= 0.05), found
+
+
+def test_interval_leaves_out_zero_wherever_the_exact_test_rejects():
+    # At the least significant numbers, and an infinite number of images, where the interval is widest.
+    differ = np.arange(6, 200_000)
+    lost = binom.ppf(0.025, differ, 0.5) - 1  # the most with P(at most so many) < 0.025
+    assert np.all((binom.cdf(lost, differ, 0.5) < 0.025) & (lost >= 0))
+    assert np.all(differ - 2 * lost > metrics.Z95 * np.sqrt(differ + 2))
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(5, 0, 10), (11, 3, 700), (16, 6, 700), (17, 7, 10_000)])
+def test_interval_is_extended_to_zero_where_the_exact_test_does_not_reject(gained, lost, n):
+    found, mirrored = paired(gained, lost, n), paired(lost, gained, n)
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    assert p - q > metrics.Z95 * np.sqrt((p + q - (p - q) ** 2) / (n + 2))  # would leave out 0
+    assert found["p_value"] >= 0.05
+    assert found["low"] == mirrored["high"] == 0
+    assert found["high"] == -mirrored["low"] > 0
+
+
+@pytest.mark.parametrize(("n", "least"), [(10, 0.89), (40, 0.93), (100, 0.93)])
+def test_paired_interval_covers_the_difference(n, least):
+    """Summed over all outcomes, without draws."""
+    outcomes = [(gained, lost) for gained in range(n + 1) for lost in range(n + 1 - gained)]
+    bounds = [paired(gained, lost, n) for gained, lost in outcomes]
+    interval = np.array([[found[key] for found in bounds] for key in ("low", "high")])
+    shares = [0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 1]
+    for gain, loss in itertools.product(shares, repeat=2):
+        if loss <= gain <= 1 - loss + 1e-12:
+            chance = multinomial.pmf(
+                [(*o, n - sum(o)) for o in outcomes], n, [gain, loss, max(0, 1 - gain - loss)]
+            )
+            assert chance[within(gain - loss, interval)].sum() >= least, (gain, loss)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (3, 4), (12, 30), (500, 420)])
+def test_p_value_is_that_of_scipy(gained, lost):
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1
+    assert paired(gained, lost, 1000)["p_value"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_p_value_of_an_improvement():
@@ -263,8 +443,15 @@ def test_summary_is_consistent(num_classes):
         for part in ("natural_error", "boundary_error"):
             mean = np.average(per_class[part], weights=per_class["support"])
             assert mean == pytest.approx(condition[part]["value"])
-        for key in ("accuracy", *summary["groups"], *parts):
+        for key in ("accuracy", "precision", "recall", "f_score", *summary["groups"], *parts):
             assert 0 <= condition[key]["low"] <= condition[key]["value"] <= condition[key]["high"] <= 1
+            assert condition[key]["low"] < condition[key]["high"]
+        assert condition["balanced_accuracy"] == condition["recall"]
+        hits, predicted, support = np.diagonal(confusion), confusion.sum(0), confusion.sum(1)
+        totals = {"precision": predicted, "recall": support, "f_score": (predicted + support) / 2}
+        for key, total in totals.items():
+            interval = condition[key]["low"], condition[key]["high"]
+            assert interval == metrics.macro_interval(hits, total)
         if name in predictions:
             expected = balanced_accuracy_score(labels, predictions[name])
             assert condition["balanced_accuracy"]["value"] == pytest.approx(expected)
@@ -292,9 +479,11 @@ WRONG = {
     "-1 of 10": (metrics.wilson_interval, ([3, -1], 10), "successes are not in 0..total"),
     "NaN of 10": (metrics.wilson_interval, (np.nan, 10), "successes are not in 0..total"),
     "0 of 0": (metrics.wilson_interval, (0, 0), "total is below 1"),
-    "shares": (metrics.bootstrap_interval, (SQUARE / 3,), "confusion is not integers"),
-    "an empty class": (metrics.bootstrap_interval, (np.diag([1, 0]),), "with images of every class"),
-    "several": (metrics.bootstrap_interval, (SQUARE[None],), r"confusion is not integers \[K, K\]"),
+    "11 of 10 in a class": (metrics.macro_interval, ([1, 11], [10, 10]), r"hits are not in 0\.\.totals"),
+    "-1 of 10 in a class": (metrics.macro_interval, ([1, -1], [10, 10]), r"hits are not in 0\.\.totals"),
+    "NaN in a class": (metrics.macro_interval, ([1, np.nan], 10), r"hits are not in 0\.\.totals"),
+    "no class": (metrics.macro_interval, ([], []), r"hits are not .* per class \[\.\.\., K\]"),
+    "a number": (metrics.macro_interval, (1, 2), r"hits are not .* per class \[\.\.\., K\]"),
     "predictions": (metrics.paired_difference, (Y, Y), "first has .* dtype int64; pass booleans"),
     "other images": (metrics.paired_difference, (RIGHT, RIGHT[:2]), "second has 2 entries, first 3"),
     "hits [n, 1]": (metrics.paired_difference, (RIGHT, RIGHT[:, None]), r"second has shape \[3, 1\]"),

@@ -152,6 +152,33 @@ def test_chunks_do_not_depend_on_where_they_start():
         assert next(training.chunks(job, step))[0][1].tolist() == rows_of[step + 1]
 
 
+@pytest.mark.parametrize("steps_per_epoch", [1, 4, 5])
+@pytest.mark.parametrize("first", [0, 3, 4, 5, 9])
+def test_epoch_that_a_step_sees(steps_per_epoch, first):
+    """Counted from 1, and from the steps of the whole run: it changes with the first step of each epoch."""
+    count = 7
+
+    def see_the_epoch(state, batch):
+        seen = jnp.zeros(count, int).at[state.step - first].set(batch.epoch)
+        return state.replace(step=state.step + 1), {"loss": 0.0, "grad_norm": 0.0, "seen": seen}
+
+    state, sums = training.train_chunk(
+        training.TrainState(jnp.int32(first), {}, {}, ()),
+        training.Examples(jnp.zeros((3, 2, 2, 1), jnp.uint8), jnp.zeros(3, int)),
+        jnp.zeros((count, 1, 2), int),
+        count,
+        jax.random.key(0),
+        jnp.arange(2)[None],
+        step_fn=see_the_epoch,
+        steps_per_epoch=steps_per_epoch,
+        pixel_max=255,
+        augment=lambda keys, images: images,
+    )
+    assert state.step == first + count
+    expected = [number for number in range(1, 20) for _ in range(steps_per_epoch)][first : first + count]
+    assert sums["seen"].tolist() == expected
+
+
 def test_example_keys_are_all_different():
     key, positions = jax.random.key(0), np.arange(8)
     keys = [jax.random.key_data(example_keys(key, step, positions)) for step in range(3)]

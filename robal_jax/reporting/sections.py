@@ -293,9 +293,10 @@ def reading_section(results: Results) -> list[page.Block]:
     items = [
         (
             "Intervals.",
-            "Every share of test images has a 95 % Wilson interval; every macro mean has a 95 % percentile "
-            "interval of a bootstrap within classes. Both cover the choice of test images only, not the "
-            "spread over training seeds.",
+            "Every share of test images has a 95 % Wilson interval; every macro mean has a 95 % exact "
+            "interval at its effective number of images. They draw no random numbers, and cover the choice "
+            "of test images only, not the spread over training seeds. The interval of macro precision is "
+            "too narrow where classes have fewer test images than there are classes.",
         ),
         (
             "Accuracy",

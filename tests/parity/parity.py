@@ -58,7 +58,10 @@ class Reference:
         assert error <= bound, f"{file}:{key}: {error:.1e} > {bound:.0e}"
 
     def same_steps(self, name, key, count):
-        """Which entries of the images made the same first steps in the released float32 and float64 runs."""
+        """Which entries of the images made the same first steps in the released float32 and float64 runs.
+
+        How many these are is a property of those runs: float32 rounds the signs of small gradients away.
+        """
         single, double = (self.load(file)[key][:count] for file in (name, f"{name}_f64"))
         return (single == double).all(axis=0)
 

@@ -53,5 +53,4 @@ def test_square(reference, file, bound):
         check("square/margin", found.margin, bound)
         check("square/n_queries", found.queries_used, 0)
         check("square/queries_run", found.number - 1, 0)
-        assert 0 < (found.margin <= 0).sum() < len(images)
     reference.assert_all_seen(file.removesuffix("_f64"), "square/")

@@ -174,8 +174,6 @@ def check_attack(reference, recipe, check, at, batch, seen):
     if stored is not None:
         trained_on = next(p["images"] for p in seen["passes"] if (p["images"] != batch.images).any())
         same = reference.same_steps("train_step", f"{at}/grad_sign", len(signs))
-        # Near x the gradient of TRADES' divergence is so small that float32 rounds some signs away.
-        assert same.all() or (at.startswith("trades") and same.mean() > 0.95)
         ours, theirs = nchw(trained_on)[same], stored[same]
         reference.check("training, float32 images", "train_step", f"{at}/x_adv", ours, FLOAT32, theirs=theirs)
 
