@@ -92,7 +92,10 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     """Returns the section ``evaluation``: the protocol, and the method's changes at inference."""
     config = ConfigDict()
     config.batch_size = 500  # images per device in each call; a CPU takes fewer, see devices.cpu.at_once
-    config.seed = 0  # of the attacks' random starts
+    config.seed = 0  # of the attacks' random starts, and of the part that 'examples' takes
+    # Test images that are evaluated, as many of each class as of the others; 0: all. Of two numbers the larger
+    # takes the images of the smaller and more.
+    config.examples = 0
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = 0.0078
     config.logit_scale = 1.0  # factor of the model's logits
