@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +21,9 @@ from robal_jax.storage.trackers import Track
 
 
 @contextlib.contextmanager
-def announced(text: str, say: Callable[[str], None], after: float = 2.0) -> Iterator[None]:
-    """Says ``text`` if the work inside takes longer than ``after`` seconds."""
-    timer = threading.Timer(after, say, [text])
+def announced(text: str, after: float = 2.0) -> Iterator[None]:
+    """Shows ``text`` on stderr if the work inside takes longer than ``after`` seconds."""
+    timer = threading.Timer(after, partial(print, text, file=sys.stderr, flush=True))
     timer.start()
     try:
         yield

@@ -105,7 +105,7 @@ def train(
     """
     say, folder = hosts.speaker(say), workdir / CHECKPOINTS
     with hosts.stop_signals() as stop:
-        with announced("reading the data", say):
+        with hosts.only_first(lambda: announced("reading the data")):
             job = builder.training(config)
             _check_devices(job)
             digest = data_digest(job.data)
