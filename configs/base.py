@@ -95,7 +95,10 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     """Returns the section ``evaluation``: the protocol, and the method's changes at inference."""
     config = ConfigDict()
     config.batch_size = 500  # images per device in each call; a CPU takes fewer, see devices.cpu.at_once
-    config.seed = 0  # of the attacks' random starts
+    config.seed = 0  # of the attacks' random starts, and of the part that 'examples' takes
+    # Test images that are evaluated, equally many of each class; 0: all. A larger number takes the images of
+    # a smaller one and more.
+    config.examples = 0
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = STEP * config.get_oneway_ref("epsilon")
     config.logit_scale = 1.0  # factor of the model's logits

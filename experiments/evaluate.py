@@ -12,7 +12,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from robal_jax import cli
 from robal_jax.errors import InputError
 
-SHORT = {"autoattack": "autoattack", "audit": "audit.examples", "surrogate": "audit.surrogate"}
+SHORT = {
+    "examples": "examples",
+    "autoattack": "autoattack",
+    "audit": "audit.examples",
+    "surrogate": "audit.surrogate",
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -20,14 +25,28 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of the run; its config is used",
         "config": "another config; its head, logit scale and prior adjustment at inference are used",
-        "folder": "folder of the results; WORKDIR/evaluation, or with --config WORKDIR/evaluation-METHOD",
+        "folder": "folder of the results; WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD, "
+        "with --examples WORKDIR/evaluation-N-images",
         "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; the newest one by default",
+        "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",
         "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
         "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
     }
     flags, overrides = cli.split_overrides(arguments)
-    values = cli.parse(flags, texts | cli.PROCESSES, __doc__)
+
+    def fields(values: dict[str, str]) -> str:
+        return "fields of configs/base.py:\n" + cli.describe(
+            cli.load_config("base:cifar10_lt"), "evaluation."
+        )
+
+    values = cli.parse(
+        flags,
+        texts | cli.PRINT_CONFIG | cli.PROCESSES,
+        __doc__,
+        switches=cli.PRINT_CONFIG,
+        more=fields,
+    )
     for flag, field in SHORT.items():
         if values[flag]:
             overrides.append(f"--config.evaluation.{field}={values[flag]}")
@@ -41,18 +60,25 @@ def main(arguments: list[str]) -> None:
 
     from robal_jax import builder, evaluation
     from robal_jax.devices import hosts
-    from robal_jax.storage.config_file import read_config
-    from robal_jax.storage.names import CONFIG
+    from robal_jax.storage.config_file import read_config, to_json
+    from robal_jax.storage.names import CONFIG, EVALUATION
 
     hosts.start(*(values[name] for name in cli.PROCESSES))
     hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
     config = read_config(workdir)
-    folder = pathlib.Path(values["folder"]) if values["folder"] else None
+    name = EVALUATION
     if values["config"]:
         config = builder.with_inference_of(config, cli.load_config(values["config"]))
-        folder = folder or workdir / f"evaluation-{pathlib.Path(values['config'].partition(':')[0]).stem}"
-    command = f"{cli.as_started('python experiments/evaluate.py')} {shlex.join(arguments)}"
+        name += f"-{pathlib.Path(values['config'].partition(':')[0]).stem}"
     config = cli.apply_overrides(config, overrides)
+    if values["print-config"]:
+        builder.check(config)
+        print(to_json(config), end="")
+        return
+    if config.evaluation.examples:
+        name += f"-{config.evaluation.examples}-images"
+    folder = pathlib.Path(values["folder"]) if values["folder"] else workdir / name
+    command = f"{cli.as_started('python experiments/evaluate.py')} {shlex.join(arguments)}"
     evaluation.evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 
 

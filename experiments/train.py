@@ -1,5 +1,6 @@
 """Train: python experiments/train.py --config=configs/METHOD.py:DATA --workdir=DIR [--config.KEY=VALUE]."""
 
+import functools
 import pathlib
 import sys
 
@@ -8,25 +9,46 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from robal_jax import cli
 from robal_jax.errors import InputError
 
+NEEDED = {
+    "config": "config file and data set, configs/at.py:digits_lt or at:digits_lt",
+    "workdir": "folder of the run",
+}
+TRACK = {"track": "wandb or trackio, which then receive the metrics too; wandb:NAME names the project"}
+
 
 def main(arguments: list[str]) -> None:
     """Passes the config and the workdir of the flags to ``robal_jax.train``."""
-    texts = {
-        "config": "config file and data set, configs/at.py:digits_lt or at:digits_lt",
-        "workdir": "folder of the run",
-    }
     arguments, overrides = cli.split_overrides(arguments)
-    values = cli.parse(arguments, texts | cli.PROCESSES, __doc__)
-    for name in texts:
-        if not values[name]:
+
+    def fields(values: dict[str, str]) -> str:
+        config = cli.apply_overrides(cli.load_config(values["config"] or "base:cifar10_lt"), overrides)
+        return f"fields of {values['config'] or 'configs/base.py'}:\n{cli.describe(config)}"
+
+    values = cli.parse(
+        arguments,
+        NEEDED | TRACK | cli.PRINT_CONFIG | cli.PROCESSES,
+        __doc__,
+        switches=cli.PRINT_CONFIG,
+        more=fields,
+    )
+    for name in NEEDED:
+        if not values[name] and not (name == "workdir" and values["print-config"]):
             raise InputError(f"--{name} is missing; usage: {__doc__}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
-    from robal_jax import training
-    from robal_jax.devices import hosts  # after the cheap checks: it imports JAX
+    from robal_jax import builder, training  # after the cheap checks: they import JAX
+    from robal_jax.devices import hosts
+    from robal_jax.storage.config_file import to_json
+    from robal_jax.storage.trackers import tracking
 
+    if values["print-config"]:
+        builder.check(config)
+        print(to_json(config), end="")
+        return
     hosts.start(*(values[name] for name in cli.PROCESSES))
-    training.train(config, pathlib.Path(values["workdir"]))
+    workdir = pathlib.Path(values["workdir"])
+    with tracking(values["track"], workdir) as track:
+        training.train(config, workdir, say=functools.partial(print, flush=True), track=track)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -26,6 +26,9 @@ PROCESSES = {
     "process": "with HOST:PORT: number of this process, from 0",
 }
 """Flags of scripts that can run in several processes, for ``hosts.start``."""
+
+PRINT_CONFIG = {"print-config": "prints the config as the run would store it, and ends"}
+"""A switch of ``train.py`` and ``evaluate.py``."""
 
 CONSOLE = "robal-jax"
 """Name of the console command, see ``console.py``."""
@@ -94,36 +97,51 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return [argument for argument in arguments if argument not in overrides], overrides
 
 
-def parse(arguments: Sequence[str], texts: dict[str, str], usage: str) -> dict[str, str]:
+def parse(
+    arguments: Sequence[str],
+    texts: dict[str, str],
+    usage: str,
+    *,
+    switches: Collection[str] = (),
+    more: Callable[[dict[str, str]], str] | None = None,
+) -> dict[str, str]:
     """Parses a script's own flags.
 
     Args:
       arguments: without the program's name and without overrides.
       texts: name of each flag to its text in ``--help``; all flags are strings.
       usage: first lines of ``--help``.
+      switches: names of the flags that take no value.
+      more: from the values of the flags to the last lines of ``--help``.
 
     Returns:
-      The values of the flags; '' for a flag that is not given.
+      The values of the flags; '' for a flag that is not given, 'True' for a switch that is.
 
     Raises:
       InputError: a flag is unknown, or an argument is not a flag.
     """
     values = flags.FlagValues()
     for name, text in texts.items():
-        flags.DEFINE_string(name, "", text, flag_values=values)
+        if name in switches:
+            flags.DEFINE_bool(name, None, text, flag_values=values)
+        else:
+            flags.DEFINE_string(name, "", text, flag_values=values)
     flags.DEFINE_bool("help", False, "this text", flag_values=values)
     try:
         rest = values(["", *arguments])[1:]
     except flags.Error as error:
         raise InputError(str(error)) from error
+    given = {name: str(values[name].value or "") for name in texts}
     if values["help"].value:
         print(as_started(usage))
         for name, text in texts.items():
             print(as_started(f"  --{name}: {text}"))
+        if more is not None:
+            print(more(given))
         sys.exit(0)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
-    return {name: str(values[name].value) for name in texts}
+    return given
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -202,10 +220,53 @@ def _without_fraction(fields: dict[str, Any], override: str) -> str:
         raise InputError(f"{override} is no number; write 0.031 or 8/255") from error
 
 
+def describe(config: ConfigDict, section: str = "") -> str:
+    """Returns the fields of a config with their values, one per line, with the comments of configs/base.py.
+
+    Args:
+      config: the config.
+      section: beginning of the fields' names; '' for all.
+    """
+    comments = _comments((SHIPPED / "configs" / "base.py").read_text())
+    lines = []
+    for name, value in _fields(config).items():
+        if name.startswith(section):
+            comment = f"  # {comments[name]}" if name in comments else ""
+            lines.append(f"  config.{name} = {value!r}{comment}")
+    return "\n".join(lines)
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Returns the comments of a config file by the full name of the field that they are about.
+
+    A comment is about the field that its line sets, the last one if there are several, or about the field
+    below it. Only its first sentence is kept.
+    """
+    sections = {function: f"{name}." for name, function in re.findall(r"config\.(\w+) = (\w+)\(c", source)}
+    sections["get_config"] = ""  # and no other function sets a field of every config
+    found: dict[str, str] = {}
+    above: list[str] = []
+    prefix: str | None = None
+    for line in map(str.strip, source.splitlines()):
+        if line.startswith("#"):
+            above.append(line.lstrip("# "))
+            continue
+        if function := re.match(r"def (\w+)", line):
+            prefix = sections.get(function[1])
+        if prefix is not None and (field := re.match(r"config\.([\w.]+) = ", line)):
+            code, _, comment = line.partition("  # ")
+            keys = re.findall(r'"(\w+)": ', code)
+            name = ".".join([prefix + field[1], *keys[-1:]])
+            comment = comment or ("" if keys else " ".join(above))
+            if comment:
+                found.setdefault(name, comment.split(". ")[0].rstrip("."))
+        above = []
+    return found
+
+
 def _fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    """Returns the values of the fields by full name."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        fields |= (
-            _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
-        )
-    return fields
+        found |= _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return found

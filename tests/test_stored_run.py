@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from flax.traverse_util import flatten_dict
 
-from experiments.paper.plan import Request, run_name
+from experiments.paper.plan import Request, make_plan, run_name
 from experiments.paper.published import rows_of
 from robal_jax import builder, cli, evaluation, training
 from robal_jax.errors import InputError
@@ -130,3 +130,18 @@ def test_a_config_without_a_field_that_was_always_there_is_refused(stored, field
     (stored / "config.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=f"config.{field} is missing"):
         builder.evaluation(config_file.read_config(stored))
+
+
+@pytest.mark.parametrize(("key", "name"), [("at", "at-d7cbec29"), ("la_post", "la_post-119ea309")])
+def test_evaluations_keep_their_names_in_tables(key, name):
+    """The names are those that version 0.1.0 gave to the rows of table 1."""
+    request = Request(
+        "1",
+        "digits_lt",
+        (0,),
+        rows_of("1", "digits_lt", [key]),
+        ("train.epochs=4",),
+        configs=ROOT / "configs",
+    )
+    (folder,) = (path for path in make_plan(request).folders[key][""].values())
+    assert folder.parts[-3:] == (name, "seed0", "evaluation")

@@ -192,13 +192,17 @@ def test_commands():
 
 
 def result(**percent):
-    """Results in which every condition has the same accuracy in the tail, less ten points."""
+    """Results in which every condition has less accuracy in the tail by ten points, in the head more."""
     conditions = {
-        name: {"accuracy": {"value": value / 100}, "tail": {"value": (value - 10) / 100}}
+        name: {
+            figure: {"value": (value + more) / 100}
+            for figure, more in {"accuracy": 0, "head": 5, "medium": 0, "tail": -10}.items()
+        }
         for name, value in percent.items()
     }
     meta = {
         "n": 700,
+        "main_attack": "pgd_20",
         "norm": "L-infinity",
         "epsilon": 0.1,
         "step_size": 0.0125,
@@ -206,11 +210,11 @@ def result(**percent):
         "device": "cpu",
         "date": "2026-01-01",
     }
-    return Results(meta, {"conditions": conditions})
+    return Results(meta, {"conditions": conditions, "groups": {"head": [0], "medium": [1], "tail": [2]}})
 
 
 def test_figures_over_seeds():
-    request = request_for("1", "at", "ldam", "cdt_post")
+    request = request_for("1", "at", "ldam", "cdt_post", data="cifar10_lt")
     results = {
         "at": {
             "": {0: result(clean=80, pgd_20=50, worst=40), 1: result(clean=84, pgd_20=52, worst=42), 2: None}
@@ -223,12 +227,12 @@ def test_figures_over_seeds():
     table = assemble(request, results)
     at, ldam, post = table["rows"]
     assert at["ours"]["clean"] == {"mean": 82.0, "std": 2.8284, "n": 2, "values": [80.0, 84.0]}
-    assert at["ours_tail"]["pgd_20"]["values"] == [40.0, 42.0]
+    assert at["ours_by_group"]["tail"]["pgd_20"]["values"] == [40.0, 42.0]
     assert "difference" not in at
     assert ldam["difference"]["to"] == "at"
     assert ldam["difference"]["published"] == {"clean": 0.91, "pgd_20": 0.51, "robal_aa": 0.55}
     assert ldam["difference"]["ours"]["clean"] == {"mean": 2.0, "std": 1.4142, "n": 2, "values": [1.0, 3.0]}
-    assert "ours_minus_published" not in ldam
+    assert ldam["ours_minus_published"]["clean"] == 20.76
     assert post["ours"] == post["difference"]["ours"] == {}
     assert table["published_on"] == "cifar10_lt"
     assert "date" not in json.dumps(table)
@@ -243,9 +247,13 @@ def test_figures_over_seeds():
         "AA paper",
         "AA ours",
         "Worst ours",
+        "PGD-20 head",
+        "PGD-20 medium",
+        "PGD-20 tail",
     ]
     assert levels[1][2:5] == ["63.2", "84.0 ± 4.2 (n = 2)", "29.8"]
-    assert levels[2][2:] == ["73.8", "—", "39.1 †", "—", "28.2", "—", "—"]
+    assert levels[0][-3:] == ["56.0 ± 1.4 (n = 2)", "51.0 ± 1.4 (n = 2)", "41.0 ± 1.4 (n = 2)"]
+    assert levels[2][2:] == ["73.8", "—", "39.1 †", "—", "28.2", "—", "—", "—", "—", "—"]
     assert lines[7][2:6] == ["+0.9", "+2.0 ± 1.4 (n = 2)", "+0.5", "+1.5 ± 0.7 (n = 2)"]
 
 
@@ -256,7 +264,45 @@ def test_runs_without_a_tail_have_a_table():
         condition["all"] = condition.pop("tail")
     (row,) = assemble(request_for("1", "at", seeds=(0,)), {"at": {"": {0: found}}})["rows"]
     assert row["ours"]["clean"]["values"] == [80.0]
-    assert row["ours_tail"] == {}
+    assert row["ours_by_group"]["tail"] == {}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_figures_are_shown_beside_the_same_data_only(name):
+    request = request_for(name, seeds=(0,))
+    one = {0: result(clean=80, pgd_20=50, robal_aa=40, worst=40)}
+    results = {row.key: dict.fromkeys(row.settings, one) for row in request.rows}
+    table = assemble(request, results)
+    text = markdown(table)
+    assert table["published_on"] is None
+    assert not any(row["published"] for row in table["rows"])
+    assert " paper |" not in text
+    assert "CIFAR" not in text.partition("## Notes")[0]
+    assert "| AA head | AA medium | AA tail |" in " ".join(text.split())
+    assert "AA is APGD-CE and APGD-T together" in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "columns"),
+    [
+        ({"clean": 80, "pgd_20": 50, "worst": 49}, "PGD-20 head | PGD-20 medium | PGD-20 tail"),
+        (
+            {"clean": 80, "pgd_20": 50, "robal_aa": 48, "autoattack": 47, "worst": 47},
+            "AutoAttack ours | Worst ours | AutoAttack head | AutoAttack medium | AutoAttack tail",
+        ),
+    ],
+)
+def test_groups_are_shown_under_the_strongest_attack(measured, columns):
+    request = request_for("1", "at", seeds=(0,))
+    text = markdown(assemble(request, {"at": {"": {0: result(**measured)}}}))
+    assert f"| {columns} |" in " ".join(text.split())
+
+
+def test_a_part_of_the_test_set_is_named():
+    some = result(clean=80, pgd_20=50, worst=49)
+    some.meta["part"] = "70 of 700 test images"
+    notes = assemble(request_for("1", "at", seeds=(0,)), {"at": {"": {0: some}}})["notes"]
+    assert any("Evaluation: 70 of 700 test images," in note for note in notes)
 
 
 def test_lines_of_a_table_are_aligned():

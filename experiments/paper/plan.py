@@ -12,10 +12,12 @@ import pathlib
 import shlex
 from typing import Any, NamedTuple
 
+from flax.traverse_util import unflatten_dict
+
 from experiments.paper.published import Row
 from robal_jax import builder, cli
 from robal_jax.errors import InputError
-from robal_jax.storage.config_file import differences, to_json, training_fields
+from robal_jax.storage.config_file import differences, to_json, training_fields, without_neutral
 
 
 class Request(NamedTuple):
@@ -114,8 +116,9 @@ def _workdir(name: str, seed: int, request: Request) -> pathlib.Path:
 
 @functools.cache
 def _evaluation_name(row: Row, setting: str, request: Request) -> str:
-    fields = json.loads(to_json(row_config(row, request, setting)))
-    return f"{row.config}-{_digest(run_name(row, request), json.dumps(fields['evaluation'], sort_keys=True))}"
+    fields = without_neutral(json.loads(to_json(row_config(row, request, setting))))
+    section = unflatten_dict(fields, sep=".")["evaluation"]
+    return f"{row.config}-{_digest(run_name(row, request), json.dumps(section, sort_keys=True))}"
 
 
 def _evaluation_folder(row: Row, setting: str, seed: int, request: Request) -> pathlib.Path:

@@ -23,18 +23,19 @@ def assemble(
       results: by row key, setting and seed; None where it is missing.
 
     Returns:
-      Title, data set, 'notes', and 'rows'. Each row has 'published' and 'ours' by condition ('mean', 'std',
-      'n' and 'values' over seeds), 'ours_tail' for the tail classes, 'difference' to the baseline's row,
-      paired by seed, and on the paper's own data set 'ours_minus_published'.
+      Title, data set, 'notes', 'attack', the condition shown by group, and 'rows'. Each row has 'ours' by
+      condition ('mean', 'std', 'n' and 'values' over seeds), 'ours_by_group' the same by group of classes,
+      'difference' to the baseline's row, paired by seed, and on a data set of the paper 'published' and
+      'ours_minus_published'.
     """
     table = TABLES[request.table]
-    # A data set without published figures is shown beside CIFAR-10-LT.
-    has_own = any(published(table, row, request.data) for row in table.rows)
-    source = request.data if has_own else "cifar10_lt"
-    known = {row.key: published(table, row, source) for row in table.rows}
+    known = {row.key: published(table, row, request.data) for row in table.rows}
+    published_on = request.data if any(known.values()) else None
     chosen = {row.key: _best(results[row.key]) for row in request.rows}
     shown = {key: results[key][setting] for key, setting in chosen.items()}
     ours = {key: _by_seed(by_seed) for key, by_seed in shown.items()}
+    found = [result for by_seed in shown.values() for result in by_seed.values() if result]
+    groups = list(found[0].summary["groups"]) if found else []
     rows = []
     for row in request.rows:
         entry: dict[str, Any] = {
@@ -47,7 +48,7 @@ def assemble(
             "published": known[row.key],
             "published_gain_is_fake": row.key in FAKE_GAINS,
             "ours": _statistics(ours[row.key]),
-            "ours_tail": _statistics(_by_seed(shown[row.key], figure="tail")),
+            "ours_by_group": {name: _statistics(_by_seed(shown[row.key], name)) for name in groups},
         }
         if len(row.settings) > 1:
             entry |= {"chosen": chosen[row.key], "chosen_among": list(row.settings)}
@@ -59,13 +60,11 @@ def assemble(
                 "published": _minus(known[row.key], known[row.baseline]),
                 "ours": _statistics(pairs),
             }
-        if has_own:
+        if published_on:
             means = {name: figure["mean"] for name, figure in entry["ours"].items()}
             entry["ours_minus_published"] = _minus(means, known[row.key])
         rows.append(entry)
-    found = [result for by_seed in shown.values() for result in by_seed.values() if result]
     made_with = {json.dumps({**r.meta["versions"], "device": r.meta["device"]}) for r in found}
-    published_on = source if any(known.values()) else None
     return {
         "table": request.table,
         "title": table.title,
@@ -73,6 +72,8 @@ def assemble(
         "seeds": list(request.seeds),
         "columns": list(table.columns),
         "published_on": published_on,
+        "attack": found[0].headline_attack if found else CHOSEN_BY,
+        "groups": groups,
         "baseline": table.baseline,
         "made_with": [json.loads(versions) for versions in sorted(made_with)],
         "notes": _notes(request, published_on, found),
@@ -132,30 +133,29 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Results])
     ]
     if found:
         meta, conditions = found[0].meta, list(found[0].conditions)
+        images = meta.get("part", f"{meta['n']} test images")
         notes.append(
-            f"Evaluation: {meta['n']} test images, {meta['norm']}, ε = {meta['epsilon']:g}; PGD-20, MIM-20 "
-            f"and CW-20 with step {meta['step_size']:g}. Worst: classified correctly under all of "
+            f"Evaluation: {images}, {meta['norm']}, ε = {meta['epsilon']:g}; PGD-20, MIM-20 and CW-20 with "
+            f"step {meta['step_size']:g}. Worst: classified correctly under all of "
             f"{', '.join(map(display_name, conditions[:-1]))}. It is never above CW-20, whose steps do "
             "not depend on the scale of the logits, so a gain that Worst does not show may be fake."
         )
     if published_on is not None:
-        about = f"Paper (Wu et al., CVPR 2021): {DATA_SETS[published_on]}, WideResNet-34-10, ε = 0.031."
-        if published_on != request.data:
-            about += " This is a different problem from ours: compare the differences, not the levels."
-        notes.append(about)
-    if "robal_aa" in table.columns:
+        notes.append(f"Paper (Wu et al., CVPR 2021): {DATA_SETS[published_on]}, WideResNet-34-10, ε = 0.031.")
+    if "robal_aa" in {*table.columns, *(result.headline_attack for result in found)}:
         notes.append("AA is APGD-CE and APGD-T together, two of the four attacks of AutoAttack.")
     if any(row.key in FAKE_GAINS for row in request.rows):
-        notes.append("†: a fake gain, as the paper itself says; compare its AA.")
+        notes.append("†: the paper itself says that the gain under PGD-20 is fake; compare AA.")
     return [*notes, *filter(None, [table.note])]
 
 
 def markdown(table: Mapping[str, Any]) -> str:
     """Returns the result of :func:`assemble` as Markdown."""
     seeds, rows = len(table["seeds"]), table["rows"]
-    on, own = table["published_on"], table["published_on"] == table["data"]
+    on, attack = table["published_on"], table["attack"]
     sides = [(name, side) for name in table["columns"] for side in (("paper", "ours") if on else ("ours",))]
-    sides.append(("worst", "ours"))
+    own = [name for name in (attack, "worst") if name not in table["columns"]]
+    sides += [(name, "ours") for name in own]
     skip = 0 if any(row["stage"] for row in rows) else 1
 
     def block(title: str, cell: Any, chosen: Iterable[Mapping[str, Any]], sides: Sequence[Any]) -> list[str]:
@@ -164,10 +164,11 @@ def markdown(table: Mapping[str, Any]) -> str:
         return [f"## {title}", aligned(header[skip:], [line[skip:] for line in body], left=2 - skip)]
 
     def level(row: Mapping[str, Any], name: str, side: str) -> str:
-        if side == "ours":
-            return _figure(row["ours"].get(name), seeds)
-        mark = " †" if row["published_gain_is_fake"] and name == "pgd_20" else ""
-        return _figure(row["published"].get(name), seeds) + mark
+        if side in table["groups"]:
+            return _figure(row["ours_by_group"][side].get(name), seeds)
+        marked = name == "pgd_20" and side == ("paper" if on else "ours")
+        mark = " †" if row["published_gain_is_fake"] and marked else ""
+        return _figure(row["ours" if side == "ours" else "published"].get(name), seeds) + mark
 
     def difference(row: Mapping[str, Any], name: str, side: str) -> str:
         figures = row["difference"]["ours" if side == "ours" else "published"]
@@ -178,11 +179,11 @@ def markdown(table: Mapping[str, Any]) -> str:
 
     parts = [
         f"# RoBal table {table['table']} on {DATA_SETS[table['data']]}: {table['title']}",
-        *block("Accuracy in percent", level, rows, sides),
+        *block("Accuracy in percent", level, rows, [*sides, *((attack, name) for name in table["groups"])]),
     ]
     if compared := [row for row in rows if "difference" in row]:
         parts += block(f"Difference to {table['baseline']} in points", difference, compared, sides)
-    if own:
+    if on:
         ours = [(name, "ours − paper") for name in table["columns"]]
         parts += block("Difference to the paper in points", to_paper, rows, ours)
     parts += ["## Notes", "\n".join(f"- {note}" for note in table["notes"])]

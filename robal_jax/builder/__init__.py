@@ -30,17 +30,18 @@ in its section::
 - ``epochs``: epochs of the whole run; ``schedule``: ``step -> learning rate``
 """
 
-from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of
+from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, model, objective, optimizer
 from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
-from robal_jax.builder.training_job import Training, training
+from robal_jax.builder.training_job import Training, check, training
 
 __all__ = [
     "RANGES",
     "Evaluation",
     "Training",
     "call",
+    "check",
     "dataset",
     "doubts",
     "evaluation",
@@ -51,4 +52,5 @@ __all__ = [
     "training",
     "validate",
     "with_inference_of",
+    "with_part_of",
 ]

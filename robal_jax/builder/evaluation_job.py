@@ -15,7 +15,7 @@ from robal_jax import classifiers, metrics, models
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.builder.parts import dataset, model
 from robal_jax.builder.ranges import validate
-from robal_jax.data import TestSet
+from robal_jax.data import TestSet, balanced_part, image_folder
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import to_json
@@ -40,12 +40,29 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     return combined.lock()
 
 
+def with_part_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """Returns the config of a run with the part of the test set that another config evaluates.
+
+    Raises:
+      InputError: a field of one of the configs cannot be used.
+    """
+    validate(config)
+    validate(other)
+    combined, part = config.copy_and_resolve_references(), other.evaluation
+    with combined.unlocked():
+        combined.evaluation.examples = part.examples
+        if part.examples:
+            combined.evaluation.seed = part.seed
+    return combined.lock()
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Everything that an evaluation needs except the weights.
 
     Attributes:
       test: the images, and the class counts of the training set.
+      ids: numbers of the images in the whole test set, ascending.
       variables: shapes of ``params`` and ``stats``, the parts of a checkpoint that the model needs.
       predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
       features: ``(params, stats, images) -> [B, D]``, the input of the head; None if it is not known.
@@ -64,6 +81,7 @@ class Evaluation:
     """
 
     test: TestSet
+    ids: np.ndarray
     variables: dict[str, Any]
     predict: Callable[..., Any]
     features: Callable[..., Any] | None
@@ -89,7 +107,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
     """
     validate(config)
     settings, data, platform = config.evaluation, dataset(config), jax.default_backend()
-    test = data.test_set
+    test, ids, part = _part(config, data.test_set)
     counts = test.class_counts
     groups = metrics.class_groups(counts, settings.head_classes, settings.tail_classes)
     head = settings.head if settings.head.name else config.head
@@ -111,6 +129,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
     batch_size = at_once(settings.batch_size, pixels, platform)
     return Evaluation(
         test=test,
+        ids=ids,
         variables=variables,
         predict=predict,
         features=network.features,
@@ -124,9 +143,26 @@ def evaluation(config: ConfigDict) -> Evaluation:
         seed=settings.seed,
         layout=config.train.layout,
         groups=groups,
-        about=_about(config, test, head, ensemble),
+        about=_about(config, test, head, ensemble) | part,
         data_sha256=data_digest(data),
     )
+
+
+def _part(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[str, str]]:
+    """Returns the test images to evaluate, their numbers in the whole test set, and 'part' for the report."""
+    size, everything, classes = config.evaluation.examples, len(test.labels), len(test.class_counts)
+    if not size:
+        return test, np.arange(everything), {}
+    if not classes <= size <= everything:
+        raise InputError(
+            f"config.evaluation.examples is {size}; give {classes} (one image per class) to {everything} "
+            "(the whole test set), or 0 for all"
+        )
+    ids, images = balanced_part(test.labels, size, config.evaluation.seed), test.images
+    # Files stay unread until an attack needs them.
+    images = images.part(ids) if isinstance(images, image_folder.ImageFiles) else images[ids]
+    part = test._replace(images=images, labels=test.labels[ids])
+    return part, ids, {"part": f"{size} of {everything} test images"}
 
 
 def _about(

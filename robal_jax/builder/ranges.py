@@ -63,7 +63,7 @@ _POSITIVE_FIELDS = (
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
-    "schedule.warmup", "train.max_steps", "evaluation.audit.examples",
+    "schedule.warmup", "train.max_steps", "evaluation.audit.examples", "evaluation.examples",
     "optimizer.clip_norm", "optimizer.momentum", "optimizer.weight_decay",
 )  # fmt: skip
 
@@ -98,6 +98,7 @@ _INTEGERS = (
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
     "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
+    "evaluation.examples",
 )  # fmt: skip
 
 _NUMBERS = (

@@ -11,10 +11,12 @@ import optax
 from ml_collections import ConfigDict
 
 from robal_jax import metrics, models, objectives
+from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.builder import contracts
+from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import augmentation, dataset, model, objective, optimizer
 from robal_jax.builder.ranges import validate
-from robal_jax.data import Dataset, epoch_order
+from robal_jax.data import Dataset, epoch_order, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 
@@ -48,6 +50,7 @@ class Training:
       augment: ``(keys [n], images) -> images``, integers to integers.
       steps_per_epoch: without the last incomplete batch.
       total_steps: of the whole run.
+      about: method, network, data, attack and length in words, by the first word of their line.
     """
 
     data: Dataset
@@ -61,6 +64,7 @@ class Training:
     augment: Callable[..., Any]
     steps_per_epoch: int
     total_steps: int
+    about: dict[str, str]
 
 
 def training(config: ConfigDict) -> Training:
@@ -102,6 +106,7 @@ def training(config: ConfigDict) -> Training:
     )
     minimised = objective(config, counts, parallel.AXIS)
     _check_own(config, network, minimised, optimise, images)
+    total_steps = min(total_steps, train.max_steps or total_steps)
     return Training(
         data=data,
         model=network,
@@ -113,7 +118,8 @@ def training(config: ConfigDict) -> Training:
         order=order,
         augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
-        total_steps=min(total_steps, train.max_steps or total_steps),
+        total_steps=total_steps,
+        about=_about(config, data, steps_per_epoch, total_steps),
     )
 
 
@@ -139,6 +145,51 @@ def _images_of_a_step(config: ConfigDict, data: Dataset) -> jax.ShapeDtypeStruct
     each = max(config.train.batch_size // (devices * config.train.accumulation_steps), 1)
     shape = (devices, each, *data.test_images.shape[1:])
     return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
+
+
+def check(config: ConfigDict) -> None:
+    """Checks a config as far as that needs no data: values, names of functions, and their arguments.
+
+    Raises:
+      InputError: a field of the config cannot be used.
+    """
+    validate(config)
+    call("data set", sources.SOURCES, config.data)
+    counts = np.arange(10, 0, -1)  # of a data set that will do
+    for head in (config.head, config.evaluation.head):
+        if head.name:
+            model(config, counts, platform="cpu", precision=config.train.precision, head=head)
+    objective(config, counts)
+    optimizer(config, 1)
+    autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
+
+
+def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
+    """Describes a training in five lines."""
+    counts, attack, norm = data.class_counts, config.attack, config.threat.norm
+    given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name"))
+    function = call("objective", objectives.OBJECTIVES, config.objective, **given)
+    size = functools.partial(_size, in_255ths=norm == "linf")
+    threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"
+    return {
+        "method": f"{config.method}: objective {config.objective.name}, loss {config.loss.name}, "
+        f"seed {config.seed}",
+        "network": f"{config.model.name}, {config.head.name} head",
+        "data": f"{config.data.name}: {counts[0]} images of the first class to {counts[-1]} of the last, "
+        f"{counts.sum()} of all {len(counts)} (ratio {counts.min() / counts.max():.3g}); "
+        f"{len(data.test_labels)} test images",
+        "attack": f"{threat}, {attack.steps} steps of {size(attack.step_size)}, start {attack.start!r}, loss "
+        f"{attack.loss.name}"
+        if "attack" in function.keywords
+        else f"none in training; {threat} in evaluations",
+        "length": f"{total_steps} steps of {config.train.batch_size} images, {steps_per_epoch} per epoch",
+    }
+
+
+def _size(value: float, *, in_255ths: bool) -> str:
+    """Returns a size in the unit of an image, as a fraction of 255 if it is one: '8/255' or '0.031'."""
+    count = round(255 * value)
+    return f"{count}/255" if in_255ths and count and abs(255 * value - count) < 1e-4 else f"{value:g}"
 
 
 def _settings(train: ConfigDict, steps_per_epoch: int) -> Settings:

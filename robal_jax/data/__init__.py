@@ -5,14 +5,14 @@
 - ``cifar``: CIFAR-10-LT and CIFAR-100-LT from TFDS or an .npz file
 - ``image_folder``: data sets of image files, and reading files ahead of their use
 - ``long_tail``: images per class in a long-tailed subset, and which ones
-- ``sampling``: the order of the train images in an epoch
+- ``sampling``: the order of the train images in an epoch, and a balanced part of the test images
 - ``augmentation``: random crops and flips, one key per image
 """
 
 from robal_jax.data.augmentation import AUGMENTATIONS, random_crop_flip, random_resized_crop_flip
 from robal_jax.data.dataset import Dataset, Images, TestSet, as_float, check_dataset, check_labels, to_float
 from robal_jax.data.long_tail import PROFILES, long_tailed_counts, long_tailed_indices
-from robal_jax.data.sampling import SAMPLERS, class_aware_order, epoch_order, uniform_order
+from robal_jax.data.sampling import SAMPLERS, balanced_part, class_aware_order, epoch_order, uniform_order
 
 __all__ = [
     "AUGMENTATIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "Images",
     "TestSet",
     "as_float",
+    "balanced_part",
     "check_dataset",
     "check_labels",
     "class_aware_order",

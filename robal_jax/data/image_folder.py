@@ -72,6 +72,10 @@ class ImageFiles:
             image[:] = _read(os.path.join(self.root, self.paths[i]), self.resize, self.size)
         return images.reshape(*ids.shape, *self.shape[1:])
 
+    def part(self, ids: np.ndarray) -> "ImageFiles":
+        """Returns the images at ``ids``, integers ``[n]``, without reading them."""
+        return dataclasses.replace(self, paths=tuple(self.paths[i] for i in ids))
+
     def identity(self) -> np.ndarray:
         """Returns bytes that identify the images without reading them: paths, file sizes, resize and crop.
 

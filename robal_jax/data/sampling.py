@@ -1,4 +1,4 @@
-"""The order in which an epoch visits the train images: a function of (sampler, labels, seed, epoch) only."""
+"""The order of the train images in an epoch, and a part of a test set: functions of their arguments only."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -22,6 +22,32 @@ def uniform_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     # NumPy promises never to change the streams of Philox and of RandomState, unlike Generator's.
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.random.RandomState(bits).permutation(num_examples).astype(np.int32)
+
+
+def balanced_part(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Draws images, of every class the same number or one more, as far as the classes have them.
+
+    A smaller part is a subset of a larger one with the same seed.
+
+    Args:
+      labels: integers ``[N]``.
+      size: number of images, at most N.
+      seed: of the draw, >= 0.
+
+    Returns:
+      int64 ``[size]``, positions in 0..N-1, ascending.
+
+    >>> labels = np.array([0, 0, 0, 0, 1, 1, 1, 2])
+    >>> np.bincount(labels[balanced_part(labels, 6, seed=0)])
+    array([3, 2, 1])
+    """
+    draw = np.random.RandomState(np.random.Philox(seed))
+    order, classes = draw.permutation(len(labels)), draw.permutation(labels.max() + 1)
+    round_of = np.empty(len(labels), int)  # in round r every class gives its image number r of ``order``
+    for k in classes:
+        members = order[labels[order] == k]
+        round_of[members] = np.arange(len(members))
+    return np.sort(np.lexsort((np.argsort(classes)[labels], round_of))[:size])
 
 
 def _shuffled_rounds(items: list[int], rng: random.Random) -> Iterator[int]:

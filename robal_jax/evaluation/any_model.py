@@ -91,6 +91,7 @@ def evaluate_model(
     test, groups = _test_set(images, labels, num_classes, class_counts, class_names)
     job = builder.Evaluation(
         test=test,
+        ids=np.arange(len(labels)),
         variables={},
         predict=predict,
         features=None,

@@ -69,7 +69,7 @@ def report(
     kept: Outcomes = {name: {"pred": values} for name, values in predictions.items()}
     for condition in CONDITIONS:
         kept[condition]["distance"] = outcomes[condition]["distance"]
-    arrays: dict[str, Any] = {"labels": labels, "ids": np.arange(len(labels)), **to_arrays(kept)}
+    arrays: dict[str, Any] = {"labels": labels, "ids": victim.ids, **to_arrays(kept)}
 
     def write() -> None:
         with replacing(folder / EXAMPLES) as file:
@@ -120,7 +120,7 @@ def _store(
 
     def write() -> None:
         with replacing(path) as file:
-            kept = {"ids": ids, "images": images, "predictions": found.predictions[ids]}
+            kept = {"ids": victim.ids[ids], "images": images, "predictions": found.predictions[ids]}
             np.savez(file, **kept, epsilon=np.array(job.threat.epsilon))
 
     hosts.by_first(write)
@@ -135,7 +135,7 @@ def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged
 
     Args:
       victim: the model and the test images.
-      path: of ``adversarial.npz``: ``ids`` and ``images``.
+      path: of ``adversarial.npz``: ``ids``, some of the victim's, and ``images``.
       threat: of the evaluation.
     """
 
@@ -145,7 +145,7 @@ def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged
 
     ids, images = hosts.by_first(read)
     row = np.full(len(victim.labels), -1)
-    row[ids] = np.arange(len(ids))
+    row[np.searchsorted(victim.ids, ids)] = np.arange(len(ids))
     step, judged = victim.compile(partial(shown_step, threat=threat)), []
     for batch in np.split(np.arange(len(row)), range(victim.size, len(row), victim.size)):
         shown = victim.floats(batch)

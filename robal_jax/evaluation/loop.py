@@ -6,9 +6,10 @@
 3. The audit of these attacks on a sample (``measurements.py``).
 4. Verdicts, results and the report (``findings.py``).
 
-The noise of an image depends only on the seed and its index in the test set, so batch size and number of
-devices change nothing. The outcome of every image is kept, and every adversarial image of the ensemble; the
-accuracy under the ensemble is computed again from these images before it is reported.
+The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
+devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
+image of the ensemble; the accuracy under the ensemble is computed again from these images before it is
+reported.
 """
 
 import datetime
@@ -79,9 +80,9 @@ def evaluate(
         job = builder.evaluation(config)
         check_same_data(job.data_sha256, workdir, say)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
-        surrogate = _surrogate(job, say)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
+        surrogate = _surrogate(config, job, say)
         hosts.check_agreement("the config", to_json(config))
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
@@ -168,6 +169,7 @@ def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:
         weights["stats"],
         job.test.images,
         job.test.labels,
+        ids=job.ids,
         pixel_max=job.test.pixel_max,
         seed=job.seed,
         batch_size=job.batch_size,
@@ -175,12 +177,12 @@ def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:
     )
 
 
-def _surrogate(job: builder.Evaluation, say: Callable[[str], None]) -> Victim | None:
+def _surrogate(config: ConfigDict, job: builder.Evaluation, say: Callable[[str], None]) -> Victim | None:
     """Restores the newest checkpoint of the run that the config names, with that run's own config."""
     if not job.surrogate:
         return None
     workdir = pathlib.Path(job.surrogate)
-    other = builder.evaluation(read_config(workdir))
+    other = builder.evaluation(builder.with_part_of(read_config(workdir), config))
     if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
     return as_victim(other, restore_weights(workdir, None, other.variables, say).tree)

@@ -28,6 +28,7 @@ class Victim:
       images: uint8 ``[n, H, W, C]``, in memory or read when they are needed; or float32 in [0, 1].
       labels: ``[n]``.
       pixel_max: the pixel value that becomes 1.
+      ids: numbers of the images in the whole test set, ascending ``[n]``.
       size: images in each call of a compiled function, on all devices together.
     """
 
@@ -39,6 +40,7 @@ class Victim:
         images: Images,
         labels: np.ndarray,
         *,
+        ids: np.ndarray | None = None,
         pixel_max: int,
         seed: int,
         batch_size: int,
@@ -52,8 +54,9 @@ class Victim:
           stats: its batch-norm statistics.
           images: uint8 or float32 ``[n, H, W, C]``.
           labels: ``[n]``.
+          ids: numbers of the images in the whole test set, ascending ``[n]``; 0..n-1 if None.
           pixel_max: the pixel value that becomes 1.
-          seed: the random numbers of an image follow from it and from the image's index.
+          seed: the random numbers of an image follow from it and from the image's number in ``ids``.
           batch_size: images per device in each call.
           layout: a key of ``parallel.LAYOUTS``.
         """
@@ -61,6 +64,7 @@ class Victim:
         self._shared = parallel.replicate((params, stats, jax.random.key(seed)), self._devices)
         self.predict = partial(predict, params, stats)
         self.images, self.labels, self.pixel_max = images, labels, pixel_max
+        self.ids = np.arange(len(labels)) if ids is None else ids
         self.size = batch_size * jax.device_count()
 
     @property
@@ -87,8 +91,8 @@ class Victim:
         predict = self._predict if predict is None else predict
 
         def on_batch(parts: tuple, shared: tuple) -> chex.ArrayTree:
-            (ids, images, labels, *more), ((params, stats, key), extra) = parts, shared
-            keys = numbered_keys(key, ids)
+            (numbers, images, labels, *more), ((params, stats, key), extra) = parts, shared
+            keys = numbered_keys(key, numbers)
             logits_fn = partial(predict, params, stats)
             return work(logits_fn, keys, as_float(images, self.pixel_max), labels, *more, **extra)
 
@@ -101,7 +105,7 @@ class Victim:
                 count = len(batch[0])
                 full = (np.take(part, range(self.size), 0, mode="clip") for part in batch)
                 mine, *more = (part[parallel.share(self.size)] for part in full)
-                examples = (mine, self.images[mine], self.labels[mine], *more)
+                examples = (self.ids[mine], self.images[mine], self.labels[mine], *more)
                 judged = jax.device_get(compiled(examples, (self._shared, shared)))
                 outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
             return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)

@@ -17,7 +17,7 @@ from robal_jax.reporting.names import display_name, printed, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
 # Runs can be compared only if these are equal.
-_PROTOCOL = ("dataset", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
+_PROTOCOL = ("dataset", "part", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
 
 
 class Table(NamedTuple):
@@ -132,10 +132,11 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
         for seed, run in members.items()
     ]
     header = ("Condition", "Run", *map(str.capitalize, groups))
+    parts = "".join(sorted({f" ({run.meta['part']})" for run in runs if "part" in run.meta}))
     spread = " (mean ± standard deviation over seeds)" if by_seed else ""
     tables = [
         Table("Runs", ("Run", "Audit", "Conditions left out"), audits),
-        Table(f"Accuracy in percent{spread}", header, accuracies),
+        Table(f"Accuracy in percent{parts}{spread}", header, accuracies),
         Table(
             f"Difference to {reference} in points, paired [95 % interval], exact McNemar p",
             header,

@@ -33,7 +33,8 @@ class Results:
 
         - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
           'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested);
-        - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256';
+        - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256', 'part' (which
+          part of the test set; missing for all of it);
         - the attacks: 'norm', 'epsilon', 'step_size', 'start', 'evaluation_seed', 'main_attack' (the one that
           counts if no ensemble was evaluated), 'autoattack' (names of the ensemble's attacks), 'stages'
           ({attack: accuracy after it and all attacks before it});
@@ -59,8 +60,9 @@ class Results:
 
     @property
     def title(self) -> str:
-        """The model and the data set in a few words."""
-        return f"{self.meta['method']} on {self.meta['dataset']}"
+        """The model, the data set and the part of it in a few words."""
+        part = f" ({self.meta['part']})" if "part" in self.meta else ""
+        return f"{self.meta['method']} on {self.meta['dataset']}{part}"
 
     @property
     def headline_attack(self) -> str:

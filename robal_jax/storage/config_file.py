@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from robal_jax.errors import InputError, one_line
 from robal_jax.storage.names import CONFIG
 
-NEUTRAL: dict[str, Any] = {}
+NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
 The value of a new section is the dictionary of its fields.

@@ -5,6 +5,7 @@ VERSIONS = "versions.json"
 IMPORT = "import.json"  # in place of versions.json if the weights were imported
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKED = "tracked.txt"  # name of the run at Weights & Biases or trackio
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 

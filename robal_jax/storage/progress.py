@@ -1,17 +1,34 @@
 """Progress of a long job on the terminal, and the scalars of a training run."""
 
+import contextlib
 import json
 import pathlib
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from robal_jax.errors import one_line
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import METRICS, TENSORBOARD
+from robal_jax.storage.trackers import Track
+
+
+@contextlib.contextmanager
+def announced(text: str, after: float = 2.0) -> Iterator[None]:
+    """Shows ``text`` on stderr if the work inside takes longer than ``after`` seconds."""
+    timer = threading.Timer(after, partial(print, text, file=sys.stderr, flush=True))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Meter:
@@ -61,17 +78,24 @@ class Meter:
 
 
 class Scalars:
-    """Scalars of a run as JSON lines, which are the source of truth, and for TensorBoard.
+    """Scalars of a run as JSON lines, which are the source of truth, for TensorBoard, and for a tracker.
 
     When it is opened at step ``step``, it drops what an interrupted run logged after that step, so that no
     step is logged twice.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        say: Callable[[str], None] = print,
+        track: Track | None = None,
+    ) -> None:
         path = workdir / METRICS
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
         write_whole(path, "".join(kept).encode())
         self._lines = path.open("a", buffering=1)
+        self._say, self._track = say, track
         self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -79,6 +103,15 @@ class Scalars:
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._track is not None:
+            try:
+                self._track(step, values)
+            except Exception as error:  # of a package, or of the network
+                self._track = None
+                self._say(
+                    f"warning: the tracker failed ({one_line(error)}); training continues without it, and "
+                    f"{METRICS} has all metrics"
+                )
 
     def __enter__(self) -> "Scalars":
         return self

@@ -7,6 +7,7 @@
       versions.json       versions of the libraries, and the sha256 of the data; after an import import.json
       metrics.jsonl       one line per dispatch
       tensorboard/        the same for TensorBoard
+      tracked.txt         with --track: name of the run at the tracker
       checkpoints/STEP/   the newest checkpoints
       damaged/            checkpoints that could not be read
       evaluation/         results.json, examples.npz, adversarial.npz, per_class.csv, report.html, report.md

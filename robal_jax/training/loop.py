@@ -23,8 +23,9 @@ from robal_jax.errors import DivergedError, InputError
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.names import CHECKPOINTS
-from robal_jax.storage.progress import Meter, Scalars
-from robal_jax.storage.workdir import data_digest, newest_whole, prepare_workdir
+from robal_jax.storage.progress import Meter, Scalars, announced
+from robal_jax.storage.trackers import Track
+from robal_jax.storage.workdir import data_digest, newest_whole, prepare_workdir, versions
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, compiled_chunk
 
@@ -80,13 +81,20 @@ def chunks(job: builder.Training, step: int) -> Generator[tuple[np.ndarray | Exa
         step += count
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], None] = print) -> pathlib.Path:
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    say: Callable[[str], None] = print,
+    track: Track | None = None,
+) -> pathlib.Path:
     """Trains to the end, or resumes from the newest checkpoint in the workdir; on SIGTERM saves and stops.
 
     Args:
       config: the resolved config.
       workdir: folder of the run, see ``storage.workdir``.
       say: receives messages for the user, line by line; the last one names the checkpoint and its sha256.
+      track: receives every row of the metrics too, as ``(step, {name: value})``.
 
     Returns:
       The folder of the newest checkpoint.
@@ -97,9 +105,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
     """
     say, folder = hosts.speaker(say), workdir / CHECKPOINTS
     with hosts.stop_signals() as stop:
-        job = builder.training(config)
-        _check_devices(job)
-        digest = data_digest(job.data)
+        with hosts.only_first(lambda: announced("reading the data")):
+            job = builder.training(config)
+            _check_devices(job)
+            digest = data_digest(job.data)
         hosts.check_agreement("the config", to_json(config))
         hosts.check_agreement("the data", digest)
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
@@ -111,16 +120,27 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         if found:
             state = found.tree
             say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-        else:
-            for doubt in builder.doubts(config):
-                say(f"warning: {doubt}")
+        for line in _about(job, like, workdir):
+            say(line)
+        for doubt in [] if found else builder.doubts(config):
+            say(f"warning: {doubt}")
         if state is None:
             state = jax.device_get(jax.jit(partial(initial_state, job))())
-        path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
+        path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command resumes from there")
         say(f"checkpoint {path} sha256 {sha256}")
         return path
+
+
+def _about(job: builder.Training, like: TrainState, workdir: pathlib.Path) -> list[str]:
+    """Returns what the user sees before the compilation: devices, what is trained and how, and the folder."""
+    made_with, about = versions(), dict(job.about)
+    size = sum(leaf.size for leaf in jax.tree.leaves(like.params))
+    about["network"] += f", {size:,} parameters"
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    device = f"{jax.device_count()} x {made_with['device']}{processes}, JAX {made_with['jax']}"
+    return [f"{name:8} {text}" for name, text in {"device": device, **about, "folder": workdir}.items()]
 
 
 def _check_devices(job: builder.Training) -> None:
@@ -152,6 +172,7 @@ def _run(
     newest: tuple[pathlib.Path, str] | None,
     stop: hosts.Stop,
     say: Callable[[str], None],
+    track: Track | None,
 ) -> tuple[pathlib.Path, str]:
     """Trains from ``state`` to the end or a stop; ``newest`` and the result: a checkpoint and its sha256."""
     first = step = int(state.step)
@@ -162,10 +183,12 @@ def _run(
     with (
         contextlib.closing(chunks(job, step)) as upcoming,
         checkpoints.Saver(workdir / CHECKPOINTS, job.settings.keep_checkpoints) as saver,
-        hosts.only_first(lambda: Scalars(workdir, step)) as scalars,
+        hosts.only_first(lambda: Scalars(workdir, step, say, track)) as scalars,
         hosts.only_first(lambda: Meter("train", total, step)) as meter,
     ):
         rows = next(upcoming, None)
+        if rows is not None:
+            say("compiling the training step")
         while rows is not None and not stop:
             started = time.perf_counter()
             count = rows[1]
