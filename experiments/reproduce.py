@@ -6,19 +6,19 @@ after a stop or a crash, run the same command again. --config.KEY=VALUE applies 
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 from robal_jax.errors import DivergedError, InputError
+from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 
 if TYPE_CHECKING:  # it imports JAX
@@ -59,26 +59,6 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
         out=pathlib.Path(values["out"] or "runs/tables"),
         configs=CONFIGS,
     )
-
-
-@contextlib.contextmanager
-def alone_in(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process out of a folder; the system releases the lock when this process ends.
-
-    Raises:
-      InputError: another process works there, or the folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder} is used by another process; choose another --out") from error
-        yield
 
 
 def finished(workdir: pathlib.Path) -> dict[str, str] | None:

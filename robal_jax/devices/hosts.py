@@ -74,7 +74,7 @@ def is_first() -> bool:
 
 
 def by_first(function: Callable[[], T]) -> T:
-    """Runs ``function`` in the first process and gives its result, or its ``InputError``, to all processes.
+    """Runs ``function`` in the first process and gives its result, or its error, to all processes.
 
     All processes must make the same calls in the same order.
 
@@ -86,6 +86,7 @@ def by_first(function: Callable[[], T]) -> T:
 
     Raises:
       InputError: ``function`` raised it.
+      OSError: ``function`` raised it.
     """
     if jax.process_count() == 1:
         return function()
@@ -93,15 +94,23 @@ def by_first(function: Callable[[], T]) -> T:
     if is_first():
         try:
             result = function()
-        except InputError as error:
+        except (InputError, OSError) as error:
             result = error
     content = np.frombuffer(pickle.dumps(result), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
     mine = content if is_first() else np.zeros(size, np.uint8)
     result = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
-    if isinstance(result, InputError):
+    if isinstance(result, InputError | OSError):
         raise result
     return result
+
+
+@contextlib.contextmanager
+def held_by_first(make: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Enters ``make()``, such as a lock, in the first process; see :func:`by_first` for its errors."""
+    with contextlib.ExitStack() as stack:
+        by_first(lambda: stack.enter_context(make()))
+        yield
 
 
 def check_agreement(what: str, value: str) -> None:
@@ -149,8 +158,16 @@ def only_first(make: Callable[[], T]) -> T | Silent:
 
 
 def speaker(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Returns ``say`` in the first process, and a function that does nothing in all other processes."""
-    return say if is_first() else lambda _: None
+    """Returns ``say`` in the first process, and a function that does nothing in all other processes.
+
+    A message that cannot be written, such as into a closed pipe, is lost.
+    """
+
+    def speak(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return speak if is_first() else lambda _: None
 
 
 class Stop:
@@ -180,7 +197,10 @@ class Stop:
         return self.asked
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        """Notes a signal; a second Ctrl-C stops at once."""
+        """Notes a signal; a second Ctrl-C stops at once.
+
+        Another SIGTERM changes nothing: batch systems often send it twice, to a job and to its processes.
+        """
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True

@@ -22,9 +22,10 @@ from robal_jax.devices import hosts, parallel
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import to_json
+from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 from robal_jax.storage.progress import Meter, Scalars
-from robal_jax.storage.workdir import data_digest, newest_whole, prepare_workdir
+from robal_jax.storage.workdir import data_digest, make_workdir, newest_whole, prepare_workdir
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, compiled_chunk
 
@@ -106,14 +107,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         like = jax.eval_shape(partial(initial_state, job))
         start = _weights_to_start_from(job, folder)
         state = fine_tuned_state(job, start, say) if start else None
-        hosts.by_first(partial(prepare_workdir, config, digest, workdir))
-        found = newest_whole(workdir, like, say)
-        if found:
-            state = found.tree
-            say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-        elif state is None:
-            state = jax.device_get(jax.jit(partial(initial_state, job))())
-        path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
+        hosts.by_first(partial(make_workdir, workdir))
+        with hosts.held_by_first(partial(alone_in, workdir)):
+            hosts.by_first(partial(prepare_workdir, config, digest, workdir))
+            found = newest_whole(workdir, like, say)
+            if found:
+                state = found.tree
+                say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
+            elif state is None:
+                state = jax.device_get(jax.jit(partial(initial_state, job))())
+            path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command resumes from there")
         say(f"checkpoint {path} sha256 {sha256}")
@@ -159,7 +162,7 @@ def _run(
     with (
         contextlib.closing(chunks(job, step)) as upcoming,
         checkpoints.Saver(workdir / CHECKPOINTS, job.settings.keep_checkpoints) as saver,
-        hosts.only_first(lambda: Scalars(workdir, step)) as scalars,
+        hosts.only_first(lambda: Scalars(workdir, step, say)) as scalars,
         hosts.only_first(lambda: Meter("train", total, step)) as meter,
     ):
         rows = next(upcoming, None)
