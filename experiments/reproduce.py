@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
-from robal_jax.errors import DivergedError, InputError
+from robal_jax.errors import DivergedError, InputError, ReportError
 from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 
@@ -94,6 +94,17 @@ def is_done(job: "Job") -> bool:
     return results is not None and results.meta["checkpoint_sha256"] == run["sha256"]
 
 
+def set_outdated_aside(folder: pathlib.Path, sha256: str, say: Callable[[str], None]) -> None:
+    """Renames the evaluation in a folder if it is of another checkpoint, such as of a run before this one."""
+    from robal_jax.storage.evaluated import identity_in
+
+    there = identity_in(folder)
+    if there and there.get("checkpoint_sha256") != sha256:
+        aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%dT%H%M%S')}")
+        folder.rename(aside)
+        say(f"{folder} is of another checkpoint; moved to {aside}")
+
+
 def do(job: "Job", say: Callable[[str], None]) -> None:
     """Trains or evaluates; a job that was stopped is not done.
 
@@ -105,15 +116,19 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
     from robal_jax.storage.files import write_whole
 
     if job.folder is not None:
-        newest = read_json(job.workdir / "finished.json")["checkpoint"]
+        run = read_json(job.workdir / "finished.json")
+        set_outdated_aside(job.folder, run["sha256"], say)
         with contextlib.redirect_stdout(io.StringIO()):  # its table
-            evaluation.evaluate(
-                job.config,
-                job.workdir,
-                checkpoint=job.workdir / CHECKPOINTS / newest,
-                folder=job.folder,
-                say=say,
-            )
+            try:
+                evaluation.evaluate(
+                    job.config,
+                    job.workdir,
+                    checkpoint=job.workdir / CHECKPOINTS / run["checkpoint"],
+                    folder=job.folder,
+                    say=say,
+                )
+            except ReportError as error:  # the results are there, which the table needs
+                say(str(error))
     elif training.train(job.config, job.workdir, say=say).name == str(
         builder.training(job.config).total_steps
     ):
@@ -170,8 +185,10 @@ def main(arguments: list[str]) -> None:
 
     from experiments.paper.plan import make_plan
     from experiments.paper.table import assemble, markdown
+    from robal_jax.devices import hosts
     from robal_jax.storage.files import write_whole
 
+    hosts.start("")
     plan = make_plan(request)
     folder = request.out / request.data
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:

@@ -8,6 +8,7 @@ All processes run the same program on the same numbers; each feeds its own devic
 import contextlib
 import hashlib
 import itertools
+import os
 import pickle
 import signal
 import sys
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, one_line
 
 T = TypeVar("T")
 
@@ -38,14 +39,27 @@ def start(coordinator: str, processes: str = "", process: str = "") -> None:
       process: number of this process, from 0.
 
     Raises:
-      InputError: the process numbers are invalid or inconsistent, or the other processes cannot be reached.
+      InputError: the process numbers are invalid or inconsistent, the other processes cannot be reached, or
+        JAX cannot use the devices of ``JAX_PLATFORMS``.
     """
-    if not coordinator:
-        if processes or process:
-            raise InputError(
-                "--processes and --process need --coordinator; give HOST:PORT, the same to all processes"
-            )
-        return
+    if coordinator:
+        _join(coordinator, processes, process)
+    elif processes or process:
+        raise InputError(
+            "--processes and --process need --coordinator; give HOST:PORT, the same to all processes"
+        )
+    try:
+        jax.devices()
+    except Exception as error:  # plugins raise all kinds
+        named = os.environ.get("JAX_PLATFORMS") or "this machine"
+        raise InputError(
+            f"JAX cannot start on {named} ({one_line(error)}); set JAX_PLATFORMS=cpu, or install "
+            "the plugin of the accelerator"
+        ) from error
+
+
+def _join(coordinator: str, processes: str, process: str) -> None:
+    """Joins the other processes of the job, see :func:`start`."""
     given: dict[str, Any] = {}
     if coordinator != "auto":
         try:

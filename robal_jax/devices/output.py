@@ -1,6 +1,5 @@
 """Streams for messages, whose failures end no job: a closed pipe, a full disk, a lost terminal."""
 
-import errno
 from typing import Any, TextIO
 
 
@@ -10,11 +9,12 @@ class Tolerant:
     A character that the stream's encoding lacks is written as its code.
 
     Attributes:
-      error: the first failure; None if there was none, or if the reader only stopped to read.
+      error: the first failure, None if there was none.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream, self.error = stream, None
+        self._stream = stream
+        self.error: Exception | None = None
 
     def write(self, text: str) -> int:
         """Writes a text as well as it can be written."""
@@ -48,8 +48,7 @@ class Tolerant:
             return False
 
     def _keep(self, error: Exception) -> None:
-        if not isinstance(error, BrokenPipeError) and getattr(error, "errno", None) != errno.EPIPE:
-            self.error = self.error or error
+        self.error = self.error or error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

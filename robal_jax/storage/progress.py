@@ -36,17 +36,16 @@ class Meter:
         self._title, self._started, self._initial = title, time.monotonic(), done
         self._last_line = self._started
         self._bar: Progress | None = None
-        self._file: Any = Tolerant(sys.stderr)
-        if self._file.isatty():
+        stream: Any = Tolerant(sys.stderr)
+        self._file = stream
+        if stream.isatty():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )
-            self._bar = Progress(
-                *columns, TextColumn("{task.fields[note]}"), console=Console(file=self._file)
-            )
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(file=stream))
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from robal_jax import builder
 from robal_jax.data import image_folder
 from robal_jax.devices import hosts, parallel
-from robal_jax.errors import DivergedError, InputError
+from robal_jax.errors import DivergedError, InputError, user_path
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.lock import alone_in
@@ -140,7 +140,7 @@ def _weights_to_start_from(
     """Reads the checkpoint that a new run fine-tunes; None if there is none, or if this run has its own."""
     found = None
     if job.settings.start_from and not checkpoints.steps(folder):
-        found = checkpoints.read_latest(pathlib.Path(job.settings.start_from))
+        found = checkpoints.read_latest(user_path(job.settings.start_from))
     hosts.check_agreement("config.train.start_from", found.sha256 if found else "none")
     return found
 
