@@ -6,19 +6,19 @@ after a stop or a crash, run the same command again. --config.KEY=VALUE applies 
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
-from robal_jax.errors import DivergedError, InputError
+from robal_jax.errors import DivergedError, InputError, ReportError
+from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 
 if TYPE_CHECKING:  # it imports JAX
@@ -61,26 +61,6 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     )
 
 
-@contextlib.contextmanager
-def alone_in(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process out of a folder; the system releases the lock when this process ends.
-
-    Raises:
-      InputError: another process works there, or the folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder} is used by another process; choose another --out") from error
-        yield
-
-
 def finished(workdir: pathlib.Path) -> dict[str, str] | None:
     """Returns number and sha256 of a run's last checkpoint, None if :func:`do` did not finish the run."""
     marker = read_json(workdir / "finished.json")
@@ -114,6 +94,17 @@ def is_done(job: "Job") -> bool:
     return results is not None and results.meta["checkpoint_sha256"] == run["sha256"]
 
 
+def set_outdated_aside(folder: pathlib.Path, sha256: str, say: Callable[[str], None]) -> None:
+    """Renames the evaluation in a folder if it is of another checkpoint, such as of a run before this one."""
+    from robal_jax.storage.evaluated import identity_in
+
+    there = identity_in(folder)
+    if there and there.get("checkpoint_sha256") != sha256:
+        aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%dT%H%M%S')}")
+        folder.rename(aside)
+        say(f"{folder} is of another checkpoint; moved to {aside}")
+
+
 def do(job: "Job", say: Callable[[str], None]) -> None:
     """Trains or evaluates; a job that was stopped is not done.
 
@@ -125,15 +116,19 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
     from robal_jax.storage.files import write_whole
 
     if job.folder is not None:
-        newest = read_json(job.workdir / "finished.json")["checkpoint"]
+        run = read_json(job.workdir / "finished.json")
+        set_outdated_aside(job.folder, run["sha256"], say)
         with contextlib.redirect_stdout(io.StringIO()):  # its table
-            evaluation.evaluate(
-                job.config,
-                job.workdir,
-                checkpoint=job.workdir / CHECKPOINTS / newest,
-                folder=job.folder,
-                say=say,
-            )
+            try:
+                evaluation.evaluate(
+                    job.config,
+                    job.workdir,
+                    checkpoint=job.workdir / CHECKPOINTS / run["checkpoint"],
+                    folder=job.folder,
+                    say=say,
+                )
+            except ReportError as error:  # the results are there, which the table needs
+                say(str(error))
     elif training.train(job.config, job.workdir, say=say).name == str(
         builder.training(job.config).total_steps
     ):
@@ -190,8 +185,10 @@ def main(arguments: list[str]) -> None:
 
     from experiments.paper.plan import make_plan
     from experiments.paper.table import assemble, markdown
+    from robal_jax.devices import hosts
     from robal_jax.storage.files import write_whole
 
+    hosts.start("")
     plan = make_plan(request)
     folder = request.out / request.data
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:

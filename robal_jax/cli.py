@@ -4,21 +4,23 @@ ml_collections parses ``--config.field=value``; this module loads the config fil
 key is unknown, and turns errors into one line.
 """
 
+import contextlib
 import difflib
-import errno
 import importlib.util
 import os
 import pathlib
 import re
+import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from robal_jax.devices.cpu import prepare_jax
-from robal_jax.errors import DivergedError, InputError
+from robal_jax.devices.cpu import drop_unusable_cache, prepare_jax
+from robal_jax.devices.output import Tolerant
+from robal_jax.errors import AGAIN, DivergedError, InputError, of_environment, one_line, user_path
 
 PROCESSES = {
     "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
@@ -29,6 +31,8 @@ PROCESSES = {
 
 PRINT_CONFIG = {"print-config": "prints the config as the run would store it, and ends"}
 """A switch of ``train.py`` and ``evaluate.py``."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells give it."""
 
 CONSOLE = "robal-jax"
 """Name of the console command, see ``console.py``."""
@@ -38,34 +42,77 @@ SHIPPED = _WHEEL if _WHEEL.is_dir() else _WHEEL.parents[1]
 """Folder that holds ``configs`` and ``experiments``: their copy in a wheel, or the repository."""
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells give it."""
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a script's ``main(arguments)``; an error becomes one line on stderr and an exit status.
 
-    The status is 2 if an input cannot be used (:class:`InputError`) or the disk is full, and 3 if training
-    diverged (:class:`DivergedError`). JAX is set up before (:func:`prepare_jax`), so the script must not have
+    The status is 2 if an input (:class:`InputError`) or the machine (:func:`of_environment`) cannot be used,
+    3 if training diverged (:class:`DivergedError`), and 130 after Ctrl-C. What stdout or stderr does not take
+    is lost, and nothing else. JAX is set up before (:func:`prepare_jax`), so the script must not have
     imported it yet.
     """
-    prepare_jax(os.environ)
-    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log details through absl
+    status, message = 0, ""
+    with _lasting_output(), _interrupts() as interrupts:
+        try:
+            prepare_jax(os.environ)
+            if warning := drop_unusable_cache(os.environ):
+                print(f"warning: {warning}", file=sys.stderr)
+            logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log details through absl
+            main(sys.argv[1:])
+        except InputError as error:
+            status, message = 2, str(error)
+        except DivergedError as error:
+            status, message = 3, str(error)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) or interrupts:
+                status, message = INTERRUPTED, "interrupted; what was saved is intact: " + AGAIN
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would interrupt the end of Python
+            else:
+                status, message = 2, of_environment(error) or ""
+            if not message:
+                raise
+        if status:
+            print("error: " + as_started(" ".join(message.split())), file=sys.stderr)
+    if status:
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Notes each Ctrl-C that nobody else takes; some libraries turn its exception into another one."""
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
     try:
-        main(sys.argv[1:])
-    except InputError as error:
-        status, message = 2, str(error)
-    except DivergedError as error:
-        status, message = 3, str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        status = 2
-        message = (
-            f"disk full ({error.strerror}{where}); completed files are intact: free some space and run the "
-            "same command again"
-        )
-    else:
-        return
-    print("error: " + as_started(" ".join(message.split())), file=sys.stderr)
-    sys.exit(status)
+        yield noted
+    finally:
+        if not noted:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Makes stdout and stderr :class:`Tolerant`, and says at the end if stdout lost something."""
+    before: Any = sys.stdout, sys.stderr
+    streams: Any = [Tolerant(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        error = streams[0].error
+        if error and not isinstance(error, BrokenPipeError):  # a reader such as head may have read enough
+            print(f"warning: stdout lost a part of the output ({one_line(error)})", file=sys.stderr)
+        sys.stderr.flush()
+        if not any(stream.error for stream in streams):  # otherwise Python would fail at its end
+            sys.stdout, sys.stderr = before
 
 
 def as_started(text: str) -> str:
@@ -89,6 +136,10 @@ def add_shipped() -> None:
             package = importlib.import_module(folder.name)
             if str(folder) not in package.__path__:
                 package.__path__.insert(0, str(folder))
+
+
+PATHS = ("workdir", "folder", "checkpoint", "surrogate", "out", "weights", "data_dir", "config")
+"""Flags that name a path, in which ``~`` is the home folder, see :func:`user_path`."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -141,7 +192,9 @@ def parse(
         sys.exit(0)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
-    return given
+    return given | {
+        name: str(user_path(given[name])) for name in PATHS if given.get(name, "").startswith("~")
+    }
 
 
 def load_config(spec: str) -> ConfigDict:

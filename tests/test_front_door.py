@@ -176,7 +176,9 @@ def test_another_model_does_not_resume_it(digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Meter, "update", update)
     assert evaluate_model(model, images, labels, folder=tmp_path, **SHORT) is None
-    other = evaluate_model(lambda x: -model(x), images, labels, folder=tmp_path, **SHORT)
+    with pytest.raises(InputError, match=r"an unfinished evaluation with other settings \(model: .* there\)"):
+        evaluate_model(lambda x: -model(x), images, labels, folder=tmp_path, **SHORT)
+    other = evaluate_model(lambda x: -model(x), images, labels, folder=tmp_path / "other", **SHORT)
     np.testing.assert_array_equal(other.predictions["clean"], np.argmax(-model(images), -1))
 
 

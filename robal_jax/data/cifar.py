@@ -13,7 +13,7 @@ import numpy as np
 
 from robal_jax.data.dataset import Dataset, check_dataset, check_labels
 from robal_jax.data.long_tail import long_tailed_counts, long_tailed_indices
-from robal_jax.errors import InputError, one_line
+from robal_jax.errors import InputError, one_line, user_path
 
 _SPLITS = ("train", "test")
 
@@ -105,7 +105,7 @@ def _how_to_get(name: str) -> str:
 
 def _open_npz(name: str, path: str) -> list[_Split]:
     """Reads both splits of an .npz file."""
-    file = pathlib.Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise InputError(f"no file {file} with {name}; {_how_to_get(name)}")
     wanted = {f"{split}_{kind}" for split in _SPLITS for kind in ("images", "labels")}
@@ -163,7 +163,7 @@ def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
 def tfds_folder(path: str = "") -> pathlib.Path:
     """Returns the TFDS data folder: ``path``, or else TFDS_DATA_DIR, or else TFDS's own default."""
     # TFDS itself reads the variable only once, when it is imported.
-    return pathlib.Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return user_path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def find_tfds(name: str, path: str = "") -> pathlib.Path | None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from robal_jax.data.dataset import Dataset, Images, check_dataset, check_labels
 from robal_jax.data.long_tail import long_tailed_counts, long_tailed_indices
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, user_path
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -166,7 +166,7 @@ def load_image_folder(
     """
     if not path:
         raise InputError("no folder of images given; set config.data.path")
-    root = str(pathlib.Path(path).expanduser())
+    root = str(user_path(path))
     if not 1 <= image_size <= resize:
         raise InputError(f"image_size is {image_size}; give a value in 1..resize ({resize})")
     if train_list and ratio != 1:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import platform
 from collections.abc import MutableMapping
@@ -20,14 +21,17 @@ def prepare_jax(environment: MutableMapping[str, str]) -> None:
 
     - ``JAX_COMPILATION_CACHE_DIR``: a folder of the user's for compiled programs, one per kind of processor,
       because compiled code may use all instructions of the processor it was compiled on. Set it to '' to turn
-      the cache off.
+      the cache off, which it is for a user without a home folder.
     - ``XLA_FLAGS``: ``CPU_FLAG``, if no accelerator's plugin is installed.
 
     Args:
       environment: ``os.environ``, or another mapping; it is changed.
     """
-    home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "robal_jax" / _processor()))
+    try:
+        home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "robal_jax" / _processor()))
+    except RuntimeError:  # a user of a container may have no home
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", "")
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if plugins or importlib.util.find_spec("libtpu"):
@@ -35,6 +39,33 @@ def prepare_jax(environment: MutableMapping[str, str]) -> None:
     given, (name, value) = environment.get("XLA_FLAGS", ""), CPU_FLAG
     if name not in given and importlib.metadata.version("jaxlib") in KNOWN_IN:
         environment["XLA_FLAGS"] = f"{given} --{name}={value}".strip()
+
+
+def drop_unusable_cache(environment: MutableMapping[str, str]) -> str:
+    """Turns the cache of compiled programs off if its folder cannot be written to.
+
+    JAX itself warns of it again for every program.
+
+    Args:
+      environment: ``os.environ``, or another mapping, after :func:`prepare_jax`; it is changed.
+
+    Returns:
+      A warning; '' if the folder can be used.
+    """
+    folder = environment["JAX_COMPILATION_CACHE_DIR"]
+    if not folder or "://" in folder:  # of a cloud
+        return ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        why = "" if os.access(folder, os.W_OK | os.X_OK) else "no permission"
+    except OSError as error:
+        why = str(error.strerror)
+    if why:
+        environment["JAX_COMPILATION_CACHE_DIR"] = ""
+        return (
+            f"cannot write to {folder} ({why}): compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR"
+        )
+    return ""
 
 
 def _processor() -> str:

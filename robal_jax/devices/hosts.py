@@ -8,6 +8,7 @@ All processes run the same program on the same numbers; each feeds its own devic
 import contextlib
 import hashlib
 import itertools
+import os
 import pickle
 import signal
 import sys
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, one_line
 
 T = TypeVar("T")
 
@@ -38,14 +39,27 @@ def start(coordinator: str, processes: str = "", process: str = "") -> None:
       process: number of this process, from 0.
 
     Raises:
-      InputError: the process numbers are invalid or inconsistent, or the other processes cannot be reached.
+      InputError: the process numbers are invalid or inconsistent, the other processes cannot be reached, or
+        JAX cannot use the devices of ``JAX_PLATFORMS``.
     """
-    if not coordinator:
-        if processes or process:
-            raise InputError(
-                "--processes and --process need --coordinator; give HOST:PORT, the same to all processes"
-            )
-        return
+    if coordinator:
+        _join(coordinator, processes, process)
+    elif processes or process:
+        raise InputError(
+            "--processes and --process need --coordinator; give HOST:PORT, the same to all processes"
+        )
+    try:
+        jax.devices()
+    except Exception as error:  # plugins raise all kinds
+        named = os.environ.get("JAX_PLATFORMS") or "this machine"
+        raise InputError(
+            f"JAX cannot start on {named} ({one_line(error)}); set JAX_PLATFORMS=cpu, or install "
+            "the plugin of the accelerator"
+        ) from error
+
+
+def _join(coordinator: str, processes: str, process: str) -> None:
+    """Joins the other processes of the job, see :func:`start`."""
     given: dict[str, Any] = {}
     if coordinator != "auto":
         try:
@@ -74,7 +88,7 @@ def is_first() -> bool:
 
 
 def by_first(function: Callable[[], T]) -> T:
-    """Runs ``function`` in the first process and gives its result, or its ``InputError``, to all processes.
+    """Runs ``function`` in the first process and gives its result, or its error, to all processes.
 
     All processes must make the same calls in the same order.
 
@@ -86,6 +100,7 @@ def by_first(function: Callable[[], T]) -> T:
 
     Raises:
       InputError: ``function`` raised it.
+      OSError: ``function`` raised it.
     """
     if jax.process_count() == 1:
         return function()
@@ -93,15 +108,23 @@ def by_first(function: Callable[[], T]) -> T:
     if is_first():
         try:
             result = function()
-        except InputError as error:
+        except (InputError, OSError) as error:
             result = error
     content = np.frombuffer(pickle.dumps(result), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
     mine = content if is_first() else np.zeros(size, np.uint8)
     result = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
-    if isinstance(result, InputError):
+    if isinstance(result, InputError | OSError):
         raise result
     return result
+
+
+@contextlib.contextmanager
+def held_by_first(make: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Enters ``make()``, such as a lock, in the first process; see :func:`by_first` for its errors."""
+    with contextlib.ExitStack() as stack:
+        by_first(lambda: stack.enter_context(make()))
+        yield
 
 
 def check_agreement(what: str, value: str) -> None:
@@ -149,8 +172,16 @@ def only_first(make: Callable[[], T]) -> T | Silent:
 
 
 def speaker(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Returns ``say`` in the first process, and a function that does nothing in all other processes."""
-    return say if is_first() else lambda _: None
+    """Returns ``say`` in the first process, and a function that does nothing in all other processes.
+
+    A message that cannot be written, such as into a closed pipe, is lost.
+    """
+
+    def speak(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return speak if is_first() else lambda _: None
 
 
 class Stop:
@@ -180,7 +211,10 @@ class Stop:
         return self.asked
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        """Notes a signal; a second Ctrl-C stops at once."""
+        """Notes a signal; a second Ctrl-C stops at once.
+
+        Another SIGTERM changes nothing: batch systems often send it twice, to a job and to its processes.
+        """
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True

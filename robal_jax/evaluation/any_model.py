@@ -17,8 +17,9 @@ from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, ReportError
 from robal_jax.evaluation.loop import as_victim, attack_and_report
+from robal_jax.evaluation.victim import Victim
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
@@ -81,7 +82,7 @@ def evaluate_model(
 
     Raises:
       ValueError: images, labels or logits have a wrong shape, type or range.
-      InputError: no such ensemble, or the folder cannot be used.
+      InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     checks.images_and_labels(images, labels, threat.lower, threat.upper)
@@ -107,19 +108,42 @@ def evaluate_model(
         groups=groups,
         about={},
     )
-    about = _about(job, name, dataset, counted=class_counts is not None)
     other = None if surrogate is None else _parted(surrogate, images)
     identity = {
         "model": _fingerprint(predict, weights, images),
         "surrogate": other and _fingerprint(*other[:2], images),
-        "settings": [str(threat), job.step_size, version, audit, seed],
+        "settings": {
+            "threat": str(threat),
+            "step_size": job.step_size,
+            "version": version,
+            "audit": audit,
+            "seed": seed,
+        },
     }
+    about = _about(job, name, dataset, counted=class_counts is not None) | {"identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
+    return _attacked(job, weights, other_victim, identity, about, folder, say)
+
+
+def _attacked(
+    job: builder.Evaluation,
+    weights: dict[str, Any],
+    surrogate: Victim | None,
+    identity: dict[str, Any],
+    about: dict[str, Any],
+    folder: str | pathlib.Path | None,
+    say: Callable[[str], None],
+) -> EvaluatedRun | None:
+    """Evaluates in a folder, or in a temporary one; None if it was stopped."""
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
         kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         speak = hosts.speaker(say)
-        done = attack_and_report(job, weights, other_victim, identity, about, kept, "", stop, speak)
+        try:
+            done = attack_and_report(job, weights, surrogate, identity, about, kept, "", stop, speak)
+        except ReportError as error:  # what is returned is complete
+            done = True
+            speak(f"warning: {error}")
         if not done:
             speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
         return read_run(kept) if done else None

@@ -1,6 +1,11 @@
-"""From what the attacks found to the files of an evaluation: judged, stored, summarised and written."""
+"""From what the attacks found to the files of an evaluation: judged, stored, summarised, and then reported.
+
+What is finished is written before what may fail: first the adversarial images, the outcomes and the results,
+then the report, then the table on the terminal. A report is made of the stored files alone.
+"""
 
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,20 +18,21 @@ import numpy as np
 from robal_jax import builder, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
+from robal_jax.errors import AGAIN, InputError, ReportError, one_line
 from robal_jax.evaluation.measurements import Sample
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import Verdict, give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
-from robal_jax.reporting.report import write_report
-from robal_jax.reporting.results import Gallery, Outcomes, Results, to_arrays
+from robal_jax.reporting.report import remove_report, write_report
+from robal_jax.reporting.results import EvaluatedRun, Gallery, Outcomes, Results, read_run, to_arrays
 from robal_jax.reporting.terminal import evaluation_table, terminal
 from robal_jax.storage.files import replacing
-from robal_jax.storage.names import ADVERSARIAL, EXAMPLES, REPORT_HTML
+from robal_jax.storage.names import ADVERSARIAL, EXAMPLES, REPORT_HTML, RESULTS
 
 GALLERY_IMAGES = 8
 
 
-def report(
+def store(
     victim: Victim,
     job: builder.Evaluation,
     weights: Mapping[str, Any],
@@ -35,9 +41,8 @@ def report(
     sample: Sample,
     meta: Mapping[str, Any],
     folder: pathlib.Path,
-    say: Callable[[str], None],
 ) -> None:
-    """Judges what was found, stores it, writes the results and the report, and prints the table.
+    """Judges what was found, and stores it; what an older evaluation left in the folder is removed.
 
     Args:
       victim: the model and the test images.
@@ -48,8 +53,8 @@ def report(
       sample: what the audit measured.
       meta: see :class:`Results`.
       folder: receives the files.
-      say: receives messages for the user, line by line.
     """
+    hosts.by_first(partial(_remove, folder))
     labels = victim.labels
     predictions = {condition: outcomes[condition]["pred"] for condition in CONDITIONS}
     if job.ensemble:
@@ -64,8 +69,6 @@ def report(
         audit=_audit(sample, verdicts, curves),
         norms=_norms(victim, job, weights["params"]),
     )
-    gallery = _gallery(victim, job, found)
-
     kept: Outcomes = {name: {"pred": values} for name, values in predictions.items()}
     for condition in CONDITIONS:
         kept[condition]["distance"] = outcomes[condition]["distance"]
@@ -74,12 +77,60 @@ def report(
     def write() -> None:
         with replacing(folder / EXAMPLES) as file:
             np.savez(file, **arrays)
-        write_report(folder, results, gallery=gallery)
-        say(results.title + (f", checkpoint {meta['checkpoint']}" if "checkpoint" in meta else ""))
-        evaluation_table(results, terminal())
-        say(f"report {folder / REPORT_HTML}")
+        results.write(folder)
 
     hosts.by_first(write)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    remove_report(folder)
+    for name in (RESULTS, EXAMPLES, ADVERSARIAL):
+        (folder / name).unlink(missing_ok=True)
+
+
+def is_stored(job: builder.Evaluation, folder: pathlib.Path) -> bool:
+    """Returns whether a folder has all that :func:`store` writes, undamaged."""
+    try:
+        read_run(folder)
+        if job.ensemble:
+            read_adversarial(folder)
+    except (InputError, OSError, ValueError, LookupError, zipfile.BadZipFile):
+        return False
+    return True
+
+
+def read_adversarial(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads ``adversarial.npz``: 'ids', 'images', 'predictions' and 'epsilon'."""
+    with (folder / ADVERSARIAL).open("rb") as file, np.load(file) as content:
+        return dict(content)
+
+
+def publish(victim: Victim, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Writes the report of stored results, if it is missing, and prints the table.
+
+    Args:
+      victim: the model and the test images.
+      folder: of the results.
+      say: receives messages for the user, line by line.
+
+    Raises:
+      ReportError: the report could not be written.
+    """
+    run, failure = read_run(folder), None
+    if not (folder / REPORT_HTML).is_file():
+        try:
+            write_report(folder, run, gallery=_gallery(victim, run, folder))
+        except Exception as error:  # fonts, disks, names
+            failure = error
+    checkpoint = run.meta.get("checkpoint")
+    say(run.title + (f", checkpoint {checkpoint}" if checkpoint else ""))
+    evaluation_table(run, terminal())
+    if failure:
+        raise ReportError(
+            f"the results in {folder} are complete, but not the report ({one_line(failure)}); remove the "
+            f"cause, and {AGAIN} to write it"
+        ) from failure
+    say(f"report {folder / REPORT_HTML}")
 
 
 def _judge(
@@ -108,11 +159,10 @@ def _store(
 ) -> list[Verdict]:
     """Stores the ensemble's adversarial images, reads them again and judges whether the accuracy is the same.
 
-    Without an ensemble nothing is judged, and the images of an earlier evaluation are removed.
+    Without an ensemble there is nothing to judge.
     """
     path = folder / ADVERSARIAL
     if not job.ensemble:
-        hosts.by_first(partial(path.unlink, missing_ok=True))
         return []
     ids = np.array(sorted(found.adversarial), int)
     images = np.array([found.adversarial[index] for index in ids], np.float32)
@@ -182,18 +232,21 @@ def _norms(victim: Victim, job: builder.Evaluation, params: Mapping[str, Any]) -
     }
 
 
-def _gallery(victim: Victim, job: builder.Evaluation, found: autoattack.Progress) -> Gallery | None:
+def _gallery(victim: Victim, run: EvaluatedRun, folder: pathlib.Path) -> Gallery | None:
     """Returns some images that the ensemble broke: the first of each class, the rarest classes first."""
-    ids = np.array(sorted(found.adversarial), int)
+    if not (folder / ADVERSARIAL).is_file():
+        return None
+    stored = read_adversarial(folder)
+    ids = np.flatnonzero(np.isin(run.examples["ids"], stored["ids"]))
     _, first = np.unique(victim.labels[ids], return_index=True)
-    rarest = np.argsort(job.test.class_counts[victim.labels[ids[first]]], kind="stable")
-    ids = ids[first[rarest]][:GALLERY_IMAGES]
-    if not len(ids):
+    counts = np.asarray(run.summary["class_counts"])
+    rarest = first[np.argsort(counts[victim.labels[ids[first]]], kind="stable")][:GALLERY_IMAGES]
+    if not len(rarest):
         return None
     return Gallery(
-        images=victim.floats(ids),
-        adversarial=np.stack([found.adversarial[index] for index in ids]),
-        labels=victim.labels[ids],
-        predictions=found.predictions[ids],
-        condition=list(autoattack.outcomes(job.version, job.ensemble, found, victim.labels))[-1],
+        images=victim.floats(ids[rarest]),
+        adversarial=stored["images"][rarest],
+        labels=victim.labels[ids[rarest]],
+        predictions=stored["predictions"][rarest],
+        condition=list(run.conditions)[-2],  # the ensemble; 'worst' is last
     )

@@ -26,15 +26,17 @@ from ml_collections import ConfigDict
 from robal_jax import builder
 from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
-from robal_jax.errors import InputError
-from robal_jax.evaluation.findings import report
+from robal_jax.errors import InputError, user_path
+from robal_jax.evaluation.findings import is_stored, publish, store
 from robal_jax.evaluation.measurements import Measured, Sample, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
 from robal_jax.storage.config_file import read_config, to_json
-from robal_jax.storage.names import EVALUATION, UNFINISHED
+from robal_jax.storage.evaluated import belongs
+from robal_jax.storage.lock import alone_in
+from robal_jax.storage.names import EVALUATION, RESULTS, UNFINISHED
 from robal_jax.storage.progress import Meter
 from robal_jax.storage.unfinished import Unfinished
 from robal_jax.storage.workdir import (
@@ -72,7 +74,9 @@ def evaluate(
       The folder of the results.
 
     Raises:
-      InputError: config, data, checkpoint or folder cannot be used, or are not those of the run.
+      InputError: config, data, checkpoint or folder cannot be used, or are not those of the run; or the
+        folder has another evaluation.
+      ReportError: the results are stored, but the report could not be written; the same call writes it.
     """
     say = hosts.speaker(say)
     with hosts.stop_signals() as stop:
@@ -118,16 +122,41 @@ def attack_and_report(
 
     Returns:
       Whether the evaluation is finished; if not, it was stopped, and the same call resumes it.
+
+    Raises:
+      InputError: another process works in the folder, or it has another evaluation.
+      ReportError: the results are stored, but the report could not be written.
     """
     victim = as_victim(job, weights)
     test_set = digest_of_test_set(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
-    hosts.by_first(partial(_make, folder))
-    unfinished = folder / UNFINISHED
+    identity = {**identity, "test_set_sha256": test_set}
+    with hosts.held_by_first(partial(alone_in, folder)):
+        if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder)):
+            say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
+        elif not _attack_and_store(job, victim, weights, surrogate, identity, about, folder, command, stop):
+            return False
+        hosts.by_first(partial(shutil.rmtree, folder / UNFINISHED, ignore_errors=True))
+        hosts.by_first(partial(publish, victim, folder, say))
+    return True
+
+
+def _attack_and_store(
+    job: builder.Evaluation,
+    victim: Victim,
+    weights: Mapping[str, Any],
+    surrogate: Victim | None,
+    identity: Mapping[str, Any],
+    about: Mapping[str, Any],
+    folder: pathlib.Path,
+    command: str,
+    stop: hosts.Stop,
+) -> bool:
+    """Runs all attacks and the audit, and stores the results; returns whether it was not stopped."""
     parts: list[Unfinished] = []
 
     def part(name: str) -> Unfinished:
-        parts.append(Unfinished(unfinished / f"{name}.npz", {**identity, "test_set_sha256": test_set}))
+        parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", identity))
         return parts[-1]
 
     outcomes = conditions(victim, job, part("conditions"), stop)
@@ -139,7 +168,7 @@ def attack_and_report(
     meta = {
         **job.about,
         **about,
-        "test_set_sha256": test_set,
+        "test_set_sha256": identity["test_set_sha256"],
         "n": len(victim.labels),
         "main_attack": MAIN_ATTACK,
         "device": made_with.pop("device"),
@@ -149,16 +178,8 @@ def attack_and_report(
         "command": command,
         "stages": autoattack.robust_after(job.ensemble, found),
     }
-    report(victim, job, weights, outcomes, found, sample, meta, folder, say)
-    hosts.by_first(partial(shutil.rmtree, unfinished))
+    store(victim, job, weights, outcomes, found, sample, meta, folder)
     return True
-
-
-def _make(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another folder") from error
 
 
 def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:
@@ -181,7 +202,7 @@ def _surrogate(config: ConfigDict, job: builder.Evaluation, say: Callable[[str],
     """Restores the newest checkpoint of the run that the config names, with that run's own config."""
     if not job.surrogate:
         return None
-    workdir = pathlib.Path(job.surrogate)
+    workdir = user_path(job.surrogate)
     other = builder.evaluation(builder.with_part_of(read_config(workdir), config))
     if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")

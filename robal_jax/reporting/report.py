@@ -1,6 +1,8 @@
 """The report of an evaluation, as Markdown and as one page of HTML, beside the files of its results."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from robal_jax.errors import InputError
 from robal_jax.reporting import figures, page, sections
@@ -22,9 +24,10 @@ _CAPTIONS = {
 def write_report(
     folder: pathlib.Path, results: Results, *, gallery: Gallery | None = None
 ) -> list[pathlib.Path]:
-    """Writes the results, report.md with its figures, and report.html, one file that loads nothing.
+    """Writes the results, then report.md with its figures, and report.html, one file that loads nothing.
 
-    Each file is written under another name and then renamed, so that no file is ever half written.
+    Each file is written under another name and then renamed, so that no file is ever half written. The last
+    one is report.html: where it is, all are.
 
     Args:
       folder: where to write; made if it is missing.
@@ -42,6 +45,9 @@ def write_report(
         raise InputError(
             f"main attack {main_attack!r} was not evaluated; use one of {', '.join(results.conditions)}"
         )
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        written = results.write(folder)
     drawn = _draw(results, gallery)
     pictures = {
         name: page.figure(f"{name}.png", _CAPTIONS[name], figures.svg(figure))
@@ -60,20 +66,36 @@ def write_report(
         *sections.config_section(results),
     ]
     files = {
-        REPORT_MARKDOWN: page.to_markdown(results.title, blocks).encode(),
-        REPORT_HTML: page.to_html(results.title, blocks).encode(),
         **{f"{name}.png": figures.png(figure) for name, figure in drawn.items()},
+        REPORT_MARKDOWN: _encoded(page.to_markdown(results.title, blocks)),
+        REPORT_HTML: _encoded(page.to_html(results.title, blocks)),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = results.write(folder)
+    with _writing(folder):
         for name, content in files.items():
             write_whole(folder / name, content)
+    return [*written, *(folder / name for name in files)]
+
+
+def remove_report(folder: pathlib.Path) -> None:
+    """Removes the files of a report, but not the results."""
+    for name in (REPORT_HTML, REPORT_MARKDOWN, *(f"{figure}.png" for figure in _CAPTIONS)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _encoded(text: str) -> bytes:
+    """Returns a text as UTF-8; a name of a file may have characters that UTF-8 lacks."""
+    return text.encode(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Turns an error of the disk into one line."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"cannot write the report to {folder} ({error.strerror}); use another folder"
         ) from error
-    return [*written, *(folder / name for name in files)]
 
 
 def _draw(results: Results, gallery: Gallery | None) -> dict[str, figures.Figure]:

@@ -32,7 +32,8 @@ class Results:
         unknown keys too.
 
         - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
-          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested);
+          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested),
+          'identity' (what tells an evaluation without a config from others);
         - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256', 'part' (which
           part of the test set; missing for all of it);
         - the attacks: 'norm', 'epsilon', 'step_size', 'start', 'evaluation_seed', 'main_attack' (the one that
@@ -92,7 +93,7 @@ class Results:
         content = {"meta": self.meta, "summary": self.summary, "audit": self.audit, "norms": self.norms}
         texts = {RESULTS: _json_text(content), PER_CLASS: _per_class_csv(self)}
         for name, text in texts.items():
-            write_whole(folder / name, text.encode())
+            write_whole(folder / name, text.encode(errors="backslashreplace"))
         return [folder / name for name in texts]
 
     @classmethod

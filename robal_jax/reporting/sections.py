@@ -43,7 +43,7 @@ _META_LABELS = {
     "seconds": "Duration of the evaluation in seconds",
 }
 
-_META_ELSEWHERE = ("class_names", "command", "config", "stages")
+_META_ELSEWHERE = ("class_names", "command", "config", "identity", "stages")
 _META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of attacks
 
 

@@ -1,17 +1,22 @@
 """The table of an evaluation on the terminal."""
 
+import sys
+from typing import Any
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from robal_jax.devices.output import Tolerant
 from robal_jax.reporting.names import display_name, percent, with_interval
 from robal_jax.reporting.results import Results
 
 
 def terminal() -> Console:
     """Returns where tables are printed: as wide as the terminal, 100 columns if there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=100)
+    file: Any = Tolerant(sys.stdout)
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=100)
 
 
 def evaluation_table(results: Results, console: Console) -> None:

@@ -6,5 +6,7 @@
 - ``checkpoints``: checkpoints with digests
 - ``progress``: the progress bar, ``metrics.jsonl`` and TensorBoard
 - ``unfinished``: the state of an interrupted evaluation
+- ``evaluated``: the folder of an evaluation: which evaluations may use it
+- ``lock``: one job per folder
 - ``files``: writing a file whole or not at all
 """

@@ -137,7 +137,7 @@ def evaluation_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in without_neutral(fields).items()
-        if name.startswith(read) and name != "data.path"
+        if name.startswith(read) and name not in ("data.path", "evaluation.batch_size")
     }
 
 

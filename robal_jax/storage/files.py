@@ -1,6 +1,8 @@
 """Writing a file so that it is complete, or not there at all."""
 
 import contextlib
+import errno
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import IO
@@ -8,11 +10,27 @@ from typing import IO
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Opens a file to write to, which replaces ``path`` when it is complete."""
+    """Opens a file to write to, which replaces ``path`` when it is complete and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            _to_disk(file)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    """Waits until a file is on the disk, so that a loss of power leaves no empty file under its name."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # drives that cannot do it
+            raise
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:

@@ -16,3 +16,5 @@ ADVERSARIAL = "adversarial.npz"
 PER_CLASS = "per_class.csv"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 UNFINISHED = "unfinished"
+
+LOCK = ".lock"  # of the job that works in a folder

@@ -12,8 +12,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from robal_jax.devices.output import Tolerant
 from robal_jax.errors import one_line
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import METRICS, TENSORBOARD
@@ -23,7 +26,7 @@ from robal_jax.storage.trackers import Track
 @contextlib.contextmanager
 def announced(text: str, after: float = 2.0) -> Iterator[None]:
     """Shows ``text`` on stderr if the work inside takes longer than ``after`` seconds."""
-    timer = threading.Timer(after, partial(print, text, file=sys.stderr, flush=True))
+    timer = threading.Timer(after, partial(print, text, file=Tolerant(sys.stderr), flush=True))
     timer.start()
     try:
         yield
@@ -31,8 +34,13 @@ def announced(text: str, after: float = 2.0) -> Iterator[None]:
         timer.cancel()
 
 
+FLUSH_SECONDS = 30.0  # between two times at which TensorBoard sees what is new
+
+
 class Meter:
     """Progress of a long job: a bar on a terminal, otherwise a plain line from time to time.
+
+    It never ends the job: what stderr does not take is lost.
 
     Attributes:
       total: number of steps of the job.
@@ -44,14 +52,16 @@ class Meter:
         self._title, self._started, self._initial = title, time.monotonic(), done
         self._last_line = self._started
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        stream: Any = Tolerant(sys.stderr)
+        self._file = stream
+        if stream.isatty():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(file=stream))
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
@@ -64,7 +74,7 @@ class Meter:
             self._last_line = now
             left = (now - self._started) * (self.total - done) / max(done - self._initial, 1)
             print(
-                f"{self._title} {done}/{self.total}  {note}  {left:.0f} s left", file=sys.stderr, flush=True
+                f"{self._title} {done}/{self.total}  {note}  {left:.0f} s left", file=self._file, flush=True
             )
 
     def __enter__(self) -> "Meter":
@@ -81,7 +91,7 @@ class Scalars:
     """Scalars of a run as JSON lines, which are the source of truth, for TensorBoard, and for a tracker.
 
     When it is opened at step ``step``, it drops what an interrupted run logged after that step, so that no
-    step is logged twice.
+    step is logged twice, and says how many lines were broken.
     """
 
     def __init__(
@@ -92,17 +102,19 @@ class Scalars:
         track: Track | None = None,
     ) -> None:
         path = workdir / METRICS
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        lines = _lines(path)
+        steps = [_step(line) for line in lines]
+        kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
         write_whole(path, "".join(kept).encode())
+        if broken := steps.count(None):
+            say(f"dropped {broken} broken line{'s' if broken > 1 else ''} of {path}")
         self._lines = path.open("a", buffering=1)
         self._say, self._track = say, track
-        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1 if step else None)
+        self._board = Board(workdir / TENSORBOARD, step, say)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one row."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
         if self._track is not None:
             try:
                 self._track(step, values)
@@ -112,6 +124,7 @@ class Scalars:
                     f"warning: the tracker failed ({one_line(error)}); training continues without it, and "
                     f"{METRICS} has all metrics"
                 )
+        self._board.write(step, values)
 
     def __enter__(self) -> "Scalars":
         return self
@@ -121,8 +134,60 @@ class Scalars:
         self._board.close()
 
 
-def _whole_lines(path: pathlib.Path) -> list[str]:
-    """Reads the complete lines of a file; a killed process may leave a part of a line."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+class Board:
+    """Scalars for TensorBoard, for looking at only: a write that fails ends the board, but not the run."""
+
+    def __init__(self, folder: pathlib.Path, step: int, say: Callable[[str], None]) -> None:
+        self._folder, self._say, self._flushed = folder, say, 0.0
+        self._file: Any = None
+        with self._lost_if_it_fails():
+            folder.mkdir(exist_ok=True)
+            self._file = EventsWriter(str(folder / "events"))
+            if step:  # hides what an interrupted run logged after it
+                self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes one row."""
+        with self._lost_if_it_fails():
+            for name, value in values.items():
+                self._add(Event(step=step, summary=summary.scalar(name, value)))
+            if self._file and time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def _add(self, event: Any) -> None:
+        if self._file:
+            event.wall_time = time.time()
+            self._file.write_event(event)
+
+    @contextlib.contextmanager
+    def _lost_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._file = None
+            self._say(f"warning: cannot write {self._folder} ({error.strerror}); {METRICS} has all scalars")
+
+    def close(self) -> None:
+        """Writes what is left to the disk."""
+        with self._lost_if_it_fails():
+            if self._file:
+                self._file.close()
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """Reads the lines of a file, with their ends; the last one may lack its end."""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    return [f"{line}\n" for line in text.split("\n")[:-1]] + [line for line in text.split("\n")[-1:] if line]
+
+
+def _step(line: str) -> int | None:
+    """Returns the step of a line of metrics; None if the line is broken.
+
+    A killed process may leave a part of a line, and a loss of power zeros in its place.
+    """
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and line.endswith("\n") else None

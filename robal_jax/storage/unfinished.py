@@ -3,12 +3,13 @@
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from robal_jax.devices import hosts
+from robal_jax.errors import UNREACHABLE
 from robal_jax.storage.config_file import evaluation_fields
 from robal_jax.storage.files import replacing
 
@@ -36,15 +37,12 @@ class Unfinished:
         self.seconds, self._saved = float(self.arrays.pop("seconds", 0.0)), time.monotonic()
 
     def _read(self) -> dict[str, np.ndarray]:
-        try:
-            with self._path.open("rb") as file, np.load(file) as content:
-                arrays = dict(content)
-            written = _compared(json.loads(str(arrays.pop("settings"))))
-            if "method" in written:  # robal_jax 0.1.0 stored everything that its report said
-                written = {name: written.get(name) for name in self._identity}
-            return arrays if written == _compared(self._identity) else {}
-        except Exception:  # whatever is wrong with the file, the job starts from the beginning
-            return {}
+        arrays = _arrays(self._path)
+        written = _settings(arrays)
+        same = written is not None and compared(written, self._identity) == compared(
+            self._identity, self._identity
+        )
+        return {name: values for name, values in arrays.items() if name != "settings"} if same else {}
 
     @property
     def due(self) -> bool:
@@ -64,7 +62,40 @@ class Unfinished:
             )
 
 
-def _compared(identity: dict[str, Any]) -> dict[str, Any]:
-    """Reduces the config in ``identity`` to the fields that an evaluation depends on."""
-    config = {"config": evaluation_fields(identity["config"])} if "config" in identity else {}
-    return identity | config
+def read_identity(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the identity of the job that left a file; None if the file is missing or damaged."""
+    return _settings(_arrays(path, ["settings"]))
+
+
+def _arrays(path: pathlib.Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file, or some of them; empty if it is missing or damaged.
+
+    Raises:
+      OSError: the drive cannot be read now; what it holds may be whole.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as content:
+            return {name: content[name] for name in names or content.files}
+    except Exception as error:  # whatever is wrong with the file, the job starts from the beginning
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise
+        return {}
+
+
+def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    try:
+        settings = json.loads(str(arrays["settings"]))
+    except (LookupError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def compared(written: dict[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of ``written`` to compare with ``identity``.
+
+    Of ``config``, it has the fields that an evaluation depends on.
+    """
+    if "method" in written:  # robal_jax 0.1.0 stored everything that its report said
+        written = {name: written.get(name) for name in identity}
+    config = written.get("config")
+    return {**written, "config": evaluation_fields(config)} if isinstance(config, dict) else written

@@ -68,6 +68,23 @@ def digest_of_test_set(images: Images, labels: np.ndarray) -> str:
     return checkpoints.digest({"images": fingerprint(images), "labels": labels})
 
 
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Makes the folder of a run, if there is none.
+
+    Raises:
+      InputError: it cannot be written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        writable = os.access(workdir, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(
+            f"cannot make workdir {workdir} ({error.strerror}); choose another with --workdir"
+        ) from error
+    if not writable:
+        raise InputError(f"workdir {workdir} is not writable; choose another with --workdir")
+
+
 def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
     """Makes the folder of a run, or checks that it belongs to this run.
 
@@ -79,15 +96,7 @@ def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
     Raises:
       InputError: the folder cannot be written to, or was made with a different config or different data.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        writable = os.access(workdir, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise InputError(
-            f"cannot make workdir {workdir} ({error.strerror}); choose another with --workdir"
-        ) from error
-    if not writable:
-        raise InputError(f"workdir {workdir} is not writable; choose another with --workdir")
+    make_workdir(workdir)
     path = workdir / CONFIG
     if path.exists():
         _check_same_run(config, digest, workdir)

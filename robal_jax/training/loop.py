@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 from robal_jax import builder
 from robal_jax.data import image_folder
 from robal_jax.devices import hosts, parallel
-from robal_jax.errors import DivergedError, InputError
+from robal_jax.errors import DivergedError, InputError, user_path
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import to_json
+from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 from robal_jax.storage.progress import Meter, Scalars, announced
 from robal_jax.storage.trackers import Track
-from robal_jax.storage.workdir import data_digest, newest_whole, prepare_workdir, versions
+from robal_jax.storage.workdir import data_digest, make_workdir, newest_whole, prepare_workdir, versions
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, compiled_chunk
 
@@ -115,18 +116,20 @@ def train(
         like = jax.eval_shape(partial(initial_state, job))
         start = _weights_to_start_from(job, folder)
         state = fine_tuned_state(job, start, say) if start else None
-        hosts.by_first(partial(prepare_workdir, config, digest, workdir))
-        found = newest_whole(workdir, like, say)
-        if found:
-            state = found.tree
-            say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-        for line in _about(job, like, workdir):
-            say(line)
-        for doubt in [] if found else builder.doubts(config):
-            say(f"warning: {doubt}")
-        if state is None:
-            state = jax.device_get(jax.jit(partial(initial_state, job))())
-        path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
+        hosts.by_first(partial(make_workdir, workdir))
+        with hosts.held_by_first(partial(alone_in, workdir)):
+            hosts.by_first(partial(prepare_workdir, config, digest, workdir))
+            found = newest_whole(workdir, like, say)
+            if found:
+                state = found.tree
+                say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
+            for line in _about(job, like, workdir):
+                say(line)
+            for doubt in [] if found else builder.doubts(config):
+                say(f"warning: {doubt}")
+            if state is None:
+                state = jax.device_get(jax.jit(partial(initial_state, job))())
+            path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command resumes from there")
         say(f"checkpoint {path} sha256 {sha256}")
@@ -160,7 +163,7 @@ def _weights_to_start_from(
     """Reads the checkpoint that a new run fine-tunes; None if there is none, or if this run has its own."""
     found = None
     if job.settings.start_from and not checkpoints.steps(folder):
-        found = checkpoints.read_latest(pathlib.Path(job.settings.start_from))
+        found = checkpoints.read_latest(user_path(job.settings.start_from))
     hosts.check_agreement("config.train.start_from", found.sha256 if found else "none")
     return found
 
