@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,6 +29,8 @@ TEXT: Rule = ("a text", lambda value: isinstance(value, str))
 BOOLEAN: Rule = ("True or False", lambda value: isinstance(value, bool))
 
 NUMBER: Rule = ("a number", lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+LARGEST = 2**31 - 1  # of an integer that is no seed, because JAX counts in int32
 
 INTEGER: Rule = (
     "an integer",
@@ -103,7 +106,7 @@ REQUIRED: dict[str, Rule] = {
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks ``REQUIRED`` and ``RANGES``, and that every number is finite.
+    """Checks ``REQUIRED`` and ``RANGES``, and that every number is finite and not too large.
 
     Raises:
       InputError: names the field, its value and what it must be.
@@ -114,10 +117,17 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
     for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:
         if field in fields and not _holds(holds, fields[field]):
-            raise InputError(f"config.{field} is {fields[field]!r}; it must be {must}")
+            raise InputError(f"config.{field} is {shown(fields[field])}; it must be {must}")
     for field, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"config.{field} is {value!r}; it must be finite")
+        if isinstance(value, int) and RANGES.get(field) is not SEED and abs(value) > LARGEST:
+            raise InputError(f"config.{field} is {shown(value)}; it must be in -(2^31 - 1)..2^31 - 1")
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message, cut to one short line."""
+    return reprlib.repr(value)
 
 
 def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
