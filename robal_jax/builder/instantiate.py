@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from ml_collections import ConfigDict
 
@@ -15,6 +15,8 @@ from robal_jax.errors import InputError, one_line
 LATE = ("epoch",)
 
 ANYTHING: Rule = ("anything", lambda value: True)
+
+FUNCTION: Rule = ("a section with a name", callable)
 
 OF_TYPE: dict[Any, Rule] = {str: TEXT, bool: BOOLEAN, int: INTEGER, float: NUMBER}
 """Values of a parameter, by its annotation."""
@@ -58,7 +60,8 @@ def call(
         known = [key for key in parameters if key not in ("parent", "name")]  # which flax adds to a module's
         raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; use one of {', '.join(known)}")
     for key, value in options.items():
-        must, holds = OF_TYPE.get(parameters[key].annotation, ANYTHING)
+        annotation = parameters[key].annotation
+        must, holds = FUNCTION if get_origin(annotation) is Callable else OF_TYPE.get(annotation, ANYTHING)
         if not holds(value):
             raise InputError(f"{key} of {kind} {name!r} is {shown(value)}; it must be {must}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}

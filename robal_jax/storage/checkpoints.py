@@ -163,11 +163,13 @@ def _check_is_checkpoint(path: pathlib.Path) -> None:
     for folder in (path, path / CHECKPOINTS):
         if found := steps(folder):
             raise InputError(
-                f"{path} is not a checkpoint but holds checkpoints; give one, such as {folder / str(found[-1])}"
+                f"{path} is not a checkpoint but holds checkpoints; give one, such as "
+                f"{folder / str(found[-1])}"
             )
     if not (path / METADATA).is_file() and not path.name.isdigit():
         raise InputError(
-            f"{path} is not a checkpoint: it has no file {METADATA}; give a folder such as RUN/checkpoints/300"
+            f"{path} is not a checkpoint: it has no file {METADATA}; give a folder such as "
+            "RUN/checkpoints/300"
         )
 
 
@@ -187,7 +189,9 @@ def _plain(path: pathlib.Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory(prefix="robal_jax-") as folder:
         if MISREAD & set(folder):
-            raise InputError(f"neither {path} nor {folder} can be used; set TMPDIR to a folder without []*?\\")
+            raise InputError(
+                f"neither {path} nor {folder} can be used; set TMPDIR to a folder without []*?\\"
+            )
         link = pathlib.Path(folder, "link")
         link.symlink_to(path, target_is_directory=True)
         yield link
@@ -294,7 +298,9 @@ class Saver:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot make {self._folder} ({error.strerror}); choose another folder") from error
+            raise InputError(
+                f"cannot make {self._folder} ({error.strerror}); choose another folder"
+            ) from error
         self._names = contextlib.ExitStack()
         self._checkpointer = ocp.training.Checkpointer(
             self._names.enter_context(_plain(self._folder)),

@@ -178,7 +178,7 @@ def restore_weights(
             )
     elif checkpoint.is_file():
         raise InputError(
-            f"--checkpoint={checkpoint} is a file; give a checkpoint's folder, or import a file of weights with "
+            f"--checkpoint={checkpoint} is a file; give a checkpoint's folder, or import weights with "
             "python experiments/import_torch.py"
         )
     elif not checkpoint.is_dir():
