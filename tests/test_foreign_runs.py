@@ -129,10 +129,10 @@ def test_any_field_may_be_missing_or_of_a_wrong_type(tmp_path, method, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schedule", "lr"), ..., r"config of the schedule lacks 'lr'; set it in the config file"),
+        (("schedule", "lr"), ..., r"schedule 'paper' needs 'lr'; set it in the config file"),
         (("loss", "base"), "focal", r"base of loss 'deferred' is 'focal'; it must be a section with a name"),
-        (("attack", "steps"), 10**400, r"config\.attack\.steps is 1000\S+0000; it must be in "),
-        (("train", "epochs"), 2**31, r"config\.train\.epochs is 2147483648; it must be in "),
+        (("attack", "steps"), 10**400, r"config\.attack\.steps is 1000\S+; it must be "),
+        (("train", "epochs"), 2**31, r"config\.train\.epochs is 2147483648; it must be "),
         (("evaluation", "audit"), 5, r"config\.evaluation\.audit is 5; it must be a section"),
         (("evaluation",), None, r"config\.evaluation is None; it must be a section"),
         (("evaluation", "audit", "examples"), ..., r"audit\.examples is missing; take its value from"),

@@ -11,8 +11,11 @@ from ml_collections import ConfigDict
 from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule, shown
 from robal_jax.errors import InputError, one_line
 
-# Parameters that receive their values at every step.
-LATE = ("epoch",)
+# Parameters that receive their values when the function is called.
+LATE = ("epoch", "epochs")
+
+# Kinds of functions that are called with arguments by position.
+POSITIONAL = ("loss", "objective")
 
 ANYTHING: Rule = ("anything", lambda value: True)
 
@@ -65,25 +68,14 @@ def call(
         if not holds(value):
             raise InputError(f"{key} of {kind} {name!r} is {shown(value)}; it must be {must}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
-    needed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    by_name = [inspect.Parameter.KEYWORD_ONLY]
+    if kind not in POSITIONAL:
+        by_name.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [key for key, p in parameters.items() if p.kind in by_name and p.default is p.empty]
     missing = [key for key in needed if key not in bound and key not in LATE]
     if missing:
         raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")
     return functools.partial(function, **bound)
-
-
-def finish(kind: str, function: functools.partial, **last: Any) -> Any:
-    """Calls a bound function with its last arguments.
-
-    Raises:
-      InputError: it needs another argument, which the config lacks.
-    """
-    parameters = inspect.signature(function).parameters.items()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [key for key, p in parameters if p.default is p.empty and p.kind in named and key not in last]
-    if needed:
-        raise InputError(f"config of the {kind} lacks {needed[0]!r}; set it in the config file")
-    return function(**last)
 
 
 def _import(kind: str, name: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from robal_jax import attacks, classifiers, losses, models, objectives, optimizers
 from robal_jax.attacks import STARTS, ThreatModel
-from robal_jax.builder.instantiate import call, finish, takes
+from robal_jax.builder.instantiate import call, takes
 from robal_jax.data import AUGMENTATIONS, Dataset, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
@@ -19,7 +19,7 @@ from robal_jax.models import convolutions
 
 def dataset(config: ConfigDict) -> Dataset:
     """Loads the long-tailed training set and the balanced test set, on the host."""
-    return finish("data set", call("data set", sources.SOURCES, config.data))
+    return call("data set", sources.SOURCES, config.data)()
 
 
 def model(
@@ -60,9 +60,7 @@ def model(
         axis_name=axis_name,
     )
     try:
-        network = models.Network(finish("model", backbone), finish("head", classifier))
-    except InputError:
-        raise
+        network = models.Network(backbone(), classifier())
     except ValueError as error:
         raise InputError(f"config.model and the head do not fit: {error}") from error
     return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
@@ -120,10 +118,9 @@ def optimizer(
     config: ConfigDict, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optimiser, and its schedule: from a step to a learning rate."""
-    rates = call("schedule", optimizers.SCHEDULES, config.schedule)
-    schedule = optimizers.per_step(finish("schedule", rates, epochs=config.train.epochs), steps_per_epoch)
-    bound = call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
-    return finish("optimizer", bound), schedule
+    rates = call("schedule", optimizers.SCHEDULES, config.schedule)(epochs=config.train.epochs)
+    schedule = optimizers.per_step(rates, steps_per_epoch)
+    return call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)(), schedule
 
 
 def augmentation(name: str, data: Dataset) -> Callable[..., Any]:
