@@ -68,10 +68,12 @@ def call(
         if not holds(value):
             raise InputError(f"{key} of {kind} {name!r} is {shown(value)}; it must be {must}")
     bound = options | {key: value for key, value in given.items() if key in parameters and key not in options}
-    by_name = [inspect.Parameter.KEYWORD_ONLY]
-    if kind not in POSITIONAL:
-        by_name.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [key for key, p in parameters.items() if p.kind in by_name and p.default is p.empty]
+    needed = [
+        key
+        for key, p in parameters.items()
+        if p.default is p.empty
+        and (p.kind is p.KEYWORD_ONLY or (p.kind is p.POSITIONAL_OR_KEYWORD and kind not in POSITIONAL))
+    ]
     missing = [key for key in needed if key not in bound and key not in LATE]
     if missing:
         raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")

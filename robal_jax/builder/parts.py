@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from robal_jax import attacks, classifiers, losses, models, objectives, optimizers
 from robal_jax.attacks import STARTS, ThreatModel
 from robal_jax.builder.instantiate import call, takes
-from robal_jax.data import AUGMENTATIONS, Dataset, sources
+from robal_jax.data import AUGMENTATIONS, Dataset, inspection, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
@@ -19,7 +19,8 @@ from robal_jax.models import convolutions
 
 def dataset(config: ConfigDict) -> Dataset:
     """Loads the long-tailed training set and the balanced test set, on the host."""
-    return call("data set", sources.SOURCES, config.data)()
+    found = call("data set", sources.SOURCES, config.data)()
+    return found._replace(notes=inspection.notes(found))
 
 
 def model(

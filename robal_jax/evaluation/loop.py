@@ -70,6 +70,8 @@ def evaluate(
     say = hosts.speaker(say)
     with hosts.stop_signals() as stop:
         job = builder.evaluation(config)
+        for line in job.test.notes:
+            say(line)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
         surrogate = _surrogate(job, say)
         hosts.check_agreement("the config", to_json(config))

@@ -98,6 +98,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
     say, folder = hosts.speaker(say), workdir / CHECKPOINTS
     with hosts.stop_signals() as stop:
         job = builder.training(config)
+        for line in job.data.notes:
+            say(line)
         _check_devices(job)
         digest = data_digest(job.data)
         hosts.check_agreement("the config", to_json(config))
