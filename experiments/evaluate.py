@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 from robal_jax.errors import InputError
+from robal_jax.storage.names import CONFIG
 
 SHORT = {
     "examples": "examples",
@@ -54,18 +55,22 @@ def main(arguments: list[str]) -> None:
     if values["workdir"]:
         workdir = pathlib.Path(values["workdir"])
     elif checkpoint is not None:
-        workdir = checkpoint.parents[1]  # workdir/checkpoints/STEP
+        around = [folder for folder in (checkpoint, *checkpoint.parents[:2]) if (folder / CONFIG).is_file()]
+        if not around:
+            raise InputError(f"{checkpoint} is not inside of a run; name the run it is of with --workdir")
+        workdir = around[0]
     else:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
     from robal_jax import builder, evaluation
     from robal_jax.devices import hosts
     from robal_jax.storage.config_file import read_config, to_json
-    from robal_jax.storage.names import CONFIG, EVALUATION
+    from robal_jax.storage.names import EVALUATION
 
     hosts.start(*(values[name] for name in cli.PROCESSES))
     hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
     config = read_config(workdir)
+    builder.validate(config)
     name = EVALUATION
     if values["config"]:
         config = builder.with_inference_of(config, cli.load_config(values["config"]))

@@ -1,8 +1,8 @@
 """Export: python experiments/export_torch.py --workdir=DIR --out=FILE.safetensors [--checkpoint=DIR].
 
 Writes a checkpoint as a PyTorch state_dict, with the names of RoBal's released code (backbone., classifier.)
-or, with --naming=bare, those of a plain WideResNet (last layer fc) or ResNet-18 (last layer linear). It does
-not need PyTorch.
+or, with --naming=bare, those of a plain WideResNet (last layer fc) or ResNet-18 (last layer linear). Linear
+layers read flattened images in PyTorch's order, (c, h, w). It does not need PyTorch.
 """
 
 import hashlib

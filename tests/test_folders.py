@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robal_jax.data import image_folder, long_tailed_counts, long_tailed_indices, sources, uniform_order
+from robal_jax.data import (
+    image_folder,
+    inspection,
+    long_tailed_counts,
+    long_tailed_indices,
+    sources,
+    uniform_order,
+)
 from robal_jax.errors import InputError
 
 CLASSES = {"ant": (9, 3), "bee": (7, 2), "cat": (8, 2)}  # train and test images of each
@@ -243,6 +250,173 @@ def test_long_tailed_subset(original):
     assert load(str(original), ratio=0.3, profile="step").class_counts.tolist() == [7, 2, 2]
 
 
+# ---------------------------------------------------------------- what is no data, and what is said of data
+
+HIDDEN = (
+    ".DS_Store", "._00.png", ".hidden.png", "Thumbs.db", "desktop.ini",
+    ".ipynb_checkpoints/00-checkpoint.png",
+    "@eaDir/00.png", "__MACOSX/ant/._00.png", ".git/x.png", "$RECYCLE.BIN/x.png", "sub/.cache/x.png",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("place", ["train/ant", "train", "val/bee", "val"])
+def test_hidden_files_and_folders_are_no_data(root, name, place):
+    expected = load(str(root))
+    if name.startswith("sub/") and place in ("train", "val"):
+        place += "/cat"
+    file = root / place / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
+    found = load(str(root))
+    assert found.class_names == expected.class_names
+    assert found.train_images == expected.train_images
+    assert found.test_images == expected.test_images
+
+
+def test_an_empty_hidden_class_folder_is_no_class(root):
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found"):
+        (root / "train" / name).mkdir()
+    assert load(str(root)).class_names == tuple(CLASSES)
+
+
+def test_links_are_followed_but_not_in_circles(root, tmp_path):
+    expected = load(str(root))
+    images = expected.train_images[:]
+    shutil.move(root / "train" / "ant", tmp_path / "elsewhere")
+    (root / "train" / "ant").symlink_to(tmp_path / "elsewhere")  # a class
+    (root / "train" / "bee" / "more").mkdir()
+    shutil.move(root / "train" / "bee" / "06.png", tmp_path / "06.png")
+    (root / "train" / "bee" / "06.png").symlink_to(tmp_path / "06.png")  # a file
+    shutil.move(root / "train" / "cat", tmp_path / "cats")
+    (root / "train" / "cat").mkdir()
+    (root / "train" / "cat" / "deep").symlink_to(tmp_path / "cats")  # a folder of a class
+    (tmp_path / "cats" / "again").symlink_to(root / "train" / "cat")  # a circle
+    found = load(str(root))
+    assert np.array_equal(found.train_images[:], images)
+    assert np.array_equal(found.train_labels, expected.train_labels)
+
+
+def test_a_link_to_nothing(root):
+    (root / "train" / "ant" / "10.png").symlink_to(root / "gone.png")
+    refused(r"cannot read image .*/ant/10\.png \(FileNotFoundError", root)
+
+
+def jpeg(root, **options):
+    write(root / "x.jpg", pixels(0, 40, 40), **options)
+    return (root / "x.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jpg", lambda root: jpeg(root)[:-1]),
+        ("a.jpg", lambda root: jpeg(root)[: len(jpeg(root)) // 2]),
+        ("a.jpeg", lambda root: b"<!DOCTYPE html>"),
+        ("a.PNG", lambda root: b""),
+        ("a.png", lambda root: (root / "train/ant/00.png").read_bytes()[:-30]),
+        ("a.webp", lambda root: b"RIFF\x10\0\0\0WEBPVP8 "),
+        ("a.bmp", lambda root: b"BM" + bytes(60)),
+        ("a.jpg", lambda root: b"GIF89a" + bytes(60)),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_that_is_no_whole_image_is_named_before_the_first_step(root, name, content, split):
+    good = {file: file.read_bytes() for file in (root / split).rglob("*.png")}
+    (root / split / "bee" / name).write_bytes(content(root))
+    refused(rf"^cannot read image .*/{split}/bee/{name} \(.*\); repair it, or remove it from the data$", root)
+    for file in list(good)[:3]:
+        file.write_bytes(b"no image")
+    refused(r"^4 of \d+ images cannot be read, the first: cannot read image .*; repair it", root)
+
+
+def test_unusual_but_whole_images_are_data(root):
+    grey = pixels(1, 10, 10, ())
+    for i, (mode, suffix, options) in enumerate(
+        [("CMYK", "jpg", {}), ("L", "jpeg", {}), ("LA", "png", {}), ("P", "png", {}), ("1", "bmp", {}),
+         ("RGBA", "webp", {}), ("P", "bmp", {}), ("RGB", "jpg", {"progressive": True})]
+    ):  # fmt: skip
+        Image.fromarray(grey).convert(mode).save(root / "train" / "ant" / f"9{i}.{suffix}", **options)
+    with (root / "train" / "ant" / "97.jpg").open("ab") as file:
+        file.write(b"something after the end")
+    found = load(str(root))
+    assert found.class_counts.tolist() == [17, 7, 8]
+    for image in found.train_images[np.arange(9, 17)][[0, 1, 2, 3, 5, 6, 7]]:
+        assert np.abs(image.astype(int) - grey[..., None]).mean() < 60
+
+
+def test_sixteen_bits_are_refused_before_the_first_step(root):
+    write(root / "train" / "cat" / "deep.png", pixels(0, 10, 10, ()).astype(np.uint16) * 257)
+    refused(r"cannot read image .*deep\.png .*more than 8 bits per channel", root)
+
+
+def test_a_list_may_not_name_what_is_no_image(root):
+    (root / "train" / "ant" / "._x.png").write_bytes(b"Mac OS X")
+    lines = [*lines_of(root, "train"), "train/ant/._x.png 0"]
+    refused(
+        r"cannot read image .*\._x\.png", root, train_list=write_list(root, "train.txt", dict.fromkeys(lines))
+    )
+
+
+def test_images_per_class_are_said(root):
+    (root / "train" / "ant" / "boxes.txt").write_text("")
+    (root / "train" / "scan.tif").write_bytes(b"")
+    found = load(str(root))
+    assert found.notes == found.test_set.notes == (
+        "train set: 24 images of 3 classes (ant: 9, bee: 7, cat: 8); 2 other files left out, such as "
+        "train/scan.tif",
+        "test set: 7 images of 3 classes (ant: 3, bee: 2, cat: 2)",
+    )  # fmt: skip
+    assert load(str(root), ratio=0.3).notes[1] == (
+        "cut to ratio 0.3: 12 images of 3 classes (ant: 7, bee: 3, cat: 2)"
+    )
+
+
+def test_of_many_classes_the_largest_and_the_smallest_are_said():
+    labels = np.repeat(np.arange(100), np.arange(100, 0, -1))
+    text = inspection.per_class(labels, [f"n{i}" for i in range(100)])
+    assert text.startswith("5050 images of 100 classes (n0: 100, n1: 99, ")
+    assert text.endswith(", ..., n94: 6, n95: 5, n96: 4, n97: 3, n98: 2, n99: 1)")
+
+
+@pytest.mark.parametrize("profile", ["exp", "step"])
+def test_a_long_tailed_folder_is_not_cut_again_without_a_word(root, profile):
+    for i in range(4):
+        (root / "train" / "cat" / f"0{i}.png").unlink()
+    message = r"long-tailed already, with 9 to 4 images per class; set config\.data\.ratio=1 .* n_max=4 in"
+    refused(message, root, ratio=0.5, profile=profile)
+    assert load(str(root)).class_counts.tolist() == [9, 7, 4]
+    assert load(str(root), ratio=0.5, profile=profile, n_max=4).class_counts[[0, 2]].tolist() == [4, 2]
+    refused("class 2 has 4 images but the long-tailed set needs 6", root, ratio=0.7, n_max=9)
+
+
+def test_images_of_both_sets_are_noticed(root):
+    assert inspection.notes(load(str(root))) == load(str(root)).notes
+    shutil.copy(root / "train" / "cat" / "03.png", root / "val" / "bee" / "again.PNG")
+    (root / "val" / "ant" / "link.png").symlink_to(root / "train" / "ant" / "00.png")
+    expected = (
+        "warning: 2 of 9 test images are in the training set too, such as val/ant/link.png "
+        "(train/ant/00.png); what a model does with them says nothing about new images"
+    )
+    assert inspection.notes(load(str(root))) == (*load(str(root)).notes, expected)
+    content = bytearray((root / "val" / "bee" / "again.PNG").read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / "val" / "bee" / "again.PNG").write_bytes(content)  # another image with the same ends
+    assert inspection.notes(load(str(root), test="val"))[-1].startswith("warning: 1 of 9 test images")
+    assert inspection.notes(load(str(root), test="train"))[-1].startswith("warning: 24 of 24 test images")
+
+
+def test_images_of_both_sets_are_noticed_in_memory():
+    digits = sources.load_digits_lt()
+    assert inspection.notes(digits) == ()
+    test = digits.test_images.copy()
+    test[[3, 5]] = digits.train_images[[8, 8]]
+    (line,) = inspection.notes(digits._replace(test_images=test))
+    assert line.startswith(
+        "warning: 2 of 700 test images are in the training set too, such as test image 3 (training image 8);"
+    )
+
+
 def test_source_of_that_name():
     assert sources.SOURCES["image_folder"] is image_folder.load_image_folder
 
@@ -456,8 +630,8 @@ def test_shares_of_two_hosts_are_the_whole(images):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_a_damaged_file_is_reported_when_its_step_is_due(root, threads):
-    (root / "train" / "bee" / "02.png").write_bytes(b"\x89PNG")
     images = load(str(root)).train_images
+    (root / "train" / "bee" / "02.png").write_bytes(b"\x89PNG")
     damaged = images.paths.index("train/bee/02.png")
     read = image_folder.stream(images, lambda step: np.array([step]), range(24), threads=threads, ahead=4)
     for _ in range(damaged):

@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import re
 import sys
+import tarfile
 import types
 
 import jax
@@ -343,6 +344,9 @@ def wrapped(prefix):
         STATE,
         wrapped("module."),
         wrapped("model.module."),  # how RoBal's released code saves
+        wrapped("_orig_mod."),  # torch.compile
+        wrapped("module.module.module."),
+        {"params_ema": wrapped("model._orig_mod.module.")},
         {"state_dict": STATE, "epoch": 3},
         {"net": wrapped("module."), "optimizer": {"state": {0: {"momentum_buffer": STATE["bn1.bias"]}}}},
         {"a": {"model_state_dict": collections.OrderedDict(STATE)}, "best": np.ones(())},
@@ -351,6 +355,42 @@ def wrapped(prefix):
 def test_nesting_and_wrappers(monkeypatch, tmp_path, content):
     pretend(monkeypatch, content)
     assert pytorch.read_weights(some_file(tmp_path)).items() == STATE.items()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "buffers"),
+    [
+        ("module.", {"n_averaged": np.array(3)}),  # AveragedModel
+        ("module.module.", {"n_averaged": np.array(3)}),
+        ("module._orig_mod.", {"n_averaged": np.array(0), "module.num_batches_tracked": np.array(1)}),
+        (
+            "1.",
+            {"0.mean": np.full(3, 0.5), "0.std": np.ones(3)},
+        ),  # Sequential of a normalisation and a network
+        ("net.", {"mean": np.zeros((1, 3, 1, 1)), "std": np.ones((1, 3, 1, 1))}),
+        ("module.net.", {"module.normalize.mean": np.zeros(3), "n_averaged": np.array(1)}),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_wrapper_has_beside_the_network(monkeypatch, tmp_path, prefix, buffers, nested):
+    content = wrapped(prefix) | buffers
+    pretend(monkeypatch, {"model_state": content, "epoch": 3} if nested else content)
+    found = pytorch.read_weights(some_file(tmp_path))
+    assert len(found) == len(STATE) + len(buffers)
+    assert all(np.array_equal(found[name], value) for name, value in STATE.items())
+
+
+def test_a_network_that_standardises_its_images():
+    like, _, state = random_state(*NETWORKS["wrn"])
+    buffers = {"n_averaged": np.array(5), "normalize.mean": np.zeros(3), "normalize.std": np.ones(3)}
+    pytorch.from_state_dict(state | buffers, *like)
+    reasons = pytorch.ignored(state | buffers, pytorch.torch_shapes(*like)).values()
+    assert {"n_averaged", "normalize.mean (all 0)", "normalize.std (all 1)"} < {*reasons}
+    buffers["normalize.std"] = np.full(3, 0.25)
+    message = (
+        r"standardises its images \(normalize\.std\), which .* do not; give the weights of a network for"
+    )
+    refused(message, pytorch.from_state_dict, state | buffers, *like)
 
 
 def test_several_state_dicts(monkeypatch, tmp_path):
@@ -420,6 +460,12 @@ def test_safetensors(safetensors, tmp_path):
     refused(r"cannot read .*; give an undamaged \.safetensors file", pytorch.read_weights, damaged)
 
 
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "X.SAFETENSORS", "x"])
+def test_safetensors_of_any_name(safetensors, tmp_path, name):
+    pytorch.write_weights(tmp_path / name, STATE, {})
+    assert pytorch.read_weights(tmp_path / name).keys() == STATE.keys()
+
+
 def test_bfloat16_becomes_float32(safetensors, tmp_path):
     value = jax.numpy.arange(3, dtype=jax.numpy.bfloat16) / 3
     safetensors.save_file({"a.weight": np.asarray(value), "b": np.zeros(2)}, tmp_path / "x.safetensors")
@@ -464,8 +510,15 @@ def test_pt_files(tmp_path):
         pytorch.read_weights,
         tmp_path / "module.pt",
     )
+    torch.save({"fc.weight": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
+    refused(r"cannot read fc\.weight in .*store dense tensors", pytorch.read_weights, tmp_path / "sparse.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "new.pt").read_bytes()[:500])
-    for path in (tmp_path / "cut.pt", some_file(tmp_path, "text.pt")):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    np.savez(tmp_path / "arrays.npz", **STATE)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "cut.pt", "cut.pt")
+    others = (some_file(tmp_path, "text.pt"), *(tmp_path / n for n in ("empty.pt", "arrays.npz", "x.tar")))
+    for path in (tmp_path / "cut.pt", *others):
         refused(r"cannot read .*; give an undamaged file that torch\.save wrote", pytorch.read_weights, path)
 
 

@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from ml_collections import ConfigDict
 
@@ -21,6 +21,8 @@ LATE = {"loss": ("epoch",), "schedule": ("epochs",)}
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 ANYTHING: Rule = ("anything", lambda value: True)
+
+FUNCTION: Rule = ("a section with a name", callable)
 
 OF_TYPE: dict[Any, Rule] = {str: TEXT, bool: BOOLEAN, int: INTEGER, float: NUMBER}
 """Values of a parameter, by its annotation."""
@@ -62,12 +64,13 @@ def call(
     if unknown:
         known = [key for key in known if key != "name"]  # flax adds it, too
         raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; use one of {', '.join(known)}")
-    for key, value in options.items():
-        must, holds = OF_TYPE.get(parameters[key].annotation, ANYTHING)
+    for key, option in options.items():
+        annotation, value = parameters[key].annotation, option
+        if isinstance(option, ConfigDict) and annotation not in OF_TYPE:
+            options[key] = value = call(kind, table, option, **given)
+        must, holds = FUNCTION if get_origin(annotation) is Callable else OF_TYPE.get(annotation, ANYTHING)
         if not holds(value):
             raise InputError(f"{key} of {kind} {name!r} is {shown(value)}; it must be {must}")
-        if isinstance(value, ConfigDict):
-            options[key] = call(kind, table, value, **given)
     bound = options | {key: value for key, value in given.items() if key in known and key not in options}
     late = LATE.get(kind, ())
     needed = [key for key in known if parameters[key].default is inspect.Parameter.empty]

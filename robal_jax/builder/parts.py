@@ -14,7 +14,7 @@ from robal_jax.attacks import STARTS, ThreatModel
 from robal_jax.builder import contracts
 from robal_jax.builder.contracts import calling, takes
 from robal_jax.builder.instantiate import call
-from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, sources
+from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, inspection, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
@@ -26,7 +26,8 @@ def dataset(config: ConfigDict) -> Dataset:
     with calling("data set", config.data.name):
         found = load()
     contracts.check_dataset(config.data.name, found)
-    return check_dataset(found)
+    found = check_dataset(found)
+    return found._replace(notes=inspection.notes(found))
 
 
 def model(

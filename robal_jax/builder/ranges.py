@@ -4,6 +4,7 @@ A value that cannot be used is refused by :func:`validate`. One that can, but ha
 line of :func:`doubts`.
 """
 
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ INTEGER: Rule = (
 )
 
 IN_32_BITS: Rule = ("an integer below 2^31", lambda value: INTEGER[1](value) and abs(value) < 2**31)
+"""Because JAX counts in int32."""
 
 FINITE: Rule = ("finite", math.isfinite)
 
@@ -131,6 +133,9 @@ def validate(config: ConfigDict) -> None:
     """
     fields = flatten(config.to_dict())
     for field in REQUIRED:
+        for section in itertools.accumulate(field.split(".")[:-1], "{}.{}".format):
+            if section in fields:
+                raise InputError(f"config.{section} is {shown(fields[section])}; it must be a section")
         if field not in fields:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
     for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:
@@ -142,6 +147,8 @@ def validate(config: ConfigDict) -> None:
         entries = value if isinstance(value, list | tuple) else [value]
         if not all(_holds(FINITE[1], entry) for entry in entries if isinstance(entry, numbers.Number)):
             raise InputError(f"config.{field} is {shown(value)}; it must be {FINITE[0]}")
+        if INTEGER[1](value) and RANGES.get(field) is not SEED and not IN_32_BITS[1](value):
+            raise InputError(f"config.{field} is {shown(value)}; it must be {IN_32_BITS[0]}")
     for field in _LENGTHS:
         if fields["threat.norm"] == "linf" and fields.get(field, 0) > 1:
             raise InputError(

@@ -4,6 +4,7 @@
 - ``sources``: the table of data sets that a config can name, and scikit-learn's digits
 - ``cifar``: CIFAR-10-LT and CIFAR-100-LT from TFDS or an .npz file
 - ``image_folder``: data sets of image files, and reading files ahead of their use
+- ``inspection``: images per class, files that are no images, images of both the train and the test set
 - ``long_tail``: images per class in a long-tailed subset, and which ones
 - ``sampling``: the order of the train images in an epoch, and a balanced part of the test images
 - ``augmentation``: random crops and flips, one key per image

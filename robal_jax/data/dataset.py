@@ -41,6 +41,7 @@ class TestSet(NamedTuple):
     pixel_max: int  # the pixel value that becomes 1; 1 for float images
     class_counts: np.ndarray  # training images per class, int64 [K]
     class_names: tuple[str, ...]  # [K]
+    notes: tuple[str, ...] = ()  # what a person should know of the data, line by line
 
 
 class Dataset(NamedTuple):
@@ -57,6 +58,7 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray  # int32 [M], 0..K-1
     pixel_max: int
     class_names: tuple[str, ...]  # [K]
+    notes: tuple[str, ...] = ()  # what a person should know of the data, line by line
 
     @property
     def class_counts(self) -> np.ndarray:
@@ -67,7 +69,7 @@ class Dataset(NamedTuple):
     def test_set(self) -> TestSet:
         """Returns the part that an evaluation needs."""
         counts, names = self.class_counts, self.class_names
-        return TestSet(self.test_images, self.test_labels, self.pixel_max, counts, names)
+        return TestSet(self.test_images, self.test_labels, self.pixel_max, counts, names, self.notes)
 
 
 def to_float(images: jax.Array, pixel_max: int) -> jax.Array:

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from robal_jax.data import inspection
 from robal_jax.data.dataset import Dataset, Images, check_dataset, check_labels
 from robal_jax.data.long_tail import long_tailed_counts, long_tailed_indices
 from robal_jax.errors import InputError, user_path
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+# Folders of operating systems and tools, beside those whose name begins with a dot.
+_NO_DATA = frozenset(("@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found"))
 
 # The formats are named so that the threads do not all search (and load) every format of Pillow at once.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -60,6 +64,34 @@ class ImageFiles:
         """N."""
         return len(self.paths)
 
+    @property
+    def places(self) -> list[str]:
+        """The paths with the root, ``[N]``."""
+        return [os.path.join(self.root, path) for path in self.paths]
+
+    @functools.cached_property
+    def outlines(self) -> list[inspection.Outline | None]:
+        """Sizes and both ends of the files, ``[N]``, see :func:`inspection.outline`."""
+        return inspection.in_threads(inspection.outline, self.places)
+
+    def check(self) -> None:
+        """Decodes the files that do not look whole, so that a damaged one does not stop a training later.
+
+        Raises:
+          InputError: files are missing, are no images, or have more than 8 bits per channel.
+        """
+        suspects = [
+            place
+            for place, found in zip(self.places, self.outlines, strict=True)
+            if found is None or not found.looks_whole
+        ]
+        errors = inspection.in_threads(lambda path: _error_of(path, self.resize, self.size), suspects)
+        found = [error for error in errors if error]
+        if len(found) > 1:
+            raise InputError(f"{len(found)} of {len(self)} images cannot be read, the first: {found[0]}")
+        if found:
+            raise found[0]
+
     def __getitem__(self, ids: Any, /) -> np.ndarray:
         """Reads the images at ``ids``, integers ``[...]`` or a slice, as uint8 ``[..., size, size, 3]``.
 
@@ -98,6 +130,15 @@ def _unreadable(path: str, error: Exception) -> InputError:
     return InputError(f"cannot read image {path} ({error!r}); repair it, or remove it from the data")
 
 
+def _error_of(path: str, resize: int, size: int) -> InputError | None:
+    """Decodes one file; returns the error, if there is one."""
+    try:
+        _read(path, resize, size)
+    except InputError as error:
+        return error
+    return None
+
+
 def _read(path: str, resize: int, size: int) -> np.ndarray:
     """Reads one file as uint8 ``[size, size, 3]``, see :class:`ImageFiles`."""
     try:
@@ -122,6 +163,7 @@ class _Split(NamedTuple):
     paths: list[str]  # [N], relative to the root
     labels: np.ndarray  # integers [N]
     names: list[str]  # [K], or empty
+    left_out: tuple[str, ...] = ()  # files that are no images, without hidden ones
 
 
 def load_image_folder(
@@ -134,13 +176,15 @@ def load_image_folder(
     ratio: float = 1.0,
     profile: str = "exp",
     seed: int = 0,
+    n_max: int | None = None,
     image_size: int = 64,
     resize: int = 64,
 ) -> Dataset:
     """Finds a data set of image files, which are read when a step needs them.
 
     A split is a folder with one sub-folder per class (in the order of their names; images at any depth in
-    it), or a list file with lines ``relative/path.JPEG 17``, as ImageNet-LT's.
+    it), or a list file with lines ``relative/path.JPEG 17``, as ImageNet-LT's. Hidden files and folders are
+    left out: those whose name begins with a dot, and those of systems and tools such as ``__MACOSX``.
 
     Args:
       path: folder that all other paths are relative to.
@@ -148,19 +192,23 @@ def load_image_folder(
       test: folder of the test split, if there is no list.
       train_list: list file of the train split; '' for none.
       test_list: list file of the test split; '' for none.
-      ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used, whose
-        n_max is the size of the smallest class; 1 for all images. With a list it must be 1.
+      ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used; 1 for all
+        images. With a list it must be 1.
       profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
       seed: seed of the subset.
+      n_max: train images of class 0 in the subset; None for the size of the smallest class. A folder that is
+        long-tailed already is cut only if it is given.
       image_size: side of the test images, 1..resize: the centre of the resized images.
       resize: length to which the shorter side is resized, and side of the train images.
 
     Returns:
-      The data set, RGB, ``pixel_max`` 255. If no folder names the classes, their numbers are their names.
+      The data set, RGB, ``pixel_max`` 255. If no folder names the classes, their numbers are their names. Its
+      notes say how many images each class has.
 
     Raises:
-      InputError: a folder or file is missing, a class has no image, the splits have different classes, a list
-        cannot be used, or see :func:`data.long_tailed_counts`.
+      InputError: a folder or file is missing or no image, a class has no image, the splits have different
+        classes, a list cannot be used, the folder to be cut has twice as many images of one class as of
+        another, or see :func:`data.long_tailed_counts`.
 
     Source: Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World" (ImageNet-LT's lists).
     """
@@ -178,22 +226,52 @@ def load_image_folder(
         "test": _listed(root, test_list) if test_list else _foldered(root, test),
     }
     names = _class_names(splits)
-    for split, (_, labels, _) in splits.items():
-        check_labels(labels, len(names), f"{root}: {split} set")
-    paths, labels, _ = splits["train"]
+    for split, found in splits.items():
+        check_labels(found.labels, len(names), f"{root}: {split} set")
+    notes = [_note(split, splits[split], names) for split in splits]
+    paths, labels = splits["train"].paths, splits["train"].labels
     if ratio != 1:
-        counts = long_tailed_counts(int(np.bincount(labels).min()), len(names), ratio, profile)
-        kept = long_tailed_indices(labels, counts, seed)
+        kept = _cut(labels, len(names), ratio, profile, seed, n_max)
         paths, labels = [paths[i] for i in kept], labels[kept]
+        notes.insert(1, f"cut to ratio {ratio:g}: {inspection.per_class(labels, names)}")
+    train_images = ImageFiles(tuple(paths), resize, resize, root)
+    test_images = ImageFiles(tuple(splits["test"].paths), resize, image_size, root)
     dataset = Dataset(
-        train_images=ImageFiles(tuple(paths), resize, resize, root),
+        train_images=train_images,
         train_labels=labels.astype(np.int32),
-        test_images=ImageFiles(tuple(splits["test"].paths), resize, image_size, root),
+        test_images=test_images,
         test_labels=splits["test"].labels.astype(np.int32),
         pixel_max=255,
         class_names=tuple(names),
+        notes=tuple(notes),
     )
+    train_images.check()
+    test_images.check()
     return check_dataset(dataset)
+
+
+def _note(name: str, split: _Split, names: list[str]) -> str:
+    """Says how many images each class of a split has, and which files are left out."""
+    out = (
+        f"; {len(split.left_out)} other files left out, such as {split.left_out[0]}" if split.left_out else ""
+    )
+    return f"{name} set: {inspection.per_class(split.labels, names)}{out}"
+
+
+def _cut(
+    labels: np.ndarray, num_classes: int, ratio: float, profile: str, seed: int, n_max: int | None
+) -> np.ndarray:
+    """Returns the positions of the images that a long-tailed subset of a balanced folder keeps."""
+    counts = np.bincount(labels)
+    smallest, largest = int(counts.min()), int(counts.max())
+    if n_max is None and largest >= 2 * smallest:
+        raise InputError(
+            f"the train folder is long-tailed already, with {largest} to {smallest} images per class; set "
+            f"config.data.ratio=1 to use all its images, or n_max={smallest} in config.data to cut it to "
+            f"ratio {ratio:g} again"
+        )
+    wanted = long_tailed_counts(smallest if n_max is None else n_max, num_classes, ratio, profile)
+    return long_tailed_indices(labels, wanted, seed)
 
 
 def _foldered(root: str, split: str) -> _Split:
@@ -201,26 +279,48 @@ def _foldered(root: str, split: str) -> _Split:
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
         raise InputError(f"no folder {folder}; make it, with one sub-folder of images per class")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    entries = sorted(
+        (entry.name, entry.is_dir()) for entry in os.scandir(folder) if not _is_hidden(entry.name)
+    )
+    names = [name for name, is_folder in entries if is_folder]
     if not names:
         raise InputError(f"{folder} has no sub-folder; give it one sub-folder of images per class")
     paths: list[str] = []
+    left_out = [os.path.join(split, name) for name, is_folder in entries if not is_folder]
     counts = []
     for name in names:
-        found = sorted(
-            os.path.join(place, file).removeprefix(root + os.sep)
-            for place, _, files in os.walk(os.path.join(folder, name))
-            for file in files
-            if file.lower().endswith(_EXTENSIONS)
-        )
+        files = sorted(path.removeprefix(root + os.sep) for path in _files(os.path.join(folder, name)))
+        found = [path for path in files if path.lower().endswith(_EXTENSIONS)]
         if not found:
             raise InputError(
                 f"no image in {os.path.join(folder, name)}; give at least one per class "
                 f"({', '.join(_EXTENSIONS)})"
             )
         paths += found
+        left_out += sorted({*files} - {*found})
         counts.append(len(found))
-    return _Split(paths, np.repeat(np.arange(len(names)), counts), names)
+    return _Split(paths, np.repeat(np.arange(len(names)), counts), names, tuple(left_out))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _NO_DATA
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Yields the files at any depth of a folder, through links, without hidden ones."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_no_folder):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not _is_hidden(name)] if real not in seen else []
+        if real not in seen:
+            yield from (os.path.join(place, name) for name in files if not _is_hidden(name))
+        seen.add(real)
+
+
+def _no_folder(error: OSError) -> None:
+    raise InputError(
+        f"cannot read folder {error.filename} ({error.strerror}); change its permissions"
+    ) from error
 
 
 def _listed(root: str, list_file: str) -> _Split:

@@ -83,6 +83,8 @@ def evaluate(
         check_same_model(config, workdir)
         job = builder.evaluation(config)
         check_same_data(job.data_sha256, workdir, say)
+        for line in job.test.notes:
+            say(line)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from robal_jax.errors import InputError, one_line
+from robal_jax.pytorch.names import IGNORED, STANDARDISES, channels_first
 from robal_jax.storage.files import write_whole
+
+FLATTENED = "flattened"  # key of a file's metadata: the order in which linear layers read an image
+EXPORTED = "checkpoint_sha256"  # key of the metadata of every export
 
 
 def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
@@ -20,8 +24,9 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
       entry: which of several state_dicts, by the name in the message that lists them.
 
     Returns:
-      Arrays by name. Beginnings that all names share are removed: 'module.' of DataParallel, 'model.module.'
-      in the files of the released code.
+      Arrays by name. Beginnings that all names share are removed: 'module.' of DataParallel,
+      'model.module.' in the files of the released code. Files that robal_jax 0.1.0 exported come in the order
+      of PyTorch, which they lacked.
 
     Raises:
       InputError: there is no such file, it cannot be read without executing code, or it holds no or several
@@ -29,7 +34,7 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise InputError(f"no file {path}; give the weights with --weights")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    content, metadata = _read_safetensors(path) if _is_safetensors(path) else (read_torch(path), {})
     found = dict(_state_dicts(content, ""))
     if entry:
         found = {place: value for place, value in found.items() if place == entry}
@@ -43,7 +48,8 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
             f"--entry={next(iter(found))}"
         )
     (state_dict,) = found.values()
-    return _without_wrappers({name: _array(value) for name, value in state_dict.items()})
+    arrays = _without_wrappers({name: _array(path, name, value) for name, value in state_dict.items()})
+    return _in_pytorch_order(arrays) if EXPORTED in metadata and FLATTENED not in metadata else arrays
 
 
 def write_weights(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -52,7 +58,7 @@ def write_weights(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], meta
     Raises:
       InputError: the file cannot be written, or the package safetensors is missing.
     """
-    content = _safetensors().save(dict(state_dict), metadata)
+    content = _safetensors().save(dict(state_dict), metadata | {FLATTENED: "c, h, w"})
     try:
         write_whole(path, content)
     except OSError as error:
@@ -69,10 +75,23 @@ def _safetensors() -> Any:
     return safetensors.numpy
 
 
-def _read_safetensors(path: pathlib.Path) -> Any:
+def _is_safetensors(path: pathlib.Path) -> bool:
+    """Returns whether the content is that of a ``.safetensors`` file, or else the name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # The length of a JSON header, and the header; .pt files are zip archives or pickles.
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
+        return True
+    return path.suffix.lower() == ".safetensors" and start[:2] not in (b"PK", b"\x80\x02")
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
+    """Reads the arrays and the metadata of a ``.safetensors`` file."""
     library = _safetensors()
     try:
-        return library.load_file(path)
+        with library.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+        return library.load_file(path), metadata
     except Exception as error:  # its own SafetensorError, and OSError, TypeError, ...
         raise InputError(
             f"cannot read {path} ({one_line(error)}); give an undamaged .safetensors file"
@@ -121,16 +140,34 @@ def _state_dicts(tree: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _without_wrappers(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    while len({name.partition(".")[0] for name in state_dict}) == 1 and all(
-        "." in name for name in state_dict
-    ):
-        state_dict = {name.partition(".")[2]: value for name, value in state_dict.items()}
-    return state_dict
+    """Removes the beginnings that all names share, except those of buffers that only a wrapper has."""
+    buffers = (*IGNORED, *STANDARDISES)
+    while True:
+        inner = [name for name in state_dict if name.split(".")[-1] not in buffers]
+        first = {name.partition(".")[0] for name in inner}
+        if len(first) != 1 or not all("." in name for name in inner):
+            return state_dict
+        state_dict = {name.removeprefix(f"{min(first)}."): value for name, value in state_dict.items()}
 
 
-def _array(value: Any) -> np.ndarray:
+def _in_pytorch_order(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Corrects a file that robal_jax 0.1.0 exported: the small CNN's ``fc`` read images as (h, w, c)."""
+    convolutions = [name for name in state_dict if re.fullmatch(r"backbone\.conv\d+\.weight", name)]
+    name = "backbone.fc.weight"
+    if name not in state_dict or not convolutions:
+        return state_dict
+    last = max(convolutions, key=lambda convolution: int(re.sub(r"\D", "", convolution)))
+    return state_dict | {name: channels_first(state_dict[name], len(state_dict[last]))}
+
+
+def _array(path: pathlib.Path, name: str, value: Any) -> np.ndarray:
     """Returns a tensor as a NumPy array; bfloat16, which NumPy lacks, becomes float32 without loss."""
-    if hasattr(value, "detach"):
-        value = value.detach()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach()
+            value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantised, without values
+        raise InputError(
+            f"cannot read {name} in {path} ({one_line(error)}); store dense tensors of float32"
+        ) from error
     return np.asarray(value, np.float32) if value.dtype.name == "bfloat16" else value

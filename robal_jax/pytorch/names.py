@@ -3,8 +3,11 @@
 Our module names are those of PyTorch with ``_`` in place of ``.``; the name and the layout of an array follow
 from its own name (``ARRAY_NAMES``, ``LAYOUTS``). The exceptions are prefixes: of a network that is not in two
 parts (backbone and classifier), and of a head that wraps a linear layer ``fc``; see :func:`from_state_dict`.
+A linear layer that reads a flattened image has its inputs in the order (h, w, c) here, and (c, h, w) in
+PyTorch.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,13 +36,16 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarra
     "direction": (lambda x: x[None], lambda x: x.reshape(x.shape[-1:])),  # [D] and [1, D]
 }
 
-# Arrays of a state_dict that have no effect, unless our network has an array of that name. The counter does
-# nothing at a fixed batch-norm momentum, cosine heads only write moving_ed, and the WideResNet of TRADES does
-# not call sub_block1.
-IGNORED = ("num_batches_tracked", "moving_ed", "sub_block1")
+# Arrays of a state_dict that have no effect, unless our network has an array of that name. The counters of
+# batch norm (at a fixed momentum) and of averaged weights do nothing, cosine heads only write moving_ed, and
+# the WideResNet of TRADES does not call sub_block1.
+IGNORED = ("num_batches_tracked", "n_averaged", "moving_ed", "sub_block1")
 
 # Arrays that the released heads freeze at this value: ignored if they have it and our network lacks them.
 FROZEN = {"classifier.bias": 0.0, "classifier.cla_scale": 1.0}
+
+# Last parts of the names of buffers that standardise images, and the values with which they change nothing.
+STANDARDISES = {"mean": 0.0, "std": 1.0}
 
 # Prefixes of the last layer's weight: of released linear heads, other released heads, WideResNet and
 # ResNet-50, ResNet-18.
@@ -85,9 +91,10 @@ def to_state_dict(
       Arrays by PyTorch name and in PyTorch's layout, without the arrays that only PyTorch has.
     """
     prefixes = released_prefixes(params, stats) if prefixes is None else prefixes
+    flat = _flat(params, stats)
     return {
-        torch_name(path[1:], prefixes): _to_torch(path, np.asarray(value))
-        for path, value in _flat(params, stats).items()
+        torch_name(path[1:], prefixes): _to_torch(path, np.asarray(value), _channels(path, flat))
+        for path, value in flat.items()
     }
 
 
@@ -143,9 +150,16 @@ def from_state_dict(
     prefixes = released_prefixes(like_params, like_stats) if prefixes is None else prefixes
     wanted = torch_shapes(like_params, like_stats, prefixes)
     found = shapes(state_dict)
+    unused = found.keys() - wanted.keys() - ignored(state_dict, wanted).keys()
+    standardising = sorted(name for name in unused if name.split(".")[-1] in STANDARDISES)
+    if standardising:
+        raise InputError(
+            f"the network standardises its images ({', '.join(standardising)}), which this library's "
+            "networks do not; give the weights of a network for images in [0, 1]"
+        )
     problems = {
         "missing": wanted.keys() - found.keys(),
-        "unused": found.keys() - wanted.keys() - ignored(state_dict, wanted).keys(),
+        "unused": unused,
         "of a different shape": {
             f"{name} {found[name]} instead of {shape}"
             for name, shape in wanted.items()
@@ -158,28 +172,77 @@ def from_state_dict(
             f"the state_dict does not fit this network ({listed}); check the config's model and head, "
             "and the prefixes"
         )
-    variables = {}
-    for path in _flat(like_params, like_stats):
+    variables, like = {}, _flat(like_params, like_stats)
+    for path in like:
         array = np.asarray(state_dict[torch_name(path[1:], prefixes)])
-        variables[path] = LAYOUTS[path[-1]][1](array) if path[-1] in LAYOUTS else array
+        variables[path] = _from_torch(path, array, _channels(path, like))
     tree = traverse_util.unflatten_dict(variables)
     return tree.get("params", {}), tree.get("stats", {})
 
 
 def ignored(state_dict: Mapping[str, np.ndarray], wanted: Shapes) -> dict[str, str]:
-    """Lists the arrays that are not wanted and have no effect, with the reason (``IGNORED``, ``FROZEN``)."""
+    """Lists the arrays that are not wanted and have no effect, with the reason."""
     reasons = {}
     for name in state_dict.keys() - wanted.keys():
         known = [part for part in name.split(".") if part in IGNORED]
+        neutral = FROZEN.get(name, STANDARDISES.get(name.split(".")[-1]))
         if known:
             reasons[name] = known[0]
-        elif name in FROZEN and (state_dict[name] == FROZEN[name]).all():
-            reasons[name] = f"{name} (all {FROZEN[name]:g})"
+        elif neutral is not None and (state_dict[name] == neutral).all():
+            reasons[name] = f"{name} (all {neutral:g})"
     return reasons
 
 
-def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    return LAYOUTS[path[-1]][0](array) if path[-1] in LAYOUTS else array
+def _to_torch(path: Path, array: np.ndarray, channels: int) -> np.ndarray:
+    array = LAYOUTS[path[-1]][0](array) if path[-1] in LAYOUTS else array
+    return channels_first(array, channels) if channels > 1 else array
+
+
+def _from_torch(path: Path, array: np.ndarray, channels: int) -> np.ndarray:
+    if channels > 1:  # the same swap, of a matrix whose columns are channels x pixels
+        array = channels_first(array, array.shape[1] // channels)
+    return LAYOUTS[path[-1]][1](array) if path[-1] in LAYOUTS else array
+
+
+def channels_first(weight: np.ndarray, channels: int) -> np.ndarray:
+    """Reorders a linear layer's inputs, the numbers of a flattened image, from (h, w, c) to (c, h, w).
+
+    Args:
+      weight: ``[D, h w c]``.
+      channels: ``c``.
+
+    Returns:
+      ``[D, c h w]``.
+
+    Example:
+      >>> print(channels_first(np.array([[11, 12, 21, 22, 31, 32]]), channels=2))
+      [[11 21 31 12 22 32]]
+    """
+    return weight.reshape(len(weight), -1, channels).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _channels(path: Path, flat: Mapping[Path, Any]) -> int:
+    """Returns the channels of the image that a linear layer reads flattened; 1 for any other array.
+
+    The small CNN's ``fc`` reads what the last of its convolutions ``conv1``, ``conv2``, ... makes. A
+    classifier reads features, which are no image.
+
+    Raises:
+      InputError: it is a linear layer of another backbone, whose order nothing tells.
+    """
+    if path[-1] != "kernel" or np.ndim(flat[path]) != 2 or path[1] == "classifier":
+        return 1
+    convolutions = {
+        int(other[-2].removeprefix("conv")): value.shape[-1]
+        for other, value in flat.items()
+        if other[:-2] == path[:-2] and re.fullmatch(r"conv\d+", other[-2]) and np.ndim(value) == 4
+    }
+    if path[-2] != "fc" or not convolutions:
+        raise InputError(
+            f"the linear layer {'/'.join(path[1:-1])} may read a flattened image, whose order differs in "
+            "PyTorch; convert this network by hand"
+        )
+    return convolutions[max(convolutions)]
 
 
 def _flat(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[Path, Any]:

@@ -9,12 +9,14 @@ and read the same checkpoints.
 This is the only module that knows Orbax.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import shutil
+import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import chex
@@ -30,6 +32,12 @@ from robal_jax.storage.names import CHECKPOINTS
 T = TypeVar("T")
 
 FILES = "files.json"  # digests of Orbax's own files, beside them
+
+METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
+
+# Orbax searches for files with patterns that begin with the folder, and TensorStore takes a backslash for a
+# slash.
+MISREAD = frozenset("[]*?\\")
 
 # Bytes of a checkpoint besides its arrays (names, types, digests): per checkpoint and per array. Measured:
 # 33 kB for 46 arrays, 1.1 MB for 1000.
@@ -81,7 +89,8 @@ def restore(path: pathlib.Path, like: T, *, partial: bool = False) -> tuple[T, s
 
     Raises:
       DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
-      InputError: it is a checkpoint of a different model: a name, shape or type differs.
+      InputError: the folder is not that of a checkpoint; or it is a checkpoint of a different model: a name,
+        shape or type differs.
     """
     tree, sha256 = read(path)
     if partial:
@@ -112,14 +121,17 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
 
     Raises:
       DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
+      InputError: the folder is not that of a checkpoint.
     """
     path = path.absolute()
+    _check_is_checkpoint(path)
     try:
         _verify_files(path)
-        written = (ocp.metadata(path).custom_metadata or {})["sha256"]
-        with _alone():
-            tree = ocp.load(path)
-    except DamagedCheckpointError:
+        with _plain(path) as plain:
+            written = _written_digest(plain)
+            with _alone():
+                tree = ocp.load(plain)
+    except (DamagedCheckpointError, InputError):
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds of errors
         raise DamagedCheckpointError(one_line(error)) from error
@@ -130,20 +142,59 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
 
 
 def read_latest(folder: pathlib.Path) -> Found[dict[str, Any]]:
-    """:func:`read` of a run's newest checkpoint, or of the one checkpoint that the folder is.
+    """:func:`read` of a run's newest checkpoint, or of the one checkpoint that the folder is, by any name.
 
     Raises:
       InputError: there is no checkpoint, or it is damaged.
     """
     found = steps(folder / CHECKPOINTS)
     path = folder / CHECKPOINTS / str(found[-1]) if found else folder
-    if not path.is_dir() or (not found and not path.name.isdigit()):
+    if not path.is_dir():
         raise InputError(f"no run or checkpoint {folder}; train it first, or name another")
     try:
         tree, sha256 = read(path)
         return Found(tree, path, sha256)
     except DamagedCheckpointError as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); name another") from error
+
+
+def _check_is_checkpoint(path: pathlib.Path) -> None:
+    """Raises if a folder is a run or has several checkpoints, or if nothing in it is of a checkpoint."""
+    for folder in (path, path / CHECKPOINTS):
+        if found := steps(folder):
+            raise InputError(
+                f"{path} is not a checkpoint but holds checkpoints; give one, such as "
+                f"{folder / str(found[-1])}"
+            )
+    if not (path / METADATA).is_file() and not path.name.isdigit():
+        raise InputError(
+            f"{path} is not a checkpoint: it has no file {METADATA}; give a folder such as "
+            "RUN/checkpoints/300"
+        )
+
+
+def _written_digest(path: pathlib.Path) -> str:
+    """Returns the sha256 in the metadata of a checkpoint."""
+    metadata = ocp.metadata(path).custom_metadata
+    if not isinstance(metadata, dict) or "sha256" not in metadata:
+        raise DamagedCheckpointError("it has no sha256: another program wrote or changed it")
+    return str(metadata["sha256"])
+
+
+@contextlib.contextmanager
+def _plain(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a folder another name, a link, while its own has characters that are ``MISREAD``."""
+    if not MISREAD & set(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="robal_jax-") as folder:
+        if MISREAD & set(folder):
+            raise InputError(
+                f"neither {path} nor {folder} can be used; set TMPDIR to a folder without []*?\\"
+            )
+        link = pathlib.Path(folder, "link")
+        link.symlink_to(path, target_is_directory=True)
+        yield link
 
 
 def _file_digests(path: pathlib.Path) -> dict[str, str]:
@@ -232,9 +283,27 @@ class Saver:
     """Writes checkpoints in the background, keeping the newest ones; a context manager."""
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
+        """Opens a folder, which is made if there is none.
+
+        Args:
+          folder: of the checkpoints.
+          keep: number of newest checkpoints kept.
+
+        Raises:
+          InputError: the folder cannot be made, or its name cannot be used.
+        """
         self._folder = folder.absolute()
+        if jax.process_count() > 1 and MISREAD & set(str(self._folder)):
+            raise InputError(f"several processes cannot save to {self._folder}; choose a name without []*?\\")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot make {self._folder} ({error.strerror}); choose another folder"
+            ) from error
+        self._names = contextlib.ExitStack()
         self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
+            self._names.enter_context(_plain(self._folder)),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -298,3 +367,5 @@ class Saver:
         except Exception:
             if kind is None:  # otherwise Orbax repeats an error that was already raised
                 raise
+        finally:
+            self._names.close()

@@ -85,15 +85,15 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     """
     path = workdir / CONFIG
     try:
-        fields = json.loads(path.read_text())
-        if not isinstance(fields, dict):
+        fields = json.loads(path.read_text("utf-8-sig"))  # editors may put a mark before the text
+        if not isinstance(fields, dict) or not fields:
             raise TypeError("it holds no sections")
         return ConfigDict(with_neutral(fields)).lock()
     except FileNotFoundError as error:
         raise InputError(
             f"no run in {workdir}: it has no {CONFIG}; train first, or correct --workdir"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path} ({one_line(error)}); restore it from a copy, or train in a new --workdir"
         ) from error

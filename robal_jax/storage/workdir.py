@@ -38,6 +38,8 @@ from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, IMPORT, VERSIO
 
 T = TypeVar("T")
 
+MOST = 12  # differences that a message lists
+
 
 def versions() -> dict[str, str]:
     """Returns the versions and the kind of device that a result may depend on."""
@@ -117,7 +119,7 @@ def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
             f"workdir {workdir} was not made by training; to fine-tune its weights, choose another --workdir "
             f"and set --config.train.start_from={workdir}"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another --workdir"
         ) from error
@@ -125,8 +127,9 @@ def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
     if not changed and data_before != digest:
         changed = [f"data: sha256 {digest[:12]}… here, {data_before[:12]}… there"]
     if changed:
+        more = f"; and {len(changed) - MOST} more" if len(changed) > MOST else ""
         raise InputError(
-            f"workdir {workdir} was made with a different config ({'; '.join(changed)}); "
+            f"workdir {workdir} was made with a different config ({'; '.join(changed[:MOST])}{more}); "
             "choose another with --workdir, or use the same config to resume"
         )
 
@@ -225,6 +228,11 @@ def restore_weights(
             raise InputError(
                 f"no checkpoint in {workdir / CHECKPOINTS}; train first, or name one with --checkpoint"
             )
+    elif checkpoint.is_file():
+        raise InputError(
+            f"--checkpoint={checkpoint} is a file; give a checkpoint's folder, or import weights with "
+            "python experiments/import_torch.py"
+        )
     elif not checkpoint.is_dir():
         raise InputError(f"no checkpoint {checkpoint}; correct --checkpoint, or leave it out for the newest")
     else:

@@ -110,6 +110,8 @@ def train(
             job = builder.training(config)
             _check_devices(job)
             digest = data_digest(job.data)
+        for line in job.data.notes:
+            say(line)
         hosts.check_agreement("the config", to_json(config))
         hosts.check_agreement("the data", digest)
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
