@@ -7,7 +7,7 @@
 - ``figures``, ``curves``: its figures
 - ``page``: blocks of text in both languages
 - ``terminal``: the table on the terminal
-- ``comparison``: several runs, image by image
+- ``comparison``, ``comparison_page``: several runs, image by image, and their page of HTML
 
 Nothing is imported here: only ``figures``, ``curves`` and what draws need matplotlib.
 """

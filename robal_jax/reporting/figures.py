@@ -24,6 +24,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
+from robal_jax.reporting import page
+from robal_jax.reporting.comparison import Paired
 from robal_jax.reporting.names import display_name, folded, shortened
 from robal_jax.reporting.results import MANY_CLASSES, Gallery, Results
 
@@ -33,6 +35,8 @@ BLUE, ORANGE, _GREEN, _PURPLE, _GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7
 STYLES = ((BLUE, "o"), (ORANGE, "s"), (_GREEN, "v"), (_PURPLE, "D"), ("#000000", "x"), ("#56B4E9", "^"))
 
 _DPI = 150
+
+_WIDE = 10.5  # inches; a small screen shows wider figures larger
 
 _MOST_NAMES = 100  # with more classes, figures name some of them only
 
@@ -112,6 +116,38 @@ def attacks_figure(results: Results) -> Figure:
     axes.set_xlabel("Attack")
     axes.set_title(f"{title(results)}: robust accuracy by attack, 95 % intervals")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
+    """Draws differences of runs to a reference with their intervals, by group of classes and by condition."""
+    panels = folded(
+        (display_name(condition), [pair[1:] for pair in pairs if pair.condition == condition])
+        for condition in dict.fromkeys(pair.condition for pair in pairs)
+    )
+    rows = list(dict.fromkeys(pair.row for pair in pairs))
+    groups = list(pairs[0].figures)
+    width = max(2.6, 0.5 + 0.5 * len(groups) * max(1.0, len(pairs) / len(panels) / 3))
+    figure = Figure(figsize=(max(6.5, 0.9 + width * len(panels)), 4.4), layout="constrained")
+    handles: dict[str, Any] = {}
+    for axes, (name, shown) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
+        shifts = (np.arange(len(shown)) - (len(shown) - 1) / 2) * min(0.2, 0.7 / len(shown))
+        for (row, _, figures), shift in zip(shown, shifts, strict=True):
+            color, marker = STYLES[rows.index(row) % len(STYLES)]
+            places = np.arange(len(groups)) + shift
+            handles[plain(shortened(row, 40))] = errorbar(
+                axes, places, list(figures.values()), color=color, marker=marker, markersize=5, capsize=3
+            )
+        axes.axhline(0, color="black", linewidth=1)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.6)
+        axes.set_xticks(range(len(groups)), [group.capitalize() for group in groups])
+        axes.set_xlim(-0.6, len(groups) - 0.4)
+        axes.set_title(re.sub(" (?=[+=] )", "\n", name), fontsize=11)
+        axes.set_ylabel(f"Difference to {plain(shortened(reference, 30))} (points)")
+        axes.label_outer()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -250,6 +286,11 @@ def gallery_figure(gallery: Gallery, results: Results) -> Figure:
     return figure
 
 
+def block(figure: Figure, name: str, caption: str) -> page.Block:
+    """Returns the figure as a part of a page; ``name`` is that of its file."""
+    return page.figure(name, caption, svg(figure), wide=figure.get_figwidth() > _WIDE)
+
+
 def png(figure: Figure) -> bytes:
     """Returns the figure as a PNG file."""
     return _file(figure, "png")
@@ -337,10 +378,10 @@ def percents(values: Sequence[Mapping[str, float]]) -> Iterable[np.ndarray]:
     return (100 * np.array([entry[key] for entry in values]) for key in ("value", "low", "high"))
 
 
-def errorbar(axes: Axes, x: np.ndarray, values: Sequence[Mapping[str, float]], **style: Any) -> None:
-    """Draws FIGUREs with their intervals, in percent."""
+def errorbar(axes: Axes, x: np.ndarray, values: Sequence[Mapping[str, float]], **style: Any) -> Any:
+    """Draws FIGUREs with their intervals, in percent; returns what a legend needs."""
     value, low, high = percents(values)
-    axes.errorbar(x, value, yerr=(value - low, high - value), linestyle="none", **style)
+    return axes.errorbar(x, value, yerr=(value - low, high - value), linestyle="none", **style)
 
 
 def accuracy_axis(axes: Axes, label: str) -> None:

@@ -37,7 +37,7 @@ nav a { display: inline-block; margin: .1rem 1.1rem .1rem 0; color: #00527f }
 .scroll { width: fit-content; max-width: 100%; overflow: auto; margin: .8rem 0 1.2rem;
   border: 1px solid #dfe4ec; border-radius: 6px }
 .tall { max-height: 40rem }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .38rem .7rem; border-bottom: 1px solid #edf0f4; text-align: left; vertical-align: top }
 th { position: sticky; top: 0; background: #f4f6f9; white-space: nowrap }
 tbody tr:last-child td { border-bottom: 0 }

@@ -8,7 +8,6 @@ from robal_jax.reporting.results import Gallery, Results
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import REPORT_HTML, REPORT_MARKDOWN
 
-WIDE = 10.5  # inches; on a small screen wider figures are larger
 _CAPTIONS = {
     "epsilon": "Accuracy by radius of the attack",
     "curves": "Accuracy by logit scale, by steps and by restarts",
@@ -46,12 +45,7 @@ def write_report(
             f"main attack {main_attack!r} was not evaluated; use one of {', '.join(results.conditions)}"
         )
     drawn = _draw(results, gallery)
-    pictures = {
-        name: page.figure(
-            f"{name}.png", _CAPTIONS[name], figures.svg(figure), wide=figure.get_figwidth() > WIDE
-        )
-        for name, figure in drawn.items()
-    }
+    pictures = {name: figures.block(figure, f"{name}.png", _CAPTIONS[name]) for name, figure in drawn.items()}
     blocks = [
         *sections.summary_section(results, pictures),
         *sections.audit_section(results, pictures),
