@@ -112,7 +112,7 @@ def training_curve(workdir: pathlib.Path, last: float = math.inf) -> dict[str, l
         name
         for name in rows[0]
         if name not in ("step", "epoch", "images_per_second")
-        and all(isinstance(row.get(name), int | float) and math.isfinite(row[name]) for row in rows)
+        and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for row in rows)
     ]
     steps = np.maximum(np.diff([0, *(row["step"] for row in rows)]), 1)
     epochs, places = np.unique([row["epoch"] for row in rows], return_inverse=True)
