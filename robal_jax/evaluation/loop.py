@@ -14,6 +14,7 @@ reported.
 
 import datetime
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.evaluated import belongs
 from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import EVALUATION, RESULTS, UNFINISHED
-from robal_jax.storage.progress import Meter
+from robal_jax.storage.progress import Meter, training_curve
 from robal_jax.storage.unfinished import Unfinished
 from robal_jax.storage.workdir import (
     check_same_data,
@@ -90,7 +91,8 @@ def evaluate(
             say(f"warning: {doubt}")
         surrogate = _surrogate(config, job, say)
         hosts.check_agreement("the config", to_json(config))
-        about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
+        curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
+        about = {"checkpoint": str(path), "checkpoint_sha256": sha256, "training": curve}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder
         if not attack_and_report(job, weights, surrogate, identity, about, folder, command, stop, say):
@@ -173,7 +175,9 @@ def _attack_and_store(
         "test_set_sha256": identity["test_set_sha256"],
         "n": len(victim.labels),
         "main_attack": MAIN_ATTACK,
+        "commit": made_with.pop("commit", None),
         "device": made_with.pop("device"),
+        "processor": made_with.pop("processor"),
         "versions": made_with,
         "date": datetime.date.today().isoformat(),
         "seconds": sum(part.seconds for part in parts),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import summary
@@ -103,10 +105,10 @@ class Scalars:
     ) -> None:
         path = workdir / METRICS
         lines = _lines(path)
-        steps = [_step(line) for line in lines]
-        kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+        rows = [_row(line) for line in lines]
+        kept = [line for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
         write_whole(path, "".join(kept).encode())
-        if broken := steps.count(None):
+        if broken := rows.count(None):
             say(f"dropped {broken} broken line{'s' if broken > 1 else ''} of {path}")
         self._lines = path.open("a", buffering=1)
         self._say, self._track = say, track
@@ -181,13 +183,47 @@ def _lines(path: pathlib.Path) -> list[str]:
     return [f"{line}\n" for line in text.split("\n")[:-1]] + [line for line in text.split("\n")[-1:] if line]
 
 
-def _step(line: str) -> int | None:
-    """Returns the step of a line of metrics; None if the line is broken.
+def training_curve(workdir: pathlib.Path, last: float = math.inf) -> dict[str, list[float]]:
+    """Returns the course of a training by epoch.
+
+    Args:
+      workdir: folder of the run.
+      last: the last step that counts, such as that of a checkpoint.
+
+    Returns:
+      'epoch', and every metric that is finite in all rows of the run: its mean over the steps of each epoch.
+      Empty if there are no metrics.
+    """
+    try:
+        found = [_row(line) for line in _lines(workdir / METRICS)]
+    except OSError:  # not ours to read
+        found = []
+    rows = [row for row in found if row and row["step"] <= last and type(row.get("epoch")) is int]
+    if not rows:
+        return {}
+    names = [
+        name
+        for name in rows[0]
+        if name not in ("step", "epoch", "images_per_second")
+        and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for row in rows)
+    ]
+    steps = np.maximum(np.diff([0, *(row["step"] for row in rows)]), 1)
+    epochs, places = np.unique([row["epoch"] for row in rows], return_inverse=True)
+    weights = np.bincount(places, steps)
+    means = {
+        name: np.bincount(places, steps * np.array([row[name] for row in rows])) / weights for name in names
+    }
+    return {"epoch": epochs.tolist(), **{name: values.tolist() for name, values in means.items()}}
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Returns a line of metrics; None if it is broken.
 
     A killed process may leave a part of a line, and a loss of power zeros in its place.
     """
     try:
-        step = json.loads(line)["step"]
+        row = json.loads(line)
+        whole = line.endswith("\n") and type(row["step"]) is int
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return step if isinstance(step, int) and line.endswith("\n") else None
+    return row if whole else None
