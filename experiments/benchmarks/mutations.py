@@ -141,6 +141,8 @@ def _edits(node: ast.AST, source: bytes) -> Iterator[tuple[int, int, str]]:
             yield from _other_operator(left, operator, right, source)
         case ast.Compare(left, [operator, *_], [right, *_]):
             yield from _other_operator(left, operator, right, source)
+        case ast.UnaryOp(ast.USub(), ast.Constant(int())):
+            return  # mostly an axis: -1 becomes -2, and 1 would be the same axis of a matrix
         case ast.UnaryOp(ast.USub() | ast.Not() as operator):
             start = _span(node, source)[0]
             yield start, start + (1 if isinstance(operator, ast.USub) else 3), ""
