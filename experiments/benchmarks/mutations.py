@@ -301,7 +301,8 @@ def main(arguments: list[str]) -> None:
     """Draws, tests and prints a table."""
     texts = {"count": "mutations, 60", "seed": "of the draw, 0", "out": "file of outcomes, mutations.jsonl"}
     values = cli.parse(arguments, texts, __doc__)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the tests that are running, too
+    stopped = "stopped; the same command resumes"  # and ends the tests that are running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
     out = pathlib.Path(values["out"] or "mutations.jsonl")
     drawn = draw(int(values["seed"] or 0), int(values["count"] or 60))
     run(drawn, out, lambda text: print(text, flush=True))
