@@ -100,6 +100,12 @@ def test_what_a_run_leaves(finished):
     assert rows(workdir)[-1]["loss"] < 0.8 * rows(workdir)[0]["loss"]
 
 
+def test_checkpoints_are_as_many_epochs_apart_as_told(finished, tmp_path):
+    _, sha256, _ = run(tmp_path, "train.checkpoint_epochs=2")
+    assert checkpoints.steps(tmp_path / "checkpoints") == [10, 15]  # and one at the end
+    assert sha256 == finished[1]
+
+
 def test_another_seed_is_another_run(finished):
     job, other = (builder.training(tiny_config(*overrides)) for overrides in ((), ("seed=1",)))
     assert checkpoints.digest(initial_state(job)) != checkpoints.digest(initial_state(other))
@@ -271,6 +277,16 @@ def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     assert said[0].startswith(f"resuming at step {step} of 15")
     assert sha256 == finished[1]
     assert rows(tmp_path) == rows(finished[0])
+
+
+def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(training.loop, "LONG_DISPATCH", 0.0)
+    with monkeypatch.context() as patched:
+        interrupt(patched, 1, terminate)
+        _, _, said = run(tmp_path, "train.epochs=1")
+    assert not [line for line in said if "a signal to stop waits" in line]  # the first one compiles
+    _, _, said = run(tmp_path, "train.epochs=1")
+    assert [line.partition(" take")[0] for line in said if "a signal to stop waits" in line] == ["1 steps"]
 
 
 def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ is appended to a file, and the same command resumes there; a higher count keeps 
 
 import ast
 import collections
+import fnmatch
 import functools
 import itertools
 import json
@@ -30,15 +31,27 @@ from robal_jax import cli
 from robal_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PARTS = {  # source files, and the test files that should see a mutation of them
-    "losses": ("losses.py", "losses"),
-    "heads": ("classifiers.py", "classifiers"),
-    "attacks": ("attacks/*.py", "attacks autopgd fab square autoattack"),
-    "metrics": ("metrics.py", "metrics"),
-    "objectives": ("objectives.py", "objectives"),
-    "training": ("training/*.py", "train streaming parallel optimizers"),
-    "evaluation": ("evaluation/*.py", "audit* evaluate unfinished victim front_door"),
-    "checkpoints": ("storage/checkpoints.py", "checkpoints train folders"),
+PARTS = {  # files of the library: the test files that should see a mutation; the first pattern holds
+    "losses": {"losses.py": "losses"},
+    "heads": {"classifiers.py": "classifiers"},
+    "attacks": {
+        "attacks/square_attack.py": "square",
+        "attacks/fab_attack.py": "fab",
+        "attacks/autopgd.py": "autopgd",
+        "attacks/autoattack.py": "autoattack",
+        "attacks/margins.py": "attacks square",
+        "attacks/*.py": "attacks",
+    },
+    "metrics": {"metrics.py": "metrics"},
+    "objectives": {"objectives.py": "objectives"},
+    "training": {"training/*.py": "train streaming"},
+    "evaluation": {
+        "evaluation/verdicts.py": "audit",
+        "evaluation/measurements.py": "audit",
+        "evaluation/findings.py": "audit",
+        "evaluation/*.py": "evaluate victim unfinished front_door",
+    },
+    "checkpoints": {"storage/checkpoints.py": "checkpoints train"},
 }
 OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Add: ("+", "-"),
@@ -128,6 +141,8 @@ def _edits(node: ast.AST, source: bytes) -> Iterator[tuple[int, int, str]]:
             yield from _other_operator(left, operator, right, source)
         case ast.Compare(left, [operator, *_], [right, *_]):
             yield from _other_operator(left, operator, right, source)
+        case ast.UnaryOp(ast.USub(), ast.Constant(int())):
+            return  # mostly an axis: -1 becomes -2, and 1 would be the same axis of a matrix
         case ast.UnaryOp(ast.USub() | ast.Not() as operator):
             start = _span(node, source)[0]
             yield start, start + (1 if isinstance(operator, ast.USub) else 3), ""
@@ -164,8 +179,8 @@ def _other_constant(value: float) -> str:
 def draw(seed: int, count: int, root: pathlib.Path = ROOT) -> list[tuple[str, Mutation]]:
     """Draws mutations from the parts in turn; those of a lower count are the first ones."""
     shuffled = {}
-    for part, (pattern, _) in PARTS.items():
-        files = sorted((root / "robal_jax").glob(pattern))
+    for part, patterns in PARTS.items():
+        files = sorted({path for pattern in patterns for path in (root / "robal_jax").glob(pattern)})
         every = [m for path in files for m in mutations(path.relative_to(root).as_posix(), path.read_bytes())]
         random.Random(f"{seed} {part}").shuffle(every)
         shuffled[part] = iter(every)
@@ -183,12 +198,19 @@ def copy_repository(folder: pathlib.Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def tests_of(part: str, folder: pathlib.Path) -> list[str]:
-    """Returns the files with the tests and the doctests of a part."""
-    pattern, names = PARTS[part]
-    tests = [path for name in names.split() for path in sorted((folder / "tests").glob(f"test_{name}.py"))]
-    doctests = sorted((folder / "robal_jax").glob(pattern))
-    return [path.relative_to(folder).as_posix() for path in (*doctests, *tests)]
+def tests_of(file: str, root: pathlib.Path = ROOT) -> list[str]:
+    """Returns a file of the library, for its doctests, and the files of its tests."""
+    tests = (
+        tests
+        for patterns in PARTS.values()
+        for pattern, tests in patterns.items()
+        if fnmatch.fnmatch(file, f"robal_jax/{pattern}")
+    )
+    found = [f"tests/test_{name}.py" for name in next(tests).split()]
+    missing = [name for name in found if not (root / name).is_file()]
+    if missing:
+        raise InputError(f"{file}: there is no {missing[0]}; name its test files in PARTS")
+    return [file, *found]
 
 
 def run_tests(files: Sequence[str], folder: pathlib.Path, timeout: float | None) -> dict[str, Any]:
@@ -229,16 +251,17 @@ def run(drawn: Sequence[tuple[str, Mutation]], out: pathlib.Path, say: Callable[
         folder = pathlib.Path(name)
         copy_repository(folder)
         for number, (part, mutation) in enumerate(left, 1):
-            files = tests_of(part, folder)
-            if part not in allowed:  # the first time they also fill the cache of compiled programs
+            files = tests_of(mutation.file, folder)
+            tests = " ".join(files[1:])
+            if tests not in allowed:  # the first time they also fill the cache of compiled programs
                 whole = run_tests(files, folder, None)
                 if whole["outcome"] != SURVIVED:
-                    raise InputError(f"{part}: tests fail without a mutation: {whole['by']}; mend them first")
-                allowed[part] = 60 + 3 * whole["seconds"]
+                    raise InputError(f"{tests}: fails without a mutation: {whole['by']}; mend it first")
+                allowed[tests] = 60 + 3 * whole["seconds"]
             target = folder / mutation.file
             source = target.read_bytes()
             target.write_bytes(mutation.apply(source))
-            result = run_tests(files, folder, allowed[part])
+            result = run_tests(files, folder, allowed[tests])
             target.write_bytes(source)
             with out.open("a") as lines:
                 lines.write("\n" + json.dumps({"part": part, **mutation._asdict(), **result}))
@@ -278,6 +301,8 @@ def main(arguments: list[str]) -> None:
     """Draws, tests and prints a table."""
     texts = {"count": "mutations, 60", "seed": "of the draw, 0", "out": "file of outcomes, mutations.jsonl"}
     values = cli.parse(arguments, texts, __doc__)
+    stopped = "stopped; the same command resumes"  # and ends the tests that are running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
     out = pathlib.Path(values["out"] or "mutations.jsonl")
     drawn = draw(int(values["seed"] or 0), int(values["count"] or 60))
     run(drawn, out, lambda text: print(text, flush=True))
