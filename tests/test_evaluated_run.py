@@ -120,6 +120,19 @@ def test_inference_of_another_method_is_taken(run):
         evaluation.evaluate(other, run, folder=run / "results", say=print)
 
 
+def test_inference_for_another_data_set_is_refused(run):
+    other = cli.load_config("configs/la_post.py:cifar10_lt")
+    message = (
+        "config of .* is for data set 'cifar10_lt', and the run is for 'digits_lt'; name .* behind the colon"
+    )
+    with pytest.raises(InputError, match=message):
+        builder.with_inference_of(read_config(run), other)
+    own = read_config(run)
+    with own.unlocked():
+        own.data.name = "mine:digits"  # for which there are no constants
+    assert builder.with_inference_of(own, other).method == other.method
+
+
 def shifted(monkeypatch, change):
     """Other digits under the same config, as if the data had been made again."""
 

@@ -16,6 +16,7 @@ from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.builder.parts import dataset, model
 from robal_jax.builder.ranges import validate
 from robal_jax.data import TestSet, balanced_part, image_folder
+from robal_jax.data.sources import SOURCES
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import to_json
@@ -28,10 +29,16 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     The protocol of the evaluation (epsilon, steps, seed) stays that of the run.
 
     Raises:
-      InputError: a field of one of the configs cannot be used.
+      InputError: a field of one of the configs cannot be used, or they are for different data sets.
     """
     validate(config)
     validate(other)
+    ours, theirs = config.data.name, other.data.name
+    if ours != theirs and {ours, theirs} <= set(SOURCES):  # constants of a method depend on the data set
+        raise InputError(
+            f"the config of {other.method} is for data set {theirs!r}, and the run is for {ours!r}; "
+            "name the run's data set behind the colon of --config"
+        )
     combined = config.copy_and_resolve_references()
     with combined.unlocked(), combined.ignore_type():  # so that 1.0 may replace 1
         combined.method = other.method
