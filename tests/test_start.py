@@ -274,8 +274,8 @@ def test_a_tracker_that_fails_costs_one_warning(package, tmp_path, fails):
         assert said == []
     else:
         assert said == [
-            "warning: the tracker failed (ConnectionError: no network at all); training continues without it, "
-            "and metrics.jsonl has all metrics"
+            "warning: the tracker failed (ConnectionError: no network at all); training continues without "
+            "it, and metrics.jsonl has all metrics"
         ]
         assert [call for call, *_ in fake.calls].count(fails) == 1
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
