@@ -93,7 +93,7 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 500  # images per device in each call; a CPU takes fewer, see devices.cpu.at_once
     config.seed = 0  # of the attacks' random starts, and of the part that 'examples' takes
-    # Test images that are evaluated, the same number of each class; 0: all. A larger part holds a smaller one.
+    # Test images that are evaluated, as many of each class; 0: all. A larger part holds a smaller one.
     config.examples = 0
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = 0.0078
