@@ -96,8 +96,7 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config = ConfigDict()
     config.batch_size = 500  # images per device in each call; a CPU takes fewer, see devices.cpu.at_once
     config.seed = 0  # of the attacks' random starts, and of the part that 'examples' takes
-    # Test images that are evaluated, equally many of each class; 0: all. A larger number takes the images of
-    # a smaller one and more.
+    # Test images that are evaluated, as many of each class; 0: all. A larger part holds a smaller one.
     config.examples = 0
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = STEP * config.get_oneway_ref("epsilon")

@@ -74,7 +74,7 @@ def test_header(no_compilation, tmp_path):
         (["threat.epsilon=0.0001"], "L-infinity, epsilon 0.0001, "),
         (
             ["attack.steps=1", "attack.start=clean"],
-            "L-infinity, epsilon 0.1, 1 steps of 0.025, start 'clean'",
+            "L-infinity, epsilon 0.1, 1 step of 0.025, start 'clean'",
         ),
     ],
 )

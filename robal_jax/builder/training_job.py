@@ -171,6 +171,7 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
     function = call("objective", objectives.OBJECTIVES, config.objective, **given)
     size = functools.partial(_size, in_255ths=norm == "linf")
     threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"
+    steps = f"{attack.steps} step{'s' * (attack.steps > 1)} of {size(attack.step_size)}"
     return {
         "method": f"{config.method}: objective {config.objective.name}, loss {config.loss.name}, "
         f"seed {config.seed}",
@@ -178,8 +179,7 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
         "data": f"{config.data.name}: {counts[0]} images of the first class to {counts[-1]} of the last, "
         f"{counts.sum()} of all {len(counts)} (ratio {counts.min() / counts.max():.3g}); "
         f"{len(data.test_labels)} test images",
-        "attack": f"{threat}, {attack.steps} steps of {size(attack.step_size)}, start {attack.start!r}, loss "
-        f"{attack.loss.name}"
+        "attack": f"{threat}, {steps}, start {attack.start!r}, loss {attack.loss.name}"
         if "attack" in function.keywords
         else f"none in training; {threat} in evaluations",
         "length": f"{total_steps} steps of {config.train.batch_size} images, {steps_per_epoch} per epoch",

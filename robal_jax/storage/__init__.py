@@ -5,6 +5,7 @@
 - ``config_file``: ``config.json``, fields that were added later, and what makes two configs the same run
 - ``checkpoints``: checkpoints with digests
 - ``progress``: the progress bar, ``metrics.jsonl`` and TensorBoard
+- ``trackers``: Weights & Biases and trackio
 - ``unfinished``: the state of an interrupted evaluation
 - ``evaluated``: the folder of an evaluation: which evaluations may use it
 - ``lock``: one job per folder
