@@ -87,7 +87,9 @@ def _interrupts() -> Iterator[list[int]]:
         noted.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as of a job in the background
+        signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
