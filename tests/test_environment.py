@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -275,6 +276,7 @@ def test_an_interrupt_that_a_library_turns_into_another_error(run_main):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         except KeyboardInterrupt as error:
+            traceback.print_exc()  # as NumPy does
             raise ImportError("numpy.core.multiarray failed to import") from error
 
     status, lines = run_main(main)
