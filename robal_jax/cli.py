@@ -12,6 +12,7 @@ import pathlib
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ PRINT_CONFIG = {"print-config": "prints the config as the run would store it, an
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
 
+QUIET_SECONDS = 5.0
+"""After Ctrl-C, what libraries print is dropped for so long, unless the command ends before."""
+
 CONSOLE = "robal-jax"
 """Name of the console command, see ``console.py``."""
 
@@ -55,7 +59,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     imported it yet.
     """
     status, message = 0, ""
-    with _lasting_output(), _interrupts() as interrupts:
+    with _lasting_output() as streams, _interrupts(streams[1]) as interrupts:
         try:
             prepare_jax(os.environ)
             if warning := drop_unusable_cache(os.environ):
@@ -70,6 +74,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             if isinstance(error, KeyboardInterrupt) or interrupts:
                 status, message = INTERRUPTED, "interrupted; what was saved is intact: " + AGAIN
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would interrupt the end of Python
+                streams[1].quiet_until = 0.0
             else:
                 status, message = 2, of_environment(error) or ""
             if not message:
@@ -81,15 +86,21 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Notes each Ctrl-C that nobody else takes; some libraries turn its exception into another one."""
+def _interrupts(stderr: Tolerant) -> Iterator[list[int]]:
+    """Notes each Ctrl-C that nobody else takes.
+
+    While they are imported, some libraries print its exception, or turn it into another one.
+    """
     noted: list[int] = []
 
     def note(number: int, _: object) -> None:
         noted.append(number)
+        stderr.quiet_until = time.monotonic() + QUIET_SECONDS
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as of a job in the background
+        signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
@@ -98,13 +109,13 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _lasting_output() -> Iterator[None]:
+def _lasting_output() -> Iterator[list[Tolerant]]:
     """Makes stdout and stderr :class:`Tolerant`, and says at the end if stdout lost something."""
     before: Any = sys.stdout, sys.stderr
     streams: Any = [Tolerant(stream) for stream in before]
     sys.stdout, sys.stderr = streams
     try:
-        yield
+        yield streams
     finally:
         sys.stdout.flush()
         error = streams[0].error

@@ -1,5 +1,6 @@
 """Streams for messages, whose failures end no job: a closed pipe, a full disk, a lost terminal."""
 
+import time
 from typing import Any, TextIO
 
 
@@ -10,11 +11,13 @@ class Tolerant:
 
     Attributes:
       error: the first failure, None if there was none.
+      quiet_until: time of ``time.monotonic`` before which nothing is written.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.error: Exception | None = None
+        self.quiet_until = 0.0
 
     def write(self, text: str) -> int:
         """Writes a text as well as it can be written."""
@@ -25,7 +28,7 @@ class Tolerant:
         return len(text)
 
     def _write(self, text: str) -> None:
-        if self._stream is None:
+        if self._stream is None or time.monotonic() < self.quiet_until:
             return
         try:
             self._stream.write(text)
