@@ -98,8 +98,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
     say, folder = hosts.speaker(say), workdir / CHECKPOINTS
     with hosts.stop_signals() as stop:
         job = builder.training(config)
-        for line in job.data.notes:
-            say(line)
         _check_devices(job)
         digest = data_digest(job.data)
         hosts.check_agreement("the config", to_json(config))
@@ -113,7 +111,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, say: Callable[[str], Non
         if found:
             state = found.tree
             say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-        elif state is None:
+        for line in job.data.notes:
+            say(line)
+        if state is None:
             state = jax.device_get(jax.jit(partial(initial_state, job))())
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say)
         if stop:
