@@ -1,6 +1,5 @@
 """The fields that every config must have, their types, and the values that fields may have."""
 
-import itertools
 import math
 import numbers
 import reprlib
@@ -114,9 +113,6 @@ def validate(config: ConfigDict) -> None:
     """
     fields = flatten(config.to_dict())
     for field in REQUIRED:
-        for section in itertools.accumulate(field.split(".")[:-1], "{}.{}".format):
-            if section in fields:
-                raise InputError(f"config.{section} is {shown(fields[section])}; it must be a section")
         if field not in fields:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
     for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:
