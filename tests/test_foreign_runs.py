@@ -52,7 +52,6 @@ DEEP = "[" * 100_000 + "]" * 100_000
     "content",
     [
         b"",
-        b"{}",
         b"[]",
         b"null",
         b'"at"',
@@ -71,6 +70,15 @@ def test_a_config_that_holds_no_fields(stored, content):
     refused(message, training.train, config_file.read_config(STORED), stored)
     refused(message, script("evaluate"), f"--workdir={stored}", "--autoattack=none", "--audit=0")
     refused(message, script("export_torch"), f"--workdir={stored}", f"--out={stored}/x.safetensors")
+
+
+def test_an_empty_config(stored):
+    (stored / "config.json").write_text("{}")
+    message = "config.method is missing; take its value from configs/base.py"
+    refused(message, evaluation.load_run, stored)
+    refused(message, script("evaluate"), f"--workdir={stored}", "--autoattack=none", "--audit=0")
+    refused(message, script("export_torch"), f"--workdir={stored}", f"--out={stored}/x.safetensors")
+    refused(r"different config \(.*; and \d+ more\)", training.train, config_file.read_config(STORED), stored)
 
 
 def test_a_config_with_a_byte_order_mark_and_windows_lines(stored):
@@ -133,8 +141,7 @@ def test_any_field_may_be_missing_or_of_a_wrong_type(tmp_path, method, value):
         (("loss", "base"), "focal", r"base of loss 'deferred' is 'focal'; it must be a section with a name"),
         (("attack", "steps"), 10**400, r"config\.attack\.steps is 1000\S+; it must be "),
         (("train", "epochs"), 2**31, r"config\.train\.epochs is 2147483648; it must be "),
-        (("evaluation", "audit"), 5, r"config\.evaluation\.audit is 5; it must be a section"),
-        (("evaluation",), None, r"config\.evaluation is None; it must be a section"),
+        (("evaluation", "audit"), 5, r"config\.evaluation\.audit\.\w+ is missing; take its value from"),
         (("evaluation", "audit", "examples"), ..., r"audit\.examples is missing; take its value from"),
     ],
 )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from experiments.benchmarks.layouts import Layout, finish, start
 from robal_jax import (
+    builder,
     cli,
     evaluation,
     training,
@@ -98,6 +99,15 @@ def test_files_train_as_arrays_do(root, streamed, tmp_path):
     assert len(losses) == 3 * 3  # five steps an epoch, in chunks of two
 
 
+def test_training_says_how_many_images_each_class_has(root, streamed):
+    said = []
+    training.train(config(root), streamed[0], say=said.append)
+    assert said[0].startswith("resuming at step 15 of 15")
+    counts = builder.dataset(config(root)).class_counts
+    assert said[1].startswith(f"train set: {counts.sum()} images of {CLASSES} classes (n0000: {counts[0]}, ")
+    assert said[2].startswith(f"test set: {5 * CLASSES} images of {CLASSES} classes (n0000: 5, ")
+
+
 def test_a_folder_trains_as_its_list_does(root, streamed, tmp_path):
     lists = ("data.train_list=", "data.test_list=")
     assert run(tmp_path, root, *lists) == streamed[1]
@@ -156,13 +166,15 @@ def test_other_files_are_noticed_at_a_resume(root, streamed, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_reads_files_as_arrays(root, streamed, tmp_path):
-    outcomes, weights = [], tmp_path / "weights"  # without the run's config, which has the files as its data
+    outcomes, said = [], []
+    weights = tmp_path / "weights"  # without the run's config, which has the files as its data
     shutil.copytree(streamed[0] / "checkpoints", weights / "checkpoints")
     for source in ("image_folder", "test_streaming:in_memory"):
         folder = tmp_path / source.partition(":")[0]
-        evaluation.evaluate(config(root, source=source), weights, folder=folder, say=lambda _: None)
+        evaluation.evaluate(config(root, source=source), weights, folder=folder, say=said.append)
         with np.load(folder / "examples.npz") as file:
             outcomes.append(dict(file))
+    assert any(line.startswith("test set: ") for line in said)
     assert len(outcomes[0]["labels"]) == 5 * CLASSES
     for name in outcomes[0]:
         np.testing.assert_array_equal(outcomes[0][name], outcomes[1][name], err_msg=name)

@@ -165,7 +165,7 @@ class SmallCNN(nn.Module):
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.bn3(self.conv3(x)).relu()
-        return self.fc(x.permute(0, 2, 3, 1).flatten(1))  # in the order of the JAX network
+        return self.fc(x.flatten(1))
 
 
 class CosineHead(nn.Module):

@@ -4,7 +4,6 @@ A value that cannot be used is refused by :func:`validate`. One that can, but ha
 line of :func:`doubts`.
 """
 
-import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -133,9 +132,6 @@ def validate(config: ConfigDict) -> None:
     """
     fields = flatten(config.to_dict())
     for field in REQUIRED:
-        for section in itertools.accumulate(field.split(".")[:-1], "{}.{}".format):
-            if section in fields:
-                raise InputError(f"config.{section} is {shown(fields[section])}; it must be a section")
         if field not in fields:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
     for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:

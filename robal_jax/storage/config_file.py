@@ -86,7 +86,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     path = workdir / CONFIG
     try:
         fields = json.loads(path.read_text("utf-8-sig"))  # editors may put a mark before the text
-        if not isinstance(fields, dict) or not fields:
+        if not isinstance(fields, dict):
             raise TypeError("it holds no sections")
         return ConfigDict(with_neutral(fields)).lock()
     except FileNotFoundError as error:

@@ -110,8 +110,6 @@ def train(
             job = builder.training(config)
             _check_devices(job)
             digest = data_digest(job.data)
-        for line in job.data.notes:
-            say(line)
         hosts.check_agreement("the config", to_json(config))
         hosts.check_agreement("the data", digest)
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
@@ -125,7 +123,7 @@ def train(
             if found:
                 state = found.tree
                 say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-            for line in _about(job, like, workdir):
+            for line in [*job.data.notes, *_about(job, like, workdir)]:
                 say(line)
             for doubt in [] if found else builder.doubts(config):
                 say(f"warning: {doubt}")
