@@ -13,6 +13,7 @@ accuracy under the ensemble is computed again from these images before it is rep
 
 import datetime
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ from robal_jax.reporting.names import display_name
 from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.names import EVALUATION, UNFINISHED
-from robal_jax.storage.progress import Meter
+from robal_jax.storage.progress import Meter, training_curve
 from robal_jax.storage.unfinished import Unfinished
 from robal_jax.storage.workdir import digest_of_test_set, restore_weights, versions
 
@@ -73,7 +74,8 @@ def evaluate(
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
         surrogate = _surrogate(job, say)
         hosts.check_agreement("the config", to_json(config))
-        about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
+        curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
+        about = {"checkpoint": str(path), "checkpoint_sha256": sha256, "training": curve}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder
         if not attack_and_report(job, weights, surrogate, identity, about, folder, command, stop, say):
@@ -131,7 +133,9 @@ def attack_and_report(
         "test_set_sha256": test_set,
         "n": len(victim.labels),
         "main_attack": MAIN_ATTACK,
+        "commit": made_with.pop("commit", None),
         "device": made_with.pop("device"),
+        "processor": made_with.pop("processor"),
         "versions": made_with,
         "date": datetime.date.today().isoformat(),
         "seconds": sum(part.seconds for part in parts),

@@ -1,11 +1,13 @@
 """Progress of a long job on the terminal, and the scalars of a training run."""
 
 import json
+import math
 import pathlib
 import sys
 import time
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -86,6 +88,49 @@ class Scalars:
     def __exit__(self, *_: object) -> None:
         self._lines.close()
         self._board.close()
+
+
+def training_curve(workdir: pathlib.Path, last: float = math.inf) -> dict[str, list[float]]:
+    """Returns the course of a training by epoch.
+
+    Args:
+      workdir: folder of the run.
+      last: the last step that counts, such as that of a checkpoint.
+
+    Returns:
+      'epoch', and every metric that is finite in all rows of the run: its mean over the steps of each epoch.
+      Empty if there are no metrics.
+    """
+    try:
+        lines = _whole_lines(workdir / METRICS)
+    except (OSError, ValueError):  # not ours to read, or no text
+        lines = []
+    rows = [row for line in lines if (row := _row(line)) and row["step"] <= last]
+    if not rows:
+        return {}
+    names = [
+        name
+        for name in rows[0]
+        if name not in ("step", "epoch", "images_per_second")
+        and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for row in rows)
+    ]
+    steps = np.maximum(np.diff([0, *(row["step"] for row in rows)]), 1)
+    epochs, places = np.unique([row["epoch"] for row in rows], return_inverse=True)
+    weights = np.bincount(places, steps)
+    means = {
+        name: np.bincount(places, steps * np.array([row[name] for row in rows])) / weights for name in names
+    }
+    return {"epoch": epochs.tolist(), **{name: values.tolist() for name, values in means.items()}}
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Returns a line of metrics; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(row, dict) and all(isinstance(row.get(name), int) for name in ("step", "epoch"))
+    return row if known else None
 
 
 def _whole_lines(path: pathlib.Path) -> list[str]:

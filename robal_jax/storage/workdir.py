@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,14 +40,50 @@ T = TypeVar("T")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions and the kind of device that a result may depend on."""
+    """Returns what a result may depend on: versions, the commit of a checkout, device and processor."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    commit = git_commit(pathlib.Path(robal_jax.__file__).parents[1])
     return {
         "robal_jax": robal_jax.__version__,
+        **({"commit": commit} if commit else {}),
         **{name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "processor": processor(),
     }
+
+
+def git_commit(root: pathlib.Path) -> str:
+    """Returns the commit of a checkout, followed by '-dirty' if files were changed; '' if there is none."""
+    if not (root / ".git").exists():  # an installed package may lie in a folder of another repository
+        return ""
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or not ours to read
+        return ""
+    return done.stdout.strip()
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def fingerprint(images: Images) -> np.ndarray:
