@@ -1,4 +1,4 @@
-"""Compare evaluated runs: python experiments/compare.py RUN [RUN ...] [--out=FILE.md].
+"""Compare evaluated runs: python experiments/compare.py RUN [RUN ...] [--out=FILE.md] [--html=FILE.html].
 
 A RUN is the folder of a run or of results; every other RUN is compared with the first.
 """
@@ -14,19 +14,33 @@ from robal_jax.reporting import comparison
 from robal_jax.reporting.results import read_runs
 from robal_jax.reporting.terminal import terminal
 
+FLAGS = {
+    "out": "Markdown file that also receives the tables",
+    "html": "HTML file that receives the tables and a figure of the differences; it loads nothing",
+}
+
 
 def main(arguments: list[str]) -> None:
     """Compares the folders of the arguments with ``robal_jax.reporting.comparison``."""
     folders = [argument for argument in arguments if not argument.startswith("-")]
     flags = [argument for argument in arguments if argument.startswith("-")]
-    out = cli.parse(flags, {"out": "Markdown file that also receives the tables"}, __doc__)["out"]
-    tables = comparison.compare(read_runs(folders))
+    values = cli.parse(flags, FLAGS, __doc__)
+    runs = read_runs(folders)
+    tables = comparison.compare(runs)
     comparison.print_comparison(tables, terminal())
-    if out:
-        try:
-            pathlib.Path(out).write_text(comparison.comparison_markdown(tables))
-        except OSError as error:
-            raise InputError(f"cannot write {out} ({error.strerror}); choose another --out") from error
+    if values["out"]:
+        _write(values["out"], comparison.comparison_markdown(tables), "--out")
+    if values["html"]:
+        from robal_jax.reporting.comparison_page import comparison_html  # needs matplotlib
+
+        _write(values["html"], comparison_html(runs), "--html")
+
+
+def _write(path: str, text: str, flag: str) -> None:
+    try:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); choose another {flag}") from error
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import AUDIT, META, fake_evaluation, verdict
+from helpers import AUDIT, META, Text, fake_evaluation, verdict
 from rich.console import Console
 
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import comparison
+from robal_jax.reporting.comparison_page import comparison_html
 from robal_jax.reporting.results import read_runs
 
 
@@ -123,8 +124,8 @@ def test_runs_with_other_conditions_are_compared_in_those_they_share(tmp_path):
     assert found[0] < found[1] == found[2]
     overview, accuracies, differences = comparison.compare(runs)
     assert [row[2] for row in overview.rows] == ["FGSM, NEW-ATTACK", "none"]
-    assert [row[0] for row in accuracies.rows] == ["Clean"] * 2 + ["PGD-20"] * 2 + ["Worst"] * 2
-    assert accuracies.rows[4][2] == accuracies.rows[5][2]  # one model under one set of attacks
+    assert [row[0] for row in accuracies.rows] == ["Clean"] * 2 + ["PGD-20 = Worst"] * 2
+    assert accuracies.rows[2][2] == accuracies.rows[3][2]  # one model under one set of attacks
     assert all(cell.endswith("p = 1.000") for row in differences.rows for cell in row[2:])
     with pytest.raises(InputError, match="different conditions"):
         comparison.difference(runs[1], runs[0], "worst", "all")
@@ -186,14 +187,75 @@ def test_load_runs_refuses_what_it_cannot_read(tmp_path):
             read_runs([workdir])
 
 
+def seeds_of_two_methods(folder):
+    return read_runs(
+        [
+            save_run(folder / f"{method}{seed}", seed=seed, strength=strength, method=method)
+            for method, strength in (("A", 1.0), ("B", 0.5))
+            for seed in (0, 1, 2)
+        ]
+    )
+
+
+def test_page_has_all_that_the_tables_have(tmp_path):
+    runs = read_runs([save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="<b>B</b>")])
+    html = comparison_html(runs)
+    text = Text(html)
+    assert [tag for tag, _ in text.tags].count("img") == 1
+    assert not {"script", "link", "b>"} & {tag for tag, _ in text.tags}
+    assert "<b>B</b>" in text.text
+    for table in comparison.compare(runs):
+        assert table.title in text.text
+        for cell in (cell for row in table.rows for cell in row):
+            assert cell in text.text
+    found = comparison.difference(runs[1], runs[0], "pgd_20", "all")
+    sentence = (
+        f"{100 * found['value']:+.1f} points [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}] (p"
+    )
+    assert sentence in text.text
+    assert "Compared with RoBal under PGD-20, image by image" in text.text
+
+
+def test_page_of_several_seeds_gives_means(tmp_path):
+    runs = seeds_of_two_methods(tmp_path)
+    values = [
+        100 * comparison.difference(runs[3 + seed], runs[seed], "pgd_20", "all")["value"] for seed in range(3)
+    ]
+    text = Text(comparison_html(runs)).text
+    assert (
+        f"{np.mean(values):+.1f} points (mean of 3 seeds, {min(values):+.1f} to {max(values):+.1f})" in text
+    )
+
+
+def test_page_of_runs_without_a_partner(tmp_path):
+    assert "Differences" not in Text(comparison_html(read_runs([save_run(tmp_path / "a")]))).text
+    runs = read_runs([save_run(tmp_path / "b"), save_run(tmp_path / "c", seed=1, method="B")])
+    assert "Accuracy in percent" in Text(comparison_html(runs)).text
+
+
+def test_conditions_with_equal_rows_share_them(tmp_path):
+    runs = [save_run(tmp_path / name, method=name, conditions=["clean"]) for name in ("A", "B")]
+    accuracies = comparison.compare(read_runs(runs))[1]
+    assert [row[:2] for row in accuracies.rows] == [("Clean = Worst", "A"), ("Clean = Worst", "B")]
+
+
 def test_compare_script(tmp_path):
     first, second = save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")
-    out = tmp_path / "tables.md"
-    done = compare(first, second, f"--out={out}")
+    out, html = tmp_path / "tables.md", tmp_path / "page.html"
+    done = compare(first, second, f"--out={out}", f"--html={html}")
     assert done.returncode == 0, done.stderr
+    assert html.read_text().startswith("<!doctype html>")
     assert "Difference to RoBal in points" in done.stdout
     assert "| Clean | RoBal |" in out.read_text()
-    bad = ((), (str(tmp_path / "none"),), (first, "--outt=x"), (first, f"--out={tmp_path}"), (first, first))
+    nowhere = tmp_path / "none"
+    bad = (
+        (),
+        (str(nowhere),),
+        (first, "--outt=x"),
+        (first, f"--out={tmp_path}"),
+        (first, f"--html={nowhere / 'x'}"),
+        (first, first),
+    )
     for arguments in bad:
         done = compare(*arguments)
         assert done.returncode == 2

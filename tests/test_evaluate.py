@@ -27,10 +27,10 @@ from robal_jax.errors import InputError
 from robal_jax.evaluation.victim import Victim
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config
-from robal_jax.storage.progress import Meter
-from robal_jax.storage.workdir import restore_weights
+from robal_jax.storage.progress import Meter, training_curve
+from robal_jax.storage.workdir import processor, restore_weights
 
-FIGURES = {f"{name}.png" for name in ("per_class", "attacks", "errors", "confusion", "norms")}
+FIGURES = {f"{name}.png" for name in ("per_class", "attacks", "errors", "confusion", "norms", "training")}
 TEXTS = {"results.json", "examples.npz", "report.md", "report.html", "per_class.csv"}
 FILES = FIGURES | TEXTS | {"adversarial.npz", "gallery.png", "curves.png"}
 EPSILON, TEST_IMAGES = 0.04, 60
@@ -116,6 +116,9 @@ def test_results_say_what_was_evaluated(evaluated):
     assert meta["checkpoint_sha256"] == sha256
     assert meta["checkpoint"] == str(path)
     assert (meta["n"], meta["epsilon"], meta["logit_scale"], meta["seed"]) == (TEST_IMAGES, EPSILON, 10.0, 0)
+    assert meta["processor"] == processor()
+    assert meta["training"] == training_curve(evaluated)
+    assert meta["training"]["epoch"] == list(range(1, len(meta["training"]["loss"]) + 1))
 
 
 @pytest.mark.slow

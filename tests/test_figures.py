@@ -2,14 +2,26 @@
 
 import numpy as np
 import pytest
-from helpers import AUDIT, META, fake_evaluation, fake_results, gallery, norms
+from helpers import AUDIT, META, curve, fake_evaluation, fake_results, gallery, norms
 from matplotlib.figure import Figure
 
 from robal_jax import metrics
 from robal_jax.attacks import autoattack
-from robal_jax.reporting import figures
+from robal_jax.reporting import curves, figures
+from robal_jax.reporting.comparison import Paired
 from robal_jax.reporting.names import ENSEMBLES, display_name, headline, headline_attack, paper_name
 from robal_jax.reporting.results import Results
+
+WITH_RADII = AUDIT["curves"] | {
+    "epsilon": curve([0, 0.00775, 0.0155, 0.031, 0.062, 0.124], **{"PGD-20": [0.9, 0.8, 0.7, 0.5, 0.2, 0]})
+}
+TRAINING = {
+    "epoch": [1, 2, 3],
+    "adv_accuracy": [0.1, 0.3, 0.4],
+    "nat_accuracy": [0.2, 0.5, 0.7],
+    "loss": [2.3, 1.9, 1.5],
+    "learning_rate": [0.1, 0.1, 0.01],
+}
 
 
 def labels_of(axis):
@@ -74,15 +86,20 @@ def test_classes_are_sorted_by_count():
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
-    meta = META | {"class_names": [f"long name {k}" for k in range(num_classes)]}
-    results = fake_results(num_classes, meta, audit=AUDIT, norms=norms(num_classes))
+    meta = META | {
+        "class_names": [f"very long name {k} that ends late" for k in range(num_classes)],
+        "training": TRAINING,
+    }
+    results = fake_results(num_classes, meta, audit=AUDIT | {"curves": WITH_RADII}, norms=norms(num_classes))
     drawn = [
         figures.per_class_figure(results),
         figures.attacks_figure(results),
         figures.errors_figure(results),
         figures.confusion_figure(results),
         figures.norms_figure(results),
-        figures.curves_figure(results),
+        curves.curves_figure(results),
+        curves.radius_figure(results),
+        curves.training_figure(results),
     ]
     for figure in drawn:
         assert isinstance(figure, Figure)
@@ -90,7 +107,13 @@ def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
         for axes in figure.axes:
             texts = [*ticks_in_view(axes.xaxis), *ticks_in_view(axes.yaxis), *axes.texts, axes.title]
             # The box around slanted text is wider than the text, so slanted names are left out.
-            assert not overlapping([text for text in texts if text.get_rotation() == 0])
+            assert not overlapping([text for text in texts if text.get_rotation() in (0, 90)])
+            for text in (*texts, axes.xaxis.label, axes.yaxis.label):
+                if text.get_text():
+                    box = text.get_window_extent()
+                    assert min(box.x0, box.y0) > -1, text.get_text()  # whole, not cut at the edge
+                    assert box.x1 < figure.bbox.x1 + 1, text.get_text()
+                    assert box.y1 < figure.bbox.y1 + 1, text.get_text()
 
 
 def test_accuracies_of_the_class_figure():
@@ -128,23 +151,137 @@ def test_confusion_is_normalised_by_row(num_classes, annotated):
 
 @pytest.mark.parametrize("panels", [("scale",), ("steps", "restarts"), ("scale", "steps", "restarts")])
 def test_curves(panels):
-    curves = {name: AUDIT["curves"][name] for name in panels}
-    figure = figures.curves_figure(Results(META, {}, {"curves": curves}))
+    measured = {name: AUDIT["curves"][name] for name in panels}
+    figure = curves.curves_figure(Results(META, {}, {"curves": measured}))
     assert len(figure.axes) == len(panels)
     for axes, name in zip(figure.axes, panels, strict=True):
         assert axes.get_xscale() == ("linear" if name == "restarts" else "log")
         lines = {line.get_label(): line for line in axes.lines}
-        for series, values in curves[name]["series"].items():
-            np.testing.assert_array_equal(lines[series].get_xdata(), curves[name]["x"])
+        for series, values in measured[name]["series"].items():
+            np.testing.assert_array_equal(lines[series].get_xdata(), measured[name]["x"])
             np.testing.assert_allclose(lines[series].get_ydata(), [100 * entry["value"] for entry in values])
-        assert len(axes.collections) == len(curves[name]["series"])  # the intervals
+        assert len(axes.collections) == len(measured[name]["series"])  # the intervals
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(entries) == len(set(entries))
     assert ("The model as it is (factor 1)" in entries) == ("scale" in panels)
     if "scale" in panels:
         ticks = labels_of(figure.axes[0].xaxis)
         assert "1" in ticks
-        assert len(ticks) < len(curves["scale"]["x"])  # those that would meet are left out
+        assert len(ticks) < len(measured["scale"]["x"])  # those that would meet are left out
+
+
+def test_radii():
+    results = fake_results(audit={"curves": WITH_RADII})
+    axes = curves.radius_figure(results).axes[0]
+    measured = WITH_RADII["epsilon"]
+    line, mark = axes.lines
+    assert (axes.get_xscale(), line.get_label()) == ("linear", "PGD-20")
+    np.testing.assert_array_equal(line.get_xdata(), measured["x"])
+    np.testing.assert_allclose(
+        line.get_ydata(), [100 * entry["value"] for entry in measured["series"]["PGD-20"]]
+    )
+    assert axes.get_xlim()[0] <= 0
+    assert mark.get_xdata()[0] == META["epsilon"]
+    assert mark.get_label() == "Threat model (Linf 0.031)"
+    assert labels_of(axes.xaxis)[:2] == ["0", "0.031"]
+
+
+@pytest.mark.parametrize("largest", [1, 16, 1024])
+@pytest.mark.parametrize("radius", [8 / 255, 0.1, 3.0])
+def test_radii_far_beyond_the_threat_model(radius, largest):
+    x = [0, *(radius * 2.0**power for power in range(-2, largest.bit_length()))]
+    audit = {"curves": {"epsilon": curve(x, **{"PGD-20": [0.5] * len(x)})}}
+    figure = curves.radius_figure(fake_results(meta=META | {"epsilon": radius}, audit=audit))
+    figure.draw_without_rendering()
+    assert not overlapping(ticks_in_view(figure.axes[0].xaxis))
+
+
+def test_training():
+    figure = curves.training_figure(fake_results(meta=META | {"training": TRAINING}))
+    loss, accuracy, rate = figure.axes
+    np.testing.assert_array_equal(loss.lines[0].get_ydata(), TRAINING["loss"])
+    np.testing.assert_array_equal(rate.lines[0].get_ydata(), TRAINING["learning_rate"])
+    lines = {line.get_label(): line.get_ydata() for line in accuracy.lines}
+    np.testing.assert_allclose(lines["Accuracy under attack"], [10, 30, 40])
+    np.testing.assert_allclose(lines["Clean accuracy"], [20, 50, 70])
+    only = {"epoch": [7], "loss": [0.5]}  # as much as there is
+    axes = curves.training_figure(fake_results(meta=META | {"training": only})).axes
+    assert len(axes) == 1
+    assert axes[0].lines[0].get_marker() == "o"  # a line of one point would not be seen
+
+
+def test_class_names_in_figures():
+    names = ["a cat with a very long name, that is", "$x_{$ and $", "猫", "dog\n2"]
+    labels, predictions = fake_evaluation(4)
+    meta = META | {"class_names": names, "method": "$m$ 猫"}
+    results = Results(meta, metrics.summarize(labels, predictions, [4, 3, 2, 1]))
+    for draw in (figures.per_class_figure, figures.errors_figure, figures.confusion_figure):
+        figure = draw(results)
+        figures.png(figure)  # no warning about a character, no formula
+        assert labels_of(figure.axes[0].xaxis) == ["a cat with a very…", r"\$x_{\$ and \$", "2", "dog 2"]
+        assert figure.get_suptitle().startswith(r"\$m\$ □ on digits-LT:")
+
+
+def test_every_class_is_named_up_to_a_hundred():
+    for num_classes, named in ((100, 100), (101, 51)):
+        axes = figures.errors_figure(fake_results(num_classes)).axes[0]
+        assert len(labels_of(axes.xaxis)) == named
+        assert ("one in 2 named" in axes.get_xlabel()) == (named < num_classes)
+
+
+def test_equal_conditions_are_drawn_once():
+    labels, predictions = fake_evaluation()
+    predictions = {name: predictions[name] for name in ("clean", "pgd_20")}
+    predictions["other"] = predictions["pgd_20"]
+    results = Results(META, metrics.summarize(labels, predictions, range(20, 10, -1)))
+    ticks = labels_of(figures.attacks_figure(results).axes[0].xaxis)
+    assert ticks == ["Clean", "PGD-20\n= OTHER\n= Worst"]
+    bars = figures.per_class_figure(results).axes[0].containers
+    assert [bar.get_label() for bar in bars] == ["Clean", "PGD-20 = Worst"]
+
+
+@pytest.mark.parametrize(
+    "groups", [{"all": range(4)}, {"medium": range(4)}, {"head": [0], "tail": [1, 2, 3]}]
+)
+def test_groups_are_named_if_there_are_several(groups):
+    labels, predictions = fake_evaluation(4)
+    results = Results(META, metrics.summarize(labels, predictions, [4, 3, 2, 1], groups=groups))
+    shown = [text.get_text() for text in figures.errors_figure(results).axes[0].texts]
+    assert shown == (list(groups) if len(groups) > 1 else [])
+    legend = figures.attacks_figure(results).legends[0].get_texts()
+    assert [text.get_text() for text in legend] == ["All classes", "Tail classes"][: len(groups)]
+
+
+@pytest.mark.parametrize("seeds", [(None,), (0, 1, 2, 3, 4)])
+def test_differences(seeds):
+    generator = np.random.default_rng(0)
+
+    def figures_of():
+        return {
+            group: {"value": value, "low": value - 0.03, "high": value + 0.03}
+            for group, value in zip(("all", "head", "tail"), generator.normal(0, 0.05, 3), strict=True)
+        }
+
+    pairs = [
+        Paired(condition, row, seed, figures_of())
+        for condition in ("clean", "autoattack")
+        for row in ("A", "B $")
+        for seed in seeds
+    ]
+    pairs += [pair._replace(condition="worst") for pair in pairs if pair.condition == "autoattack"]
+    figure = figures.differences_figure(pairs, "first")
+    figure.draw_without_rendering()
+    assert [axes.get_title() for axes in figure.axes] == ["Clean", "AutoAttack\n= Worst"]
+    for axes, condition in zip(figure.axes, ("clean", "autoattack"), strict=True):
+        shown = [container.lines[0].get_ydata() for container in axes.containers]
+        wanted = [
+            [100 * entry["value"] for entry in pair.figures.values()]
+            for pair in pairs
+            if pair.condition == condition
+        ]
+        np.testing.assert_allclose(shown, wanted)
+        assert labels_of(axes.xaxis) == ["All", "Head", "Tail"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", r"B \$"]
 
 
 def test_norms():

@@ -32,7 +32,7 @@ LAYERS = (
 # The one module, or two, that know a library.
 OWNERS = {
     "orbax": {"storage.checkpoints"},
-    "matplotlib": {"reporting.figures"},
+    "matplotlib": {"reporting.figures", "reporting.curves"},
     "tensorboardX": {"storage.progress"},
     "grain": {"data.image_folder"},
     "tensorflow": set(),

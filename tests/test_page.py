@@ -14,11 +14,14 @@ def blocks(text):
     return {
         "section": page.section(text),
         "paragraph": page.paragraph(text),
+        "lead": page.lead(text),
+        "folded": page.folded("title", page.paragraph(text)),
+        "small_table": page.small_table({text: {"key": 1}, "other": text}),
         "points": page.points([(text, "after it")]),
         "table": page.table(["head", text], [[1, text], [2, "x"]]),
         "figure": page.figure("name.png", text, b"<svg/>"),
         "banner": page.banner(True, text),
-        "cards": page.cards([("Clean", "1 %", text)]),
+        "cards": page.cards([("Clean", "1 %", "[0, 2]", text)]),
         "checks": page.checks([(False, "title", text, "evidence")]),
     }
 
@@ -53,10 +56,31 @@ def test_figures_in_tables_stand_to_the_right():
 
 def test_code_stays_as_it_is():
     text = '{"a": "<b> & *c*"}'
-    block = page.code(text, "json", folded="All of it")
+    block = page.folded("All of it", page.code(text, "json"))
     assert block.markdown == f"```json\n{text}\n```"
-    assert Text(block.html).text == "All of it" + text
+    assert Text(block.html).text.split("\n") == ["All of it", text, ""]
     assert Text(block.html).tags[0][0] == "details"
+
+
+def test_evidence_as_small_tables():
+    evidence = {
+        "accuracy": {"1": 0.4, "30": 0.61},
+        "images": 500,
+        "p_value": 2.118e-22,
+        "right": [1, 2],
+        "gap": {"value": 0.01, "of": {"low": 0.0}},
+        "nothing": {},
+    }
+    block = page.small_table(evidence)
+    assert block.markdown == (
+        "accuracy (1 = 0.4, 30 = 0.61), images = 500, p value = 2.118e-22, right = 1, 2, "
+        "gap (value = 0.01, of (low = 0)), nothing ()"
+    )
+    tags = [tag for tag, _ in Text(block.html).tags]
+    assert [tags.count(tag) for tag in ("table", "caption", "th", "td")] == [3, 2, 7, 7]
+    for text in ("accuracy", "0.61", "p value", "2.118e-22", "1, 2", "low 0"):
+        assert text in Text(block.html).text
+    assert Text(page.small_table({}).html).text == ""
 
 
 def test_outcomes_of_checks():

@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from helpers import AUDIT, META, Text, fake_evaluation, fake_results, gallery, norms, verdict
+from helpers import AUDIT, META, Text, curve, fake_evaluation, fake_results, gallery, norms, verdict
 from rich.console import Console
 
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import figures
+from robal_jax.reporting.headline import in_words
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.report import write_report
 from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Results
@@ -159,7 +160,7 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
 
 
 def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
-    html, markdown = full_report(tmp_path, num_classes=100)
+    html, markdown = full_report(tmp_path, num_classes=30)
     page = Text(html)
     links = [
         value
@@ -257,11 +258,150 @@ def test_ensembles(tmp_path, undrawn, ensembles):
     assert ("**AutoAttack** was not run" in markdown) == ("autoattack" not in ensembles)
     assert ("two of the four attacks of AutoAttack" in markdown) == ("robal_aa" in ensembles)
     header = markdown[: markdown.index("## Summary")]
-    names = [display_name(name) for name in ("clean", "pgd_20", *ensembles[-1:], "worst")]
-    assert re.findall(r"^- (.*): \*\*", header, re.MULTILINE) == names
+    names = [display_name(name) for name in ("clean", "pgd_20")]
+    last = " = ".join(display_name(name) for name in (*ensembles[-1:], "worst"))
+    assert re.findall(r"^- (.*): \*\*", header, re.MULTILINE) == [*names, last]
     lines = printed(evaluation_table, results).splitlines()
     assert max(map(len, lines)) <= 100
     assert "…" not in "".join(lines)
+
+
+def results_of(conditions, groups=None, counts=(9, 8, 7, 6), **meta):
+    """Results in which a condition's first images of each of four classes are right: ``{name: shares}``."""
+    labels = np.repeat(np.arange(4), 50)
+    predictions = {
+        name: np.where(np.tile(np.arange(50), 4) < 50 * np.repeat(shares, 50), labels, (labels + 1) % 4)
+        for name, shares in conditions.items()
+    }
+    meta = {"method": "A", "dataset": "b", "main_attack": "pgd_20", **meta}
+    return Results(meta, metrics.summarize(labels, predictions, counts, groups=groups))
+
+
+CLEAN = {"clean": [1, 1, 0.9, 0.9]}
+LINF = {"norm": "L-infinity", "epsilon": 8 / 255}
+SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly under"
+
+
+@pytest.mark.parametrize(
+    ("attacks", "groups", "meta", "words"),
+    [
+        (
+            {"pgd_20": [0.8, 0.7, 0.6, 0.5], "autoattack": [0.8, 0.6, 0.6, 0.4]},
+            None,
+            LINF,
+            f"{SIXTY} AutoAttack at L∞ 8/255; "
+            "in the tail classes 40.0 % [27.6, 53.8], 40.0 points less than in the head classes.",
+        ),
+        (
+            {"pgd_20": [0.4, 0.6, 0.6, 0.8]},
+            {"head": [0, 1], "tail": [2, 3]},
+            {"norm": "L2", "epsilon": 0.5},
+            f"{SIXTY} PGD-20 at L2 0.5; in the "
+            "tail classes 70.0 % [60.4, 78.1], 20.0 points more than in the head classes. AutoAttack was not "
+            "run; it may find a lower number.",
+        ),
+        (
+            {"pgd_20": [0.6] * 4, "robal_aa": [0.6] * 4},
+            None,
+            {},
+            f"{SIXTY} APGD-CE + APGD-T; in the "
+            "tail classes 60.0 % [46.2, 72.4], as in the head classes. AutoAttack was not run; it may find a "
+            "lower number.",
+        ),
+        (
+            {"pgd_20": [0.6] * 4, "autoattack": [0.6] * 4},
+            {"all": range(4)},
+            LINF,
+            f"{SIXTY} AutoAttack at L∞ 8/255.",
+        ),
+        (
+            {},
+            {"medium": range(4)},
+            LINF | {"main_attack": "clean"},
+            "Of 200 test images 95.0 % [91.0, 97.3] are classified correctly. No attack was run.",
+        ),
+        (
+            {"pgd_20": [0.6] * 4},
+            {"medium": [0], "tail": [1, 2, 3]},
+            LINF | {"main_attack": "worst"},
+            f"{SIXTY} the worst of all "
+            "conditions at L∞ 8/255; in the tail classes 60.0 % [52.0, 67.5]. AutoAttack was not run; it may "
+            "find a lower number.",
+        ),
+    ],
+)
+def test_first_line_in_words(tmp_path, undrawn, attacks, groups, meta, words):
+    results = results_of(CLEAN | attacks, groups, **meta)
+    assert in_words(results) == words
+    write_report(tmp_path, results)
+    assert (tmp_path / "report.md").read_text().split("\n\n")[1] == words
+    html = Text((tmp_path / "report.html").read_text()).text
+    assert html.index(words) < html.index("No audit")
+    assert words in " ".join(printed(evaluation_table, results).split())
+
+
+def test_tail_is_on_the_cards(tmp_path, undrawn):
+    write_report(tmp_path, results_of(CLEAN | {"pgd_20": [0.8, 0.7, 0.6, 0.5]}, **LINF))
+    header = (tmp_path / "report.md").read_text().partition("## Summary")[0]
+    assert "- PGD-20 = Worst: **65.0 %** [58.2, 71.3]; tail 50.0 %" in header
+    write_report(tmp_path, results_of(CLEAN | {"pgd_20": [0.5] * 4}, {"all": range(4)}, **LINF))
+    header, _, rest = (tmp_path / "report.md").read_text().partition("## Summary")
+    assert "- PGD-20 = Worst: **50.0 %** [43.1, 56.9]\n" in header.replace(" \n", "\n")
+    assert "tail" not in header + rest.partition("## How to read")[0].lower()
+    assert "## All classes" not in rest
+
+
+def test_equal_rows_are_one_row(tmp_path, undrawn):
+    shares = [0.8, 0.7, 0.6, 0.5]
+    attacks = {"fgsm": [0.9] * 4, "pgd_20": shares, "mim_20": shares, "autoattack": shares}
+    write_report(tmp_path, results_of(CLEAN | attacks, **LINF))
+    markdown = (tmp_path / "report.md").read_text()
+    rows = re.findall(r"^\| (\S.*?) \|", markdown.partition("## Classes")[0], re.MULTILINE)
+    assert rows.count("PGD-20 = AutoAttack = Worst") == 1  # in the summary, which has no MIM
+    assert rows.count("PGD-20 = MIM-20 = AutoAttack = Worst") == 3
+    assert rows.count("FGSM") == 3
+    assert (
+        "| Class | Name | Training images | Test images | Clean | PGD-20 = AutoAttack = Worst |" in markdown
+    )
+
+
+@pytest.mark.parametrize(("num_classes", "tables"), [(20, 1), (21, 2), (100, 2)])
+def test_many_classes_are_folded(tmp_path, undrawn, num_classes, tables):
+    write_report(
+        tmp_path, fake_results(num_classes, META | {"class_names": [f"n{k}" for k in range(num_classes)]})
+    )
+    html = (tmp_path / "report.html").read_text()
+    classes = html[html.index('<h2 id="classes">') : html.index('<h2 id="what-was-evaluated">')]
+    assert classes.count("<table>") == tables
+    folded = classes.partition("<details>")[2]
+    assert folded.count("<tr>") == (num_classes + 1 if tables == 2 else 0)
+    if tables == 2:
+        shown = classes.partition("<details>")[0]
+        found = re.findall(r">n(\d+)<", shown)
+        assert [int(k) for k in found] == [*range(5), *range(num_classes - 5, num_classes)]
+        assert f"<summary>All {num_classes} classes</summary>" in folded
+
+
+def test_training_commit_and_processor(tmp_path, undrawn):
+    training = {"epoch": [1, 2], "loss": [2.0, 1.0], "adv_accuracy": [0.1, 0.256], "grad_norm": [1.0, 1.0]}
+    meta = META | {"training": training, "commit": "0123abc-dirty", "processor": "Z80 & co"}
+    write_report(tmp_path, fake_results(meta=meta))
+    markdown, html = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert "| Git commit | 0123abc-dirty |" in markdown
+    assert "Z80 & co" in Text(html).text
+    assert "The 2 epochs up to the checkpoint" in markdown
+    assert "Last epoch: accuracy under attack 25.6 %." in markdown
+    assert "training.png" in markdown
+    assert "grad_norm" not in markdown  # not as a setting
+    assert json.loads((tmp_path / "results.json").read_text())["meta"]["training"] == training
+
+
+def test_accuracy_by_radius(tmp_path, undrawn):
+    audit = {"examples": 50, "verdicts": [], "curves": {"epsilon": curve([0, 0.1], PGD=[0.9, 0.5])}}
+    write_report(tmp_path, fake_results(audit=audit))
+    assert {file.name for file in tmp_path.iterdir()} == FILES | {"epsilon.png"}
+    markdown = (tmp_path / "report.md").read_text()
+    assert markdown.index("(epsilon.png)") < markdown.index("## Audit")
 
 
 def test_numbers_in_strings_keep_their_spaces(tmp_path, undrawn):

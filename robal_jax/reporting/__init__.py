@@ -3,9 +3,11 @@
 - ``names``: names of conditions, and numbers as people read them
 - ``results``: all numbers of an evaluation, written and read
 - ``report``: writes the report as Markdown and as one page of HTML
-- ``sections``, ``figures``, ``page``: its sections, its figures, and blocks of text in both languages
+- ``headline``, ``sections``: its first line, its sections
+- ``figures``, ``curves``: its figures
+- ``page``: blocks of text in both languages
 - ``terminal``: the table on the terminal
-- ``comparison``: several runs, image by image
+- ``comparison``, ``comparison_page``: several runs, image by image, and their page of HTML
 
-Nothing is imported here: only ``figures`` and ``report`` need matplotlib.
+Nothing is imported here: only ``figures``, ``curves`` and what draws need matplotlib.
 """

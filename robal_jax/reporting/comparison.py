@@ -13,7 +13,7 @@ from rich.markup import escape
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
-from robal_jax.reporting.names import display_name, printed, with_interval
+from robal_jax.reporting.names import display_name, folded, printed, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
 # Runs can be compared only if these are equal.
@@ -26,6 +26,27 @@ class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+
+
+class Paired(NamedTuple):
+    """A run minus the reference run of the same seed, on the same images.
+
+    Attributes:
+      condition: the attack.
+      row: the method, or the folder of the run.
+      seed: of the training; None if it names no run.
+      figures: what :func:`difference` returns, by group: 'all', and the groups of classes.
+    """
+
+    condition: str
+    row: str
+    seed: Any
+    figures: dict[str, dict[str, float]]
+
+    @property
+    def label(self) -> str:
+        """The method and the seed, if it has one."""
+        return self.row if self.seed is None else f"{self.row}, seed {self.seed}"
 
 
 def share_right(run: EvaluatedRun, condition: str, group: str) -> dict[str, float]:
@@ -91,6 +112,37 @@ def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
     return [restricted(run) for run in runs]
 
 
+def paired(runs: Sequence[EvaluatedRun]) -> list[Paired]:
+    """Returns the differences of runs to the first method's run of the same seed.
+
+    Args:
+      runs: at least one.
+
+    Returns:
+      Those of each condition of the headline that all runs have; nothing if no run has a partner.
+
+    Raises:
+      InputError: the runs cannot be compared.
+    """
+    restricted = shared_conditions(runs)
+    rows = by_method(restricted)
+    (_, partners), *others = rows.items()
+    by_seed = any(len(members) > 1 for members in rows.values())
+    groups = ("all", *restricted[0].groups)
+    return [
+        Paired(
+            condition,
+            row,
+            seed if by_seed else None,
+            {group: difference(members[seed], partners[seed], condition, group) for group in groups},
+        )
+        for condition in restricted[0].headline
+        for row, members in others
+        for seed in members
+        if seed in partners
+    ]
+
+
 def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
     """Compares runs in those conditions of the headline that all of them have.
 
@@ -108,27 +160,34 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
     """
     restricted = shared_conditions(runs)
     first = restricted[0]
-    conditions, groups = first.headline, ["all", *first.summary["groups"]]
-    rows = _rows(restricted)
-    (reference, partners), *others = rows.items()
+    conditions, groups = first.headline, ["all", *first.groups]
+    rows = by_method(restricted)
     by_seed = any(len(members) > 1 for members in rows.values())
 
     def label(row: str, seed: Any) -> str:
         return f"{row}, seed {seed}" if by_seed else row
 
-    accuracies, differences = [], []
-    for condition in conditions:
-        title = display_name(condition)
-        for row, members in rows.items():
-            shares = ([share_right(run, condition, group) for run in members.values()] for group in groups)
-            accuracies.append((title, row, *map(_mean_and_spread, shares)))
-        for row, members in others:
-            for seed in [seed for seed in members if seed in partners]:
-                pairs = (difference(members[seed], partners[seed], condition, group) for group in groups)
-                differences.append((title, label(row, seed), *map(_difference, pairs)))
+    def accuracy(condition: str, row: str) -> tuple[str, ...]:
+        members = rows[row].values()
+        return tuple(
+            _mean_and_spread([share_right(run, condition, group) for run in members]) for group in groups
+        )
+
+    pairs = paired(runs)
+    accuracies = _folded({name: [(row, *accuracy(name, row)) for row in rows] for name in conditions})
+    differences = _folded(
+        {
+            name: [
+                (pair.label, *map(_difference, pair.figures.values()))
+                for pair in pairs
+                if pair.condition == name
+            ]
+            for name in conditions
+        }
+    )
     audits = [
         (label(row, seed), _audit(run), _left_out(run, conditions=first.conditions))
-        for row, members in _rows(runs).items()
+        for row, members in by_method(runs).items()
         for seed, run in members.items()
     ]
     header = ("Condition", "Run", *map(str.capitalize, groups))
@@ -137,7 +196,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
         Table("Runs", ("Run", "Audit", "Conditions left out"), audits),
         Table(f"Accuracy in percent{spread}", header, accuracies),
         Table(
-            f"Difference to {reference} in points, paired [95 % interval], exact McNemar p",
+            f"Difference to {next(iter(rows))} in points, paired [95 % interval], exact McNemar p",
             header,
             differences,
         ),
@@ -166,7 +225,13 @@ def comparison_markdown(tables: Sequence[Table]) -> str:
     return page.to_markdown("Comparison of runs", blocks)
 
 
-def _rows(runs: Sequence[EvaluatedRun]) -> dict[str, dict[Any, EvaluatedRun]]:
+def _folded(rows: Mapping[str, list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Returns rows with their condition in front; conditions with equal rows share them."""
+    named = folded((display_name(condition), shown) for condition, shown in rows.items())
+    return [(name, *row) for name, shown in named for row in shown]
+
+
+def by_method(runs: Sequence[EvaluatedRun]) -> dict[str, dict[Any, EvaluatedRun]]:
     """Returns the runs by method and seed; if those are not unique, a row per run, named by its folder."""
     keys = [(str(run.meta["method"]), run.meta.get("seed")) for run in runs]
     if len(set(keys)) < len(keys):
@@ -185,8 +250,12 @@ def _mean_and_spread(figures: Sequence[Mapping[str, float]]) -> str:
 
 def _difference(pair: Mapping[str, float]) -> str:
     """Returns a difference on three lines, so that the table fits into 100 columns."""
-    p_value = "p < 0.001" if pair["p_value"] < 0.001 else f"p = {pair['p_value']:.3f}"
-    return with_interval(pair, "+", "\n") + "\n" + p_value
+    return with_interval(pair, "+", "\n") + "\n" + printed_p(pair["p_value"])
+
+
+def printed_p(p_value: float) -> str:
+    """Returns a p-value: 'p = 0.490'."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
 def _audit(run: EvaluatedRun) -> str:

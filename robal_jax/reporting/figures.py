@@ -1,47 +1,52 @@
-"""The figures of a report.
+"""The figures of a report by class, by attack and by image; ``curves`` has the others.
 
 Each function returns a figure that belongs to no window and no global state. Series are told apart by colour
 and by marker; intervals are 95 %. Classes are sorted from head to tail, that is from the most to the fewest
 training images.
 """
 
+import functools
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FixedLocator,
     LogLocator,
-    MaxNLocator,
     MultipleLocator,
     NullFormatter,
-    NullLocator,
     ScalarFormatter,
 )
 
-from robal_jax.reporting.names import display_name
-from robal_jax.reporting.results import Gallery, Results
+from robal_jax.reporting import page
+from robal_jax.reporting.comparison import Paired
+from robal_jax.reporting.names import display_name, folded, shortened
+from robal_jax.reporting.results import MANY_CLASSES, Gallery, Results
 
 # Okabe and Ito's colours: told apart in every common form of colour blindness.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#D9D9D9"
+BLUE, ORANGE, _GREEN, _PURPLE, _GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#D9D9D9"
 
-_STYLES = ((_BLUE, "o"), (_ORANGE, "s"), (_GREEN, "v"), (_PURPLE, "D"), ("#000000", "x"), ("#56B4E9", "^"))
+STYLES = ((BLUE, "o"), (ORANGE, "s"), (_GREEN, "v"), (_PURPLE, "D"), ("#000000", "x"), ("#56B4E9", "^"))
 
 _DPI = 150
 
-_MANY_CLASSES = 20  # with more classes, figures name only every tenth
+_WIDE = 10.5  # inches; a small screen shows wider figures larger
+
+_MOST_NAMES = 100  # with more classes, figures name some of them only
 
 
 def per_class_figure(results: Results) -> Figure:
     """Draws the accuracies of the headline by class, in front of the numbers of training images."""
     order = _order(results)
     positions = np.arange(len(order))
-    many = len(order) > _MANY_CLASSES
+    many = len(order) > MANY_CLASSES
     figure = Figure(figsize=(14, 5.5) if many else (10, 5), layout="constrained")
     axes = figure.subplots()
     counts_axes = axes.twinx()
@@ -50,11 +55,12 @@ def per_class_figure(results: Results) -> Figure:
     _count_bars(counts_axes, np.asarray(results.summary["class_counts"])[order], many)
     counts_axes.set_ylabel("Training images of the class (log scale)")
 
-    shown = results.headline[: 3 if many else None]  # four would be too many to read
+    shown = folded(
+        (display_name(name), results.conditions[name]["per_class"]["recall"]) for name in results.headline
+    )[: 3 if many else None]  # four would be too many to read
     shifts = 0.22 * (np.arange(len(shown)) - (len(shown) - 1) / 2)
-    for name, shift, (color, marker) in zip(shown, shifts, _STYLES, strict=False):
-        recall = results.conditions[name]["per_class"]["recall"]
-        _errorbar(
+    for (name, recall), shift, (color, marker) in zip(shown, shifts, STYLES, strict=False):
+        errorbar(
             axes,
             positions + shift,
             [recall[k] for k in order],
@@ -62,28 +68,31 @@ def per_class_figure(results: Results) -> Figure:
             marker=marker,
             markersize=3.5 if many else 6,
             elinewidth=0.7 if many else 1.4,
-            label=display_name(name),
+            label=name,
         )
-    _accuracy_axis(axes, "Accuracy on the test images of the class (%)")
+    accuracy_axis(axes, "Accuracy on the test images of the class (%)")
     axes.set_ylim(-2, 102)  # whole markers at 0 and 100
     _class_axis(axes, results)
-    figure.suptitle(f"{results.title}: accuracy by class, 95 % intervals")
+    figure.suptitle(f"{title(results)}: accuracy by class, 95 % intervals")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def attacks_figure(results: Results) -> Figure:
     """Draws the accuracy under each attack, of all classes and of the tail side by side."""
-    conditions = results.conditions
+    series = [("accuracy", "All classes", BLUE, "o")]
+    if "tail" in results.groups:
+        series.append(("tail", "Tail classes", ORANGE, "s"))
+    conditions = folded(
+        (display_name(name), [condition[shown] for shown, *_ in series])
+        for name, condition in results.conditions.items()
+    )
     positions = np.arange(len(conditions))
     figure = Figure(figsize=(max(6.5, 1.2 + 1.1 * len(conditions)), 4.5), layout="constrained")
     axes = figure.subplots()
-    series = [("accuracy", "All classes", _BLUE, "o")]
-    if "tail" in results.summary["groups"]:
-        series.append(("tail", "Tail classes", _ORANGE, "s"))
-    for shift, (figure_name, label, color, marker) in zip((-0.12, 0.12), series, strict=False):
-        values = [condition[figure_name] for condition in conditions.values()]
-        _errorbar(
+    for number, (shift, (_, label, color, marker)) in enumerate(zip((-0.12, 0.12), series, strict=False)):
+        values = [figures[number] for _, figures in conditions]
+        errorbar(
             axes, positions + shift, values, color=color, marker=marker, markersize=4, capsize=4, label=label
         )
         for x, value in zip(positions + shift, values, strict=True):
@@ -99,62 +108,48 @@ def attacks_figure(results: Results) -> Figure:
                 fontsize=8,
                 color=color,
             )
-    _accuracy_axis(axes, "Accuracy (% of test images)")
+    accuracy_axis(axes, "Accuracy (% of test images)")
     axes.margins(y=0.1)
     axes.set_ylim(bottom=-2)
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(positions, [display_name(name).replace(" + ", "\n+ ") for name in conditions])
+    axes.set_xticks(positions, [re.sub(" (?=[+=] )", "\n", name) for name, _ in conditions])
     axes.set_xlim(-0.6, len(conditions) - 0.4)
     axes.set_xlabel("Attack")
-    axes.set_title(f"{results.title}: robust accuracy by attack, 95 % intervals")
+    axes.set_title(f"{title(results)}: robust accuracy by attack, 95 % intervals")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def curves_figure(results: Results) -> Figure:
-    """Draws the audit's curves, as far as they were measured: accuracy by logit scale, steps and restarts.
-
-    Source: the panel of scales is figure 2 of RoBal (CVPR 2021).
-    """
-    curves = results.curves
-    labels = {
-        "scale": "Factor on the model's logits",
-        "steps": "Steps of the attack",
-        "restarts": "Restarts of the attack",
-    }
-    panels = [name for name in labels if name in curves]
-    series = list(dict.fromkeys(name for panel in panels for name in curves[panel]["series"]))
-    styles = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(series)}
-    figure = Figure(figsize=(max(6.5, 4.6 * len(panels)), 4.4), layout="constrained")
+def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
+    """Draws differences of runs to a reference with their intervals, by group of classes and by condition."""
+    panels = folded(
+        (display_name(condition), [pair[1:] for pair in pairs if pair.condition == condition])
+        for condition in dict.fromkeys(pair.condition for pair in pairs)
+    )
+    rows = list(dict.fromkeys(pair.row for pair in pairs))
+    groups = list(pairs[0].figures)
+    width = max(2.6, 0.5 + 0.5 * len(groups) * max(1.0, len(panels[0][1]) / 3))
+    size = (min(max(6.5, 0.9 + width * len(panels)), 12), 4.4)
+    figure = Figure(figsize=size, layout="constrained")
     handles: dict[str, Any] = {}
-    for axes, panel in zip(
+    for axes, (name, shown) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
-        x = np.asarray(curves[panel]["x"], np.float64)
-        for name, values in curves[panel]["series"].items():
-            color, marker = styles[name]
-            value, low, high = _percents(values)
-            (handles[name],) = axes.plot(x, value, color=color, marker=marker, markersize=4, label=name)
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        if panel == "scale":
-            own = axes.axvline(1, color="black", linestyle="--", linewidth=1)
-        if panel != "restarts":
-            axes.set_xscale("log")
-        _plain_ticks(axes, x)
+        shifts = (np.arange(len(shown)) - (len(shown) - 1) / 2) * min(0.2, 0.7 / len(shown))
+        for (row, _, figures), shift in zip(shown, shifts, strict=True):
+            color, marker = STYLES[rows.index(row) % len(STYLES)]
+            places = np.arange(len(groups)) + shift
+            handles[plain(shortened(row, 40))] = errorbar(
+                axes, places, list(figures.values()), color=color, marker=marker, markersize=5, capsize=3
+            )
+        axes.axhline(0, color="black", linewidth=1)
         axes.grid(axis="y", linewidth=0.5, alpha=0.6)
-        axes.set_xlabel(labels[panel] + ("" if panel == "restarts" else " (log scale)"))
-        axes.set_ylabel("Accuracy (% of images)")
+        axes.set_xticks(range(len(groups)), [group.capitalize() for group in groups])
+        axes.set_xlim(-0.6, len(groups) - 0.4)
+        axes.set_title(re.sub(" (?=[+=] )", "\n", name), fontsize=11)
+        axes.set_ylabel(f"Difference to {plain(shortened(reference, 30))} (points)")
         axes.label_outer()
-    if "scale" in panels:
-        handles["The model as it is (factor 1)"] = own
-    figure.suptitle(f"{results.title}: accuracy under stronger and weaker attacks, 95 % intervals")
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=max(2, 2 * len(panels)),
-        frameon=False,
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -168,11 +163,11 @@ def errors_figure(results: Results) -> Figure:
     natural, boundary = (
         100 * np.asarray(per_class[key])[order] for key in ("natural_error", "boundary_error")
     )
-    many = len(order) > _MANY_CLASSES
+    many = len(order) > MANY_CLASSES
     figure = Figure(figsize=(14, 5) if many else (10, 4.5), layout="constrained")
     axes = figure.subplots()
     parts = (
-        ("Robust accuracy (right on both)", 100 - natural - boundary, _BLUE, ""),
+        ("Robust accuracy (right on both)", 100 - natural - boundary, BLUE, ""),
         ("Boundary error (right only when clean)", boundary, "#F0C48A", "//"),
         ("Natural error (wrong when clean)", natural, "#8C2D04", ""),
     )
@@ -190,11 +185,11 @@ def errors_figure(results: Results) -> Figure:
             label=label,
         )
         bottom += height
-    _accuracy_axis(axes, "Test images of the class (%)")
+    accuracy_axis(axes, "Test images of the class (%)")
     axes.set_axisbelow(True)
     axes.set_ylim(0, 100)
     _class_axis(axes, results)
-    figure.suptitle(f"{results.title}: errors by class under {display_name(attack)}")
+    figure.suptitle(f"{title(results)}: errors by class under {display_name(attack)}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -207,9 +202,9 @@ def confusion_figure(results: Results) -> Figure:
     order, attack = _order(results), results.headline_attack
     counts = np.asarray(results.conditions[attack]["confusion"])[np.ix_(order, order)]
     shares = 100 * counts / counts.sum(-1, keepdims=True)
-    many = len(order) > _MANY_CLASSES
-    side = 7.5 if many else max(5.0, 2.2 + 0.5 * len(order))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    many = len(order) > MANY_CLASSES
+    side = min(11.0, 6.5 + 0.045 * len(order)) if many else max(5.0, 2.2 + 0.5 * len(order))
+    figure = Figure(figsize=(side + 0.8, side), layout="compressed")
     axes = figure.subplots()
     # With many classes most shares are small; then the square root of the share sets the colour.
     norm = PowerNorm(0.5 if many else 1, vmin=0, vmax=100)
@@ -220,16 +215,17 @@ def confusion_figure(results: Results) -> Figure:
             color = "white" if shares[i, j] > 55 else "black"
             text = f"{shares[i, j]:.0f}" if shares[i, j] >= 0.5 else "<1"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
-    shown, names = _named_classes(order, results)
-    axes.set_xticks(shown, names, rotation=90 if max(map(len, names)) > 3 else 0)
-    axes.set_yticks(shown, names)
-    every = " (every tenth named)" if many else ""
-    axes.set_xlabel(f"Predicted class, from head to tail{every}")
-    axes.set_ylabel(f"True class, from head to tail{every}")
-    for boundary in np.cumsum([len(classes) for classes in results.summary["groups"].values()])[:-1] - 0.5:
+    shown, names, remark = _named_classes(order, results)
+    size = min(8, 600 / len(shown)) if many else 10
+    upright = 0.1 * max(map(len, names)) > (side - 2.2) / len(order)  # inches
+    axes.set_xticks(shown, names, rotation=90 if upright else 0, fontsize=size)
+    axes.set_yticks(shown, names, fontsize=size)
+    axes.set_xlabel(f"Predicted class, from head to tail{remark}")
+    axes.set_ylabel(f"True class, from head to tail{remark}")
+    for boundary in np.cumsum([len(classes) for classes in results.groups.values()])[:-1] - 0.5:
         axes.axhline(boundary, color="black", linewidth=0.8, linestyle=":")
         axes.axvline(boundary, color="black", linewidth=0.8, linestyle=":")
-    figure.suptitle(f"{results.title}:\nconfusion under {display_name(attack)}")
+    figure.suptitle(f"{title(results)}:\nconfusion under {display_name(attack)}")
     return figure
 
 
@@ -240,7 +236,7 @@ def norms_figure(results: Results) -> Figure:
     """
     order = _order(results)
     positions = np.arange(len(order))
-    many = len(order) > _MANY_CLASSES
+    many = len(order) > MANY_CLASSES
     norms = results.norms or {}
     labels = {"weights": "Norm of the class\nweight vector", "features": "Mean norm of the\nclass's features"}
     panels = [name for name in labels if norms.get(name) is not None]
@@ -248,7 +244,7 @@ def norms_figure(results: Results) -> Figure:
     counts_axes, *rest = figure.subplots(1 + len(panels), sharex=True)
     _count_bars(counts_axes, np.asarray(results.summary["class_counts"])[order], many)
     counts_axes.set_ylabel("Training images\n(log scale)")
-    for axes, name, (color, marker) in zip(rest, panels, _STYLES, strict=False):
+    for axes, name, (color, marker) in zip(rest, panels, STYLES, strict=False):
         values = np.asarray(norms[name])[order]
         axes.plot(positions, values, color=color, marker=marker, markersize=3.5 if many else 6)
         axes.set_ylim(0, 1.12 * values.max() or 1)
@@ -257,7 +253,7 @@ def norms_figure(results: Results) -> Figure:
     for axes in (counts_axes, *rest):
         _class_axis(axes, results, named=axes is counts_axes)
         axes.label_outer()
-    figure.suptitle(f"{results.title}: training images and norms by class")
+    figure.suptitle(f"{title(results)}: training images and norms by class")
     return figure
 
 
@@ -286,10 +282,15 @@ def gallery_figure(gallery: Gallery, results: Results) -> Figure:
         axes.set_xticks(centers, ["image", "adversarial", f"difference × {factor}"])
         axes.set_yticks([])
         kept = " (not fooled)" if label == found else ""
-        text = f"{results.class_name(int(label))} → {results.class_name(int(found))}{kept}"
+        text = f"{_class_label(results, label)} → {_class_label(results, found)}{kept}"
         axes.set_title(text, fontsize=10)
-    figure.suptitle(f"{results.title}: true class → class under {display_name(gallery.condition)}")
+    figure.suptitle(f"{title(results)}: true class → class under {display_name(gallery.condition)}")
     return figure
+
+
+def block(figure: Figure, name: str, caption: str) -> page.Block:
+    """Returns the figure as a part of a page; ``name`` is that of its file."""
+    return page.figure(name, caption, svg(figure), wide=figure.get_figwidth() > _WIDE)
 
 
 def png(figure: Figure) -> bytes:
@@ -314,24 +315,50 @@ def _order(results: Results) -> np.ndarray:
     return np.concatenate(list(results.summary["groups"].values()))
 
 
-def _named_classes(order: np.ndarray, results: Results) -> tuple[np.ndarray, list[str]]:
-    """Returns the positions that have a name, and these names."""
-    shown = np.arange(len(order))[:: 10 if len(order) > _MANY_CLASSES else 1]
-    return shown, [results.class_name(k) for k in order[shown]]
+def title(results: Results) -> str:
+    """Returns model and data set for the title of a figure."""
+    return plain(shortened(results.title, 60))
+
+
+def plain(text: str) -> str:
+    """Returns a text that matplotlib shows as it is: no mathematics, no character that its font lacks."""
+    known = _characters(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(sign if ord(sign) in known else "□" for sign in text).replace("$", "\\$")
+
+
+@functools.cache
+def _characters(font: str) -> frozenset[int]:
+    return frozenset(font_manager.get_font(font).get_charmap())
+
+
+def _class_label(results: Results, index: int) -> str:
+    """Returns the name of a class, shortened; its number if the font lacks the name's characters."""
+    name = plain(shortened(results.class_name(index)))
+    return str(index) if "□" in name else name
+
+
+def _named_classes(order: np.ndarray, results: Results) -> tuple[np.ndarray, list[str], str]:
+    """Returns the positions that have a name, these names, and a remark if others have none."""
+    step = -(-len(order) // _MOST_NAMES)
+    shown = np.arange(len(order))[::step]
+    remark = f" (one in {step} named)" if step > 1 else ""
+    return shown, [_class_label(results, k) for k in order[shown]], remark
 
 
 def _class_axis(axes: Axes, results: Results, *, named: bool = True) -> None:
     """Puts the classes below the axes, and the names of their groups above if ``named``."""
     order = _order(results)
-    shown, names = _named_classes(order, results)
-    long_names = max(map(len, names)) > 4
+    shown, names, remark = _named_classes(order, results)
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
-    axes.set_xticklabels(names, rotation=30 if long_names else 0, ha="right" if long_names else "center")
-    every = " (every tenth named)" if len(shown) < len(order) else ""
-    axes.set_xlabel(f"Class, from the most to the fewest training images{every}")
+    if len(order) > MANY_CLASSES:
+        axes.set_xticklabels(names, rotation=90, fontsize=min(8, 650 / len(shown)))
+    else:
+        slanted = 0.1 * max(map(len, names)) > 9 / len(order)  # inches
+        axes.set_xticklabels(names, rotation=30 if slanted else 0, ha="right" if slanted else "center")
+    axes.set_xlabel(f"Class, from the most to the fewest training images{remark}")
     axes.set_xlim(-0.7, len(order) - 0.3)
     start = 0
-    for name, classes in results.summary["groups"].items():
+    for name, classes in results.groups.items():
         if named:
             place = (start + (len(classes) - 1) / 2, 1.01)
             axes.text(
@@ -353,35 +380,19 @@ def _count_bars(axes: Axes, counts: np.ndarray, many: bool) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _plain_ticks(axes: Axes, x: np.ndarray) -> None:
-    """Writes plain numbers at the measured places, but for those whose labels would overlap."""
-    if axes.get_xscale() != "log":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return
-    places = np.log(x)
-    apart = 0.09 * max(np.ptp(places), 1e-9)
-    # The model's own scale, 1, always has its number.
-    kept: list[int] = np.flatnonzero(x == 1).tolist()
-    for index in range(len(x)):
-        if all(abs(places[index] - places[other]) >= apart for other in kept):
-            kept.append(index)
-    ticks = sorted(float(x[index]) for index in kept)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _percents(values: Sequence[Mapping[str, float]]) -> Iterable[np.ndarray]:
+def percents(values: Sequence[Mapping[str, float]]) -> Iterable[np.ndarray]:
     """Returns values, lower and upper bounds of FIGUREs, in percent."""
     return (100 * np.array([entry[key] for entry in values]) for key in ("value", "low", "high"))
 
 
-def _errorbar(axes: Axes, x: np.ndarray, values: Sequence[Mapping[str, float]], **style: Any) -> None:
-    """Draws FIGUREs with their intervals, in percent."""
-    value, low, high = _percents(values)
-    axes.errorbar(x, value, yerr=(value - low, high - value), linestyle="none", **style)
+def errorbar(axes: Axes, x: np.ndarray, values: Sequence[Mapping[str, float]], **style: Any) -> Any:
+    """Draws FIGUREs with their intervals, in percent; returns what a legend needs."""
+    value, low, high = percents(values)
+    return axes.errorbar(x, value, yerr=(value - low, high - value), linestyle="none", **style)
 
 
-def _accuracy_axis(axes: Axes, label: str) -> None:
+def accuracy_axis(axes: Axes, label: str) -> None:
+    """Puts percents on the vertical axis."""
     axes.yaxis.set_major_locator(MultipleLocator(20))
     axes.grid(axis="y", linewidth=0.5, alpha=0.6)
     axes.set_ylabel(label)

@@ -5,8 +5,10 @@ A *condition* is the clean images or an attack on them. Two rooms say which exis
 ensembles. 'worst' follows from all of them.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
 """Conditions that are AutoAttack, the strongest first."""
@@ -51,6 +53,53 @@ def headline(conditions: Collection[str], main_attack: str) -> list[str]:
     """Returns the conditions to see at a glance; the main attack may itself be 'clean' or 'worst'."""
     names = ("clean", main_attack, headline_attack(conditions, main_attack), "worst")
     return [name for name in dict.fromkeys(names) if name in conditions]
+
+
+def folded(rows: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
+    """Returns rows (name, content) in their order; those with equal contents are one row with all names.
+
+    Example:
+      >>> folded([("PGD", [70]), ("AutoAttack", [68]), ("Worst", [68])])
+      [('PGD', [70]), ('AutoAttack = Worst', [68])]
+    """
+    found: list[tuple[list[str], T]] = []
+    for name, content in rows:
+        equal = next((names for names, other in found if other == content), None)
+        if equal is None:
+            found.append(([name], content))
+        else:
+            equal.append(name)
+    return [(" = ".join(names), content) for names, content in found]
+
+
+def shortened(name: str, length: int = 18) -> str:
+    """Returns a name of at most ``length`` characters: 'African hunting dog' -> 'African hunting d…'."""
+    name = " ".join(name.split())
+    return name if len(name) <= length else name[: length - 1].rstrip(" ,") + "…"
+
+
+def radius(epsilon: float) -> str:
+    """Returns the radius of a threat model as papers print it.
+
+    Example:
+      >>> radius(8 / 255), radius(0.1), radius(0.031), radius(0.2), radius(128 / 255)
+      ('8/255', '0.1', '0.031', '0.2', '128/255')
+    """
+    text, pixels = f"{epsilon:.6g}", 255 * epsilon
+    return f"{pixels:.0f}/255" if len(text) > len("0.125") and abs(pixels - round(pixels)) < 1e-3 else text
+
+
+def threat(meta: Mapping[str, Any]) -> str:
+    """Returns norm and radius of the threat model, as far as they are known: 'L∞ 8/255'."""
+    norm = str(meta.get("norm", "")).replace("L-infinity", "L∞")
+    return " ".join(part for part in (norm, "epsilon" in meta and radius(meta["epsilon"])) if part)
+
+
+def training_name(metric: str) -> str:
+    """Returns the name of a metric of the training: 'adv_accuracy' -> 'accuracy under attack'."""
+    kind, _, what = metric.rpartition("_")
+    words = {"nat": "clean {}", "adv": "{} under attack", "mixed": "{} on mixed images"}
+    return words[kind].format(what) if kind in words else metric.replace("_", " ")
 
 
 def printed(value: Any) -> str:

@@ -7,7 +7,7 @@ one file that loads nothing: its style is inline and its figures are data.
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _STYLE = """
@@ -19,7 +19,8 @@ h1 { margin: 0 0 .75rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: any
 h2 { margin: 3rem 0 .75rem; padding-bottom: .3rem; border-bottom: 2px solid #dfe4ec; font-size: 1.35rem }
 p, ul { max-width: 52rem }
 p { margin: .6rem 0 }
-header p:not(.banner) { color: #55606f }
+header p:not(.banner):not(.lead) { color: #55606f }
+.lead { max-width: none; font-size: 1.18rem; line-height: 1.45 }
 nav { margin: 1.5rem 0 0; padding: .6rem .9rem; background: #f4f6f9; border-radius: 6px; font-size: .92rem }
 nav a { display: inline-block; margin: .1rem 1.1rem .1rem 0; color: #00527f }
 .badge { display: inline-block; padding: .1rem .55rem; border-radius: 1rem; font-size: .78rem;
@@ -36,13 +37,18 @@ nav a { display: inline-block; margin: .1rem 1.1rem .1rem 0; color: #00527f }
 .scroll { width: fit-content; max-width: 100%; overflow: auto; margin: .8rem 0 1.2rem;
   border: 1px solid #dfe4ec; border-radius: 6px }
 .tall { max-height: 40rem }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .38rem .7rem; border-bottom: 1px solid #edf0f4; text-align: left; vertical-align: top }
 th { position: sticky; top: 0; background: #f4f6f9; white-space: nowrap }
 tbody tr:last-child td { border-bottom: 0 }
-.number { text-align: right; white-space: nowrap }
+.number { text-align: right; white-space: pre }
 .number i { color: #6a7482; font-style: normal; font-size: .86em }
 td:not(.number) { overflow-wrap: anywhere; min-width: 7.5rem }
+.small { display: flex; flex-wrap: wrap; gap: .4rem .6rem; margin: .4rem 0 }
+.small .scroll { margin: 0 }
+.small table { font-size: .8rem; color: #55606f }
+.small caption { padding: .15rem .55rem 0; text-align: left; white-space: nowrap }
+.small th, .small td { padding: .15rem .55rem; text-align: right }
 figure { margin: 1rem 0 1.5rem; overflow-x: auto }
 figure img { display: block; max-width: 100%; height: auto }
 figcaption { margin-top: .35rem; color: #55606f; font-size: .9rem }
@@ -57,6 +63,12 @@ summary { cursor: pointer; color: #00527f }
   body { padding: 1.25rem .9rem 3rem }
   h1 { font-size: 1.5rem }
   figure img { max-width: none; width: 40rem }
+  figure.wide img { width: 75rem }
+  figcaption { position: sticky; left: 0 }
+  th:first-child, td:first-child { position: sticky; left: 0; z-index: 1; background: #fff }
+  th:first-child { z-index: 2; background: #f4f6f9 }
+  .small th:first-child, .small td:first-child { position: static }
+  td:first-child:not(.number) { min-width: 7rem; overflow-wrap: break-word }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt }
@@ -92,6 +104,11 @@ def section(title: str) -> Block:
 def paragraph(text: str) -> Block:
     """Returns running text."""
     return Block(_marked(text), f"<p>{html.escape(text)}</p>")
+
+
+def lead(text: str) -> Block:
+    """Returns the sentence that says what the document found."""
+    return Block(_marked(text), f'<p class="lead">{html.escape(text)}</p>')
 
 
 def points(items: Iterable[tuple[str, str]]) -> Block:
@@ -137,14 +154,17 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Block:
     )
 
 
-def figure(name: str, caption: str, svg: bytes) -> Block:
-    """Returns a figure: Markdown links to the file ``name``, HTML holds the SVG itself."""
-    text = html.escape(caption)
+def figure(name: str, caption: str, svg: bytes, *, wide: bool = False) -> Block:
+    """Returns a figure: Markdown links to the file ``name``, HTML holds the SVG itself.
+
+    A small screen shows a ``wide`` figure larger, to be scrolled.
+    """
+    text, style = html.escape(caption), ' class="wide"' if wide else ""
     # As an image, not inline: the names inside one drawing cannot collide with those of another.
     source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     return Block(
         f"![{_marked(caption)}]({name})",
-        f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>',
+        f'<figure{style}><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>',
     )
 
 
@@ -153,18 +173,64 @@ def banner(flagged: bool | None, text: str) -> Block:
     return Block(f"**{_marked(text)}**", f'<p class="banner {BADGES[flagged][0]}">{html.escape(text)}</p>')
 
 
-def cards(items: Iterable[tuple[str, str, str]]) -> Block:
-    """Returns numbers to see first, each as (name, number, remark)."""
-    items = list(items)
-    return Block(
-        "\n".join(f"- {_marked(name)}: **{_marked(value)}** {_marked(note)}" for name, value, note in items),
-        '<div class="cards">'
-        + "".join(
-            f'<div class="card"><span>{html.escape(name)}</span><b>{html.escape(value)}</b>'
-            f"<span>{html.escape(note)}</span></div>"
-            for name, value, note in items
+def cards(items: Iterable[tuple[str, ...]]) -> Block:
+    """Returns numbers to see first, each as (name, number, remark, ...)."""
+    lines, shown = [], []
+    for name, value, *notes in items:
+        lines.append(f"- {_marked(name)}: **{_marked(value)}** {_marked('; '.join(notes))}")
+        spans = "".join(f"<span>{html.escape(note)}</span>" for note in notes)
+        shown.append(
+            f'<div class="card"><span>{html.escape(name)}</span><b>{html.escape(value)}</b>{spans}</div>'
         )
-        + "</div>",
+    return Block("\n".join(lines), f'<div class="cards">{"".join(shown)}</div>')
+
+
+def small_table(figures: Mapping[str, Any]) -> Block:
+    """Returns figures as small tables side by side; Markdown has them on one line, for use inside of a list.
+
+    Args:
+      figures: a value per name, or several by name: {'accuracy': {'1': 0.48, '30': 0.61}, 'images': 500}.
+    """
+    single = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
+    several = {name: value for name, value in figures.items() if isinstance(value, Mapping) and value}
+    groups = [("", single)] * bool(single) + list(several.items())
+
+    def shown(title: str, group: Mapping[str, Any]) -> str:
+        heads = "".join(f"<th>{html.escape(_words(name))}</th>" for name in group)
+        cells = "".join(f'<td class="number">{html.escape(_figure(value))}</td>' for value in group.values())
+        caption = f"<caption>{html.escape(_words(title))}</caption>" if title else ""
+        return f'<div class="scroll"><table>{caption}<tr>{heads}</tr><tr>{cells}</tr></table></div>'
+
+    def line(group: Mapping[str, Any]) -> str:
+        return ", ".join(
+            f"{_words(name)} ({line(value)})"
+            if isinstance(value, Mapping)
+            else f"{_words(name)} = {_figure(value)}"
+            for name, value in group.items()
+        )
+
+    return Block(
+        _marked(line(figures)), f'<div class="small">{"".join(shown(*group) for group in groups)}</div>'
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _figure(value: Any) -> str:
+    """Returns a value in four digits; a list of values with commas, deeper figures on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(name)} {_figure(entry)}" for name, entry in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_figure, value))
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def folded(title: str, block: Block) -> Block:
+    """Returns a block that HTML shows on demand only, under the name ``title``."""
+    return Block(
+        block.markdown, f"<details><summary>{html.escape(title)}</summary>\n{block.html}\n</details>"
     )
 
 
@@ -183,13 +249,9 @@ def checks(items: Iterable[tuple[bool | None, str, str, str]]) -> Block:
     return Block("\n".join(lines), f'<ul class="checks">{"".join(entries)}</ul>')
 
 
-def code(text: str, language: str = "", *, folded: str = "") -> Block:
-    """Returns text as it is; HTML shows it on demand only, under the name ``folded``, if there is one."""
-    content = f"<pre>{html.escape(text)}</pre>"
-    return Block(
-        f"```{language}\n{text}\n```",
-        f"<details><summary>{html.escape(folded)}</summary>{content}</details>" if folded else content,
-    )
+def code(text: str, language: str = "") -> Block:
+    """Returns text as it is."""
+    return Block(f"```{language}\n{text}\n```", f"<pre>{html.escape(text)}</pre>")
 
 
 def to_markdown(title: str, blocks: Iterable[Block]) -> str:

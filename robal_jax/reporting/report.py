@@ -3,18 +3,20 @@
 import pathlib
 
 from robal_jax.errors import InputError
-from robal_jax.reporting import figures, page, sections
+from robal_jax.reporting import curves, figures, page, sections
 from robal_jax.reporting.results import Gallery, Results
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import REPORT_HTML, REPORT_MARKDOWN
 
 _CAPTIONS = {
+    "epsilon": "Accuracy by radius of the attack",
     "curves": "Accuracy by logit scale, by steps and by restarts",
     "attacks": "Robust accuracy by attack",
     "per_class": "Accuracy and number of training images by class",
     "errors": "Natural error, boundary error and robust accuracy by class",
     "confusion": "Classes that the attack confuses, in percent of the true class",
     "norms": "Training images, weight norms and feature norms by class",
+    "training": "Loss, accuracy and learning rate by epoch of the training",
     "gallery": "Images, adversarial images and the difference between them",
 }
 
@@ -43,18 +45,16 @@ def write_report(
             f"main attack {main_attack!r} was not evaluated; use one of {', '.join(results.conditions)}"
         )
     drawn = _draw(results, gallery)
-    pictures = {
-        name: page.figure(f"{name}.png", _CAPTIONS[name], figures.svg(figure))
-        for name, figure in drawn.items()
-    }
+    pictures = {name: figures.block(figure, f"{name}.png", _CAPTIONS[name]) for name, figure in drawn.items()}
     blocks = [
-        *sections.summary_section(results),
+        *sections.summary_section(results, pictures),
         *sections.audit_section(results, pictures),
         *sections.condition_section(results, pictures),
         *sections.group_section(results),
         *sections.class_section(results, pictures),
         *sections.norm_section(results, pictures),
         *sections.gallery_section(gallery, pictures),
+        *sections.training_section(results, pictures),
         *sections.settings_section(results),
         *sections.reading_section(results),
         *sections.config_section(results),
@@ -84,10 +84,14 @@ def _draw(results: Results, gallery: Gallery | None) -> dict[str, figures.Figure
         "errors": figures.errors_figure(results),
         "confusion": figures.confusion_figure(results),
     }
-    if results.curves:
-        drawn["curves"] = figures.curves_figure(results)
+    if "epsilon" in results.curves:
+        drawn["epsilon"] = curves.radius_figure(results)
+    if results.curves.keys() & curves.PANELS.keys():
+        drawn["curves"] = curves.curves_figure(results)
     if results.norms:
         drawn["norms"] = figures.norms_figure(results)
+    if curves.training_panels(results.training):
+        drawn["training"] = curves.training_figure(results)
     if gallery:
         drawn["gallery"] = figures.gallery_figure(gallery, results)
     return drawn

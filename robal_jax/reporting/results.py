@@ -22,6 +22,9 @@ from robal_jax.storage.names import EVALUATION, EXAMPLES, PER_CLASS, RESULTS
 FIXED_STEPS, EVERYTHING = "fixed steps", "everything"
 """Which accuracies a check of the audit casts doubt on: those under FGSM, PGD and MIM, or all of them."""
 
+MANY_CLASSES = 20
+"""With more classes a report names some of them only."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -32,12 +35,14 @@ class Results:
         unknown keys too.
 
         - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
-          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested);
+          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested),
+          'training' ({'epoch': numbers, name of a metric: its means}, up to the checkpoint);
         - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256';
         - the attacks: 'norm', 'epsilon', 'step_size', 'start', 'evaluation_seed', 'main_attack' (the one that
           counts if no ensemble was evaluated), 'autoattack' (names of the ensemble's attacks), 'stages'
           ({attack: accuracy after it and all attacks before it});
-        - the evaluation: 'versions' ({package: version}), 'device', 'date', 'seconds', 'command'.
+        - the evaluation: 'versions' ({package: version}), 'commit' (of the checkout), 'device', 'processor',
+          'date', 'seconds', 'command'.
       summary: what :func:`metrics.summarize` returns.
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'flagged' (None: not run), 'doubts'
@@ -71,6 +76,17 @@ class Results:
     def headline(self) -> list[str]:
         """The conditions to see at a glance."""
         return names.headline(self.conditions, self.meta["main_attack"])
+
+    @property
+    def groups(self) -> Mapping[str, Any]:
+        """The classes by group, from head to tail; empty if all are in one group."""
+        groups = self.summary["groups"]
+        return groups if len(groups) > 1 else {}
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The course of the training by epoch, see ``meta``; empty if it is not known."""
+        return self.meta.get("training") or {}
 
     @property
     def curves(self) -> Mapping[str, Any]:

@@ -5,16 +5,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robal_jax.reporting import page
+from robal_jax.reporting.headline import in_words, tail_notes
 from robal_jax.reporting.names import (
     AUTOATTACK,
     ENSEMBLES,
     display_name,
+    folded,
     interval,
     percent,
     printed,
+    radius,
+    threat,
+    training_name,
     with_interval,
 )
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Gallery, Results
+from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, MANY_CLASSES, Gallery, Results
 
 # Order and names of the known keys of meta in the report.
 _META_LABELS = {
@@ -37,13 +42,18 @@ _META_LABELS = {
     "evaluation_seed": "Seed of the attacks",
     "precision": "Precision of matrix products",
     "test_set_sha256": "Test set SHA-256",
+    "commit": "Git commit",
     "versions": "Versions",
     "device": "Device",
+    "processor": "Processor",
     "date": "Date",
     "seconds": "Duration of the evaluation in seconds",
 }
 
-_META_ELSEWHERE = ("class_names", "command", "config", "stages")
+END_CLASSES = 5  # shown of the head and of the tail if there are many classes
+
+_META_ELSEWHERE = ("class_names", "command", "config", "stages", "training")
+_FACTS = {"imbalance": "imbalance", "n": "test images", "date": "date"}  # in the header
 _META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of attacks
 
 
@@ -80,37 +90,41 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     )
 
 
-def summary_section(results: Results) -> list[page.Block]:
+def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the page's header, then the headline with its intervals."""
     meta, conditions = results.meta, {name: results.conditions[name] for name in results.headline}
     shown = {
         "accuracy": "All classes",
-        **{name: name.capitalize() for name in results.summary["groups"]},
+        **{name: name.capitalize() for name in results.groups},
         "balanced_accuracy": "Balanced accuracy",
     }
     facts = [
-        f"{words} {printed(meta[key])}"
-        for key, words in (
-            ("imbalance", "imbalance"),
-            ("n", "test images"),
-            ("norm", "norm"),
-            ("epsilon", "radius"),
-            ("date", "date"),
-        )
-        if key in meta
+        *(f"{words} {printed(meta[key])}" for key, words in _FACTS.items() if key in meta),
+        *([f"threat model {threat(meta)}"] if threat(meta) else []),
     ]
-    values = (
-        (display_name(name), f"{percent(row['accuracy'])} %", interval(row["accuracy"]))
+    values = folded(
+        (
+            display_name(name),
+            (f"{percent(row['accuracy'])} %", interval(row["accuracy"]), *tail_notes(results, name)),
+        )
         for name, row in conditions.items()
     )
-    return [
+    blocks = [
+        page.lead(in_words(results)),
         *([page.paragraph(" · ".join(facts))] if facts else []),
         page.banner(*audit_verdict(results.audit, ensemble=results.headline_attack in ENSEMBLES)),
-        page.cards(values),
+        page.cards((name, *texts) for name, texts in values),
         page.section("Summary"),
         page.paragraph("Accuracy in percent of test images, with 95 % intervals."),
         _by_condition(shown, conditions),
     ]
+    if "epsilon" in pictures:
+        text = (
+            "The larger the radius, the more the attack may change the images of the audit's sample; at 0 "
+            "they are clean. The accuracy falls to 0 as the radius grows, if the attack works."
+        )
+        blocks += [page.paragraph(text), pictures["epsilon"]]
+    return blocks
 
 
 def audit_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
@@ -188,24 +202,27 @@ def condition_section(results: Results, pictures: Mapping[str, page.Block]) -> l
 
 def group_section(results: Results) -> list[page.Block]:
     """Returns the accuracies of head, medium and tail classes."""
-    conditions, groups = results.conditions, results.summary["groups"]
+    conditions, groups = results.conditions, results.groups
     counts = results.summary["class_counts"]
 
     def count_range(classes: Sequence[int]) -> str:
         return f"{min(counts[k] for k in classes)} to {max(counts[k] for k in classes)}"
 
-    blocks = [
-        page.section("Head, medium and tail classes"),
-        page.table(
-            ("Group", "Classes", "Training images per class"),
-            [(name, len(classes), count_range(classes)) for name, classes in groups.items()],
-        ),
-        page.paragraph("Accuracy in percent over the test images of the group, with 95 % intervals."),
-        _by_condition({name: name.capitalize() for name in groups}, conditions),
-    ]
+    blocks = []
+    if groups:
+        *others, last = groups
+        blocks = [
+            page.section(f"{', '.join(others)} and {last} classes".capitalize()),
+            page.table(
+                ("Group", "Classes", "Training images per class"),
+                [(name, len(classes), count_range(classes)) for name, classes in groups.items()],
+            ),
+            page.paragraph("Accuracy in percent over the test images of the group, with 95 % intervals."),
+            _by_condition({name: name.capitalize() for name in groups}, conditions),
+        ]
     if "groups_of_ten" in conditions["clean"]:
-        rows = (
-            (display_name(name), *(f"{100 * mean:.1f}" for mean in condition["groups_of_ten"]))
+        rows = folded(
+            (display_name(name), [f"{100 * mean:.1f}" for mean in condition["groups_of_ten"]])
             for name, condition in conditions.items()
         )
         blocks += [
@@ -214,26 +231,24 @@ def group_section(results: Results) -> list[page.Block]:
                 "Mean recall in percent of the classes in each tenth of the class indices, from the first to "
                 "the last."
             ),
-            page.table(("Condition", *range(1, 11)), rows),
+            page.table(("Condition", *range(1, 11)), ((name, *cells) for name, cells in rows)),
         ]
     return blocks
 
 
 def class_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
-    """Returns the figures and the table by class."""
-    conditions, shown = results.conditions, results.headline
-    support = conditions["clean"]["per_class"]["support"]
-    rows = (
-        (
-            index,
-            results.class_name(index),
-            count,
-            support[index],
-            *(percent(conditions[name]["per_class"]["recall"][index]) for name in shown),
-        )
-        for index, count in enumerate(results.summary["class_counts"])
+    """Returns the figures and the table by class; of many classes it shows the ends and folds the rest."""
+    conditions, counts = results.conditions, results.summary["class_counts"]
+    recalls = folded(
+        (display_name(name), [percent(recall) for recall in conditions[name]["per_class"]["recall"]])
+        for name in results.headline
     )
-    return [
+    header = ("Class", "Name", "Training images", "Test images", *(name for name, _ in recalls))
+    names = [results.class_name(index) for index in range(len(counts))]
+    support = conditions["clean"]["per_class"]["support"]
+    columns = (range(len(counts)), names, counts, support, *(cells for _, cells in recalls))
+    rows = list(zip(*columns, strict=True))
+    blocks = [
         page.section("Classes"),
         *_pictures(pictures, "per_class", "errors", "confusion"),
         page.paragraph(
@@ -241,7 +256,18 @@ def class_section(results: Results, pictures: Mapping[str, page.Block]) -> list[
             "accuracies in percent. All conditions, with intervals, precision and F-score, are in "
             "per_class.csv; all confusion matrices are in results.json."
         ),
-        page.table(("Class", "Name", "Training images", "Test images", *map(display_name, shown)), rows),
+    ]
+    if len(rows) <= MANY_CLASSES:
+        return [*blocks, page.table(header, rows)]
+    order = sorted(range(len(rows)), key=lambda index: -counts[index])
+    ends = [rows[index] for index in (*order[:END_CLASSES], *order[-END_CLASSES:])]
+    return [
+        *blocks,
+        page.paragraph(
+            f"The {END_CLASSES} classes with the most training images and the {END_CLASSES} with the fewest:"
+        ),
+        page.table(header, ends),
+        page.folded(f"All {len(rows)} classes", page.table(header, rows)),
     ]
 
 
@@ -268,6 +294,21 @@ def gallery_section(gallery: Gallery | None, pictures: Mapping[str, page.Block])
     return [page.section("Adversarial examples"), page.paragraph(text), *_pictures(pictures, "gallery")]
 
 
+def training_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
+    """Returns the course of the training."""
+    curve = results.training
+    if "training" not in pictures:
+        return []
+    accuracies = [name for name in curve if name.endswith("accuracy")]
+    last = ", ".join(f"{training_name(name)} {100 * curve[name][-1]:.1f} %" for name in accuracies)
+    text = (
+        f"The {len(curve['epoch'])} epochs up to the checkpoint: means over the steps of each epoch, on "
+        "training images, augmented, and under the attack of the training."
+        + (f" Last epoch: {last}." if last else "")
+    )
+    return [page.section("Training"), page.paragraph(text), *_pictures(pictures, "training")]
+
+
 def settings_section(results: Results) -> list[page.Block]:
     """Returns the settings of the evaluation, and the command."""
     meta = results.meta
@@ -284,7 +325,8 @@ def _setting(key: str, value: Any) -> str:
     """Returns a value of meta on one line; attacks by their names for people."""
     if key in _META_OF_ATTACKS:
         return ", ".join(map(display_name, [value] if isinstance(value, str) else value)) or "none"
-    return printed(value)
+    exact = printed(value)
+    return f"{radius(value)} = {exact}" if key == "epsilon" and radius(value) != exact else exact
 
 
 def reading_section(results: Results) -> list[page.Block]:
@@ -337,7 +379,7 @@ def config_section(results: Results) -> list[page.Block]:
     if not results.meta.get("config"):
         return []
     text = json.dumps(results.meta["config"], indent=2)
-    return [page.section("Config"), page.code(text, "json", folded="All fields of the config")]
+    return [page.section("Config"), page.folded("All fields of the config", page.code(text, "json"))]
 
 
 def _pictures(pictures: Mapping[str, page.Block], *names: str) -> list[page.Block]:
@@ -346,8 +388,7 @@ def _pictures(pictures: Mapping[str, page.Block], *names: str) -> list[page.Bloc
 
 def _by_condition(columns: Mapping[str, str], conditions: Mapping[str, Any]) -> page.Block:
     """Returns a table of FIGUREs (key: heading) with intervals, a row per condition."""
-    rows = (
-        (display_name(name), *(with_interval(row[key]) for key in columns))
-        for name, row in conditions.items()
+    rows = folded(
+        (display_name(name), [with_interval(row[key]) for key in columns]) for name, row in conditions.items()
     )
-    return page.table(("Condition", *columns.values()), rows)
+    return page.table(("Condition", *columns.values()), ((name, *cells) for name, cells in rows))

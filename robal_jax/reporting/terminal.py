@@ -4,6 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from robal_jax.reporting.headline import in_words
 from robal_jax.reporting.names import display_name, percent, with_interval
 from robal_jax.reporting.results import Results
 
@@ -15,7 +16,7 @@ def terminal() -> Console:
 
 
 def evaluation_table(results: Results, console: Console) -> None:
-    """Prints a row per condition, in percent; the report has the intervals of all columns."""
+    """Prints a row per condition, in percent, and the outcome in words; the report has all intervals."""
     groups = list(results.summary["groups"])
     shown = (*groups, "balanced_accuracy", "f_score", "natural_error", "boundary_error")
     headers = (*map(str.capitalize, groups), "Balanced", "Macro F", "Nat. err.", "Bound. err.")
@@ -27,3 +28,4 @@ def evaluation_table(results: Results, console: Console) -> None:
         cells = [percent(condition[figure]) for figure in shown]
         table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)
+    console.print(in_words(results), highlight=False, markup=False)

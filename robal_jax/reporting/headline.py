@@ -1,0 +1,54 @@
+"""The first line of a report: the outcome of the evaluation in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from robal_jax.reporting.names import AUTOATTACK, display_name, percent, threat, with_interval
+from robal_jax.reporting.results import Results
+
+
+def in_words(results: Results) -> str:
+    """Returns how many images are right under the headline attack, in all classes and in the tail.
+
+    Args:
+      results: with the headline attack among its conditions.
+
+    Returns:
+      One or two sentences, in percent with the 95 % interval: 'Of 700 test images 69.1 % [65.6, 72.4] are
+      still classified correctly under AutoAttack at L∞ 8/255; in the tail classes 55.2 % [48.5, 61.8], 21.3
+      points less than in the head classes.'
+    """
+    attack = results.headline_attack
+    row, number = results.conditions[attack], sum(results.conditions["clean"]["per_class"]["support"])
+    share = with_interval(row["accuracy"], space=" % ")
+    if attack == "clean":
+        right = f"Of {number} test images {share} are classified correctly{_tail(results, row)}."
+        return f"{right} No attack was run."
+    name = "the worst of all conditions" if attack == "worst" else display_name(attack)
+    where = threat(results.meta)
+    sentence = (
+        f"Of {number} test images {share} are still classified correctly under {name}"
+        + (f" at {where}" if where else "")
+        + f"{_tail(results, row)}."
+    )
+    if attack not in AUTOATTACK:
+        sentence += " AutoAttack was not run; it may find a lower number."
+    return sentence
+
+
+def tail_notes(results: Results, condition: str) -> list[str]:
+    """Returns the accuracy in the tail under a condition: ['tail 55.2 %']; nothing without a tail."""
+    row = results.conditions[condition]
+    return [f"tail {percent(row['tail'])} %"] if "tail" in results.groups else []
+
+
+def _tail(results: Results, row: Mapping[str, Any]) -> str:
+    if "tail" not in results.groups:
+        return ""
+    text = f"; in the tail classes {with_interval(row['tail'], space=' % ')}"
+    if "head" not in results.groups:
+        return text
+    points = round(100 * (row["head"]["value"] - row["tail"]["value"]), 1)
+    if not points:
+        return f"{text}, as in the head classes"
+    return f"{text}, {abs(points):.1f} points {'less' if points > 0 else 'more'} than in the head classes"
