@@ -13,7 +13,7 @@ from robal_jax import metrics
 from robal_jax.attacks import NORMS, ThreatModel
 from robal_jax.evaluation import measurements, verdicts
 from robal_jax.evaluation.victim import Victim
-from robal_jax.reporting import figures
+from robal_jax.reporting.curves import curves_figure
 from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Results
 
 # ---------------------------------------------------------------- judging what was measured by hand
@@ -205,7 +205,7 @@ def test_curves_are_what_the_report_draws():
     for name, (series, right) in counts.items():
         assert curves[name]["series"] == {series: [metrics.share(first(count)) for count in right]}
     results = Results({"method": "a method", "dataset": "a data set"}, {}, {"curves": curves})
-    assert len(figures.curves_figure(results).axes) == 3
+    assert len(curves_figure(results).axes) == 3
 
 
 def test_no_surrogate_is_no_verdict():

@@ -5,6 +5,7 @@ and by marker; intervals are 95 %. Classes are sorted from head to tail, that is
 training images.
 """
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,8 +128,9 @@ def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
     )
     rows = list(dict.fromkeys(pair.row for pair in pairs))
     groups = list(pairs[0].figures)
-    width = max(2.6, 0.5 + 0.5 * len(groups) * max(1.0, len(pairs) / len(panels) / 3))
-    figure = Figure(figsize=(max(6.5, 0.9 + width * len(panels)), 4.4), layout="constrained")
+    width = max(2.6, 0.5 + 0.5 * len(groups) * max(1.0, len(panels[0][1]) / 3))
+    size = (min(max(6.5, 0.9 + width * len(panels)), 12), 4.4)
+    figure = Figure(figsize=size, layout="constrained")
     handles: dict[str, Any] = {}
     for axes, (name, shown) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
@@ -320,8 +322,13 @@ def title(results: Results) -> str:
 
 def plain(text: str) -> str:
     """Returns a text that matplotlib shows as it is: no mathematics, no character that its font lacks."""
-    known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    known = _characters(font_manager.findfont(font_manager.FontProperties()))
     return "".join(sign if ord(sign) in known else "□" for sign in text).replace("$", "\\$")
+
+
+@functools.cache
+def _characters(font: str) -> frozenset[int]:
+    return frozenset(font_manager.get_font(font).get_charmap())
 
 
 def _class_label(results: Results, index: int) -> str:

@@ -4,7 +4,8 @@
 
     WORKDIR/
       config.json         the resolved config
-      versions.json       versions of the libraries, and the sha256 of the data; after an import import.json
+      versions.json       versions, commit, device and processor, and the sha256 of the data; after an import
+                          import.json
       metrics.jsonl       one line per dispatch
       tensorboard/        the same for TensorBoard
       tracked.txt         with --track: name of the run at the tracker
