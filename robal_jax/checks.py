@@ -87,12 +87,14 @@ def logits_and_labels(logits: chex.Array, labels: chex.Array, name: str = "label
 def logits_of(batch: int, found: Any) -> chex.Array:
     """Refuses what a model returns, unless it is one array of float logits ``[B, K]`` of several classes.
 
+    Losses are computed from the logits in at least float32.
+
     Args:
       batch: number of images ``B`` that the model was given.
       found: what it returned.
 
     Returns:
-      The logits, as they are.
+      The logits; in float32 if they have less precision, otherwise as they are.
 
     Raises:
       ValueError: another kind, shape or type.
@@ -102,7 +104,7 @@ def logits_of(batch: int, found: Any) -> chex.Array:
       Traceback (most recent call last):
       ValueError: logits_fn returns float32[2, 1] for 2 images; it must return float logits [2, K], K >= 2
     """
-    if not isinstance(found, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+    if not isinstance(found, jax.Array | np.ndarray):
         kind = type(found).__name__
         raise ValueError(f"logits_fn returns a {kind}; it must return one array of logits [B, K]")
     shape, dtype = found.shape, found.dtype
@@ -110,6 +112,33 @@ def logits_of(batch: int, found: Any) -> chex.Array:
         raise ValueError(
             f"logits_fn returns {dtype}{list(shape)} for {batch} images; "
             f"it must return float logits [{batch}, K], K >= 2"
+        )
+    return found.astype(jnp.promote_types(dtype, jnp.float32))
+
+
+def losses_of(batch: int, found: Any) -> chex.Array:
+    """Refuses what a loss returns, unless it is one float per image.
+
+    Args:
+      batch: number of images ``B`` that the loss was given.
+      found: what it returned.
+
+    Returns:
+      ``[B]``, as it is.
+
+    Raises:
+      ValueError: another shape or type.
+
+    Example:
+      >>> losses_of(2, jnp.zeros(()))
+      Traceback (most recent call last):
+      ValueError: loss returns float32[] for 2 images; it must return one float per image, [2]
+    """
+    shape, dtype = np.shape(found), jnp.result_type(found)
+    if shape != (batch,) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"loss returns {dtype}{list(shape)} for {batch} images; "
+            f"it must return one float per image, [{batch}]"
         )
     return found
 
@@ -138,6 +167,10 @@ def images_and_labels(
         raise ValueError(f"images have shape {list(shape)}; they must be [B, H, W, C] with B at least 1")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"images have dtype {dtype}; they must be floats: divide bytes by 255")
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"images have dtype {dtype}, whose rounding leaves the ball; use images.astype('float32')"
+        )
     labels_of(shape[0], labels)
     if lower is None or upper is None:
         return
@@ -183,6 +216,23 @@ def at_least(least: int, **numbers: chex.Numeric) -> None:
         known = _range(number)
         if known and not known[0] >= least:
             raise ValueError(f"{name} is {known[0]}; it must be at least {least}")
+
+
+def positive(**numbers: chex.Numeric) -> None:
+    """Refuses numbers that are not finite and above 0.
+
+    Raises:
+      ValueError: names the number.
+
+    Example:
+      >>> positive(step_size=float("nan"))
+      Traceback (most recent call last):
+      ValueError: step_size is nan; it must be finite and > 0
+    """
+    for name, number in numbers.items():
+        known = _range(number)
+        if known and not 0 < known[0] <= known[1] < np.inf:
+            raise ValueError(f"{name} is {known[0]:g}; it must be finite and > 0")
 
 
 def rank(number: chex.Numeric, classes: int, least: int = 1) -> None:

@@ -11,6 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+IMPLEMENTATION = "threefry2x32"
+"""Of all keys: other generators, such as 'rbg', draw other numbers for an image in another batch."""
+
 # Of a run's key, beside the numbers of its steps.
 INITIAL_WEIGHTS = 2**32 - 1
 
@@ -22,8 +25,15 @@ JUDGEMENT = 2**32 - 2
 MIXING = 2**32 - 1
 
 
+def key_of(seed: int) -> chex.PRNGKey:
+    """Makes a run's key from its seed, whichever generator JAX uses by default."""
+    return jax.random.key(seed, impl=IMPLEMENTATION)
+
+
 def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
     """Returns one key per image: the keys themselves, or one key split by the images' positions.
+
+    Keys of another generator are turned into keys of ``IMPLEMENTATION``.
 
     Args:
       key: one key ``[]`` or one per image ``[B]``, made by ``jax.random.key`` or ``jax.random.PRNGKey``.
@@ -33,7 +43,7 @@ def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
       Keys ``[B]``.
 
     Raises:
-      ValueError: there is neither one key nor one per image.
+      ValueError: this is no key, or there is neither one key nor one per image.
 
     Example:
       >>> images = jnp.zeros((2, 8, 8, 1))
@@ -41,10 +51,14 @@ def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
       >>> keys.shape, bool((image_keys(keys, images) == keys).all())
       ((2,), True)
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    typed = jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
+    words = jax.random.key_data(key) if typed else jnp.asarray(key)
+    if words.dtype != jnp.uint32 or words.shape[-1:] < (2,):
+        raise ValueError(f"key has dtype {words.dtype}; make one by jax.random.key(0)")
+    key = jax.random.wrap_key_data(words[..., :2], impl=IMPLEMENTATION)
     if key.ndim == 0:
-        return jax.random.split(key, len(images))
+        # These are the keys of jax.random.split, which under another setting depend on their number.
+        return numbered_keys(key, jnp.arange(len(images)))
     if key.shape != images.shape[:1]:
         raise ValueError(f"key has shape {key.shape}; give one key, or one key per image, [{len(images)}]")
     return key

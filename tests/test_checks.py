@@ -28,10 +28,8 @@ def random(model):
 
 
 def path(model, key, images, labels, **settings):
-    settings = {"steps": (1, 2), "start": images} | settings
-    return attacks.pgd_path(
-        model, images=images, labels=labels, threat=THREAT, step_size=0.05, **settings
-    )[0]  # fmt: skip
+    settings = {"steps": (1, 2), "start": images, "step_size": 0.05} | settings
+    return attacks.pgd_path(model, images=images, labels=labels, threat=THREAT, **settings)[0]
 
 
 def against_random(attack):
@@ -80,6 +78,8 @@ SHAPES_AND_TYPES = {  # images, labels, message
     "too few labels": (IMAGES, LABELS[:2], r"labels have shape \[2\]; they must be \[3\]"),
     "no labels": (IMAGES, LABELS[:0], r"labels have shape \[0\]; they must be \[3\]"),
     "bytes": (jnp.zeros(IMAGES.shape, jnp.uint8), LABELS, "images have dtype uint8; they must be floats"),
+    "float16": (IMAGES.astype(jnp.float16), LABELS, r"dtype float16, .*; use images\.astype\('float32'\)"),
+    "bfloat16": (IMAGES.astype(jnp.bfloat16), LABELS, "images have dtype bfloat16, whose rounding leaves"),
     "no images": (IMAGES[:0], LABELS[:0], "images have shape .* with B at least 1"),
     "one number per image": (IMAGES[:, 0, 0, 0], LABELS, "images have shape .*; they must be"),
 }
@@ -102,6 +102,8 @@ MODELS = {
     "one class": (lambda x: logits_fn(x)[:, :1], r"returns float32\[[23], 1\] .* K >= 2"),
     "one logit for all": (lambda x: logits_fn(x)[:1], r"logits_fn returns float32\[1, 4\] for [23] images"),
     "integers": (lambda x: logits_fn(x).astype(int), r"logits_fn returns int32\[[23], 4\]"),
+    "nothing": (lambda x: None, "logits_fn returns a NoneType; it must return one array"),
+    "a list": (lambda x: [logits_fn(x)], "logits_fn returns a list; it must return one array"),
     "a tuple": (lambda x: (logits_fn(x), x), "logits_fn returns a tuple; it must return one array"),
     "a dict": (lambda x: {"logits": logits_fn(x)}, "logits_fn returns a dict; it must return one array"),
 }
@@ -137,6 +139,13 @@ def test_keys_of_other_images(name):
         ATTACKS[name](logits_fn, jax.random.split(KEY, 2), IMAGES, LABELS)
 
 
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in WITHOUT_KEYS])
+@pytest.mark.parametrize("key", [0, np.float32(1), np.zeros((3, 2))])
+def test_what_is_no_key(name, key):
+    with pytest.raises(ValueError, match=r"key has dtype \w+; make one by jax\.random\.key\(0\)"):
+        ATTACKS[name](logits_fn, key, IMAGES, LABELS)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_numpy_arrays_of_any_width_are_attacked(name):
     images, labels = np.asarray(IMAGES, np.float64), np.asarray(LABELS, np.int64)
@@ -166,10 +175,10 @@ def test_checks_leave_nothing_in_a_program():
     assert jax.make_jaxpr(check)(IMAGES, LABELS, logits_fn(IMAGES), 0).eqns == []
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_bounds_are_those_of_the_images_type(dtype):
+def test_bounds_are_those_of_the_images_type():
     """0.6 is rounded up: such pixels lie within the bounds as the attacks clip them."""
-    images = jnp.full((1, 2, 2, 1), 0.6, dtype)
+    images = jnp.full((1, 2, 2, 1), 0.6)
+    assert float(images[0, 0, 0, 0]) > 0.6
     checks.images_and_labels(images, jnp.array([0]), 0.3, 0.6)
     with pytest.raises(ValueError, match="images have pixels in"):
         checks.images_and_labels(images * 1.01, jnp.array([0]), 0.3, 0.6)
@@ -179,12 +188,19 @@ SETTINGS = [  # attack, settings, message
     ("pgd", {"steps": 0}, "steps is 0; it must be at least 1"),
     ("pgd", {"steps": jnp.int32(0)}, "steps is 0; it must be at least 1"),
     ("pgd", {"restarts": 0}, "restarts is 0; it must be at least 1"),
+    ("pgd", {"step_size": 0.0}, "step_size is 0; it must be finite and > 0"),
+    ("pgd", {"step_size": np.nan}, "step_size is nan; it must be finite and > 0"),
+    ("pgd_path", {"step_size": -np.inf}, "step_size is -inf; it must be finite and > 0"),
+    ("pgd", {"loss": lambda z, y: z.sum()}, r"loss returns float32\[\] for 3 images; .* per image, \[3\]"),
+    ("apgd", {"loss": lambda z, y: z[:, :1]}, r"loss returns float32\[3, 1\] for 3 images"),
+    ("apgd", {"loss": lambda z, y: y}, r"loss returns int32\[3\] for 3 images"),
     ("pgd", {"eot": -1}, "eot is -1; it must be at least 0"),
     ("pgd_path", {"steps": (0, 1)}, "steps is 0; it must be at least 1"),
     ("pgd_path", {"steps": (3, 1)}, r"steps are \[3, 1\]; give them in increasing order"),
     ("pgd_path", {"start": IMAGES[:1]}, r"start has shape \[1, 2, 2, 1\]; .* \[3, 2, 2, 1\]"),
     ("multi_targeted", {"targets": 0}, "targets is 0; it must be at least 1"),
     ("shortest_adversarial", {"search_steps": -1}, "search_steps is -1; it must be at least 0"),
+    ("shortest_adversarial", {"max_epsilon": np.inf}, "max_epsilon is inf; it must be finite and > 0"),
     ("apgd", {"steps": 0}, "steps is 0; it must be at least 1"),
     ("targeted_apgd", {"rank": 1}, r"rank is 1; with 4 classes it must be in 2\.\.4"),
     ("targeted_apgd", {"rank": 5}, r"rank is 5; with 4 classes it must be in 2\.\.4"),

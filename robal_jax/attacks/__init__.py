@@ -44,7 +44,9 @@ images are grouped into batches or spread over devices; a single key is split by
 
 Arguments are checked where they are passed in: labels are integers ``[B]``, images are floats within the
 threat model's bounds, logits are floats ``[B, K]``; anything else raises ValueError. Values, as opposed to
-shapes and types, are not known inside ``jax.jit`` and are not checked there.
+shapes and types, are not known inside ``jax.jit`` and are not checked there: a label that is no class then
+counts as misclassified. Images are at least float32, because rounding to fewer bits would leave the ball; a
+model may compute in any type.
 """
 
 from robal_jax.attacks.autopgd import apgd, targeted_apgd

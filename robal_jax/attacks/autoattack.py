@@ -101,7 +101,7 @@ def autoattack(
       The adversarial images and the outcome of each attack.
 
     Raises:
-      InputError: the version is unknown, or the model has too few classes for it.
+      InputError: the version is unknown, the model has too few classes for it, or its logits are not finite.
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
     Source: Croce and Hein (ICML 2020).
@@ -145,6 +145,7 @@ def autoattack(
         for start in range(0, len(ids), size):
             batch = np.take(ids, range(start, start + size), mode="clip")
             x, logits = attacked(stage, arrays, keys[batch], images[batch], labels[batch], np.int32(number))
+            require_finite(np.isfinite(logits).all(-1), "clean" if stage is None else stage.name)
             shown.append(np.asarray(x))
             predictions.append(np.asarray(logits).argmax(-1))
         return np.concatenate(shown)[: len(ids)], np.concatenate(predictions)[: len(ids)]
@@ -165,6 +166,28 @@ def autoattack(
     robust = {"clean": ~broken_by(progress, CLEAN)}
     robust |= {stage.name: ~broken_by(progress, stage.last) for stage in ensemble}
     return Found(shown, progress.predictions, robust)
+
+
+def require_finite(finite: np.ndarray, condition: str) -> None:
+    """Refuses a model whose logits are not finite: no class is the largest of them.
+
+    Args:
+      finite: whether the logits of each image are finite, bool ``[n]``.
+      condition: name of the attack, for the message.
+
+    Raises:
+      InputError: they are not, for some image.
+
+    Example:
+      >>> require_finite(np.array([True, False]), "cw")
+      Traceback (most recent call last):
+      robal_jax.errors.InputError: the model's logits are not finite for 1 of 2 images (cw); use another model
+    """
+    if not finite.all():
+        raise InputError(
+            f"the model's logits are not finite for {np.sum(~finite)} of {len(finite)} images ({condition}); "
+            "use another model"
+        )
 
 
 Round = Callable[[LogitsFn | RandomLogitsFn, chex.PRNGKey, chex.Array, chex.Array, chex.Array], chex.Array]

@@ -281,7 +281,7 @@ def begin(
         x=start,
         previous=start,
         gradient=gradient,
-        step_size=jnp.full_like(loss, 2 * threat.epsilon),
+        step_size=jnp.full(labels.shape, 2 * threat.epsilon, start.dtype),
         best=start,
         best_gradient=gradient,
         best_loss=loss,

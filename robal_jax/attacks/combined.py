@@ -119,6 +119,7 @@ def shortest_adversarial(
     """
     checks.images_and_labels(images, labels, threat.lower, threat.upper)
     checks.at_least(0, search_steps=search_steps)
+    checks.positive(max_epsilon=max_epsilon)
     delta = attack(logits_fn, key, images, labels) - images
     length = threat.distance(images + delta, images)
     unit = delta / like_images(jnp.where(length > 0, length, 1.0), images)

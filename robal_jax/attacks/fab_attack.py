@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from robal_jax import checks
 from robal_jax.attacks.margins import ranked_class
-from robal_jax.attacks.threat import LogitsFn, ThreatModel
+from robal_jax.attacks.threat import LogitsFn, ThreatModel, finite
 
 
 def fab(
@@ -84,8 +84,11 @@ def fab(
     checks.same_shape(images, start=start)
     checks.at_least(1, n_iter=n_iter)
     clean, x = (jax.lax.stop_gradient(a.reshape(len(images), -1)) for a in (images, start))
-    flat_logits_fn = lambda x: logits_fn(x.reshape(images.shape))  # noqa: E731
-    clean_logits = checks.logits_of(len(images), flat_logits_fn(clean))
+
+    def flat_logits_fn(x: chex.Array) -> chex.Array:
+        return checks.logits_of(len(images), logits_fn(x.reshape(images.shape)))
+
+    clean_logits = flat_logits_fn(clean)
     checks.logits_and_labels(clean_logits, labels)
     boundary = _boundary(clean_logits, labels, rank, threat)
 
@@ -122,6 +125,8 @@ def fab_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex
     return jnp.clip(image + threat.epsilon * noise / size * 0.5, threat.lower, threat.upper)
 
 
+LARGE = 1e15  # largest entry of a hyperplane's normal
+
 Hyperplane = tuple[chex.Array, chex.Array]
 """Where two classes have equal logits in a linear model of them: normals ``w [B, D]``, offsets ``b [B]``."""
 
@@ -141,7 +146,11 @@ def _boundary(
     def lead_of(other: chex.Array, logits: chex.Array, vjp: Callable) -> tuple[chex.Array, chex.Array]:
         """``z_k - z_y [B]``, with one class ``k`` per image, and its gradient ``[B, D]``."""
         other, true = (jax.nn.one_hot(k, classes, dtype=logits.dtype) for k in (other, labels))
-        return jnp.sum((other - true) * logits, axis=-1), vjp(other - true)[0]
+        w = finite(vjp(other - true)[0])
+        lead = finite(jnp.sum((other - true) * logits, axis=-1).astype(w.dtype))
+        # A hyperplane is the same whatever its scale; the squares of its normal must not overflow.
+        excess = jnp.maximum(jnp.abs(w).max(-1) / LARGE, 1.0)
+        return lead / excess, w / excess[:, None]
 
     def nearest(logits: chex.Array, vjp: Callable) -> chex.Array:
         def distance(other: chex.Array) -> chex.Array:
@@ -250,14 +259,14 @@ def _displacement(
         made = jnp.sum(jnp.where(stopped, rate * stops, 0.0), axis=1, keepdims=True)
         rest = jnp.sum(jnp.where(stopped, 0.0, rate), axis=1, keepdims=True)
         # If the hyperplane is out of reach, or all weights are 0, every entry goes as far as it can.
-        return jnp.where(rest > 0, (gap - made) / jnp.where(rest > 0, rest, 1.0), jnp.finfo(w.dtype).max)
+        return jnp.where(rest > 0, jnp.minimum((gap - made) / jnp.where(rest > 0, rest, 1.0), most), most)
 
     def refine(state: tuple[chex.Array, chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array, chex.Array]:
         stopped, time, _ = state
         more = stopped | (stops < time)
         return more, meeting(more), jnp.any(more != stopped)
 
-    nothing = jnp.zeros(w.shape, bool)
+    nothing, most = jnp.zeros(w.shape, bool), jnp.finfo(w.dtype).max
     state = nothing, meeting(nothing), jnp.array(True)
     _, time, _ = jax.lax.while_loop(lambda state: state[2], refine, state)
     return direction * jnp.clip(time * speed, 0.0, room)

@@ -17,10 +17,12 @@ import optax
 from robal_jax import checks, losses
 from robal_jax.attacks.attempts import best_found, mean_logits
 from robal_jax.attacks.threat import (
+    LARGEST,
     LogitsFn,
     RandomLogitsFn,
     Start,
     ThreatModel,
+    finite,
     per_image,
     starting_points,
     uniform_start,
@@ -153,6 +155,8 @@ def pgd_path(
     """
     checks.images_and_labels(images, labels, threat.lower, threat.upper)
     checks.same_shape(images, start=start)
+    if not callable(step_size):
+        checks.positive(step_size=step_size)
     looks = (0, *steps)
     for number in looks[1:]:
         checks.at_least(1, steps=number)
@@ -167,8 +171,8 @@ def pgd_path(
         _, _, gradient = loss_gradient(logits_fn, loss, x, labels, draws, eot=eot)
         if momentum:
             size = jnp.mean(jnp.abs(gradient), axis=per_image(gradient), keepdims=True)
-            # An image whose gradient vanishes keeps its momentum and does not turn into NaN.
-            gradient = gradient / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+            # An image whose gradient vanishes or overflows keeps its momentum and does not turn into NaN.
+            gradient = gradient / jnp.clip(size, jnp.finfo(size.dtype).tiny, LARGEST)
             gradient = direction = momentum * direction + gradient
         length = jnp.asarray(step_size(t) if callable(step_size) else step_size, x.dtype)
         x = threat.project(x + length * threat.ascent_direction(gradient), images)
@@ -210,7 +214,8 @@ def loss_gradient(
 
     Returns:
       Logits ``[B, K]`` and loss ``[B]``, both of the last draw as in the reference AutoAttack, and the
-      gradient, like ``x``.
+      gradient, like ``x``. A loss that is NaN is minus infinity, so that no attack prefers it; entries of the
+      gradient that are not finite are made so by :func:`~robal_jax.attacks.threat.finite`.
 
     Raises:
       ValueError: there is ``eot`` without keys, or the logits have a wrong shape or type.
@@ -229,11 +234,11 @@ def loss_gradient(
     def once(*keys: chex.PRNGKey) -> tuple[chex.Array, chex.Array, chex.Array]:
         def total(x: chex.Array) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
             logits = checks.logits_of(len(x), logits_fn(x, *keys))
-            values = loss(logits, labels)
+            values = checks.losses_of(len(x), loss(logits, labels))
             return values.sum(), (logits, values)
 
         (_, (logits, values)), gradient = jax.value_and_grad(total, has_aux=True)(x)
-        return logits, values, gradient
+        return logits, jnp.where(jnp.isnan(values), -jnp.inf, values), finite(gradient)
 
     if not eot:
         return once()
@@ -243,7 +248,7 @@ def loss_gradient(
 
     def draw(gradient: chex.Array, n: chex.Array) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
         logits, values, more = once(fold_in(keys, n))
-        return gradient + more / eot, (logits, values)
+        return finite(gradient + more / eot), (logits, values)
 
     gradient, of_draws = jax.lax.scan(draw, jnp.zeros_like(x), jnp.arange(eot))
     logits, values = jax.tree.map(lambda stacked: stacked[-1], of_draws)

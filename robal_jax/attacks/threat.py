@@ -26,6 +26,9 @@ Attack = Callable[..., chex.Array]
 ``key`` is one key, or one per image ``[B]``. Attacks that ascend a loss take it by keyword, ``loss``.
 """
 
+LARGEST = 1e37
+"""Largest entry of a gradient that attacks follow; its reciprocal is no denormal number of float32."""
+
 NORMS = {"linf": "L-infinity", "l2": "L2"}
 """Norms by their names, with the names that a reader sees."""
 
@@ -122,6 +125,20 @@ def in_255ths(value: float) -> str:
       ': did you mean 8/255?'
     """
     return f": did you mean {value:g}/255?" if 1 < value <= 255 else ""
+
+
+def finite(gradient: chex.Array) -> chex.Array:
+    """A gradient of which every entry is a direction: NaN becomes 0, infinity plus or minus ``LARGEST``.
+
+    The gradient of a model may be NaN or infinite where its logits are finite, such as that of a logarithm
+    which is masked afterwards. Such an entry must not lead an image to NaN, which would count as
+    misclassified; so it does not move where it is NaN, and by its sign where it is infinite.
+
+    Example:
+      >>> print(jnp.sign(finite(jnp.array([jnp.nan, -jnp.inf, 2.0]))), finite(jnp.array([-3.0, 2.0])))
+      [ 0. -1.  1.] [-3.  2.]
+    """
+    return jnp.clip(jnp.where(jnp.isnan(gradient), 0.0, gradient), -LARGEST, LARGEST)
 
 
 def like_images(values: chex.Array, images: chex.Array) -> chex.Array:

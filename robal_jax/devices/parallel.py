@@ -64,7 +64,8 @@ def _from_host(put: Callable[[np.ndarray], jax.Array], tree: chex.ArrayTree) -> 
 
     def place(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(put(np.asarray(jax.random.key_data(x))))
+            words = put(np.asarray(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
         return put(np.asarray(x))
 
     return jax.tree.map(place, tree)

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import attacks
+from robal_jax import attacks, checks
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack, starting_points, uniform_start
-from robal_jax.errors import InputError
 from robal_jax.keys import fold_in
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
@@ -31,7 +30,7 @@ pixels are outside of its bounds; ``finite`` bool ``[B]``, whether the logits ar
 
 def judge(logits_fn: LogitsFn, shown: chex.Array, images: chex.Array, threat: ThreatModel) -> Judged:
     """Returns how the model classifies ``shown``, and how far it is from ``images`` and the bounds."""
-    logits, axes = logits_fn(shown), tuple(range(1, shown.ndim))
+    logits, axes = checks.logits_of(len(shown), logits_fn(shown)), tuple(range(1, shown.ndim))
     return {
         "pred": jnp.argmax(logits, axis=-1).astype(jnp.int32),
         "distance": threat.distance(shown, images),
@@ -135,13 +134,8 @@ def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel,
       InputError: logits that are not finite.
       RuntimeError: an image outside of the threat model.
     """
-    finite = judged["finite"]
-    if not finite.all():
-        raise InputError(
-            f"the model's logits are not finite for {np.sum(~finite)} of {len(finite)} images ({condition}); "
-            "use another checkpoint or model"
-        )
+    autoattack.require_finite(judged["finite"], condition)
     tolerance = DISTANCE_TOLERANCE * (pixels**0.5 if threat.norm == "l2" else 1.0)
     for field, largest in ("distance", threat.epsilon + tolerance), ("outside", 0):
-        if judged[field].max() > largest:
+        if not judged[field].max() <= largest:  # NaN is not
             raise RuntimeError(f"attack {condition} left the threat model: {field} {judged[field].max()}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from robal_jax.data import Images, as_float
 from robal_jax.devices import parallel
-from robal_jax.keys import numbered_keys
+from robal_jax.keys import key_of, numbered_keys
 
 Work = Callable[..., chex.ArrayTree]
 """``(logits_fn, keys [b], images [b, H, W, C], labels [b], *parts [b, ...], **shared) -> [b, ...]``."""
@@ -61,7 +61,7 @@ class Victim:
           layout: a key of ``parallel.LAYOUTS``.
         """
         self._predict, self._layout, self._devices = predict, layout, parallel.devices_for(layout)
-        self._shared = parallel.replicate((params, stats, jax.random.key(seed)), self._devices)
+        self._shared = parallel.replicate((params, stats, key_of(seed)), self._devices)
         self.predict = partial(predict, params, stats)
         self.images, self.labels, self.pixel_max = images, labels, pixel_max
         self.ids = np.arange(len(labels)) if ids is None else ids

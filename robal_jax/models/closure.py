@@ -34,7 +34,7 @@ def split(
       image_shape: ``(H, W, C)``.
 
     Returns:
-      ``predict``, and the arrays that ``logits_fn`` closes over.
+      ``predict``, whose logits are at least float32, and the arrays that ``logits_fn`` closes over.
 
     Raises:
       ValueError: ``logits_fn`` does not return logits ``[B, K]``.
@@ -48,12 +48,14 @@ def split(
     if isinstance(logits_fn, type(jax.jit(abs))):
         logits_fn = inspect.unwrap(logits_fn)  # a compiled function hides its arrays
 
+    def checked(images: chex.Array) -> chex.Array:
+        return checks.logits_of(len(images), logits_fn(images))
+
     def traced(images: chex.Array | jax.ShapeDtypeStruct) -> ClosedJaxpr:
         with jax.default_matmul_precision("highest"):
-            return jax.make_jaxpr(logits_fn)(images)
+            return jax.make_jaxpr(checked)(images)
 
     image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    checks.logits_of(2, jax.eval_shape(logits_fn, image))
     arrays = [array for array in traced(image).consts if np.size(array) > SMALL]
     place = {id(array): number for number, array in enumerate(arrays)}
 

@@ -20,6 +20,7 @@ from robal_jax import builder
 from robal_jax.data import image_folder
 from robal_jax.devices import hosts, parallel
 from robal_jax.errors import DivergedError, InputError, user_path
+from robal_jax.keys import key_of
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.lock import alone_in
@@ -220,7 +221,7 @@ def _on_devices(
     """Copies the state, the training set (None if it is read from files) and the key to all devices."""
     in_memory = isinstance(job.data.train_images, np.ndarray)
     data = Examples(job.data.train_images, job.data.train_labels) if in_memory else None
-    return parallel.replicate((state, data, jax.random.key(job.seed)), devices)
+    return parallel.replicate((state, data, key_of(job.seed)), devices)
 
 
 def _metrics(

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robal_jax import builder
 from robal_jax.errors import InputError
-from robal_jax.keys import INITIAL_WEIGHTS
+from robal_jax.keys import INITIAL_WEIGHTS, key_of
 from robal_jax.storage import checkpoints
 
 
@@ -41,7 +41,7 @@ def initial_state(job: builder.Training) -> TrainState:
     images = jnp.zeros(
         (1, *job.data.test_images.shape[1:])
     )  # training images have this size after augmentation
-    key = jax.random.fold_in(jax.random.key(job.seed), INITIAL_WEIGHTS)
+    key = jax.random.fold_in(key_of(job.seed), INITIAL_WEIGHTS)
     params, stats = job.model.init(key, images)
     return TrainState(jnp.int32(0), params, stats, job.optimizer.init(params))
 

@@ -1,0 +1,96 @@
+"""The outcome of an image does not depend on its batch, whatever JAX's settings are."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robal_jax import attacks, autoattack
+from robal_jax.attacks import ThreatModel
+from robal_jax.keys import image_keys, key_of, numbered_keys
+
+SETTINGS = {
+    "64 bits": {"jax_enable_x64": True},
+    "rbg": {"jax_default_prng_impl": "rbg"},
+    "unsafe_rbg": {"jax_default_prng_impl": "unsafe_rbg"},
+    "keys split by their number": {"jax_threefry_partitionable": False},
+    "ranks": {"jax_numpy_rank_promotion": "raise"},
+    "types": {"jax_numpy_dtype_promotion": "strict"},
+    "NaN": {"jax_debug_nans": True},
+    "bfloat16": {"jax_default_matmul_precision": "bfloat16"},
+}
+COUNT, SIZE, CLASSES = 6, 25, 4
+WEIGHT = np.random.RandomState(0).randn(SIZE, CLASSES).astype(np.float32)
+IMAGES = np.random.RandomState(1).rand(COUNT, 5, 5, 1).astype(np.float32)
+LABELS = np.argmax(IMAGES.reshape(COUNT, -1) @ WEIGHT, -1).astype(np.int32)
+THREAT = ThreatModel(0.02)
+
+
+def logits_fn(x):
+    return x.reshape(len(x), SIZE) @ WEIGHT
+
+
+PGD = partial(attacks.pgd, threat=THREAT, steps=2, step_size=0.01)
+ATTACKS = {
+    "mim": partial(PGD, momentum=1.0, restarts=2),
+    "cw, l2": partial(PGD, threat=ThreatModel(0.1, "l2"), loss=attacks.negative_margin),
+    "apgd": partial(attacks.apgd, threat=THREAT, steps=3, loss=attacks.dlr),
+    "fab": partial(attacks.fab, threat=THREAT, n_iter=2, rank=2),
+    "square": partial(attacks.square, threat=THREAT, queries=3),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def setting(request):
+    before = {name: getattr(jax.config, name) for name in SETTINGS[request.param]}
+    for name, value in SETTINGS[request.param].items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("setting")
+def test_images_in_other_batches():
+    run = jax.jit(lambda *rest: {name: attack(logits_fn, *rest) for name, attack in ATTACKS.items()})
+    keys = jax.random.split(jax.random.key(0), COUNT)
+    found = run(keys, IMAGES, LABELS)
+    turned = run(keys[::-1], IMAGES[::-1], LABELS[::-1])
+    some = run(keys[2:5], IMAGES[2:5], LABELS[2:5])
+    for name, shown in found.items():
+        assert shown.dtype == jnp.float32, name
+        assert np.isfinite(shown).all(), name
+        np.testing.assert_array_equal(turned[name][::-1], shown, name)
+        np.testing.assert_array_equal(some[name], shown[2:5], name)
+
+
+@pytest.mark.usefixtures("setting")
+def test_the_ensemble_in_other_batches():
+    attack = partial(autoattack, logits_fn, threat=THREAT, version="apgd_ce,square", steps=2, queries=2)
+    one, other = (attack(jax.random.key(0), IMAGES, LABELS, batch_size=size) for size in (4, 6))
+    np.testing.assert_array_equal(one.images, other.images)
+    np.testing.assert_array_equal(one.predictions, other.predictions)
+
+
+@pytest.mark.usefixtures("setting")
+def test_keys():
+    """One key gives each image the same key in every batch, by every generator; a run's key is fixed."""
+    for key in jax.random.key(1), jax.random.PRNGKey(1):
+        few, many = (jax.random.key_data(image_keys(key, IMAGES[:size])) for size in (3, 6))
+        np.testing.assert_array_equal(many[:3], few)
+        assert len(np.unique(many, axis=0)) == 6
+    assert jax.random.key_data(key_of(7)).tolist() == [0, 7]
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (3,)))
+    keys = numbered_keys(key_of(0), np.arange(4))
+    np.testing.assert_array_equal(noise(keys)[1:3], noise(keys[1:3]))
+    split = jax.random.split(jax.random.key(1), 4)  # of whatever generator
+    np.testing.assert_array_equal(
+        noise(image_keys(split, IMAGES[:4]))[1:3], noise(image_keys(split[1:3], IMAGES[1:3]))
+    )
+
+
+def test_keys_of_images_are_those_of_split():
+    found = image_keys(jax.random.key(3), IMAGES)
+    assert (found == jax.random.split(jax.random.key(3), COUNT)).all()
