@@ -27,7 +27,7 @@ from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.evaluation.findings import report
-from robal_jax.evaluation.measurements import Measured, Sample, plan_measurements
+from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.names import display_name
@@ -40,6 +40,11 @@ from robal_jax.storage.workdir import digest_of_test_set, restore_weights, versi
 
 MAIN_ATTACK = "pgd_20"
 """The condition whose accuracy counts if no ensemble is evaluated."""
+
+SAME_MODEL = "the surrogate is the model under attack; name another run or model with --surrogate"
+
+# Models whose logits for so many images differ by no more than this part of the largest are the same model.
+SAME_IMAGES, SAME_LOGITS = 16, 1e-5
 
 
 def evaluate(
@@ -71,7 +76,7 @@ def evaluate(
     with hosts.stop_signals() as stop:
         job = builder.evaluation(config)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
-        surrogate = _surrogate(job, say)
+        surrogate = _surrogate(job, sha256, say)
         hosts.check_agreement("the config", to_json(config))
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
@@ -109,6 +114,8 @@ def attack_and_report(
       Whether the evaluation is finished; if not, it was stopped, and the same call resumes it.
     """
     victim = as_victim(job, weights)
+    if surrogate is not None:
+        _refuse_itself(victim, surrogate)
     test_set = digest_of_test_set(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
     hosts.by_first(partial(_make, folder))
@@ -165,15 +172,39 @@ def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:
     )
 
 
-def _surrogate(job: builder.Evaluation, say: Callable[[str], None]) -> Victim | None:
-    """Restores the newest checkpoint of the run that the config names, with that run's own config."""
+def _refuse_itself(victim: Victim, surrogate: Victim) -> None:
+    """Refuses a surrogate that gives the victim's logits.
+
+    Raises:
+      InputError: it does.
+    """
+    ids = np.arange(min(len(victim.labels), SAME_IMAGES))
+    mine, its = (model.compile(outputs)(ids)["logits"] for model in (victim, surrogate))
+    if mine.shape == its.shape and np.abs(mine - its).max() <= SAME_LOGITS * np.abs(mine).max():
+        raise InputError(SAME_MODEL)
+
+
+def _surrogate(job: builder.Evaluation, sha256: str, say: Callable[[str], None]) -> Victim | None:
+    """Restores the newest checkpoint of the run that the config names, with that run's own config.
+
+    Args:
+      job: the evaluation.
+      sha256: of the weights under attack.
+      say: receives messages for the user, line by line.
+
+    Raises:
+      InputError: its test images are others, or its weights are those under attack.
+    """
     if not job.surrogate:
         return None
     workdir = pathlib.Path(job.surrogate)
     other = builder.evaluation(read_config(workdir))
     if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
-    return as_victim(other, restore_weights(workdir, None, other.variables, say).tree)
+    restored = restore_weights(workdir, None, other.variables, say)
+    if restored.sha256 == sha256:
+        raise InputError(SAME_MODEL)
+    return as_victim(other, restored.tree)
 
 
 def conditions(

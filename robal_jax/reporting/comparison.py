@@ -13,6 +13,7 @@ from rich.markup import escape
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
+from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.names import display_name, printed, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
@@ -127,7 +128,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
                 pairs = (difference(members[seed], partners[seed], condition, group) for group in groups)
                 differences.append((title, label(row, seed), *map(_difference, pairs)))
     audits = [
-        (label(row, seed), _audit(run), _left_out(run, conditions=first.conditions))
+        (label(row, seed), audit_summary(run.audit), _left_out(run, conditions=first.conditions))
         for row, members in _rows(runs).items()
         for seed, run in members.items()
     ]
@@ -187,16 +188,6 @@ def _difference(pair: Mapping[str, float]) -> str:
     """Returns a difference on three lines, so that the table fits into 100 columns."""
     p_value = "p < 0.001" if pair["p_value"] < 0.001 else f"p = {pair['p_value']:.3f}"
     return with_interval(pair, "+", "\n") + "\n" + p_value
-
-
-def _audit(run: EvaluatedRun) -> str:
-    """Returns the checks that are flagged, or how many were run if none is."""
-    if run.audit is None:
-        return "no audit"
-    verdicts = run.audit["verdicts"]
-    flagged = [verdict["title"] for verdict in verdicts if verdict["flagged"]]
-    done = sum(verdict["flagged"] is not None for verdict in verdicts)
-    return f"flagged: {', '.join(flagged)}" if flagged else f"clean ({done} of {len(verdicts)} checks run)"
 
 
 def _left_out(run: EvaluatedRun, *, conditions: Collection[str]) -> str:

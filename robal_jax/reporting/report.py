@@ -3,7 +3,7 @@
 import pathlib
 
 from robal_jax.errors import InputError
-from robal_jax.reporting import figures, page, sections
+from robal_jax.reporting import audit, figures, page, sections
 from robal_jax.reporting.results import Gallery, Results
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import REPORT_HTML, REPORT_MARKDOWN
@@ -49,7 +49,7 @@ def write_report(
     }
     blocks = [
         *sections.summary_section(results),
-        *sections.audit_section(results, pictures),
+        *audit.audit_section(results, pictures),
         *sections.condition_section(results, pictures),
         *sections.group_section(results),
         *sections.class_section(results, pictures),
@@ -57,6 +57,7 @@ def write_report(
         *sections.gallery_section(gallery, pictures),
         *sections.settings_section(results),
         *sections.reading_section(results),
+        *audit.meaning_section(results),
         *sections.config_section(results),
     ]
     files = {
