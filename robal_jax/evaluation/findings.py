@@ -14,8 +14,9 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.evaluation.measurements import Sample
+from robal_jax.evaluation.outcomes import Verdict
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
-from robal_jax.evaluation.verdicts import Verdict, give_verdicts, stored_images
+from robal_jax.evaluation.verdicts import give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.report import write_report
 from robal_jax.reporting.results import Gallery, Outcomes, Results, to_arrays

@@ -23,8 +23,6 @@ import numpy as np
 from robal_jax import attacks, metrics
 from robal_jax.evaluation.evidence import (
     LEVEL,
-    SHOWN,
-    Gap,
     gap_between,
     gap_p_value,
     mean_p_value,
@@ -36,7 +34,6 @@ from robal_jax.evaluation.explanations import (
     ALPHA_PROBABILITY,
     ALPHA_RANDOM,
     ALPHA_SQUARE,
-    EXPLANATIONS,
     GAP,
     MARGIN,
     NEARLY_ZERO,
@@ -52,32 +49,17 @@ from robal_jax.evaluation.measurements import (
     STEPS,
     Measured,
 )
-from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED, TOO_FEW
-
-LARGEST = float(np.finfo(np.float32).max)
-"""In evidence in place of what is no finite number, which JSON cannot hold."""
-
-
-class Verdict(NamedTuple):
-    """The outcome of a check.
-
-    Attributes:
-      name: of the check, a key of ``EXPLANATIONS``.
-      title: for people.
-      doubts: which accuracies not to trust if the check is flagged: ``FIXED_STEPS`` or ``EVERYTHING``.
-      outcome: one of ``OUTCOMES``.
-      statement: the figures and what follows from them.
-      evidence: figures, ready for JSON.
-      meaning: 'raised', 'means' and 'do': sentences on the check.
-    """
-
-    name: str
-    title: str
-    doubts: str
-    outcome: str
-    statement: str
-    evidence: dict[str, Any]
-    meaning: dict[str, str]
+from robal_jax.evaluation.outcomes import (
+    Verdict,
+    decide,
+    evidence_of,
+    floats,
+    json_float,
+    make_verdict,
+    percent,
+    points,
+)
+from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED
 
 
 class _Lowered(NamedTuple):
@@ -211,43 +193,6 @@ def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
     }
 
 
-def _verdict(
-    name: str,
-    outcome: str,
-    figures: str,
-    conclusions: Mapping[str, str],
-    evidence: dict[str, Any],
-    shown: float = 0,
-) -> Verdict:
-    """Makes a verdict, whose statement is the figures and the conclusion of its outcome."""
-    title, doubts, *meaning = EXPLANATIONS[name]
-    few = f"too few images are right when clean to tell; the smallest gap they can show is {_points(shown)}."
-    conclusion = {TOO_FEW: few, **conclusions}[outcome]
-    meanings = dict(zip(("raised", "means", "do"), meaning, strict=True))
-    return Verdict(name, title, doubts, outcome, f"{figures}: {conclusion}", evidence, meanings)
-
-
-def _outcome(*, red: bool = False, note: bool = False, shown: float = 0.0) -> str:
-    """Returns an outcome; ``shown`` is the smallest gap that the sample can show."""
-    if red:
-        return FLAGGED
-    if shown > SHOWN:
-        return TOO_FEW
-    return NOTE if note else PASSED
-
-
-def _percent(right: np.ndarray) -> str:
-    return f"{100 * np.mean(right):.1f} %" if len(right) else "not known"
-
-
-def _points(gap: float) -> str:
-    return f"{100 * gap:.1f} points"
-
-
-def _evidence_of(gap: Gap, **more: Any) -> dict[str, Any]:
-    return {"gap": gap.value, **gap._asdict(), **more}
-
-
 def _logit_scale(attacked: _Attacked) -> Verdict:
     own, others = (
         attacked.scales[1.0],
@@ -261,26 +206,22 @@ def _logit_scale(attacked: _Attacked) -> Verdict:
     note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < LEVEL
     shown = smallest_share(gap.images)
     named = {"own": own, **others}
-    means = {name: _finite(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
+    means = {name: json_float(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
     figures = (
         f"PGD-20 lowers the margin by {means['own']:.3g} at the model's own logit scale, which leaves "
-        f"an accuracy of {_percent(own.right)}, and by {means[best]:.3g} {best}, which leaves "
-        f"{_percent(others[best].right)}"
+        f"an accuracy of {percent(own.right)}, and by {means[best]:.3g} {best}, which leaves "
+        f"{percent(others[best].right)}"
     )
     conclusions = {
         PASSED: "no clear difference." if gap.value > 0 else "another scale does not help the attack.",
-        NOTE: f"PGD-20 is optimistic by {_points(gap.value)}.",
-        FLAGGED: f"{_points(gap.value)} of accuracy come from the logit scale alone.",
+        NOTE: f"PGD-20 is optimistic by {points(gap.value)}.",
+        FLAGGED: f"{points(gap.value)} of accuracy come from the logit scale alone.",
     }
     accuracy = {s: np.mean(at.right) for s, at in attacked.scales.items()} if gap.images else {}
-    evidence = _evidence_of(gap, lowered=means, accuracy=_floats(accuracy))
-    return _verdict(
-        "logit_scale", _outcome(red=red, note=note, shown=shown), figures, conclusions, evidence, shown
+    evidence = evidence_of(gap, lowered=means, accuracy=floats(accuracy))
+    return make_verdict(
+        "logit_scale", decide(red=red, note=note, shown=shown), figures, conclusions, evidence, shown
     )
-
-
-def _floats(values: Mapping[Any, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in values.items()}
 
 
 def _more_steps(attacked: _Attacked) -> Verdict:
@@ -289,19 +230,20 @@ def _more_steps(attacked: _Attacked) -> Verdict:
     single, gap = gap_between(steps[1], attacked.main), gap_between(more, attacked.main)
     red = single.value > MARGIN and gap_p_value(single, MARGIN) < LEVEL
     shown = smallest_gap(single.images, MARGIN)
-    outcome = _outcome(red=red, note=gap.value > GAP, shown=shown)
+    outcome = decide(red=red, note=gap.value > GAP, shown=shown)
     figures = (
-        f"The accuracy under PGD is {_percent(steps[1])} after one step, {_percent(attacked.main)} after "
-        f"{MAIN_STEPS} steps and {_percent(more)} after up to {last}"
+        f"The accuracy under PGD is {percent(steps[1])} after one step, "
+        f"{percent(attacked.main)} after {MAIN_STEPS} steps and {percent(more)} "
+        f"after up to {last}"
     )
     conclusions = {
         PASSED: f"{MAIN_STEPS} steps are enough.",
-        NOTE: f"PGD-{MAIN_STEPS} is optimistic by {_points(gap.value)}.",
+        NOTE: f"PGD-{MAIN_STEPS} is optimistic by {points(gap.value)}.",
         FLAGGED: f"one step is stronger than {MAIN_STEPS}, so the gradients mislead the attack.",
     }
     accuracy = {count: right.mean() for count, right in steps.items()} if gap.images else {}
-    evidence = _evidence_of(gap, single_step_gap=single.value, accuracy=_floats(accuracy))
-    return _verdict("steps", outcome, figures, conclusions, evidence, shown)
+    evidence = evidence_of(gap, single_step_gap=single.value, accuracy=floats(accuracy))
+    return make_verdict("steps", outcome, figures, conclusions, evidence, shown)
 
 
 def _more_restarts(attacked: _Attacked) -> Verdict:
@@ -309,76 +251,79 @@ def _more_restarts(attacked: _Attacked) -> Verdict:
     last = max(restarts)
     gap = gap_between(restarts[last], attacked.main)
     shown = smallest_share(gap.images)
-    outcome = _outcome(note=gap.value > GAP, shown=shown)
+    outcome = decide(note=gap.value > GAP, shown=shown)
     figures = (
-        f"The accuracy under PGD-20 is {_percent(attacked.main)} with one start and "
-        f"{_percent(restarts[last])} with {last} starts"
+        f"The accuracy under PGD-20 is {percent(attacked.main)} with one start and "
+        f"{percent(restarts[last])} with {last} starts"
     )
     conclusions = {
         PASSED: "one start is enough.",
-        NOTE: f"PGD-20 with one start is optimistic by {_points(gap.value)}.",
+        NOTE: f"PGD-20 with one start is optimistic by {points(gap.value)}.",
     }
     accuracy = {count: right.mean() for count, right in restarts.items()} if gap.images else {}
-    evidence = _evidence_of(gap, accuracy=_floats(accuracy))
-    return _verdict("restarts", outcome, figures, conclusions, evidence, shown)
+    evidence = evidence_of(gap, accuracy=floats(accuracy))
+    return make_verdict("restarts", outcome, figures, conclusions, evidence, shown)
 
 
 def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
     count, images = int(np.sum((size == 0) & finite)), len(size)
     shown = smallest_share(images, VANISHING)
-    outcome = _outcome(red=share_p_value(count, images, VANISHING) < LEVEL, note=count > 0, shown=shown)
+    outcome = decide(red=share_p_value(count, images, VANISHING) < LEVEL, note=count > 0, shown=shown)
     figures = f"The gradient of the cross-entropy is exactly zero for {count} of {images} clean images"
     conclusions = {
         PASSED: "PGD can leave every start.",
         NOTE: "PGD stays at some starts.",
         FLAGGED: "PGD stays where it starts.",
     }
-    zero = _verdict("zero_gradients", outcome, figures, conclusions, {"zero": count, "images": images}, shown)
+    zero = make_verdict(
+        "zero_gradients", outcome, figures, conclusions, {"zero": count, "images": images}, shown
+    )
     broken = int(np.sum(~finite))
     shown = smallest_share(images)
-    outcome = _outcome(red=broken > 0, shown=shown)
+    outcome = decide(red=broken > 0, shown=shown)
     figures = f"The gradient of the cross-entropy has NaN or infinite entries for {broken} of {images} images"
     conclusions = {PASSED: "it is finite.", FLAGGED: "attacks that follow it show nothing."}
     evidence = {"not_finite": broken, "images": images}
-    return [zero, _verdict("nan_gradients", outcome, figures, conclusions, evidence, shown)]
+    return [zero, make_verdict("nan_gradients", outcome, figures, conclusions, evidence, shown)]
 
 
 def _without_bound(attacked: _Attacked) -> Verdict:
     left, images = int(attacked.unbounded.sum()), len(attacked.unbounded)
     shown = smallest_share(images, NEARLY_ZERO)
     red = share_p_value(left, images, NEARLY_ZERO) < LEVEL
-    outcome = _outcome(red=red, note=left > NEARLY_ZERO * images, shown=shown)
-    figures = f"The accuracy under PGD without a bound is {_percent(attacked.unbounded)}"
+    outcome = decide(red=red, note=left > NEARLY_ZERO * images, shown=shown)
+    figures = f"The accuracy under PGD without a bound is {percent(attacked.unbounded)}"
     conclusions = {
         PASSED: "nearly 0 %, as it should be.",
         NOTE: "a little more than the 0 % of an attack that works.",
         FLAGGED: "an attack that works brings it to 0 %.",
     }
     accuracy = {f"{radius:.4g}": right.mean() for radius, right in attacked.radii.items()} if images else {}
-    evidence = {"left": left, "images": images, "accuracy_by_radius": _floats(accuracy)}
-    return _verdict("unbounded", outcome, figures, conclusions, evidence, shown)
+    evidence = {"left": left, "images": images, "accuracy_by_radius": floats(accuracy)}
+    return make_verdict("unbounded", outcome, figures, conclusions, evidence, shown)
 
 
 def _weaker(name: str, figures: str, right: np.ndarray, attacked: _Attacked, red: str, noted: str) -> Verdict:
     """Judges an attack that should be weaker than those with the model's own gradient."""
     gap, alone = gap_between(right, attacked.white_box), gap_between(right, attacked.main)
     shown = smallest_gap(gap.images, MARGIN)
-    outcome = _outcome(
+    outcome = decide(
         red=gap.value > MARGIN and gap_p_value(gap, MARGIN) < LEVEL,
         note=alone.value > GAP and gap_p_value(alone, 0.0) < LEVEL,
         shown=shown,
     )
     figures = (
-        f"The accuracy is {_percent(right)} {figures}, {_percent(attacked.main)} under PGD-20 and "
-        f"{_percent(attacked.white_box)} under all gradient attacks of the audit together"
+        f"The accuracy is {percent(right)} {figures}, {percent(attacked.main)} "
+        f"under PGD-20 and {percent(attacked.white_box)} under all gradient attacks of the "
+        "audit together"
     )
     conclusions = {
         PASSED: "no clear difference." if gap.value > 0 else "gradients help, as they should.",
-        NOTE: f"PGD-20 is optimistic by {_points(alone.value)}; {noted}.",
+        NOTE: f"PGD-20 is optimistic by {points(alone.value)}; {noted}.",
         FLAGGED: f"{red}.",
     }
-    evidence = _evidence_of(gap, gap_to_pgd=alone.value)
-    return _verdict(name, outcome, figures, conclusions, evidence, shown)
+    evidence = evidence_of(gap, gap_to_pgd=alone.value)
+    return make_verdict(name, outcome, figures, conclusions, evidence, shown)
 
 
 def _gradient_free(attacked: _Attacked) -> Verdict:
@@ -395,10 +340,10 @@ def _gradient_free(attacked: _Attacked) -> Verdict:
 def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) -> Verdict:
     if by_square is None:
         figures = "Square did not run after gradient attacks"
-        return _verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
+        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
     broken, images = int(np.sum(survived & by_square)), len(survived)
     shown = smallest_share(images, ALPHA_SQUARE)
-    outcome = _outcome(red=share_p_value(broken, images, ALPHA_SQUARE) < LEVEL, shown=shown)
+    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < LEVEL, shown=shown)
     figures = (
         f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
         "survive every gradient attack"
@@ -408,13 +353,13 @@ def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) 
         FLAGGED: "the gradient attacks miss something.",
     }
     evidence = {"broken": broken, "survived": int(survived.sum()), "images": images}
-    return _verdict("square", outcome, figures, conclusions, evidence, shown)
+    return make_verdict("square", outcome, figures, conclusions, evidence, shown)
 
 
 def _transfer(attacked: _Attacked) -> Verdict:
     if attacked.transfer is None:
         conclusion = "name another model of the same data with --surrogate."
-        return _verdict("transfer", NOT_RUN, "No surrogate was given", {NOT_RUN: conclusion}, {})
+        return make_verdict("transfer", NOT_RUN, "No surrogate was given", {NOT_RUN: conclusion}, {})
     return _weaker(
         "transfer",
         "on images made on the surrogate",
@@ -425,22 +370,17 @@ def _transfer(attacked: _Attacked) -> Verdict:
     )
 
 
-def _finite(value: Any) -> float:
-    """Returns a number that JSON can hold."""
-    return float(value) if np.isfinite(value) else LARGEST
-
-
 def _randomised(passes: list[np.ndarray], labels: np.ndarray) -> Verdict:
     unit = np.stack([z / (np.linalg.norm(z, axis=-1, keepdims=True) + 1e-10) for z in passes])
-    apart = _finite(np.linalg.norm(unit[:, None] - unit[None], axis=-1).max())
+    apart = json_float(np.linalg.norm(unit[:, None] - unit[None], axis=-1).max())
     hits = [int(np.sum(z.argmax(-1) == labels)) for z in passes]
-    outcome = _outcome(red=apart > ALPHA_RANDOM or len(set(hits)) > 1)
+    outcome = decide(red=apart > ALPHA_RANDOM or len(set(hits)) > 1)
     figures = f"The logits of {len(passes)} passes over the same images differ by {apart:.1e} of their norm"
     conclusions = {
         PASSED: "the model is not random.",
         FLAGGED: "the model is random; attack it with the ensemble 'rand'.",
     }
-    return _verdict("randomised", outcome, figures, conclusions, {"difference": apart, "right": hits})
+    return make_verdict("randomised", outcome, figures, conclusions, {"difference": apart, "right": hits})
 
 
 def _probabilities(logits: np.ndarray) -> Verdict:
@@ -451,15 +391,15 @@ def _probabilities(logits: np.ndarray) -> Verdict:
         PASSED: "they are logits.",
         FLAGGED: "they sum to 1, so they are probabilities, and the attacks expect logits.",
     }
-    evidence = {"low": _finite(low), "high": _finite(high)}
-    return _verdict("probabilities", _outcome(red=red), figures, conclusions, evidence)
+    evidence = {"low": json_float(low), "high": json_float(high)}
+    return make_verdict("probabilities", decide(red=red), figures, conclusions, evidence)
 
 
 def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
     largest = max(float(np.abs(passes[0]).max()), 1e-30)
 
     def apart(other: np.ndarray) -> float:
-        return _finite(np.abs(passes[0] - other).max() / largest)
+        return json_float(np.abs(passes[0] - other).max() / largest)
 
     calls, company = int(measured["inference"]["calls"][0]), apart(measured["backwards"]["logits"])
     by_itself = max(map(apart, passes[1:]))  # of a random model, whatever the batch
@@ -473,7 +413,7 @@ def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
         FLAGGED: "the model adapts at test time, and this evaluation does not account for that.",
     }
     evidence = {"calls": calls, "difference": company}
-    return _verdict("inference", _outcome(red=calls > 0 or changes), figures, conclusions, evidence)
+    return make_verdict("inference", decide(red=calls > 0 or changes), figures, conclusions, evidence)
 
 
 def stored_images(
@@ -489,10 +429,10 @@ def stored_images(
     """
     differ = int(np.sum(reported != computed))
     figures = (
-        f"With the stored adversarial images, read again, the accuracy is {_percent(~computed)}; reported is "
-        f"{_percent(~reported)}. Largest perturbation: {distance.max():.7f} of {epsilon:.7f}. Images that "
-        "differ"
+        "With the stored adversarial images, read again, the accuracy is "
+        f"{percent(~computed)}; reported is {percent(~reported)}. Largest "
+        f"perturbation: {distance.max():.7f} of {epsilon:.7f}. Images that differ"
     )
     conclusions = {PASSED: f"{differ}.", FLAGGED: f"{differ}."}
     evidence = {"accuracy": float(np.mean(~computed)), "differ": differ, "distance": float(distance.max())}
-    return _verdict("stored_images", _outcome(red=differ > 0), figures, conclusions, evidence)
+    return make_verdict("stored_images", decide(red=differ > 0), figures, conclusions, evidence)
