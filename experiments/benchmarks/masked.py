@@ -34,7 +34,7 @@ def rounded(model: LogitsFn) -> LogitsFn:
 def thermometer(model: LogitsFn, levels: int = 16) -> LogitsFn:
     """Writes a pixel as a row of ones and zeros, whose weights in the first layer are equal."""
     steps = (jnp.arange(levels) + 0.5) / levels
-    return lambda x: model((x[..., None] > steps).mean(-1, dtype=x.dtype))
+    return lambda x: model(jax.vmap(lambda step: x > step)(steps).mean(0, dtype=x.dtype))
 
 
 def noisy(model: LogitsFn, size: float = 0.1) -> LogitsFn:
@@ -52,7 +52,7 @@ def resized(model: LogitsFn) -> LogitsFn:
     return moved
 
 
-def cropped(model: LogitsFn, crops: int = 16) -> LogitsFn:
+def cropped(model: LogitsFn, crops: int = 8) -> LogitsFn:
     """Averages the logits of many random crops, new in every pass."""
 
     def mean(x: chex.Array) -> chex.Array:
