@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from robal_jax import attacks, metrics
 from robal_jax.attacks import NORMS, ThreatModel
-from robal_jax.evaluation import evidence, measurements, verdicts
+from robal_jax.evaluation import evidence, loop, measurements, verdicts
 from robal_jax.evaluation.explanations import EXPLANATIONS
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting import figures
@@ -757,3 +758,22 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
 )
 def test_radii_go_up_to_where_there_is_no_bound(threat, expected):
     assert measurements.radius_factors(threat, 16) == pytest.approx(expected)
+
+
+def test_an_audit_that_an_older_version_began_is_completed(monkeypatch):
+    """What it measured under the same name is kept, what it did not measure is measured."""
+    older = {"forward_0/logits": 1, "forward_0/gradient": 2, "steps/right": 3, "scale_1/right": 4}
+    names, asked = ("forward_0", "gradients", "steps", "rescaled_1", "radius_2"), []
+
+    def plans(*_, **__):
+        return {name: lambda name=name: asked.append(name) or {"right": 5} for name in names}
+
+    saved = []
+    kept = types.SimpleNamespace(arrays=older, due=False, save=saved.append)
+    job = types.SimpleNamespace(audit_examples=7, seed=0, threat=THREAT, step_size=STEP_SIZE)
+    monkeypatch.setattr(loop, "plan_measurements", plans)
+    sample = loop.audited(victim(), job, None, kept, False)
+    assert asked == ["gradients", "rescaled_1", "radius_2"]
+    assert set(names) <= set(sample.measured)
+    assert sample.measured["steps"] == {"right": 3}
+    assert saved[-1]["gradients/right"] == 5
