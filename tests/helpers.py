@@ -6,7 +6,15 @@ import shutil
 import numpy as np
 
 from robal_jax import metrics
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Gallery, Results
+from robal_jax.reporting.results import (
+    EVERYTHING,
+    FIXED_STEPS,
+    FLAGGED,
+    NOT_RUN,
+    PASSED,
+    Gallery,
+    Results,
+)
 
 # ---------------------------------------------------------------- evaluations that never took place
 
@@ -55,9 +63,9 @@ def curve(x, **series):
     }
 
 
-def verdict(name, flagged, statement="All as it should be.", doubts=EVERYTHING, **evidence):
+def verdict(name, outcome, statement="All as it should be.", doubts=EVERYTHING, **evidence):
     return {
-        "name": name, "title": name, "doubts": doubts, "flagged": flagged, "statement": statement,
+        "name": name, "title": name, "doubts": doubts, "outcome": outcome, "statement": statement,
         "evidence": evidence,
     }  # fmt: skip
 
@@ -67,14 +75,14 @@ AUDIT = {
     "verdicts": [
         verdict(
             "logit_scale",
-            True,
+            FLAGGED,
             "PGD at 3 leaves 20 %, <at> 1 40 %.",
             FIXED_STEPS,
             accuracy={"1": 0.4, "3": 0.2},
             images=50,
         ),
-        verdict("Steps", False),
-        verdict("Transfer", None, "There was no second model."),
+        verdict("Steps", PASSED),
+        verdict("Transfer", NOT_RUN, "There was no second model."),
     ],
     "curves": {
         "scale": curve([0.1, 0.9, 1, 1.1, 10], PGD=[0.5, 0.4, 0.4, 0.3, 0.3], CW=[0.3] * 5),

@@ -1,7 +1,9 @@
 """Each fault is flagged by its own check, and an honest model by none (robal_jax.evaluation.verdicts)."""
 
 import json
+import re
 import sys
+import types
 from functools import partial
 
 import jax
@@ -9,16 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax import metrics
+from robal_jax import attacks, metrics
 from robal_jax.attacks import NORMS, ThreatModel
-from robal_jax.evaluation import measurements, verdicts
+from robal_jax.evaluation import evidence, loop, measurements, verdicts
+from robal_jax.evaluation.explanations import EXPLANATIONS
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.curves import curves_figure
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Results
+from robal_jax.reporting.results import (
+    EVERYTHING,
+    FIXED_STEPS,
+    FLAGGED,
+    NOT_RUN,
+    NOTE,
+    OUTCOMES,
+    PASSED,
+    TOO_FEW,
+    Results,
+)
 
 # ---------------------------------------------------------------- judging what was measured by hand
 
-N, CLASSES = 600, 5
+N, CLASSES, EPSILON = 600, 5, 0.1
 LABELS = np.arange(N) % CLASSES
 
 
@@ -27,69 +40,103 @@ def first(count):
     return np.arange(N) < count
 
 
+def right_logits():
+    """Logits ``[N, CLASSES]`` of a model that is right on 480 images."""
+    logits = np.random.RandomState(0).uniform(-1, 1, (N, CLASSES)).astype(np.float32)
+    called = np.where(first(480), LABELS, (LABELS + 1) % CLASSES)
+    logits[np.arange(N), called] = 3
+    return logits
+
+
+def attacked(right, part=1.0):
+    """Which images are right under PGD, and their margins, lowered by this part of about one."""
+    rng = np.random.RandomState(1)
+    before = np.asarray(attacks.margin(right_logits(), LABELS))
+    return {"right": right[:, None], "margin": (before - part * rng.uniform(0.8, 1.2, N))[:, None]}
+
+
 def healthy():
     """What an honest model would give: 480 images right when clean, 300 under PGD-20."""
     rng = np.random.RandomState(0)
-    logits = rng.uniform(-1, 1, (N, CLASSES)).astype(np.float32)
-    called = np.where(first(480), LABELS, (LABELS + 1) % CLASSES)
-    logits[np.arange(N), called] = 3
-    looks = {f"forward_{number}": {"logits": logits.copy()} for number in range(measurements.FORWARDS)}
-    looks["forward_0"]["gradient"] = rng.uniform(0.01, 1, N)
+    looks = {f"forward_{number}": {"logits": right_logits()} for number in range(measurements.FORWARDS)}
     left = {1: 360, 2: 340, 5: 320, 10: 303}
-    main = np.stack([first(300)] * len(measurements.STEPS), 1)
     right = {
         "steps": np.stack([first(left.get(count, 300 - count // 500)) for count in measurements.STEPS], 1),
-        "unbounded": first(6),  # 1 %
+        "unbounded": first(4),
         # Less than clean; and a random search repairs some of what was wrong.
         "gradient_free": first(400) | ~first(590),
         "transfer": first(420),
     }
-    for number, scale in enumerate(measurements.SCALES):
-        right[f"scale_{scale:g}"] = main & first(295 if scale == 3 else 300 + number)[:, None]
-    for number in range(1, measurements.RESTARTS):  # one image more in each of the first four
-        right[f"restart_{number}"] = main & (np.arange(N) != number % 5)[:, None]
+    for number in range(1, measurements.RESTARTS):  # one image more in the first three, and in one later
+        right[f"restart_{number}"] = (first(300) & (np.arange(N) != number % 4))[:, None]
+    scales = {
+        f"rescaled_{scale:g}": attacked(
+            first({1: 300, 3: 297}.get(scale, 300 + number)), 1.0 if scale == 1 else 0.9
+        )
+        for number, scale in enumerate(measurements.SCALES)
+    }
+    radii = {0.25: 400, 0.5: 350, 2.0: 100, 4.0: 0, 8.0: 0}
     return {
         **looks,
-        "backwards": {"logits": logits.copy()},
+        **scales,
+        "gradients": {"size": rng.uniform(0.01, 1, N), "finite": np.ones(N, bool)},
+        "margin": {name: values[:, 0] for name, values in attacked(first(301)).items()},
+        "backwards": {"logits": right_logits()},
         "inference": {"calls": np.zeros(N, int)},
         **{name: {"right": values} for name, values in right.items()},
+        **{
+            f"radius_{factor:g}": {"right": first(count)[:, None], "radius": np.full(N, factor * EPSILON)}
+            for factor, count in radii.items()
+        },
     }
 
 
 def judged(measured, survived=None, by_square=None):
     """The verdicts by name, and the curves."""
-    survived = first(280) if survived is None else survived
-    # Square breaks one image that no other attack breaks, and many that were broken.
-    by_square = ~first(280) | first(1) if by_square is None else by_square
-    found, curves = verdicts.give_verdicts(measured, LABELS, survived, by_square)
+    # Of 480 images: Square breaks one that no other attack breaks, and many that were broken.
+    survived = first(280)[:480] if survived is None else survived
+    by_square = (~first(280) | first(1))[:480] if by_square is None else by_square
+    found, curves = verdicts.give_verdicts(measured, LABELS, survived, by_square, EPSILON)
     assert json.loads(json.dumps([v._asdict() for v in found], allow_nan=False))
     assert json.loads(json.dumps(curves, allow_nan=False))
-    assert all(v.flagged in (True, False, None) and v.title and v.statement.endswith(".") for v in found)
+    assert all(v.outcome in OUTCOMES and v.title and v.statement.endswith(".") for v in found)
     by_name = {verdict.name: verdict for verdict in found}
-    assert len(by_name) == len(found)
+    assert tuple(by_name) == NAMES
     return by_name, curves
 
 
+def having(found, outcome):
+    return [name for name, verdict in found.items() if verdict.outcome == outcome]
+
+
 def flagged(found):
-    return [name for name, verdict in found.items() if verdict.flagged]
+    return having(found, FLAGGED)
 
 
 NAMES = (
-    "logit_scale", "steps", "restarts", "zero_gradients", "unbounded", "gradient_free", "square", "transfer",
-    "randomised", "probabilities", "inference",
+    "logit_scale", "steps", "restarts", "zero_gradients", "nan_gradients", "unbounded", "gradient_free",
+    "square", "transfer", "randomised", "probabilities", "inference",
 )  # fmt: skip
 
 
-def test_an_honest_model_is_not_flagged():
+def test_an_honest_model_passes_every_check():
     found, _ = judged(healthy())
-    assert tuple(found) == NAMES
-    assert flagged(found) == []
-    assert all(verdict.flagged is False for verdict in found.values())
+    assert having(found, PASSED) == list(NAMES)
+
+
+def test_every_check_is_explained_and_counted():
+    assert tuple(EXPLANATIONS) == (*NAMES, "stored_images")
+    assert len(EXPLANATIONS) == evidence.CHECKS
+    assert pytest.approx(evidence.FAMILY_LEVEL) == evidence.LEVEL * evidence.CHECKS
+    for name, verdict in judged(healthy())[0].items():
+        title, doubts, *meaning = EXPLANATIONS[name]
+        assert (verdict.title, verdict.doubts, list(verdict.meaning.values())) == (title, doubts, meaning)
+        assert all(sentence.endswith(".") or sentence.endswith(").") for sentence in meaning)
 
 
 def test_checks_that_cast_doubt_on_everything():
     found, _ = judged(healthy())
-    everything = {"square", "randomised", "probabilities", "inference"}
+    everything = {"nan_gradients", "square", "randomised", "probabilities", "inference"}
     for name, verdict in found.items():
         assert verdict.doubts == (EVERYTHING if name in everything else FIXED_STEPS)
 
@@ -113,8 +160,17 @@ def column(number, right):
     return change
 
 
+def at_scale(scale, part, count):
+    """At another scale PGD lowers the margin by this part, and leaves so many images."""
+
+    def fault(measured):
+        measured[f"rescaled_{scale:g}"] = attacked(first(count), part)
+
+    return fault
+
+
 def one_by_one(measured):
-    """Each restart breaks two other images, which alone would not count."""
+    """Each restart breaks two other images."""
     for number in range(1, measurements.RESTARTS):
         measured[f"restart_{number}"]["right"][20 * number : 20 * number + 2] = False
 
@@ -133,61 +189,167 @@ def as_probabilities(measured):
             arrays["logits"] = np.asarray(jax.nn.softmax(arrays["logits"]))
 
 
-def one_is_zero(gradient):
-    gradient[5] = 0
-    return gradient
+def zeros(count):
+    return lambda gradient: np.where(first(count), 0, gradient)
 
 
 last_step = len(measurements.STEPS) - 1
 FAULTS = {
-    "zero gradient of one image": ("zero_gradients", replaced("forward_0", "gradient", one_is_zero)),
-    "large scale": ("logit_scale", replaced("scale_0.01", "right", lambda r: r & first(270)[:, None])),
-    "small scale": ("logit_scale", replaced("scale_100", "right", lambda r: r & first(270)[:, None])),
-    "more steps": ("steps", replaced("steps", "right", column(last_step, first(280)))),
-    "one step": ("steps", replaced("steps", "right", column(0, first(280)))),
-    "more restarts": ("restarts", one_by_one),
-    "unbounded": ("unbounded", replaced("unbounded", "right", lambda _: first(7))),
+    "zero gradients": (FLAGGED, "zero_gradients", replaced("gradients", "size", zeros(20))),
+    "zero gradient of one image": (NOTE, "zero_gradients", replaced("gradients", "size", zeros(1))),
+    "NaN in one gradient": (FLAGGED, "nan_gradients", replaced("gradients", "finite", lambda _: ~first(1))),
+    "large scale": (FLAGGED, "logit_scale", at_scale(0.01, 1.1, 290)),
+    "small scale": (FLAGGED, "logit_scale", at_scale(100, 1.3, 290)),
+    "small effect of the scale": (NOTE, "logit_scale", at_scale(10, 1.03, 280)),
+    "more steps": (NOTE, "steps", replaced("steps", "right", column(last_step, first(280)))),
+    "one step": (FLAGGED, "steps", replaced("steps", "right", column(0, first(270)))),
+    "more restarts": (NOTE, "restarts", one_by_one),
+    "unbounded": (FLAGGED, "unbounded", replaced("unbounded", "right", lambda _: first(15))),
+    "a little unbounded": (NOTE, "unbounded", replaced("unbounded", "right", lambda _: first(6))),
     # As many are right under both, but of these Square has only repaired some.
     "square beats PGD": (
+        FLAGGED,
         "gradient_free",
-        replaced("gradient_free", "right", lambda _: first(280) | ~first(580)),
+        replaced("gradient_free", "right", lambda _: first(260) | ~first(560)),
     ),
-    "transfer": ("transfer", replaced("transfer", "right", lambda _: first(280))),
-    "random": ("randomised", replaced("forward_3", "logits", lambda z: z + np.float32(1e-3))),
-    "random in the last place": ("randomised", almost_level),
-    "probabilities": ("probabilities", as_probabilities),
-    "derivatives": ("inference", replaced("inference", "calls", lambda calls: calls + 1)),
-    "batch": ("inference", replaced("backwards", "logits", lambda z: z + np.float32(1e-3))),
+    "transfer": (FLAGGED, "transfer", replaced("transfer", "right", lambda _: first(260))),
+    "random": (FLAGGED, "randomised", replaced("forward_3", "logits", lambda z: z + np.float32(1e-3))),
+    "random in the last place": (FLAGGED, "randomised", almost_level),
+    "probabilities": (FLAGGED, "probabilities", as_probabilities),
+    "derivatives": (FLAGGED, "inference", replaced("inference", "calls", lambda calls: calls + 1)),
+    "batch": (FLAGGED, "inference", replaced("backwards", "logits", lambda z: z + np.float32(1e-3))),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_flagged_by_its_own_check_alone(fault):
-    name, commit = FAULTS[fault]
+def test_a_fault_is_seen_by_its_own_check_alone(fault):
+    outcome, name, commit = FAULTS[fault]
     measured = healthy()
     commit(measured)
+    if fault == "probabilities":  # of which the margins are others
+        for entry in measured:
+            if "margin" in measured[entry]:
+                measured[entry]["margin"] = measured[entry]["margin"] * 0
     found, _ = judged(measured)
-    assert flagged(found) == [name]
+    assert {key: found[key].outcome for key in NAMES if found[key].outcome != PASSED} == {name: outcome}
     assert found[name].statement != judged(healthy())[0][name].statement
 
 
 def test_statements_say_what_was_measured():
     found, _ = judged(healthy())
     said = {name: verdict.statement for name, verdict in found.items()}
-    assert "50.0 % at the model's own logit scale and lowest, 49.2 %, at 3 times that" in said["logit_scale"]
-    assert "60.0 % after one step, 50.0 % after 20 steps and 49.7 % after 1000: 20 steps are" in said["steps"]
-    assert "50.0 % with one start and 49.2 % with 10 starts: one start is enough." in said["restarts"]
-    assert "zero for 0 of 600" in said["zero_gradients"]
-    assert "without a bound is 1.0 %" in said["unbounded"]
-    assert "66.7 % under 1000 queries of Square" in said["gradient_free"]
-    assert "breaks 1 of the 280 images (of 600)" in said["square"]
-    assert "70.0 % on images made on the surrogate and 50.0 % under PGD-20" in said["transfer"]
+    assert (
+        "leaves an accuracy of 62.5 %, and by 1 on the margin, which knows no scale, which leaves 62.7 %"
+        in said["logit_scale"]
+    )
+    assert (
+        "75.0 % after one step, 62.5 % after 20 steps and 62.1 % after up to 1000: 20 steps are enough"
+        in (said["steps"])
+    )
+    assert "62.5 % with one start and 61.7 % with 10 starts: one start is enough." in said["restarts"]
+    assert "zero for 0 of 480" in said["zero_gradients"]
+    assert "without a bound is 0.8 %" in said["unbounded"]
+    assert "83.3 % under 1000 queries of Square" in said["gradient_free"]
+    assert "breaks 1 of the 280 images (of 480 that are right when clean)" in said["square"]
+    assert (
+        "87.5 % on images made on the surrogate, 62.5 % under PGD-20 and 61.0 % under all" in said["transfer"]
+    )
     measured = healthy()
-    FAULTS["one step"][1](measured)
-    assert "one step is stronger than many" in judged(measured)[0]["steps"].statement
+    FAULTS["one step"][2](measured)
+    assert "one step is stronger than 20" in judged(measured)[0]["steps"].statement
     measured = healthy()
-    FAULTS["more steps"][1](measured)
-    assert "20 steps are not enough" in judged(measured)[0]["steps"].statement
+    FAULTS["more steps"][2](measured)
+    assert "PGD-20 is optimistic by 4.2 points" in judged(measured)[0]["steps"].statement
+
+
+def test_images_that_are_wrong_when_clean_do_not_count():
+    """Whatever the attacks make of them."""
+    measured, other = healthy(), healthy()
+    rng = np.random.RandomState(3)
+    for name, arrays in other.items():
+        for field, values in arrays.items():
+            if field in ("right", "margin", "size", "finite"):
+                values[480:] = rng.uniform(0, 1, values[480:].shape) > 0.5 if values.dtype == bool else 0
+        assert name
+    assert judged(measured) == judged(other)
+
+
+@pytest.mark.parametrize("right", [0, 1, 12, 15])
+def test_too_few_images_prove_nothing(right):
+    measured = healthy()
+    wrong = right_logits()
+    wrong[right:480] = np.roll(wrong[right:480], 1, -1)
+    for arrays in measured.values():
+        if "logits" in arrays:
+            arrays["logits"] = wrong
+    measured["unbounded"]["right"] = first(0)
+    found, _ = judged(measured, np.ones(right, bool), np.zeros(right, bool))
+    outcomes = {name: verdict.outcome for name, verdict in found.items()}
+    of_outputs = {"randomised": PASSED, "probabilities": PASSED, "inference": PASSED}
+    assert outcomes == dict.fromkeys(NAMES, TOO_FEW) | of_outputs
+    assert "too few images are right when clean to tell; the smallest gap" in found["unbounded"].statement
+    if not right:
+        assert "100.0 points" in found["transfer"].statement
+
+
+def random_arrays(seed):
+    """Measurements of any kind: shares from none to all, margins up and down, some of it not finite."""
+    rng, measured = np.random.RandomState(seed), healthy()
+    images = rng.choice([1, 3, 20, 90, 600])
+
+    def drawn(field, like):
+        if like.dtype == bool:
+            return rng.uniform(0, 1, like.shape) < rng.choice([0, 0.01, 0.5, 0.52, 0.99, 1])
+        if field in ("margin", "size"):
+            return rng.normal(rng.choice([-1, 0, 1]), rng.choice([0, 0.1, 1]), like.shape)
+        if field == "logits":
+            logits = rng.normal(0, rng.choice([0, 1e-3, 1, 100]), like.shape).astype(np.float32)
+            damaged = rng.uniform(0, 1, like.shape) < rng.choice([0, 0, 0.01])
+            return np.where(damaged, np.float32(rng.choice([np.nan, np.inf])), logits)
+        return like
+
+    for name, arrays in measured.items():
+        for field, values in arrays.items():
+            arrays[field] = drawn(field, values[:images])
+        if rng.uniform() < 0.5 and name.startswith("forward"):
+            measured[name] = measured["forward_0"]
+    return measured, LABELS[:images]
+
+
+SENTENCES = {
+    "is optimistic by": NOTE, "help less than": FLAGGED, "hides its own": FLAGGED, "are enough": PASSED,
+    "is enough": PASSED, "as they should": PASSED, "come from the logit scale": FLAGGED,
+    "does not help": PASSED, "stronger than 20": FLAGGED, "stays at some": NOTE, "stays where": FLAGGED,
+    "too few images": TOO_FEW, "miss something": FLAGGED, "no clear difference": PASSED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_sentence_never_contradicts_the_figures(seed):
+    measured, labels = random_arrays(seed)
+    clean = measured["forward_0"]["logits"].argmax(-1) == labels
+    survived, by_square = (np.random.RandomState(seed).uniform(0, 1, (2, clean.sum())) < 0.5)[:2]
+    found, curves = verdicts.give_verdicts(measured, labels, survived, by_square, EPSILON)
+    json.dumps([[verdict._asdict() for verdict in found], curves], allow_nan=False)
+    for verdict in found:
+        for words, outcome in SENTENCES.items():
+            if words in verdict.statement:
+                assert verdict.outcome == outcome, verdict.statement
+        gap = verdict.evidence.get("gap")
+        if gap is None:
+            continue
+        if verdict.name in ("gradient_free", "transfer"):
+            under, main, together = map(float, re.findall(r"([\d.]+) %", verdict.statement)[:3] or (0, 0, 0))
+            assert together <= main
+            assert abs(100 * gap - (together - under)) < 0.11
+            assert verdict.outcome != FLAGGED or under < together
+            assert verdict.outcome != NOTE or under < main
+            assert "as they should" not in verdict.statement or under >= together
+        if verdict.outcome in (NOTE, FLAGGED) and "points" in verdict.statement:
+            said = float(re.search(r"(-?[\d.]+) points", verdict.statement)[1])
+            of = verdict.evidence["gap_to_pgd"] if verdict.name in ("gradient_free", "transfer") else gap
+            assert said == pytest.approx(100 * of, abs=0.051)
+            assert said > 0
 
 
 def test_curves_are_what_the_report_draws():
@@ -196,11 +358,13 @@ def test_curves_are_what_the_report_draws():
         "scale": list(measurements.SCALES),
         "steps": list(measurements.STEPS),
         "restarts": list(range(1, measurements.RESTARTS + 1)),
+        "epsilon": [0.0, 0.025, 0.05, 0.1, 0.2, 0.4],  # until none is left
     }
     counts = {
-        "scale": ("PGD-20", [300] * 5 + [295] + [300] * 3),
+        "scale": ("PGD-20", [300, 301, 302, 303, 300, 297, 306, 307, 308]),
         "steps": ("PGD", [360, 340, 320, 303, 300, 300, 300, 300, 299, 298]),
-        "restarts": ("PGD-20", [300, 299, 298, 297, 296, 295, 295, 295, 295, 295]),
+        "restarts": ("PGD-20", [300, 299, 298, 297, 296, 296, 296, 296, 296, 296]),
+        "epsilon": ("PGD-20", [480, 400, 350, 300, 100, 0]),
     }
     for name, (series, right) in counts.items():
         assert curves[name]["series"] == {series: [metrics.share(first(count)) for count in right]}
@@ -208,20 +372,27 @@ def test_curves_are_what_the_report_draws():
     assert len(curves_figure(results).axes) == 3
 
 
+def test_the_curve_by_radius_ends_without_a_bound_if_an_image_is_always_right():
+    measured = healthy()
+    for factor in (4, 8):
+        measured[f"radius_{factor}"]["right"][:1] = True
+    assert judged(measured)[1]["epsilon"]["x"] == [0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8]
+
+
 def test_no_surrogate_is_no_verdict():
     measured = healthy()
     del measured["transfer"]
     found, _ = judged(measured)
-    assert found["transfer"].flagged is None
+    assert found["transfer"].outcome == NOT_RUN
     assert "--surrogate" in found["transfer"].statement
     assert flagged(found) == []
 
 
 @pytest.mark.parametrize(
     ("images", "broken", "expected"),
-    [(100, 1, False), (100, 2, True), (600, 2, True), (2000, 4, False), (2000, 5, True)],
+    [(100, 2, False), (100, 3, True), (600, 5, False), (600, 6, True), (2000, 10, False), (2000, 11, True)],
 )
-def test_square_after_all_others_may_break_one_image_or_two_in_a_thousand(images, broken, expected):
+def test_square_after_all_others_may_break_two_in_a_thousand_and_what_chance_adds(images, broken, expected):
     survived = np.arange(images) < images // 2
     by_square = (np.arange(images) < broken) | ~survived
     found, _ = judged(healthy(), survived, by_square)
@@ -229,25 +400,48 @@ def test_square_after_all_others_may_break_one_image_or_two_in_a_thousand(images
     assert found["square"].evidence == {"broken": broken, "survived": images // 2, "images": images}
 
 
-@pytest.mark.parametrize(
-    ("n", "lost", "gained", "expected"),
-    [
-        (600, 20, 0, True),
-        (600, 0, 20, False),  # the other one is stronger
-        (600, 7, 0, True),
-        (600, 6, 0, False),  # a point
-        (2000, 15, 0, False),  # beyond doubt, and less than a point
-        (100, 3, 0, False),  # three points that may be chance
-        (600, 40, 25, False),
-        (600, 60, 25, True),
-    ],
-)
-def test_a_small_or_doubtful_gap_does_not_count(n, lost, gained, expected):
-    than = np.arange(n) >= gained
-    attack = (np.arange(n) < gained) | ((np.arange(n) >= gained + lost) & than)
-    stronger, gap = verdicts._stronger(attack, than)
-    assert stronger is expected
-    assert gap["value"] == pytest.approx((lost - gained) / n)
+def test_square_alone_is_not_run_after_gradients():
+    found, _ = verdicts.give_verdicts(healthy(), LABELS, first(480)[:480], None, EPSILON)
+    assert next(verdict for verdict in found if verdict.name == "square").outcome == NOT_RUN
+
+
+# ---------------------------------------------------------------- the tests behind the verdicts
+
+
+@pytest.mark.parametrize(("margin", "matched"), [(0.0, 0.05), (0.01, 0.0), (0.01, 0.02), (0.02, 0.1)])
+def test_a_gap_within_the_margin_is_rarely_called_one(margin, matched):
+    """The level holds, whatever the share of images that either attack alone breaks."""
+    shares, images, draws = (matched + margin, matched, 1 - 2 * matched - margin), 300, 20000
+    cells = np.random.default_rng(0).multinomial(images, shares, size=draws)
+    pairs, counts = np.unique(cells[:, :2], axis=0, return_counts=True)
+    called = [evidence.gap_p_value(evidence.Gap(*pair, images), margin) < evidence.LEVEL for pair in pairs]
+    assert counts[called].sum() / draws < 1.2 * evidence.LEVEL
+
+
+def test_a_gap_beyond_the_margin_is_called_one():
+    cells = np.random.default_rng(0).multinomial(300, (0.08, 0.01, 0.91), size=500)
+    called = [evidence.gap_p_value(evidence.Gap(*cell[:2], 300), 0.01) < evidence.LEVEL for cell in cells]
+    assert np.mean(called) > 0.8
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.01])
+def test_the_smallest_gap_is_the_smallest(margin):
+    for images in (40, 150):
+        lost = round(evidence.smallest_gap(images, margin) * images)
+        at, below = (evidence.gap_p_value(evidence.Gap(k, 0, images), margin) for k in (lost, lost - 1))
+        assert at < evidence.LEVEL <= below
+    share = evidence.smallest_share(150, margin or 0.002)
+    count = round(share * 150)
+    at, below = (evidence.share_p_value(k, 150, margin or 0.002) for k in (count, count - 1))
+    assert at < evidence.LEVEL <= below
+
+
+@pytest.mark.parametrize("images", [5, 30, 300])
+def test_a_mean_of_zero_is_rarely_called_more(images):
+    values = np.random.default_rng(0).normal(size=(5000, images))
+    assert np.mean([evidence.mean_p_value(row) < 0.05 for row in values]) == pytest.approx(0.05, abs=0.01)
+    assert evidence.mean_p_value(np.ones(9)) == 0
+    assert evidence.mean_p_value(np.zeros(9)) == evidence.mean_p_value(np.ones(1)) == 1
 
 
 @pytest.mark.parametrize("differ", [0, 1])
@@ -257,10 +451,11 @@ def test_stored_images(differ):
     computed[599] ^= differ
     distance = np.linspace(0, 0.1, N)
     found = verdicts.stored_images(reported, computed, distance, 0.1)
-    assert (found.name, found.flagged) == ("stored_images", bool(differ))
+    assert (found.name, found.outcome) == ("stored_images", FLAGGED if differ else PASSED)
     accuracy = (300 - differ) / N
     assert found.evidence == {"accuracy": pytest.approx(accuracy), "differ": differ, "distance": 0.1}
-    assert f"is {100 * accuracy:.1f} %; reported is 50.0 %. Images that differ: {differ}." in found.statement
+    assert f"is {100 * accuracy:.1f} %; reported is 50.0 %." in found.statement
+    assert found.statement.endswith(f"Images that differ: {differ}.")
     assert found.doubts == EVERYTHING
     json.dumps(found._asdict(), allow_nan=False)
 
@@ -384,7 +579,7 @@ def judged_model(measured):
     labels = labels[SAMPLE]
     survived = measured["steps"]["right"].all(1)
     by_square = ~measured["gradient_free"]["right"]
-    found, curves = verdicts.give_verdicts(measured, labels, survived, by_square)
+    found, curves = verdicts.give_verdicts(measured, labels, survived, by_square, THREAT.epsilon)
     json.dumps([[verdict._asdict() for verdict in found], curves], allow_nan=False)
     return {verdict.name: verdict for verdict in found}
 
@@ -410,34 +605,33 @@ def test_arrays_are_of_the_sample(measured):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     error = p - np.eye(KINDS)[labels[SAMPLE]]
     gradient = np.abs((error[:, :, None, None, None] * -10 * apart).sum(1)).sum((1, 2, 3))
-    np.testing.assert_allclose(honest["forward_0"]["gradient"], gradient, rtol=1e-4)
+    np.testing.assert_allclose(honest["gradients"]["size"], gradient, rtol=1e-4)
     assert honest["steps"]["right"].shape == (len(SAMPLE), len(measurements.STEPS))
     main = measurements.STEPS.index(measurements.MAIN_STEPS)
-    np.testing.assert_array_equal(honest["scale_1"]["right"][:, 0], honest["steps"]["right"][:, main])
+    np.testing.assert_array_equal(honest["rescaled_1"]["right"][:, 0], honest["steps"]["right"][:, main])
 
 
-def test_an_honest_model_passes_every_check(measured):
+def test_an_honest_model_is_not_flagged(measured):
     found = judged_model(measured["honest"])
     assert flagged(found) == []
-    assert all(verdict.flagged is False for verdict in found.values())
+    assert set(having(found, PASSED)) >= set(NAMES) - {"restarts"}
     clean = measured["honest"]["forward_0"]["logits"].argmax(1) == data()[1][SAMPLE]
-    robust = measured["honest"]["scale_1"]["right"][:, 0]
+    robust = measured["honest"]["rescaled_1"]["right"][:, 0]
     assert clean.mean() > 0.9
     assert 0.05 < robust.mean() < clean.mean() - 0.2  # so that the checks have something to compare
 
 
 def test_large_logits_are_no_robustness(measured):
     found = judged_model(measured["hidden"])
-    expected = {"logit_scale", "zero_gradients", "unbounded", "gradient_free", "transfer"}
-    assert expected <= set(flagged(found))
-    assert not {"randomised", "probabilities", "inference"} & set(flagged(found))
-    own, honest = (measured[name]["scale_1"]["right"].mean() for name in ("hidden", "honest"))
+    assert set(flagged(found)) == {"logit_scale", "zero_gradients", "unbounded", "square"}
+    assert {"gradient_free", "transfer"} <= set(having(found, NOTE))  # another scale explains what they found
+    own, honest = (measured[name]["rescaled_1"]["right"].mean() for name in ("hidden", "honest"))
     assert own > honest + 0.3
     # 1000 times a hundredth is 10 times, but for rounding.
-    same = measured["hidden"]["scale_0.01"]["right"] == measured["honest"]["scale_10"]["right"]
+    same = measured["hidden"]["rescaled_0.01"]["right"] == measured["honest"]["rescaled_10"]["right"]
     assert same.mean() > 0.97
     # The surrogate is the honest model, so what it is misled by misleads this one.
-    same = measured["hidden"]["transfer"]["right"] == measured["honest"]["scale_1"]["right"][:, 0]
+    same = measured["hidden"]["transfer"]["right"] == measured["honest"]["rescaled_1"]["right"][:, 0]
     assert same.mean() > 0.9
 
 
@@ -492,10 +686,11 @@ def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
         return jax.lax.stop_gradient(linear(x))
 
     @partial(jax.jit, static_argnames="logits_fn")
-    def probe(logits_fn, scale, restart):
+    def probe(logits_fn, scale, restart, factor=1.0):
         steps = np.array([1, 2, 40])
         settings = {"threat": ThreatModel(0.3), "step_size": 0.02, "steps": steps}
-        return measurements.probe(logits_fn, *few(64), scale=scale, restart=restart, **settings)["right"]
+        shared = {"scale": scale, "restart": restart, "factor": factor}
+        return measurements.probe(logits_fn, *few(64), **shared, **settings)["right"]
 
     found = probe(linear, 1.0, 0)
     assert found.shape == (64, 3)
@@ -505,6 +700,7 @@ def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
     np.testing.assert_array_equal(starts[0], starts[2])
     assert 0.1 < (starts[0] != starts[1]).mean() < 0.9
     np.testing.assert_array_equal(starts[0], starts[0][:, :1].repeat(3, 1))
+    assert probe(linear, 1.0, 0, 1e-3).mean() > 0.95  # in next to no radius
     # The attack sees the logits scaled, the judge sees them as they are.
     assert probe(linear, -1.0, 0)[:, 2].all()
 
@@ -528,3 +724,56 @@ def test_square_and_shown_and_crafted():
     search = jax.jit(partial(measurements.gradient_free, linear), static_argnames=("threat", "queries"))
     assert not search(keys, images, labels, threat=threat, queries=50)["right"].any()
     assert search(keys, images, labels, threat=ThreatModel(1e-5), queries=5)["right"].all()
+
+
+def test_gradients_are_looked_at_where_an_attack_meets_them():
+    """At the clean images, where PGD starts, and one step later."""
+    keys, _, labels = few(6)
+    images = jnp.full((6, *SHAPE), 0.5).at[0, 0, 0].set(0.0)
+    threat = ThreatModel(0.1)
+
+    def look(model):
+        found = measurements.gradients(model, keys, images, labels, threat=threat, step_size=0.05)
+        return np.asarray(found["size"]), np.asarray(found["finite"])
+
+    size, finite = look(linear)
+    assert (size > 0).all() and finite.all()
+    size, finite = look(lambda x: linear(jnp.round(x)))
+    assert (size == 0).all() and finite.all()
+    root = lambda x: linear(jnp.where(x > 0, jnp.sqrt(x) ** 2, 0.0))  # noqa: E731
+    size, finite = look(root)
+    assert finite.tolist() == [False] + [True] * 5
+    assert (size > 0).all()  # by the other pixels
+    nowhere_clean = lambda x: linear(jnp.where(x == 0.5, x, jnp.sqrt(x - 0.5)))  # noqa: E731
+    assert not look(nowhere_clean)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("threat", "expected"),
+    [
+        (ThreatModel(0.1), (0.25, 0.5, 2.0, 4.0, 8.0, 10.0)),
+        (ThreatModel(1.0), (0.25, 0.5)),
+        (ThreatModel(1.0, "l2"), (0.25, 0.5, 2.0, 4.0)),  # sixteen pixels
+    ],
+)
+def test_radii_go_up_to_where_there_is_no_bound(threat, expected):
+    assert measurements.radius_factors(threat, 16) == pytest.approx(expected)
+
+
+def test_an_audit_that_an_older_version_began_is_completed(monkeypatch):
+    """What it measured under the same name is kept, what it did not measure is measured."""
+    older = {"forward_0/logits": 1, "forward_0/gradient": 2, "steps/right": 3, "scale_1/right": 4}
+    names, asked = ("forward_0", "gradients", "steps", "rescaled_1", "radius_2"), []
+
+    def plans(*_, **__):
+        return {name: lambda name=name: asked.append(name) or {"right": 5} for name in names}
+
+    saved = []
+    kept = types.SimpleNamespace(arrays=older, due=False, save=saved.append)
+    job = types.SimpleNamespace(audit_examples=7, seed=0, threat=THREAT, step_size=STEP_SIZE)
+    monkeypatch.setattr(loop, "plan_measurements", plans)
+    sample = loop.audited(victim(), job, None, kept, False)
+    assert asked == ["gradients", "rescaled_1", "radius_2"]
+    assert set(names) <= set(sample.measured)
+    assert sample.measured["steps"] == {"right": 3}
+    assert saved[-1]["gradients/right"] == 5

@@ -14,7 +14,7 @@ from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import comparison
 from robal_jax.reporting.comparison_page import comparison_html
-from robal_jax.reporting.results import read_runs
+from robal_jax.reporting.results import NOT_RUN, PASSED, read_runs
 
 
 def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, audit=None, **meta):
@@ -146,9 +146,10 @@ def test_main_attack_that_only_one_run_has(tmp_path):
 
 
 def test_audits_of_runs(tmp_path):
-    older = [verdict("Scale", False), verdict("Steps", None)]
-    for entry in older:
-        del entry["doubts"]
+    older = [verdict("Scale", PASSED), verdict("Steps", NOT_RUN)]
+    for entry, before in zip(older, (False, None), strict=True):
+        del entry["doubts"], entry["outcome"]
+        entry["flagged"] = before
     audits = {"A": AUDIT, "B": {"verdicts": older}, "C": None}
     runs = [save_run(tmp_path / name, method=name, audit=audit) for name, audit in audits.items()]
     overview = comparison.compare(read_runs(runs))[0]

@@ -32,7 +32,7 @@ from robal_jax.storage.workdir import processor, restore_weights
 
 FIGURES = {f"{name}.png" for name in ("per_class", "attacks", "errors", "confusion", "norms", "training")}
 TEXTS = {"results.json", "examples.npz", "report.md", "report.html", "per_class.csv"}
-FILES = FIGURES | TEXTS | {"adversarial.npz", "gallery.png", "curves.png"}
+FILES = FIGURES | TEXTS | {"adversarial.npz", "gallery.png", "curves.png", "epsilon.png"}
 EPSILON, TEST_IMAGES = 0.04, 60
 # The training as in the tests of it, so that both share one compilation.
 SETTINGS = (
@@ -387,7 +387,7 @@ def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     assert np.sum(called != saved["pred_autoattack"]) <= 1
     stored = {verdict["name"]: verdict for verdict in results["audit"]["verdicts"]}["stored_images"]
     assert stored["evidence"]["accuracy"] == pytest.approx(right["autoattack"].mean())
-    assert stored["flagged"] is False
+    assert stored["outcome"] == "passed"
 
 
 @pytest.mark.slow
@@ -400,18 +400,35 @@ def test_a_model_that_saturates_is_flagged_and_its_autoattack_is_the_same(evalua
     ]
     assert accuracy[1]["pgd_20"] > accuracy[0]["pgd_20"] + 0.1
     assert accuracy[1]["robal_aa"] == pytest.approx(accuracy[0]["robal_aa"], abs=0.02)
-    flagged = {verdict["name"] for verdict in faked["audit"]["verdicts"] if verdict["flagged"]}
+    flagged = {v["name"] for v in faked["audit"]["verdicts"] if v["outcome"] == "flagged"}
     assert {"zero_gradients", "unbounded"} <= flagged  # for the others the sample is too small
-    flagged = {verdict["name"] for verdict in honest["audit"]["verdicts"] if verdict["flagged"]}
+    flagged = {v["name"] for v in honest["audit"]["verdicts"] if v["outcome"] == "flagged"}
     assert not flagged & {"zero_gradients", "unbounded", "gradient_free", "square", "stored_images"}
 
 
 @pytest.mark.slow
 def test_a_surrogate(copy):
-    folder, _ = run(copy, SHORT[0], "evaluation.audit.examples=20", f"evaluation.audit.surrogate={copy}")
+    other = shutil.copytree(copy, copy / "other", ignore=shutil.ignore_patterns("other"))
+    _, (weights, _, _) = state_of(other)
+    moved = {**weights, "params": jax.tree.map(lambda x: 0.9 * x, weights["params"])}
+    with checkpoints.Saver(other / "checkpoints", 10) as saver:
+        saver.save(99, moved)
+    folder, _ = run(copy, SHORT[0], "evaluation.audit.examples=20", f"evaluation.audit.surrogate={other}")
     verdicts = json.loads((folder / "results.json").read_text())["audit"]["verdicts"]
     transfer = {verdict["name"]: verdict for verdict in verdicts}["transfer"]
-    assert transfer["flagged"] is False
+    assert transfer["outcome"] == "too few images"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_surrogate_with_the_same_weights_is_refused(copy, scale):
+    other = shutil.copytree(copy, copy / "other", ignore=shutil.ignore_patterns("other"))
+    with pytest.raises(InputError, match="the surrogate is the model under attack; name another run"):
+        run(copy, f"evaluation.audit.surrogate={other}", f"evaluation.logit_scale={scale}")
+
+
+@pytest.mark.slow
+def test_a_surrogate_of_other_data(copy):
     other = shutil.copytree(copy, copy / "other", ignore=shutil.ignore_patterns("other"))
     config = json.loads((other / "config.json").read_text())
     config["data"]["test_per_class"] = 7

@@ -141,8 +141,18 @@ def test_the_audit_with_a_surrogate(digits):
     options = {**SHORT, "version": "apgd_ce", "audit": 10}
     found = evaluate_model(model, images, labels, surrogate=other, **options)
     verdicts = {verdict["name"]: verdict for verdict in found.audit["verdicts"]}
-    assert verdicts["transfer"]["flagged"] is not None
+    assert verdicts["transfer"]["outcome"] != "not run"
     assert found.audit["examples"] == 10
+
+
+def test_a_surrogate_that_is_the_model_is_refused(digits, tmp_path):
+    """Under another name too, and before any attack."""
+    images, labels = digits
+    model = plain(images, labels)
+    for surrogate in (model, lambda x: model(x) + 0.0, jax.jit(model)):
+        with pytest.raises(InputError, match="the surrogate is the model under attack; name another"):
+            evaluate_model(model, images, labels, surrogate=surrogate, folder=tmp_path, **SHORT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_stopped_and_resumed(digits, tmp_path, monkeypatch):

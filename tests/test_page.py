@@ -6,6 +6,7 @@ import pytest
 from helpers import Text
 
 from robal_jax.reporting import page
+from robal_jax.reporting.results import FLAGGED, OUTCOMES, PASSED
 
 ODD = '<b>a</b> & "c" | `d` *e* _f_ g_h\nnext'
 
@@ -20,9 +21,9 @@ def blocks(text):
         "points": page.points([(text, "after it")]),
         "table": page.table(["head", text], [[1, text], [2, "x"]]),
         "figure": page.figure("name.png", text, b"<svg/>"),
-        "banner": page.banner(True, text),
+        "banner": page.banner(FLAGGED, text),
         "cards": page.cards([("Clean", "1 %", "[0, 2]", text)]),
-        "checks": page.checks([(False, "title", text, "evidence")]),
+        "checks": page.checks([(PASSED, "title", text, "evidence")]),
     }
 
 
@@ -84,15 +85,15 @@ def test_evidence_as_small_tables():
 
 
 def test_outcomes_of_checks():
-    block = page.checks([(True, "One", "s", "e"), (False, "Two", "s", ""), (None, "Three", "s", "")])
-    for badge in ("FLAGGED", "PASSED", "NOT RUN"):
+    block = page.checks([(outcome, outcome, "s", "e" * (outcome == FLAGGED)) for outcome in OUTCOMES])
+    for badge in ("FLAGGED", "NOTE", "PASSED", "TOO FEW IMAGES", "NOT RUN"):
         assert block.markdown.count(badge) == Text(block.html).text.count(badge) == 1
-    assert "FLAGGED: One." in block.markdown
+    assert "FLAGGED: flagged." in block.markdown
     assert block.markdown.count("Evidence") == block.html.count('class="evidence"') == 1
 
 
 def test_pages():
-    parts = [page.banner(False, "All well"), page.section("First & last"), page.paragraph("words")]
+    parts = [page.banner(PASSED, "All well"), page.section("First & last"), page.paragraph("words")]
     source = page.to_html("A <title>", parts)
     found = Text(source)
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]

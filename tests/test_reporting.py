@@ -11,11 +11,21 @@ from rich.console import Console
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import figures
+from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.headline import in_words
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.report import write_report
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, Results
-from robal_jax.reporting.sections import audit_verdict
+from robal_jax.reporting.results import (
+    EVERYTHING,
+    FIXED_STEPS,
+    FLAGGED,
+    NOT_RUN,
+    NOTE,
+    PASSED,
+    TOO_FEW,
+    Results,
+    outcome_of,
+)
 from robal_jax.reporting.terminal import evaluation_table
 
 
@@ -202,18 +212,42 @@ def test_audit_without_curves_and_norms_without_weights(tmp_path, undrawn):
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "flagged", "words"),
+    ("outcomes", "overall", "words"),
     [
-        ([False] * 11 + [None], False, "No check was flagged (11 of 12 run)"),
-        ([True] * 3 + [False] * 9, True, "3 of 12 checks are flagged: do not trust any robust"),
-        ([True] + [None] * 2, True, "1 of 3 checks is flagged (2 not run): do not trust any robust"),
-        ([None, None], None, "No check was run (0 of 2)"),
+        ([PASSED] * 11 + [NOT_RUN], PASSED, "No check was flagged (11 of 12 run)"),
+        ([FLAGGED] * 3 + [NOTE] * 9, FLAGGED, "3 of 12 checks are flagged: do not trust any robust"),
+        ([FLAGGED] + [NOT_RUN] * 2, FLAGGED, "1 of 3 checks is flagged (2 not run): do not trust any robust"),
+        ([NOT_RUN] * 2, NOT_RUN, "No check was run (0 of 2)"),
+        ([PASSED, NOTE], NOTE, "No check was flagged (2 of 2 run). The fixed-step attacks are a little"),
+        ([TOO_FEW, PASSED], PASSED, "No check was flagged (2 of 2 run, 1 with too few images to tell)"),
+        ([TOO_FEW] * 2, TOO_FEW, "No check was flagged (2 of 2 run, 2 with too few images to tell)"),
     ],
 )
-def test_verdict_of_the_audit(outcomes, flagged, words):
+def test_verdict_of_the_audit(outcomes, overall, words):
     found = audit_verdict({"verdicts": [verdict("a", outcome) for outcome in outcomes]})
-    assert found[0] is flagged
+    assert found[0] == overall
     assert found[1].startswith(words)
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, FLAGGED), (False, PASSED), (None, NOT_RUN)])
+def test_results_of_older_versions_are_read(before, now, tmp_path):
+    old = verdict("a", now)
+    del old["outcome"]
+    old["flagged"] = before
+    assert outcome_of(old) == now
+    assert audit_verdict({"verdicts": [old]})[0] == now
+    _, markdown = full_report(tmp_path, audit={**AUDIT, "verdicts": [old]})
+    assert f"{now.upper()}: a." in markdown
+    assert "What the checks mean" not in markdown
+
+
+def test_the_report_says_what_the_checks_mean(tmp_path):
+    meaning = {"raised": "Flagged if it is so.", "means": "It is bad.", "do": "Mend it."}
+    audit = {**AUDIT, "verdicts": [{**verdict("Scale", NOTE), "meaning": meaning}]}
+    html, markdown = full_report(tmp_path, audit=audit)
+    assert "- **Scale.** Flagged if it is so. It is bad. Mend it." in markdown
+    assert "What the checks mean" in html
+    assert "NOTE: Scale." in markdown
 
 
 @pytest.mark.parametrize(
@@ -228,23 +262,23 @@ def test_verdict_of_the_audit(outcomes, flagged, words):
     ],
 )
 def test_what_is_not_to_be_trusted(doubts, sentence):
-    verdicts = [verdict("a", True, doubts=each) for each in doubts]
+    verdicts = [verdict("a", FLAGGED, doubts=each) for each in doubts]
     if doubts[1] is None:
         del verdicts[1]["doubts"]
     found = audit_verdict({"verdicts": verdicts})
-    assert found[0] is True
+    assert found[0] == FLAGGED
     assert found[1].startswith(sentence)
-    assert audit_verdict({"verdicts": [*verdicts, verdict("b", False, doubts=EVERYTHING)]})[0] is True
+    assert audit_verdict({"verdicts": [*verdicts, verdict("b", PASSED, doubts=EVERYTHING)]})[0] == FLAGGED
 
 
 def test_without_an_ensemble_the_verdict_asks_for_one():
-    audit = {"verdicts": [verdict("a", True, doubts=FIXED_STEPS)]}
+    audit = {"verdicts": [verdict("a", FLAGGED, doubts=FIXED_STEPS)]}
     assert audit_verdict(audit)[1].endswith("use the ensemble's accuracy")
     assert audit_verdict(audit, ensemble=False)[1].endswith("evaluate with AutoAttack")
 
 
 def test_report_without_an_audit_says_so():
-    assert audit_verdict(None)[0] is None
+    assert audit_verdict(None)[0] == NOT_RUN
     assert "No audit" in audit_verdict(None)[1]
 
 

@@ -38,7 +38,7 @@ class ThreatModel:
     """The images that an adversary may show in place of ``x``: ``||x' - x|| <= epsilon``, within bounds.
 
     Attributes:
-      epsilon: radius, > 0, in units of the image.
+      epsilon: radius, > 0, in units of the image; inside of a compiled function it may be traced.
       norm: a key of ``NORMS``.
       lower: smallest pixel value.
       upper: largest pixel value.
@@ -53,7 +53,7 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
+        if not isinstance(self.epsilon, jax.core.Tracer) and not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}; it must be finite and > 0")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")

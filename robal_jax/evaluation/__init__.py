@@ -4,6 +4,7 @@
 - ``victim``: the model under attack and its images, on all devices
 - ``loop``: attacks, ensemble and audit in order, saved and resumed
 - ``measurements``, ``verdicts``: what the audit measures, and what it says
+- ``explanations``, ``outcomes``, ``evidence``: the checks in words, their outcomes, and the tests behind them
 - ``findings``: from what was found to the files of the report
 - ``any_model``, ``run``: the evaluation of any function, and a trained run as a function
 """

@@ -20,8 +20,9 @@ from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
 from robal_jax.evaluation.measurements import Sample
+from robal_jax.evaluation.outcomes import Verdict
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
-from robal_jax.evaluation.verdicts import Verdict, give_verdicts, stored_images
+from robal_jax.evaluation.verdicts import give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.report import remove_report, write_report
 from robal_jax.reporting.results import EvaluatedRun, Gallery, Outcomes, Results, read_run, to_arrays
@@ -143,15 +144,33 @@ def _judge(
     """Judges the measurements of the audit; returns the verdicts and the curves."""
     if not sample.measured:
         return [], {}
+    survived, by_square = _after_gradients(job, found, sample, predictions, labels)
+    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, job.threat.epsilon)
+
+
+def _after_gradients(
+    job: builder.Evaluation,
+    found: autoattack.Progress,
+    sample: Sample,
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns which images that are right when clean survive every gradient attack, and which Square breaks.
+
+    Square is that of the ensemble if it follows other attacks there, otherwise the audit's on its sample. It
+    is None if the ensemble has no gradient attack.
+    """
     survived = np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
     by_square = np.zeros(len(labels), bool)
     for stage in job.ensemble:
         in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
         survived &= ~in_stage | (stage.name == "square")
         by_square |= in_stage & (stage.name == "square")
-    if "square" not in [stage.name for stage in job.ensemble[1:]]:
-        survived, by_square = survived[sample.ids], ~sample.measured["gradient_free"]["right"]
-    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square)
+    clean, names = predictions["clean"] == labels, [stage.name for stage in job.ensemble]
+    if "square" not in names[1:]:
+        by_square[sample.ids] = ~sample.measured["gradient_free"]["right"]
+        clean &= np.isin(np.arange(len(labels)), sample.ids)
+    return survived[clean], by_square[clean] if set(names) - {"square"} else None
 
 
 def _store(

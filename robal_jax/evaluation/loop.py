@@ -29,7 +29,7 @@ from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, user_path
 from robal_jax.evaluation.findings import is_stored, publish, store
-from robal_jax.evaluation.measurements import Measured, Sample, plan_measurements
+from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.names import display_name
@@ -50,6 +50,11 @@ from robal_jax.storage.workdir import (
 
 MAIN_ATTACK = "pgd_20"
 """The condition whose accuracy counts if no ensemble is evaluated."""
+
+SAME_MODEL = "the surrogate is the model under attack; name another run or model with --surrogate"
+
+# Models whose logits for so many images differ by no more than this part of the largest are the same model.
+SAME_IMAGES, SAME_LOGITS = 16, 1e-5
 
 
 def evaluate(
@@ -89,7 +94,7 @@ def evaluate(
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
-        surrogate = _surrogate(config, job, say)
+        surrogate = _surrogate(config, job, sha256, say)
         hosts.check_agreement("the config", to_json(config))
         curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256, "training": curve}
@@ -132,6 +137,8 @@ def attack_and_report(
       ReportError: the results are stored, but the report could not be written.
     """
     victim = as_victim(job, weights)
+    if surrogate is not None:
+        _refuse_itself(victim, surrogate)
     test_set = digest_of_test_set(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
     identity = {**identity, "test_set_sha256": test_set}
@@ -204,15 +211,42 @@ def as_victim(job: builder.Evaluation, weights: Mapping[str, Any]) -> Victim:
     )
 
 
-def _surrogate(config: ConfigDict, job: builder.Evaluation, say: Callable[[str], None]) -> Victim | None:
-    """Restores the newest checkpoint of the run that the config names, with that run's own config."""
+def _refuse_itself(victim: Victim, surrogate: Victim) -> None:
+    """Refuses a surrogate that gives the victim's logits.
+
+    Raises:
+      InputError: it does.
+    """
+    ids = np.arange(min(len(victim.labels), SAME_IMAGES))
+    mine, its = (model.compile(outputs)(ids)["logits"] for model in (victim, surrogate))
+    if mine.shape == its.shape and np.abs(mine - its).max() <= SAME_LOGITS * np.abs(mine).max():
+        raise InputError(SAME_MODEL)
+
+
+def _surrogate(
+    config: ConfigDict, job: builder.Evaluation, sha256: str, say: Callable[[str], None]
+) -> Victim | None:
+    """Restores the newest checkpoint of the run that the config names, with that run's own config.
+
+    Args:
+      config: of the evaluation.
+      job: the evaluation.
+      sha256: of the weights under attack.
+      say: receives messages for the user, line by line.
+
+    Raises:
+      InputError: its test images are others, or its weights are those under attack.
+    """
     if not job.surrogate:
         return None
     workdir = user_path(job.surrogate)
     other = builder.evaluation(builder.with_part_of(read_config(workdir), config))
     if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
-    return as_victim(other, restore_weights(workdir, None, other.variables, say).tree)
+    restored = restore_weights(workdir, None, other.variables, say)
+    if restored.sha256 == sha256:
+        raise InputError(SAME_MODEL)
+    return as_victim(other, restored.tree)
 
 
 def conditions(

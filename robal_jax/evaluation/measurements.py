@@ -4,6 +4,7 @@ Nothing is judged here: :func:`plan_measurements` names all measurements, each a
 that they can be saved one by one; ``verdicts.py`` judges the arrays.
 """
 
+import dataclasses
 import inspect
 import sys
 import types
@@ -35,10 +36,13 @@ UNBOUNDED_STEPS = 100
 
 FORWARDS = 5  # passes that must agree
 
+LARGEST_FACTOR = 1024  # of the radii, each twice as large as the one before
+
 # Names of the measurements that are made several times.
 FORWARD_NAMES = tuple(f"forward_{number}" for number in range(FORWARDS))
-SCALE_NAMES = {scale: f"scale_{scale:g}" for scale in SCALES}
+SCALE_NAMES = {scale: f"rescaled_{scale:g}" for scale in SCALES}
 RESTART_NAMES = {restart: f"restart_{restart}" for restart in range(1, RESTARTS)}  # 0 is in "steps"
+RADIUS_NAME = "radius_{:g}"  # by factor of the threat model's radius; 0 is clean, and 1 is in "steps"
 
 _DERIVATIVES = ("vjp", "_vjp", "_jvp", "linearize")  # in JAX's file of jax.grad; all others call one of these
 
@@ -61,10 +65,37 @@ class Sample(NamedTuple):
 def outputs(
     logits_fn: LogitsFn, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array
 ) -> dict[str, chex.Array]:
-    """Returns logits ``[B, K]`` and the sum of the absolute gradient of the cross-entropy ``[B]``."""
-    del keys
-    logits, _, gradient = attacks.loss_gradient(logits_fn, losses.cross_entropy, images, labels)
-    return {"logits": logits, "gradient": jnp.abs(gradient).sum(range(1, gradient.ndim))}
+    """Returns logits ``[B, K]``."""
+    del keys, labels
+    return {"logits": logits_fn(images)}
+
+
+def gradients(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    step_size: float,
+) -> dict[str, chex.Array]:
+    """Looks at the gradient of the cross-entropy where an attack meets it.
+
+    Returns:
+      ``size`` ``[B]``, the sum of the absolute gradient at the clean images, without what is not finite;
+      ``finite`` bool ``[B]``, whether it is finite at the clean images, where PGD starts and after one step.
+    """
+
+    def gradient(x: chex.Array) -> chex.Array:
+        return attacks.loss_gradient(logits_fn, losses.cross_entropy, x, labels)[2]
+
+    start = threat.project(starting_points(uniform_start, keys, images, threat), images)
+    at_start = jnp.nan_to_num(gradient(start), posinf=0.0, neginf=0.0)
+    first = threat.project(start + step_size * threat.ascent_direction(at_start), images)
+    found = jax.lax.map(gradient, jnp.stack([images, start, first]))
+    finite = jnp.isfinite(found)
+    size = jnp.abs(jnp.where(finite[0], found[0], 0.0)).sum(range(1, images.ndim))
+    return {"size": size, "finite": finite.all((0, *range(2, found.ndim)))}
 
 
 def probe(
@@ -76,6 +107,7 @@ def probe(
     scale: chex.Array,
     steps: chex.Array,
     restart: chex.Array,
+    factor: chex.Array,
     threat: ThreatModel,
     step_size: float,
 ) -> dict[str, chex.Array]:
@@ -89,13 +121,15 @@ def probe(
       scale: factor on the logits.
       steps: ``[L]``, not decreasing.
       restart: number of the random start.
+      factor: of radius and step size.
       threat: what the attack may do.
       step_size: of PGD.
 
     Returns:
-      ``right`` bool ``[B, L]``.
+      ``right`` bool ``[B, L]``; ``margin`` ``[B, L]``, by how much the true class's logit exceeds all others.
     """
     keys = fold_in(keys, restart)
+    threat = dataclasses.replace(threat, epsilon=threat.epsilon * factor)
     start = starting_points(uniform_start, keys, images, threat)
     path = attacks.pgd_path(
         attacks.scaled(logits_fn, scale),
@@ -104,10 +138,11 @@ def probe(
         labels,
         threat=threat,
         steps=steps,
-        step_size=step_size,
+        step_size=step_size * factor,
     )
-    right = jax.lax.map(lambda x: jnp.argmax(logits_fn(x), -1) == labels, path)
-    return {"right": right.T}
+    seen = jax.lax.map(logits_fn, path)
+    margins = jax.vmap(lambda logits: attacks.margin(logits, labels))(seen)
+    return {"right": (jnp.argmax(seen, -1) == labels[None]).T, "margin": margins.T}
 
 
 def unbounded(
@@ -119,7 +154,7 @@ def unbounded(
     norm: str,
 ) -> dict[str, chex.Array]:
     """Returns whether images are still classified correctly under PGD without a bound, bool ``[B]``."""
-    radius = 1.0 if norm == "linf" else float(np.sqrt(images[0].size))
+    radius = largest_radius(norm, images[0].size)
     shown = attacks.pgd(
         logits_fn,
         keys,
@@ -130,6 +165,46 @@ def unbounded(
         step_size=2.5 * radius / UNBOUNDED_STEPS,
     )
     return {"right": jnp.argmax(logits_fn(shown), -1) == labels}
+
+
+def largest_radius(norm: str, pixels: int) -> float:
+    """Returns the radius within which every image lies, whatever the image.
+
+    Example:
+      >>> largest_radius("linf", 64), largest_radius("l2", 64)
+      (1.0, 8.0)
+    """
+    return 1.0 if norm == "linf" else float(np.sqrt(pixels))
+
+
+def radius_factors(threat: ThreatModel, pixels: int) -> tuple[float, ...]:
+    """Returns the factors of the radius in the curve of the accuracy, without 0 and 1; the last has no bound.
+
+    Example:
+      >>> radius_factors(ThreatModel(0.1), 64)
+      (0.25, 0.5, 2.0, 4.0, 8.0, 10.0)
+    """
+    last = largest_radius(threat.norm, pixels) / threat.epsilon
+    doubled = (float(2**power) for power in (-2, -1, *range(1, 1 + LARGEST_FACTOR.bit_length())))
+    return (*(factor for factor in doubled if factor < last), *([last] if last > 1 else []))
+
+
+def margin(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    step_size: float,
+) -> dict[str, chex.Array]:
+    """Returns ``right`` and ``margin`` as :func:`probe` does, both ``[B]``, under PGD-20 on the margin.
+
+    Its steps do not depend on the logits' scale.
+    """
+    made = crafted(logits_fn, keys, images, labels, threat=threat, step_size=step_size)["images"]
+    logits = logits_fn(made)
+    return {"right": jnp.argmax(logits, -1) == labels, "margin": attacks.margin(logits, labels)}
 
 
 def gradient_free(
@@ -212,8 +287,8 @@ def plan_measurements(
     Returns:
       Name of each measurement to a function that returns arrays ``[n, ...]``.
     """
-    look = victim.compile(outputs)
-    pgd = victim.compile(partial(probe, threat=threat, step_size=step_size))
+    settings: dict[str, Any] = {"threat": threat, "step_size": step_size}
+    look, pgd = victim.compile(outputs), victim.compile(partial(probe, **settings))
     plans: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         name: partial(look, ids) for name in FORWARD_NAMES
     }
@@ -222,15 +297,27 @@ def plan_measurements(
     plans["inference"] = lambda: {
         "calls": np.full(len(ids), gradient_calls(victim.predict, victim.images[:1]))
     }
+    plans["gradients"] = partial(victim.compile(partial(gradients, **settings)), ids)
+    plans["margin"] = partial(victim.compile(partial(margin, **settings)), ids)
     short = np.full(len(STEPS), MAIN_STEPS)
-    plans["steps"] = lambda: pgd(ids, scale=np.float32(1), steps=np.array(STEPS), restart=np.int32(0))
+
+    def attack(steps: np.ndarray = short, scale: float = 1, restart: int = 0, factor: float = 1) -> Any:
+        shared = {"scale": np.float32(scale), "restart": np.int32(restart), "factor": np.float32(factor)}
+        return pgd(ids, steps=steps, **shared)
+
+    def within(factor: float) -> dict[str, np.ndarray]:
+        return {**attack(factor=factor), "radius": np.full(len(ids), factor * threat.epsilon)}
+
+    plans["steps"] = partial(attack, np.array(STEPS))
     for scale, name in SCALE_NAMES.items():
-        plans[name] = partial(pgd, ids, scale=np.float32(scale), steps=short, restart=np.int32(0))
+        plans[name] = partial(attack, scale=scale)
     for restart, name in RESTART_NAMES.items():
-        plans[name] = partial(pgd, ids, scale=np.float32(1), steps=short, restart=np.int32(restart))
+        plans[name] = partial(attack, restart=restart)
+    for factor in radius_factors(threat, victim.pixels):
+        plans[RADIUS_NAME.format(factor)] = partial(within, factor)
     plans["unbounded"] = partial(victim.compile(partial(unbounded, norm=threat.norm)), ids)
     plans["gradient_free"] = partial(victim.compile(partial(gradient_free, threat=threat)), ids)
     if surrogate is not None:
-        craft = surrogate.compile(partial(crafted, threat=threat, step_size=step_size))
+        craft = surrogate.compile(partial(crafted, **settings))
         plans["transfer"] = lambda: victim.compile(shown)(ids, craft(ids)["images"])
     return plans

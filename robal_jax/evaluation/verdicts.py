@@ -5,7 +5,11 @@ vanish, are random or mislead; the accuracy is then that of the attack, not of t
 (figure 2) is the plainest case: dividing the logits by a number, or normalising the classifier, raises the
 accuracy under PGD and leaves the model as fragile as it was.
 
-Nothing is measured here: :func:`give_verdicts` judges the arrays of ``measurements.py``.
+Nothing is measured here: :func:`give_verdicts` judges the arrays of ``measurements.py``. ``explanations.py``
+says when each check is raised, with its thresholds, and ``evidence.py`` has the tests. Two kinds of findings
+are kept apart. A comparison that can only go down (more steps, more starts) shows how optimistic a number is,
+which is noted. A comparison that should go the other way (a weaker attack that is stronger) or a property
+that no plain network has is a sign of masking, which is flagged. Only images that are right when clean count.
 
 Source: Carlini et al., "On evaluating adversarial robustness" (2019); Athalye et al., "Obfuscated gradients"
 (ICML 2018); the five checks of the reference implementation of AutoAttack; RoBal (CVPR 2021), figure 2.
@@ -16,7 +20,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from robal_jax import metrics
+from robal_jax import attacks, metrics
+from robal_jax.evaluation.evidence import (
+    LEVEL,
+    gap_between,
+    gap_p_value,
+    mean_p_value,
+    share_p_value,
+    smallest_gap,
+    smallest_share,
+)
+from robal_jax.evaluation.explanations import (
+    ALPHA_PROBABILITY,
+    ALPHA_RANDOM,
+    ALPHA_SQUARE,
+    GAP,
+    MARGIN,
+    NEARLY_ZERO,
+    SCALE_MARGIN,
+    VANISHING,
+)
 from robal_jax.evaluation.measurements import (
     FORWARD_NAMES,
     MAIN_STEPS,
@@ -26,249 +49,371 @@ from robal_jax.evaluation.measurements import (
     STEPS,
     Measured,
 )
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS
+from robal_jax.evaluation.outcomes import (
+    Verdict,
+    decide,
+    evidence_of,
+    floats,
+    json_float,
+    make_verdict,
+    percent,
+    points,
+)
+from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED
 
-# A gap between two attacks counts if it is larger than a point and its paired 95 % interval excludes 0.
-GAP = 0.01
 
-ALPHA_RANDOM, ALPHA_PROBABILITY, ALPHA_SQUARE = 1e-4, 1e-5, 0.002  # as in the reference implementation
+class _Lowered(NamedTuple):
+    """Whether images ``[n]`` are right under an attack, and by how much it lowers the true class's margin."""
 
-NEARLY_ZERO = 0.01  # highest accuracy under an attack without a bound that works
+    right: np.ndarray
+    lowered: np.ndarray
 
 
-class Verdict(NamedTuple):
-    """The outcome of a check.
+class _Attacked(NamedTuple):
+    """What the audit measured by attack, of the ``n`` images that are right when clean, all bool ``[n]``."""
 
-    Attributes:
-      name: of the check.
-      title: for people.
-      doubts: which accuracies not to trust if the check is flagged: ``FIXED_STEPS`` or ``EVERYTHING``.
-      flagged: whether it is; None if the check was not run.
-      statement: one sentence with the figures.
-      evidence: figures, ready for JSON.
-    """
+    steps: Mapping[int, np.ndarray]
+    scales: Mapping[float, "_Lowered"]
+    starts: np.ndarray  # [starts, n]
+    radii: Mapping[float, np.ndarray]
+    margin: "_Lowered"
+    unbounded: np.ndarray
+    gradient_free: np.ndarray
+    transfer: np.ndarray | None
 
-    name: str
-    title: str
-    doubts: str
-    flagged: bool | None
-    statement: str
-    evidence: dict[str, Any]
+    @property
+    def main(self) -> np.ndarray:
+        """Under PGD-20, whose settings are in question."""
+        return self.steps[MAIN_STEPS]
+
+    @property
+    def white_box(self) -> np.ndarray:
+        """Under all gradient attacks of the audit within the radius together."""
+        others = [at.right for at in (*self.scales.values(), self.margin)]
+        return np.logical_and.reduce([*self.steps.values(), *self.starts, *others])
+
+    @property
+    def restarts(self) -> dict[int, np.ndarray]:
+        """Under so many starts."""
+        return dict(enumerate(np.logical_and.accumulate(self.starts), 1))
 
 
 def give_verdicts(
-    measured: Measured, labels: np.ndarray, survived: np.ndarray, by_square: np.ndarray
+    measured: Measured,
+    labels: np.ndarray,
+    survived: np.ndarray,
+    by_square: np.ndarray | None,
+    epsilon: float,
 ) -> tuple[list[Verdict], dict[str, Any]]:
     """Judges what was measured.
 
     Args:
       measured: arrays of :func:`measurements.plan_measurements`, by name.
       labels: of the sample ``[n]``.
-      survived: whether images are classified correctly under every white-box attack of the evaluation, bool
-        ``[m]``.
-      by_square: whether Square breaks them, bool ``[m]``.
+      survived: of the images that are right when clean, those that survive every gradient attack of the
+        evaluation, bool ``[m]``.
+      by_square: whether Square breaks them, bool ``[m]``; None if it did not run after such attacks.
+      epsilon: radius of the threat model.
 
     Returns:
-      The verdicts, and the curves of the accuracy by logit scale, steps and restarts.
+      The verdicts, and the curves of the accuracy by logit scale, steps, restarts and radius.
     """
-    right = {name: arrays["right"] for name, arrays in measured.items() if "right" in arrays}
+    with np.errstate(all="ignore"):  # what is not finite is flagged, and not a warning
+        return _judge(measured, labels, survived, by_square, epsilon)
+
+
+def _judge(
+    measured: Measured, labels: np.ndarray, survived: np.ndarray, by_square: np.ndarray | None, epsilon: float
+) -> tuple[list[Verdict], dict[str, Any]]:
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
-    # A random search may repair an image that was misclassified; that is not robustness.
-    by_square_alone = right["gradient_free"] & (logits[0].argmax(-1) == labels)
-    steps = {count: right["steps"][:, number] for number, count in enumerate(STEPS)}
-    scales = {scale: right[name][:, 0] for scale, name in SCALE_NAMES.items()}
-    starts = np.stack([steps[MAIN_STEPS], *(right[name][:, 0] for name in RESTART_NAMES.values())])
-    restarts = dict(enumerate(np.logical_and.accumulate(starts), 1))
+    clean = logits[0].argmax(-1) == labels
+    attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
     found = [
-        _logit_scale(scales),
-        _more_steps(steps),
-        _more_restarts(restarts),
-        _zero_gradients(measured[FORWARD_NAMES[0]]["gradient"]),
-        _without_bound(right["unbounded"]),
-        _gradient_free(by_square_alone, steps[MAIN_STEPS]),
+        _logit_scale(attacked),
+        _more_steps(attacked),
+        _more_restarts(attacked),
+        *_gradients(**{name: values[clean] for name, values in measured["gradients"].items()}),
+        _without_bound(attacked),
+        _gradient_free(attacked),
         _square_after_white_box(survived, by_square),
-        _transfer(right.get("transfer"), steps[MAIN_STEPS]),
+        _transfer(attacked),
         _randomised(logits, labels),
         _probabilities(logits[0]),
-        _inference(measured),
+        _inference(measured, logits),
     ]
-    curves = {
-        name: {
-            "x": list(curve),
-            "series": {"PGD-20" if name != "steps" else "PGD": list(map(metrics.share, curve.values()))},
-        }
-        for name, curve in (("scale", scales), ("steps", steps), ("restarts", restarts))
-    }
-    return found, curves
+    return found, _curves(attacked, len(labels))
 
 
-def _percent(right: np.ndarray) -> str:
-    return f"{100 * np.mean(right):.1f} %"
-
-
-def _stronger(attack: np.ndarray, than: np.ndarray) -> tuple[bool, dict[str, float]]:
-    """Returns whether the accuracy under an attack is clearly lower than under another, and by how much."""
-    gap = metrics.paired_difference(attack, than)
-    return gap["value"] > GAP and gap["low"] > 0, gap
-
-
-def _logit_scale(scales: Mapping[float, np.ndarray]) -> Verdict:
-    own, best = scales[1.0], min(scales, key=lambda scale: scales[scale].mean())
-    flagged, gap = _stronger(scales[best], own)
-    at = f"lowest, {_percent(scales[best])}, at {best:g} times that scale" if best != 1 else "lowest there"
-    statement = f"The accuracy under PGD-20 is {_percent(own)} at the model's own logit scale and {at}: " + (
-        "the difference comes from the logit scale alone."
-        if flagged
-        else "rescaling does not clearly help the attack."
-    )
-    evidence = {
-        "accuracy": {f"{scale:g}": float(right.mean()) for scale, right in scales.items()},
-        "gap": gap,
-    }
-    return Verdict("logit_scale", "Logit scale", FIXED_STEPS, flagged, statement, evidence)
-
-
-def _more_steps(steps: Mapping[int, np.ndarray]) -> Verdict:
-    last = max(steps)
-    flagged, gap = _stronger(steps[last], steps[MAIN_STEPS])
-    single, single_gap = _stronger(steps[1], steps[MAIN_STEPS])
-    statement = (
-        f"The accuracy under PGD is {_percent(steps[1])} after one step, {_percent(steps[MAIN_STEPS])} after "
-        f"{MAIN_STEPS} steps and {_percent(steps[last])} after {last}: "
-    )
-    if single:
-        statement += "one step is stronger than many, so the gradients mislead the attack."
-    elif flagged:
-        statement += f"{MAIN_STEPS} steps are not enough."
-    else:
-        statement += f"{MAIN_STEPS} steps are enough."
-    evidence = {
-        "accuracy": {str(count): float(right.mean()) for count, right in steps.items()},
-        "gap": gap,
-        "single_step_gap": single_gap,
-    }
-    return Verdict("steps", "More steps", FIXED_STEPS, flagged or single, statement, evidence)
-
-
-def _more_restarts(restarts: Mapping[int, np.ndarray]) -> Verdict:
-    last = max(restarts)
-    flagged, gap = _stronger(restarts[last], restarts[1])
-    statement = (
-        f"The accuracy under PGD-20 is {_percent(restarts[1])} with one start and {_percent(restarts[last])} "
-        f"with {last} starts: " + ("one start is not enough." if flagged else "one start is enough.")
-    )
-    accuracy = {str(count): float(right.mean()) for count, right in restarts.items()}
-    return Verdict(
-        "restarts", "More restarts", FIXED_STEPS, flagged, statement, {"accuracy": accuracy, "gap": gap}
-    )
-
-
-def _zero_gradients(gradient: np.ndarray) -> Verdict:
-    count = int(np.sum(gradient == 0))
-    statement = (
-        f"The gradient of the cross-entropy is exactly zero for {count} of {len(gradient)} clean images."
-    )
-    return Verdict("zero_gradients", "Zero gradients", FIXED_STEPS, count > 0, statement, {"images": count})
-
-
-def _without_bound(right: np.ndarray) -> Verdict:
-    statement = (
-        f"The accuracy under PGD without a bound is {_percent(right)}; an attack that works brings it close "
-        "to 0 %."
-    )
-    evidence = {"accuracy": float(right.mean())}
-    return Verdict(
-        "unbounded", "No bound", FIXED_STEPS, bool(right.mean() > NEARLY_ZERO), statement, evidence
-    )
-
-
-def _gradient_free(square_right: np.ndarray, pgd_right: np.ndarray) -> Verdict:
-    flagged, gap = _stronger(square_right, pgd_right)
-    statement = (
-        f"The accuracy is {_percent(square_right)} under {QUERIES} queries of Square, which sees only "
-        f"logits, and {_percent(pgd_right)} under PGD-20: "
-        + ("gradients help less than random search." if flagged else "gradients help, as they should.")
-    )
-    return Verdict("gradient_free", "Gradient-free attack", FIXED_STEPS, flagged, statement, {"gap": gap})
-
-
-def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray) -> Verdict:
-    broken = int(np.sum(survived & by_square))
-    # On a small sample one image is more than the reference's 0.2 %, but proves nothing.
-    flagged = broken > max(1, ALPHA_SQUARE * len(survived))
-    statement = (
-        f"Square breaks {broken} of the {survived.sum()} images (of {len(survived)}) that survive every "
-        "gradient attack."
-    )
-    evidence = {"broken": broken, "survived": int(survived.sum()), "images": len(survived)}
-    return Verdict("square", "Square after gradients", EVERYTHING, flagged, statement, evidence)
-
-
-def _transfer(transfer_right: np.ndarray | None, pgd_right: np.ndarray) -> Verdict:
-    if transfer_right is None:
-        statement = "No surrogate was given: name another model of the same data with --surrogate."
-        return Verdict("transfer", "Transfer from a surrogate", FIXED_STEPS, None, statement, {})
-    flagged, gap = _stronger(transfer_right, pgd_right)
-    statement = (
-        f"The accuracy is {_percent(transfer_right)} on images made on the surrogate and "
-        f"{_percent(pgd_right)} under PGD-20 on the model itself: "
-        + (
-            "the model hides its own gradients."
-            if flagged
-            else "white-box attacks are stronger, as they should be."
+def _attacked(measured: Measured, clean: np.ndarray, margin: np.ndarray, epsilon: float) -> _Attacked:
+    def lowered(name: str) -> _Lowered:
+        after, is_right = (
+            measured[name][field].reshape(len(margin), -1)[:, 0] for field in ("margin", "right")
         )
+        return _Lowered(is_right[clean], np.nan_to_num(margin - after)[clean])
+
+    right = {name: arrays["right"][clean] for name, arrays in measured.items() if "right" in arrays}
+    steps = {count: right["steps"][:, number] for number, count in enumerate(STEPS)}
+    radii = {
+        float(arrays["radius"][0]): right[name][:, 0]
+        for name, arrays in measured.items()
+        if "radius" in arrays
+    }
+    radii |= {0.0: np.ones(int(clean.sum()), bool), epsilon: steps[MAIN_STEPS]}
+    return _Attacked(
+        steps=steps,
+        scales={scale: lowered(name) for scale, name in SCALE_NAMES.items()},
+        starts=np.stack([steps[MAIN_STEPS], *(right[name][:, 0] for name in RESTART_NAMES.values())]),
+        radii=dict(sorted(radii.items())),
+        margin=lowered("margin"),
+        unbounded=right["unbounded"],
+        gradient_free=right["gradient_free"],
+        transfer=right.get("transfer"),
     )
-    return Verdict("transfer", "Transfer from a surrogate", FIXED_STEPS, flagged, statement, {"gap": gap})
+
+
+def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
+    """Returns curves for the report: shares of the whole sample that are right when clean and attacked."""
+
+    def figure(right: np.ndarray) -> dict[str, float]:
+        return metrics.share(np.arange(sample) < right.sum())
+
+    radii = list(attacked.radii)
+    zero = next(
+        (number for number, radius in enumerate(radii) if not attacked.radii[radius].any()), len(radii)
+    )
+    by_name: dict[str, tuple[str, Mapping[Any, np.ndarray]]] = {
+        "scale": ("PGD-20", {scale: at.right for scale, at in attacked.scales.items()}),
+        "steps": ("PGD", attacked.steps),
+        "restarts": ("PGD-20", attacked.restarts),
+        "epsilon": ("PGD-20", {radius: attacked.radii[radius] for radius in radii[: zero + 1]}),
+    }
+    return {
+        name: {"x": list(curve), "series": {series: list(map(figure, curve.values()))}}
+        for name, (series, curve) in by_name.items()
+    }
+
+
+def _logit_scale(attacked: _Attacked) -> Verdict:
+    own, others = (
+        attacked.scales[1.0],
+        {f"at {s:g} times that scale": at for s, at in attacked.scales.items()},
+    )
+    others["on the margin, which knows no scale"] = attacked.margin
+    del others["at 1 times that scale"]
+    best = max(others, key=lambda name: float(np.sum(others[name].lowered)))
+    gap, further = gap_between(others[best].right, own.right), own.lowered * (1 + SCALE_MARGIN)
+    red = gap.value > GAP and mean_p_value(others[best].lowered - further) * len(others) < LEVEL
+    note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < LEVEL
+    shown = smallest_share(gap.images)
+    named = {"own": own, **others}
+    means = {name: json_float(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
+    figures = (
+        f"PGD-20 lowers the margin by {means['own']:.3g} at the model's own logit scale, which leaves "
+        f"an accuracy of {percent(own.right)}, and by {means[best]:.3g} {best}, which leaves "
+        f"{percent(others[best].right)}"
+    )
+    conclusions = {
+        PASSED: "no clear difference." if gap.value > 0 else "another scale does not help the attack.",
+        NOTE: f"PGD-20 is optimistic by {points(gap.value)}.",
+        FLAGGED: f"{points(gap.value)} of accuracy come from the logit scale alone.",
+    }
+    accuracy = {s: np.mean(at.right) for s, at in attacked.scales.items()} if gap.images else {}
+    evidence = evidence_of(gap, lowered=means, accuracy=floats(accuracy))
+    return make_verdict(
+        "logit_scale", decide(red=red, note=note, shown=shown), figures, conclusions, evidence, shown
+    )
+
+
+def _more_steps(attacked: _Attacked) -> Verdict:
+    steps, last = attacked.steps, max(attacked.steps)
+    more = np.logical_and.reduce([right for count, right in steps.items() if count >= MAIN_STEPS])
+    single, gap = gap_between(steps[1], attacked.main), gap_between(more, attacked.main)
+    red = single.value > MARGIN and gap_p_value(single, MARGIN) < LEVEL
+    shown = smallest_gap(single.images, MARGIN)
+    outcome = decide(red=red, note=gap.value > GAP, shown=shown)
+    figures = (
+        f"The accuracy under PGD is {percent(steps[1])} after one step, "
+        f"{percent(attacked.main)} after {MAIN_STEPS} steps and {percent(more)} "
+        f"after up to {last}"
+    )
+    conclusions = {
+        PASSED: f"{MAIN_STEPS} steps are enough.",
+        NOTE: f"PGD-{MAIN_STEPS} is optimistic by {points(gap.value)}.",
+        FLAGGED: f"one step is stronger than {MAIN_STEPS}, so the gradients mislead the attack.",
+    }
+    accuracy = {count: right.mean() for count, right in steps.items()} if gap.images else {}
+    evidence = evidence_of(gap, single_step_gap=single.value, accuracy=floats(accuracy))
+    return make_verdict("steps", outcome, figures, conclusions, evidence, shown)
+
+
+def _more_restarts(attacked: _Attacked) -> Verdict:
+    restarts = attacked.restarts
+    last = max(restarts)
+    gap = gap_between(restarts[last], attacked.main)
+    shown = smallest_share(gap.images)
+    outcome = decide(note=gap.value > GAP, shown=shown)
+    figures = (
+        f"The accuracy under PGD-20 is {percent(attacked.main)} with one start and "
+        f"{percent(restarts[last])} with {last} starts"
+    )
+    conclusions = {
+        PASSED: "one start is enough.",
+        NOTE: f"PGD-20 with one start is optimistic by {points(gap.value)}.",
+    }
+    accuracy = {count: right.mean() for count, right in restarts.items()} if gap.images else {}
+    evidence = evidence_of(gap, accuracy=floats(accuracy))
+    return make_verdict("restarts", outcome, figures, conclusions, evidence, shown)
+
+
+def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
+    count, images = int(np.sum((size == 0) & finite)), len(size)
+    shown = smallest_share(images, VANISHING)
+    outcome = decide(red=share_p_value(count, images, VANISHING) < LEVEL, note=count > 0, shown=shown)
+    figures = f"The gradient of the cross-entropy is exactly zero for {count} of {images} clean images"
+    conclusions = {
+        PASSED: "PGD can leave every start.",
+        NOTE: "PGD stays at some starts.",
+        FLAGGED: "PGD stays where it starts.",
+    }
+    zero = make_verdict(
+        "zero_gradients", outcome, figures, conclusions, {"zero": count, "images": images}, shown
+    )
+    broken = int(np.sum(~finite))
+    shown = smallest_share(images)
+    outcome = decide(red=broken > 0, shown=shown)
+    figures = f"The gradient of the cross-entropy has NaN or infinite entries for {broken} of {images} images"
+    conclusions = {PASSED: "it is finite.", FLAGGED: "attacks that follow it show nothing."}
+    evidence = {"not_finite": broken, "images": images}
+    return [zero, make_verdict("nan_gradients", outcome, figures, conclusions, evidence, shown)]
+
+
+def _without_bound(attacked: _Attacked) -> Verdict:
+    left, images = int(attacked.unbounded.sum()), len(attacked.unbounded)
+    shown = smallest_share(images, NEARLY_ZERO)
+    red = share_p_value(left, images, NEARLY_ZERO) < LEVEL
+    outcome = decide(red=red, note=left > NEARLY_ZERO * images, shown=shown)
+    figures = f"The accuracy under PGD without a bound is {percent(attacked.unbounded)}"
+    conclusions = {
+        PASSED: "nearly 0 %, as it should be.",
+        NOTE: "a little more than the 0 % of an attack that works.",
+        FLAGGED: "an attack that works brings it to 0 %.",
+    }
+    accuracy = {f"{radius:.4g}": right.mean() for radius, right in attacked.radii.items()} if images else {}
+    evidence = {"left": left, "images": images, "accuracy_by_radius": floats(accuracy)}
+    return make_verdict("unbounded", outcome, figures, conclusions, evidence, shown)
+
+
+def _weaker(name: str, figures: str, right: np.ndarray, attacked: _Attacked, red: str, noted: str) -> Verdict:
+    """Judges an attack that should be weaker than those with the model's own gradient."""
+    gap, alone = gap_between(right, attacked.white_box), gap_between(right, attacked.main)
+    shown = smallest_gap(gap.images, MARGIN)
+    outcome = decide(
+        red=gap.value > MARGIN and gap_p_value(gap, MARGIN) < LEVEL,
+        note=alone.value > GAP and gap_p_value(alone, 0.0) < LEVEL,
+        shown=shown,
+    )
+    figures = (
+        f"The accuracy is {percent(right)} {figures}, {percent(attacked.main)} "
+        f"under PGD-20 and {percent(attacked.white_box)} under all gradient attacks of the "
+        "audit together"
+    )
+    conclusions = {
+        PASSED: "no clear difference." if gap.value > 0 else "gradients help, as they should.",
+        NOTE: f"PGD-20 is optimistic by {points(alone.value)}; {noted}.",
+        FLAGGED: f"{red}.",
+    }
+    evidence = evidence_of(gap, gap_to_pgd=alone.value)
+    return make_verdict(name, outcome, figures, conclusions, evidence, shown)
+
+
+def _gradient_free(attacked: _Attacked) -> Verdict:
+    return _weaker(
+        "gradient_free",
+        f"under {QUERIES} queries of Square, which sees only logits",
+        attacked.gradient_free,
+        attacked,
+        "gradients help less than random search",
+        "the gradient attacks together are not clearly weaker than Square",
+    )
+
+
+def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) -> Verdict:
+    if by_square is None:
+        figures = "Square did not run after gradient attacks"
+        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
+    broken, images = int(np.sum(survived & by_square)), len(survived)
+    shown = smallest_share(images, ALPHA_SQUARE)
+    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < LEVEL, shown=shown)
+    figures = (
+        f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
+        "survive every gradient attack"
+    )
+    conclusions = {
+        PASSED: "no more than chance allows." if broken else "gradient attacks left it nothing.",
+        FLAGGED: "the gradient attacks miss something.",
+    }
+    evidence = {"broken": broken, "survived": int(survived.sum()), "images": images}
+    return make_verdict("square", outcome, figures, conclusions, evidence, shown)
+
+
+def _transfer(attacked: _Attacked) -> Verdict:
+    if attacked.transfer is None:
+        conclusion = "name another model of the same data with --surrogate."
+        return make_verdict("transfer", NOT_RUN, "No surrogate was given", {NOT_RUN: conclusion}, {})
+    return _weaker(
+        "transfer",
+        "on images made on the surrogate",
+        attacked.transfer,
+        attacked,
+        "the model hides its own gradients",
+        "the gradient attacks together are not clearly weaker than the transfer",
+    )
 
 
 def _randomised(passes: list[np.ndarray], labels: np.ndarray) -> Verdict:
     unit = np.stack([z / (np.linalg.norm(z, axis=-1, keepdims=True) + 1e-10) for z in passes])
-    apart = float(np.linalg.norm(unit[:, None] - unit[None], axis=-1).max())
+    apart = json_float(np.linalg.norm(unit[:, None] - unit[None], axis=-1).max())
     hits = [int(np.sum(z.argmax(-1) == labels)) for z in passes]
-    flagged = apart > ALPHA_RANDOM or len(set(hits)) > 1
-    statement = (
-        f"The logits of {len(passes)} passes over the same images differ by {apart:.1e} of their norm"
-        + (": the model is random; attack it with the ensemble 'rand'." if flagged else ".")
-    )
-    return Verdict(
-        "randomised", "Random output", EVERYTHING, flagged, statement, {"difference": apart, "right": hits}
-    )
+    outcome = decide(red=apart > ALPHA_RANDOM or len(set(hits)) > 1)
+    figures = f"The logits of {len(passes)} passes over the same images differ by {apart:.1e} of their norm"
+    conclusions = {
+        PASSED: "the model is not random.",
+        FLAGGED: "the model is random; attack it with the ensemble 'rand'.",
+    }
+    return make_verdict("randomised", outcome, figures, conclusions, {"difference": apart, "right": hits})
 
 
 def _probabilities(logits: np.ndarray) -> Verdict:
     low, high, total = float(logits.min()), float(logits.max()), np.abs(logits.sum(-1) - 1).max()
-    flagged = bool(low > -ALPHA_PROBABILITY and high < 1 + ALPHA_PROBABILITY and total < ALPHA_PROBABILITY)
-    statement = f"The outputs are in [{low:.3g}, {high:.3g}]" + (
-        " and sum to 1: they are probabilities, and the attacks expect logits."
-        if flagged
-        else ": they are logits."
-    )
-    return Verdict(
-        "probabilities", "Probabilities", EVERYTHING, flagged, statement, {"low": low, "high": high}
-    )
+    red = bool(low > -ALPHA_PROBABILITY and high < 1 + ALPHA_PROBABILITY and total < ALPHA_PROBABILITY)
+    figures = f"The outputs are in [{low:.3g}, {high:.3g}]"
+    conclusions = {
+        PASSED: "they are logits.",
+        FLAGGED: "they sum to 1, so they are probabilities, and the attacks expect logits.",
+    }
+    evidence = {"low": json_float(low), "high": json_float(high)}
+    return make_verdict("probabilities", decide(red=red), figures, conclusions, evidence)
 
 
-def _inference(measured: Measured) -> Verdict:
-    alone, in_company = measured[FORWARD_NAMES[0]]["logits"], measured["backwards"]["logits"]
-    calls = int(measured["inference"]["calls"][0])
-    apart = float(np.abs(alone - in_company).max() / np.abs(alone).max())
-    flagged = calls > 0 or apart > ALPHA_RANDOM
-    statement = (
+def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
+    largest = max(float(np.abs(passes[0]).max()), 1e-30)
+
+    def apart(other: np.ndarray) -> float:
+        return json_float(np.abs(passes[0] - other).max() / largest)
+
+    calls, company = int(measured["inference"]["calls"][0]), apart(measured["backwards"]["logits"])
+    by_itself = max(map(apart, passes[1:]))  # of a random model, whatever the batch
+    changes = company > max(ALPHA_RANDOM, 2 * by_itself)
+    figures = (
         f"The model takes {calls} derivatives to compute its logits, and in other batches they change by "
-        f"{apart:.1e} of the largest logit: "
-    ) + (
-        "the model adapts at test time, and this evaluation does not account for that."
-        if flagged
-        else "it does not adapt at test time."
+        f"{company:.1e} of the largest logit"
     )
-    return Verdict(
-        "inference",
-        "Optimisation at inference",
-        EVERYTHING,
-        flagged,
-        statement,
-        {"calls": calls, "difference": apart},
-    )
+    conclusions = {
+        PASSED: "it does not adapt at test time.",
+        FLAGGED: "the model adapts at test time, and this evaluation does not account for that.",
+    }
+    evidence = {"calls": calls, "difference": company}
+    return make_verdict("inference", decide(red=calls > 0 or changes), figures, conclusions, evidence)
 
 
 def stored_images(
@@ -283,10 +428,11 @@ def stored_images(
       epsilon: radius of the threat model.
     """
     differ = int(np.sum(reported != computed))
-    statement = (
-        f"With the stored adversarial images, read again, the accuracy is {_percent(~computed)}; reported is "
-        f"{_percent(~reported)}. Images that differ: {differ}. Largest perturbation: {distance.max():.7f} of "
-        f"{epsilon:.7f}."
+    figures = (
+        "With the stored adversarial images, read again, the accuracy is "
+        f"{percent(~computed)}; reported is {percent(~reported)}. Largest "
+        f"perturbation: {distance.max():.7f} of {epsilon:.7f}. Images that differ"
     )
+    conclusions = {PASSED: f"{differ}.", FLAGGED: f"{differ}."}
     evidence = {"accuracy": float(np.mean(~computed)), "differ": differ, "distance": float(distance.max())}
-    return Verdict("stored_images", "Accuracy computed again", EVERYTHING, differ > 0, statement, evidence)
+    return make_verdict("stored_images", decide(red=differ > 0), figures, conclusions, evidence)

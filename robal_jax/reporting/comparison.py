@@ -13,6 +13,7 @@ from rich.markup import escape
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
+from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.names import display_name, folded, printed, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
@@ -186,7 +187,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
         }
     )
     audits = [
-        (label(row, seed), _audit(run), _left_out(run, conditions=first.conditions))
+        (label(row, seed), audit_summary(run.audit), _left_out(run, conditions=first.conditions))
         for row, members in by_method(runs).items()
         for seed, run in members.items()
     ]
@@ -257,16 +258,6 @@ def _difference(pair: Mapping[str, float]) -> str:
 def printed_p(p_value: float) -> str:
     """Returns a p-value: 'p = 0.490'."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-
-
-def _audit(run: EvaluatedRun) -> str:
-    """Returns the checks that are flagged, or how many were run if none is."""
-    if run.audit is None:
-        return "no audit"
-    verdicts = run.audit["verdicts"]
-    flagged = [verdict["title"] for verdict in verdicts if verdict["flagged"]]
-    done = sum(verdict["flagged"] is not None for verdict in verdicts)
-    return f"flagged: {', '.join(flagged)}" if flagged else f"clean ({done} of {len(verdicts)} checks run)"
 
 
 def _left_out(run: EvaluatedRun, *, conditions: Collection[str]) -> str:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED, TOO_FEW
+
 _STYLE = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
@@ -26,6 +28,7 @@ nav a { display: inline-block; margin: .1rem 1.1rem .1rem 0; color: #00527f }
 .badge { display: inline-block; padding: .1rem .55rem; border-radius: 1rem; font-size: .78rem;
   font-weight: 600; letter-spacing: .02em; white-space: nowrap }
 .flagged { background: #fbe3df; color: #8f1d10 }
+.note { background: #fff1cc; color: #6b4a00 }
 .passed { background: #dff1e7; color: #0a5733 }
 .not-run { background: #e8ebf0; color: #4a5464 }
 .banner { max-width: none; margin: 1rem 0; padding: .8rem 1rem; border-left: 6px solid; border-radius: 4px;
@@ -84,8 +87,14 @@ summary { cursor: pointer; color: #00527f }
 }
 """
 
-BADGES = {True: ("flagged", "FLAGGED"), False: ("passed", "PASSED"), None: ("not-run", "NOT RUN")}
-"""Style and text of a check's outcome: flagged, not flagged, or not run (None)."""
+BADGES = {
+    PASSED: ("passed", "PASSED"),
+    NOTE: ("note", "NOTE"),
+    FLAGGED: ("flagged", "FLAGGED"),
+    TOO_FEW: ("not-run", "TOO FEW IMAGES"),
+    NOT_RUN: ("not-run", "NOT RUN"),
+}
+"""Style and text of a check's outcome."""
 
 
 class Block(NamedTuple):
@@ -168,9 +177,9 @@ def figure(name: str, caption: str, svg: bytes, *, wide: bool = False) -> Block:
     )
 
 
-def banner(flagged: bool | None, text: str) -> Block:
-    """Returns the verdict above everything else; ``flagged`` as in ``BADGES``."""
-    return Block(f"**{_marked(text)}**", f'<p class="banner {BADGES[flagged][0]}">{html.escape(text)}</p>')
+def banner(outcome: str, text: str) -> Block:
+    """Returns the verdict above everything else; ``outcome`` as in ``BADGES``."""
+    return Block(f"**{_marked(text)}**", f'<p class="banner {BADGES[outcome][0]}">{html.escape(text)}</p>')
 
 
 def cards(items: Iterable[tuple[str, ...]]) -> Block:
@@ -234,17 +243,18 @@ def folded(title: str, block: Block) -> Block:
     )
 
 
-def checks(items: Iterable[tuple[bool | None, str, str, str]]) -> Block:
-    """Returns outcomes of checks, each as (flagged as in ``BADGES``, title, statement, evidence)."""
+def checks(items: Iterable[tuple[str, str, str, Mapping[str, Any]]]) -> Block:
+    """Returns outcomes of checks, each as (outcome as in ``BADGES``, title, statement, evidence)."""
     lines, entries = [], []
-    for flagged, title, statement, evidence in items:
-        style, badge = BADGES[flagged]
+    for outcome, title, statement, evidence in items:
+        style, badge = BADGES[outcome]
         lines.append(f"- **{badge}: {_marked(title)}.** {_marked(statement)}")
         entry = f'<span class="badge {style}">{badge}</span> <b>{html.escape(title)}</b>'
         entry += f"<p>{html.escape(statement)}</p>"
         if evidence:
-            lines.append(f"  - Evidence: {_marked(evidence)}")
-            entry += f'<p class="evidence">{html.escape(evidence)}</p>'
+            figures = small_table(evidence)
+            lines.append(f"  - Evidence: {figures.markdown}")
+            entry += figures.html
         entries.append(f"<li>{entry}</li>")
     return Block("\n".join(lines), f'<ul class="checks">{"".join(entries)}</ul>')
 

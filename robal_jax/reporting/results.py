@@ -24,6 +24,30 @@ FIXED_STEPS, EVERYTHING = "fixed steps", "everything"
 
 MANY_CLASSES = 20
 """With more classes a report names some of them only."""
+PASSED, NOTE, FLAGGED, TOO_FEW, NOT_RUN = OUTCOMES = (
+    "passed",
+    "note",
+    "flagged",
+    "too few images",
+    "not run",
+)
+"""Outcomes of a check.
+
+Nothing was found; a number is optimistic; there is a sign of masking, or the evaluation cannot be trusted;
+the sample is too small to show anything; the check was not run.
+"""
+
+
+def outcome_of(verdict: Mapping[str, Any]) -> str:
+    """Returns the outcome of a check of ``results.json``; older files say whether it was flagged.
+
+    Example:
+      >>> outcome_of({"outcome": "note"}), outcome_of({"flagged": True}), outcome_of({"flagged": None})
+      ('note', 'flagged', 'not run')
+    """
+    if "outcome" in verdict:
+        return str(verdict["outcome"])
+    return {True: FLAGGED, False: PASSED, None: NOT_RUN}[verdict["flagged"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +71,11 @@ class Results:
           'date', 'seconds', 'command'.
       summary: what :func:`metrics.summarize` returns.
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
-        its sample; 'verdicts', a list of {'name', 'title', 'flagged' (None: not run), 'doubts'
-        (``FIXED_STEPS`` or ``EVERYTHING``; missing in older files), 'statement', 'evidence' (a dict)};
-        'curves', any of 'scale', 'steps' and 'restarts', each {'x': m numbers, 'series': {name: m FIGUREs}}.
+        its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
+        'doubts' (``FIXED_STEPS`` or ``EVERYTHING``), 'statement', 'evidence' (a dict), 'meaning' ({'raised',
+        'means', 'do'}, sentences on the check)}, of which older files lack 'doubts' and 'meaning'; 'curves',
+        any of 'scale', 'steps', 'restarts' and 'epsilon' (x: radii), each {'x': m numbers, 'series': {name:
+        m FIGUREs}}.
       norms: None if the features are not known. 'features', the mean norm of each class's features, [K];
         'weights', the norm of each class's weight vector, [K], or None if the head has no such vectors.
     """

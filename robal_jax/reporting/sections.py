@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robal_jax.reporting import page
+from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.headline import in_words, tail_notes
 from robal_jax.reporting.names import (
     AUTOATTACK,
@@ -19,7 +20,7 @@ from robal_jax.reporting.names import (
     training_name,
     with_interval,
 )
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS, MANY_CLASSES, Gallery, Results
+from robal_jax.reporting.results import MANY_CLASSES, Gallery, Results
 
 # Order and names of the known keys of meta in the report.
 _META_LABELS = {
@@ -57,39 +58,6 @@ _FACTS = {"imbalance": "imbalance", "n": "test images", "date": "date"}  # in th
 _META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of attacks
 
 
-def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> tuple[bool | None, str]:
-    """Returns the verdict of all checks together.
-
-    Args:
-      audit: see :class:`Results`.
-      ensemble: whether an ensemble was evaluated.
-
-    Returns:
-      True if any check is flagged, False if checks were run and none is flagged, None if no check was run;
-      and a sentence for people.
-    """
-    if audit is None:
-        return None, "No audit was made, so nothing shows whether the attacks are as strong as they can be"
-    verdicts = audit["verdicts"]
-    flagged = [verdict for verdict in verdicts if verdict["flagged"]]
-    run, count = sum(verdict["flagged"] is not None for verdict in verdicts), len(verdicts)
-    if not run:
-        return None, f"No check was run (0 of {count})"
-    if not flagged:
-        return False, f"No check was flagged ({run} of {count} run)"
-    left_out = "" if run == count else f" ({count - run} not run)"
-    fixed_steps_only = all(verdict.get("doubts", EVERYTHING) == FIXED_STEPS for verdict in flagged)
-    return True, (
-        f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{left_out}: "
-        + (
-            "do not trust the fixed-step attacks (FGSM, PGD, MIM); "
-            + ("use the ensemble's accuracy" if ensemble else "evaluate with AutoAttack")
-            if fixed_steps_only
-            else "do not trust any robust accuracy in this report"
-        )
-    )
-
-
 def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the page's header, then the headline with its intervals."""
     meta, conditions = results.meta, {name: results.conditions[name] for name in results.headline}
@@ -125,45 +93,6 @@ def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> lis
         )
         blocks += [page.paragraph(text), pictures["epsilon"]]
     return blocks
-
-
-def audit_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
-    """Returns the verdict of every check, with its evidence."""
-    audit = results.audit
-    if audit is None:
-        return []
-    items = (
-        (
-            verdict["flagged"],
-            verdict["title"],
-            verdict["statement"],
-            _evidence(verdict["evidence"]),
-        )
-        for verdict in audit["verdicts"]
-    )
-    count = audit["examples"]
-    sample = f" Checks that run attacks of their own use a sample of {count} test images." if count else ""
-    return [
-        page.section("Audit"),
-        page.paragraph(
-            "Each check looks for a sign that an attack is weaker than it seems, so that the accuracy after "
-            "it is too high. The accuracy after an attack is the share of images still classified correctly."
-            + sample
-        ),
-        page.checks(items),
-        *_pictures(pictures, "curves"),
-    ]
-
-
-def _evidence(evidence: Mapping[str, Any]) -> str:
-    """Returns evidence on one line: 'accuracy (1 = 0.48, 30 = 0.61), images = 500'."""
-
-    def entry(key: str, value: Any) -> str:
-        if isinstance(value, Mapping):
-            return f"{key} ({_evidence(value)})"
-        return f"{key} = {value:.4g}" if isinstance(value, float) else f"{key} = {printed(value)}"
-
-    return ", ".join(entry(key, value) for key, value in evidence.items())
 
 
 def condition_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
@@ -357,8 +286,9 @@ def reading_section(results: Results) -> list[page.Block]:
     ]
     if results.audit:
         text = (
-            "A flagged check means that an attack can be made stronger by simple means, or that it fails for "
-            "a reason other than robustness. Passing every check is no proof of robustness."
+            "A flagged check is a sign that an attack fails for a reason other than robustness. A "
+            "note says by how much an attack can be made stronger by simple means. Passing every "
+            "check is no proof of robustness."
         )
         items.append(("Audit.", text))
     if "robal_aa" in conditions:

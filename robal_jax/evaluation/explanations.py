@@ -1,0 +1,171 @@
+"""What each check of the audit is: when it is raised, what that means, and what to do.
+
+The report prints these sentences, from ``results.json``; the thresholds in them are those of the code.
+"""
+
+from typing import NamedTuple
+
+from robal_jax.evaluation.evidence import CHECKS, FAMILY_LEVEL
+from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS
+
+GAP = 0.01
+"""A fixed-step number that is optimistic by more than this is noted."""
+
+MARGIN = 0.01
+"""How much stronger an attack that should be weaker may be, in truth, without being a sign of masking."""
+
+SCALE_MARGIN = 0.05
+"""Part by which another logit scale may let PGD lower the margin further, in truth, without a red mark."""
+
+NEARLY_ZERO = 0.01
+"""Highest accuracy under an attack without a bound that works."""
+
+VANISHING = 0.01
+"""Share of images whose gradient may be exactly zero, as it is where an honest model is very sure."""
+
+ALPHA_RANDOM, ALPHA_PROBABILITY, ALPHA_SQUARE = 1e-4, 1e-5, 0.002
+"""Relative difference of logits, distance of sums from 1, and share of images that only Square may break.
+
+As in the reference implementation of AutoAttack."""
+
+
+class Explanation(NamedTuple):
+    """A check, in words.
+
+    Attributes:
+      title: for people.
+      doubts: which accuracies not to trust if it is flagged: ``FIXED_STEPS`` or ``EVERYTHING``.
+      raised: when it is flagged, or noted.
+      means: what that means.
+      do: what to do.
+    """
+
+    title: str
+    doubts: str
+    raised: str
+    means: str
+    do: str
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} point" + ("" if share == 0.01 else "s")
+
+
+_CLEARLY = f"clearly (one-sided test at {100 * FAMILY_LEVEL:g} % over all {CHECKS} checks)"
+_ENSEMBLE = "Report the accuracy under AutoAttack, not that under attacks with fixed steps."
+
+EXPLANATIONS = {
+    "logit_scale": Explanation(
+        "Logit scale",
+        FIXED_STEPS,
+        f"Flagged if PGD-20 on rescaled logits, or on the margin, which knows no scale, {_CLEARLY} "
+        f"lowers the margin of the true class by {100 * SCALE_MARGIN:g} % more than at the model's "
+        f"own scale, and breaks more than {_points(GAP)} of the images in addition. Noted if only the "
+        "accuracy is clearly lower.",
+        "The gradient of the cross-entropy is weak because of the size of the logits, not because the model "
+        "is robust: large logits saturate the softmax, small ones mix all classes into the gradient.",
+        _ENSEMBLE + " Or attack at the scale at which the curve is lowest (config.evaluation.logit_scale).",
+    ),
+    "steps": Explanation(
+        "More steps",
+        FIXED_STEPS,
+        f"Flagged if a single step is {_CLEARLY} more than {_points(MARGIN)} stronger than 20. Noted if up "
+        f"to 1000 steps that keep what was found break more than {_points(GAP)} of the images in addition.",
+        "Flagged: the gradients lead away from adversarial images. Noted: 20 steps were too few; "
+        "more steps can only break more images, so this alone is no sign of masking.",
+        _ENSEMBLE,
+    ),
+    "restarts": Explanation(
+        "More restarts",
+        FIXED_STEPS,
+        f"Noted if ten starts of PGD-20 break more than {_points(GAP)} of the images in addition to "
+        "those that one start breaks. Never flagged.",
+        "One start was too few. More starts can only break more images, so this is no sign of masking.",
+        _ENSEMBLE,
+    ),
+    "zero_gradients": Explanation(
+        "Zero gradients",
+        FIXED_STEPS,
+        "Flagged if the gradient of the cross-entropy is exactly zero for "
+        f"{_CLEARLY} more than {100 * VANISHING:g} % of the clean images. Noted if it is zero for any.",
+        "PGD stays where it starts. Rounding, quantisation and thermometer codes have no gradient; "
+        "very large logits round it to zero.",
+        "If the logits are large, use AutoAttack, whose margins do not saturate. If a step of the "
+        "model has no gradient, replace it in the backward pass by a smooth one (BPDA), and attack that.",
+    ),
+    "nan_gradients": Explanation(
+        "Gradients that are not finite",
+        EVERYTHING,
+        "Flagged if any gradient of the cross-entropy has a NaN or infinite entry, at a clean image, "
+        "where PGD starts, or one step later.",
+        "Attacks that follow gradients count such entries as zero or stop there, so that they show nothing.",
+        "Find the operation (jax_debug_nans; often a logarithm, root or quotient behind jnp.where), "
+        "give it safe arguments in both branches, and evaluate again.",
+    ),
+    "unbounded": Explanation(
+        "No bound",
+        FIXED_STEPS,
+        f"Flagged if {_CLEARLY} more than {_points(NEARLY_ZERO)} of accuracy are left under 100 steps of PGD "
+        "within all images. Noted if more than that are left in the sample.",
+        "Within all images there is one of another class, so an attack that works leaves nothing.",
+        _ENSEMBLE + " Look at the curve by radius: it should fall to zero.",
+    ),
+    "gradient_free": Explanation(
+        "Gradient-free attack",
+        FIXED_STEPS,
+        f"Flagged if Square, which sees logits only, is {_CLEARLY} more than {_points(MARGIN)} "
+        "stronger than all gradient attacks of the audit together. Noted if it is clearly stronger "
+        "than PGD-20 alone.",
+        "Who knows the gradient cannot be worse off than who does not, unless the gradient is masked.",
+        _ENSEMBLE + " If it is flagged, adapt the attack to the model (BPDA, EOT) as well.",
+    ),
+    "square": Explanation(
+        "Square after gradients",
+        EVERYTHING,
+        f"Flagged if Square {_CLEARLY} breaks more than {100 * ALPHA_SQUARE:g} % of the images after all "
+        "gradient attacks, those of the ensemble included.",
+        "All gradient attacks miss something in the same way, so that the ensemble is weaker than it seems.",
+        "Adapt the attack to the model, or run Square with more queries.",
+    ),
+    "transfer": Explanation(
+        "Transfer from a surrogate",
+        FIXED_STEPS,
+        f"Flagged if images made on another model are {_CLEARLY} more than {_points(MARGIN)} stronger "
+        "than all gradient attacks of the audit together. Noted if they are clearly stronger than "
+        "PGD-20 alone.",
+        "The gradients of another model are better than the model's own, which are therefore masked.",
+        _ENSEMBLE + " If it is flagged, adapt the attack to the model as well.",
+    ),
+    "randomised": Explanation(
+        "Random output",
+        EVERYTHING,
+        f"Flagged if logits of the same images differ by more than {ALPHA_RANDOM:g} of their norm, or "
+        "if as much as one more image is right.",
+        "Every attack counts a lucky draw as robustness, or as a success.",
+        "Evaluate the mean over draws, with the ensemble 'rand', whose gradients are means too.",
+    ),
+    "probabilities": Explanation(
+        "Probabilities",
+        EVERYTHING,
+        "Flagged if the outputs are in [0, 1] and sum to 1.",
+        "The attacks expect logits; a softmax of a softmax has next to no gradient.",
+        "Give the logits, without the softmax, and evaluate again.",
+    ),
+    "inference": Explanation(
+        "Optimisation at inference",
+        EVERYTHING,
+        "Flagged if the model takes derivatives to compute its logits, or if the logits of an image "
+        f"change with its batch by more than {ALPHA_RANDOM:g} of the largest, and by more than "
+        "between two equal batches.",
+        "The model adapts to its input, and attacks on it need another kind of gradient.",
+        "Attack the whole procedure, unrolled, and the model without it (Croce et al., 2022).",
+    ),
+    "stored_images": Explanation(
+        "Accuracy computed again",
+        EVERYTHING,
+        "Flagged if one stored adversarial image is classified otherwise when it is read again.",
+        "The reported accuracy does not follow from the stored images.",
+        "Do not use the number; report the fault with the folder of the evaluation.",
+    ),
+}
+"""All checks of an audit by name, in the order of the report."""

@@ -1,0 +1,104 @@
+"""A check's outcome and its statement, which follows from the outcome and the figures."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from robal_jax.evaluation.evidence import SHOWN, Gap
+from robal_jax.evaluation.explanations import EXPLANATIONS
+from robal_jax.reporting.results import FLAGGED, NOTE, PASSED, TOO_FEW
+
+LARGEST = float(np.finfo(np.float32).max)
+"""In evidence in place of what is no finite number, which JSON cannot hold."""
+
+
+class Verdict(NamedTuple):
+    """The outcome of a check.
+
+    Attributes:
+      name: of the check, a key of ``EXPLANATIONS``.
+      title: for people.
+      doubts: which accuracies not to trust if the check is flagged: ``FIXED_STEPS`` or ``EVERYTHING``.
+      outcome: one of ``OUTCOMES``.
+      statement: the figures and what follows from them.
+      evidence: figures, ready for JSON.
+      meaning: 'raised', 'means' and 'do': sentences on the check.
+    """
+
+    name: str
+    title: str
+    doubts: str
+    outcome: str
+    statement: str
+    evidence: dict[str, Any]
+    meaning: dict[str, str]
+
+
+def make_verdict(
+    name: str,
+    outcome: str,
+    figures: str,
+    conclusions: Mapping[str, str],
+    evidence: dict[str, Any],
+    shown: float = 0,
+) -> Verdict:
+    """Makes a verdict, whose statement is the figures and the conclusion of its outcome.
+
+    Args:
+      name: of the check.
+      outcome: of the check.
+      figures: beginning of the sentence.
+      conclusions: end of the sentence, by outcome; that of too few images is the same for all checks.
+      evidence: figures, ready for JSON.
+      shown: the smallest gap that the sample can show.
+    """
+    title, doubts, *meaning = EXPLANATIONS[name]
+    few = f"too few images are right when clean to tell; the smallest gap they can show is {points(shown)}."
+    conclusion = {TOO_FEW: few, **conclusions}[outcome]
+    meanings = dict(zip(("raised", "means", "do"), meaning, strict=True))
+    return Verdict(name, title, doubts, outcome, f"{figures}: {conclusion}", evidence, meanings)
+
+
+def decide(*, red: bool = False, note: bool = False, shown: float = 0.0) -> str:
+    """Returns the outcome of a check.
+
+    Args:
+      red: whether it is flagged.
+      note: whether it is noted, if it is not flagged.
+      shown: the smallest gap that the sample can show.
+
+    Example:
+      >>> decide(red=True, shown=0.5), decide(note=True, shown=0.5), decide(note=True), decide()
+      ('flagged', 'too few images', 'note', 'passed')
+    """
+    if red:
+        return FLAGGED
+    if shown > SHOWN:
+        return TOO_FEW
+    return NOTE if note else PASSED
+
+
+def percent(right: np.ndarray) -> str:
+    """Returns the share of images that are right, for a statement; of none it is not known."""
+    return f"{100 * np.mean(right):.1f} %" if len(right) else "not known"
+
+
+def points(gap: float) -> str:
+    """Returns a gap for a statement."""
+    return f"{100 * gap:.1f} points"
+
+
+def evidence_of(gap: Gap, **more: Any) -> dict[str, Any]:
+    """Returns a gap, with more figures, as evidence."""
+    return {"gap": gap.value, **gap._asdict(), **more}
+
+
+def floats(values: Mapping[Any, Any]) -> dict[str, float]:
+    """Returns a curve as evidence."""
+    return {str(name): float(value) for name, value in values.items()}
+
+
+def json_float(value: Any) -> float:
+    """Returns a number that JSON can hold."""
+    return float(value) if np.isfinite(value) else LARGEST

@@ -1,0 +1,125 @@
+"""The audit in a report: the verdict of all checks together, and each check with what it means."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from robal_jax.reporting import page
+from robal_jax.reporting.results import (
+    EVERYTHING,
+    FIXED_STEPS,
+    FLAGGED,
+    NOT_RUN,
+    NOTE,
+    PASSED,
+    TOO_FEW,
+    Results,
+    outcome_of,
+)
+
+
+def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> tuple[str, str]:
+    """Returns the verdict of all checks together.
+
+    Args:
+      audit: see :class:`Results`.
+      ensemble: whether an ensemble was evaluated.
+
+    Returns:
+      An outcome, the first of 'flagged', 'note', 'passed', 'too few images' and 'not run' that any check has;
+      and a sentence for people.
+    """
+    if audit is None:
+        return NOT_RUN, "No audit was made, so nothing shows whether the attacks are as strong as they can be"
+    verdicts = audit["verdicts"]
+    outcomes = [outcome_of(verdict) for verdict in verdicts]
+    count, done = len(verdicts), len(verdicts) - outcomes.count(NOT_RUN)
+    overall = next((name for name in (FLAGGED, NOTE, PASSED, TOO_FEW) if name in outcomes), NOT_RUN)
+    if overall == NOT_RUN:
+        return NOT_RUN, f"No check was run (0 of {count})"
+    undecided = outcomes.count(TOO_FEW)
+    others = [f"{done} of {count} run"] + [f"{undecided} with too few images to tell"] * bool(undecided)
+    remark = f" ({', '.join(others)})"
+    if overall in (PASSED, TOO_FEW):
+        return overall, f"No check was flagged{remark}"
+    if overall == NOTE:
+        noted = [verdict["title"] for verdict in verdicts if outcome_of(verdict) == NOTE]
+        advice = "the ensemble's accuracy is the one to use" if ensemble else "evaluate with AutoAttack"
+        return NOTE, (
+            f"No check was flagged{remark}. The fixed-step attacks are a little optimistic "
+            f"({', '.join(noted)}): {advice}"
+        )
+    flagged = [verdict for verdict in verdicts if outcome_of(verdict) == FLAGGED]
+    left_out = [f"{count - done} not run"] * (done < count) + others[1:]
+    remark = f" ({', '.join(left_out)})" if left_out else ""
+    fixed_steps_only = all(verdict.get("doubts", EVERYTHING) == FIXED_STEPS for verdict in flagged)
+    return FLAGGED, (
+        f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{remark}: "
+        + (
+            "do not trust the fixed-step attacks (FGSM, PGD, MIM); "
+            + ("use the ensemble's accuracy" if ensemble else "evaluate with AutoAttack")
+            if fixed_steps_only
+            else "do not trust any robust accuracy in this report"
+        )
+    )
+
+
+def audit_summary(audit: Mapping[str, Any] | None) -> str:
+    """Returns the audit in a cell of a table: the titles of flagged checks, how many were noted and run.
+
+    Example:
+      >>> verdicts = [{"title": "No bound", "outcome": "flagged"}, {"title": "Scale", "outcome": "note"}]
+      >>> print(audit_summary({"verdicts": verdicts}), "/", audit_summary({"verdicts": verdicts[1:]}))
+      flagged: No bound / clean (1 of 1 checks run; noted: Scale)
+    """
+    if audit is None:
+        return "no audit"
+    titles: dict[str, list[str]] = {}
+    for verdict in audit["verdicts"]:
+        titles.setdefault(outcome_of(verdict), []).append(verdict["title"])
+    if FLAGGED in titles:
+        return f"flagged: {', '.join(titles[FLAGGED])}"
+    count = len(audit["verdicts"])
+    parts = [f"{count - len(titles.get(NOT_RUN, []))} of {count} checks run"]
+    if NOTE in titles:
+        parts.append(f"noted: {', '.join(titles[NOTE])}")
+    if TOO_FEW in titles:
+        parts.append(f"too few images for {len(titles[TOO_FEW])}")
+    return f"clean ({'; '.join(parts)})"
+
+
+def audit_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
+    """Returns the verdict of every check, with its evidence."""
+    audit = results.audit
+    if audit is None:
+        return []
+    items = (
+        (outcome_of(verdict), verdict["title"], verdict["statement"], verdict["evidence"])
+        for verdict in audit["verdicts"]
+    )
+    count = audit["examples"]
+    sample = (
+        f" Checks that run attacks of their own use a sample of {count} test images, of which only "
+        "those count that are right when clean."
+    )
+    return [
+        page.section("Audit"),
+        page.paragraph(
+            "Each check looks for a sign that an attack is weaker than it seems, so that the accuracy after "
+            "it is too high. The accuracy after an attack is the share of images still classified correctly."
+            + (sample if count else "")
+        ),
+        page.checks(items),
+        *([pictures["curves"]] if "curves" in pictures else []),
+    ]
+
+
+def meaning_section(results: Results) -> list[page.Block]:
+    """Returns what each check of the audit means and what to do; nothing for results of older versions."""
+    verdicts = [verdict for verdict in (results.audit or {}).get("verdicts", []) if "meaning" in verdict]
+    if not verdicts:
+        return []
+    items = [
+        (f"{verdict['title']}.", " ".join(verdict["meaning"][key] for key in ("raised", "means", "do")))
+        for verdict in verdicts
+    ]
+    return [page.section("What the checks mean"), page.points(items)]
