@@ -23,7 +23,7 @@ def blocks(text):
         "figure": page.figure("name.png", text, b"<svg/>"),
         "banner": page.banner(FLAGGED, text),
         "cards": page.cards([("Clean", "1 %", "[0, 2]", text)]),
-        "checks": page.checks([(PASSED, "title", text, "evidence")]),
+        "checks": page.checks([(PASSED, "title", text, {"images": 3})]),
     }
 
 
@@ -85,11 +85,11 @@ def test_evidence_as_small_tables():
 
 
 def test_outcomes_of_checks():
-    block = page.checks([(outcome, outcome, "s", "e" * (outcome == FLAGGED)) for outcome in OUTCOMES])
+    block = page.checks([(name, name, "s", {"images": 3} if name == FLAGGED else {}) for name in OUTCOMES])
     for badge in ("FLAGGED", "NOTE", "PASSED", "TOO FEW IMAGES", "NOT RUN"):
         assert block.markdown.count(badge) == Text(block.html).text.count(badge) == 1
     assert "FLAGGED: flagged." in block.markdown
-    assert block.markdown.count("Evidence") == block.html.count('class="evidence"') == 1
+    assert block.markdown.count("Evidence") == block.html.count('class="small"') == 1
 
 
 def test_pages():

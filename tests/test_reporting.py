@@ -149,7 +149,6 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
     for text in (
         "1 of 3 checks is flagged (1 not run): do not trust the fixed-step attacks (FGSM, PGD, MIM); "
         "evaluate with AutoAttack",
-        "accuracy (1 = 0.4, 3 = 0.2), images = 50",
         "There was no second model.",
         "magnified 5 times",
         "--workdir='a & b'",
@@ -159,6 +158,8 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
         assert text in markdown
         assert text in page.text
     assert "| Square | 40.0 |" in markdown
+    assert "accuracy (1 = 0.4, 3 = 0.2), images = 50" in markdown
+    assert "accuracy130.40.2" in "".join(page.text.split())
     assert page.text.index("do not trust") < page.text.index("Summary")
     assert len(cells) > 200
     for cell in cells:

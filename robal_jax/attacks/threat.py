@@ -53,13 +53,14 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epsilon, jax.core.Tracer) and not 0 < self.epsilon < math.inf:
+        known = not isinstance(self.epsilon, jax.core.Tracer)
+        if known and not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}; it must be finite and > 0")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if not -math.inf < self.lower < self.upper < math.inf:
             raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
-        if self.norm == "linf" and self.epsilon > self.upper - self.lower:
+        if known and self.norm == "linf" and self.epsilon > self.upper - self.lower:
             raise ValueError(
                 f"epsilon is {self.epsilon:g}, and the pixels are in [{self.lower:g}, {self.upper:g}]; "
                 f"use the images' unit{in_255ths(self.epsilon)}"

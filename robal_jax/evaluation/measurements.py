@@ -19,6 +19,7 @@ import numpy as np
 
 from robal_jax import attacks, losses
 from robal_jax.attacks import LogitsFn, ThreatModel, starting_points, uniform_start
+from robal_jax.attacks.threat import finite
 from robal_jax.evaluation.victim import Victim
 from robal_jax.keys import fold_in
 
@@ -87,15 +88,14 @@ def gradients(
     """
 
     def gradient(x: chex.Array) -> chex.Array:
-        return attacks.loss_gradient(logits_fn, losses.cross_entropy, x, labels)[2]
+        return jax.grad(lambda x: losses.cross_entropy(logits_fn(x), labels).sum())(x)
 
     start = threat.project(starting_points(uniform_start, keys, images, threat), images)
-    at_start = jnp.nan_to_num(gradient(start), posinf=0.0, neginf=0.0)
-    first = threat.project(start + step_size * threat.ascent_direction(at_start), images)
+    first = threat.project(start + step_size * threat.ascent_direction(finite(gradient(start))), images)
     found = jax.lax.map(gradient, jnp.stack([images, start, first]))
-    finite = jnp.isfinite(found)
-    size = jnp.abs(jnp.where(finite[0], found[0], 0.0)).sum(range(1, images.ndim))
-    return {"size": size, "finite": finite.all((0, *range(2, found.ndim)))}
+    is_finite = jnp.isfinite(found)
+    size = jnp.abs(jnp.where(is_finite[0], found[0], 0.0)).sum(range(1, images.ndim))
+    return {"size": size, "finite": is_finite.all((0, *range(2, found.ndim)))}
 
 
 def probe(

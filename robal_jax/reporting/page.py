@@ -58,7 +58,6 @@ figcaption { margin-top: .35rem; color: #55606f; font-size: .9rem }
 .checks { max-width: none; margin: .8rem 0; padding: 0; list-style: none }
 .checks li { padding: .65rem 0; border-bottom: 1px solid #edf0f4 }
 .checks p { margin: .2rem 0 0; max-width: none }
-.checks .evidence { color: #55606f; font-size: .86rem; overflow-wrap: anywhere }
 pre { margin: .6rem 0; padding: .8rem 1rem; overflow-x: auto; background: #f4f6f9; border-radius: 6px;
   font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 summary { cursor: pointer; color: #00527f }
