@@ -65,7 +65,7 @@ def test_parts_are_left_out_only_if_that_is_asked_for(tmp_path):
     found, read = checkpoints.restore(path, like, partial=True)
     assert read == sha256
     np.testing.assert_array_equal(found["params"]["layer"]["weight"], state.params["layer"]["weight"])
-    with pytest.raises(InputError, match="different model: .* where the config's model has nothing"):
+    with pytest.raises(InputError, match=r"different model: .* where the config's model has nothing"):
         checkpoints.restore(path, like)
 
 
