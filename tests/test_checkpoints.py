@@ -58,6 +58,17 @@ def test_round_trip_is_exact(tmp_path):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_parts_are_left_out_only_if_that_is_asked_for(tmp_path):
+    state = tree(3)
+    ((path, sha256),) = save(tmp_path, state)
+    like = {"params": tree(0).params, "stats": tree(0).stats}
+    found, read = checkpoints.restore(path, like, partial=True)
+    assert read == sha256
+    np.testing.assert_array_equal(found["params"]["layer"]["weight"], state.params["layer"]["weight"])
+    with pytest.raises(InputError, match=r"different model: .* where the config's model has nothing"):
+        checkpoints.restore(path, like)
+
+
 def test_digest_sees_every_bit():
     state = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.int32(1)}
     digests = [checkpoints.digest(state)]
