@@ -288,7 +288,7 @@ def test_published_figures_are_shown_beside_the_same_data_only(name):
         ({"clean": 80, "pgd_20": 50, "worst": 49}, "PGD-20 head | PGD-20 medium | PGD-20 tail"),
         (
             {"clean": 80, "pgd_20": 50, "robal_aa": 48, "autoattack": 47, "worst": 47},
-            "AutoAttack ours | Worst ours | AutoAttack head | AutoAttack medium | AutoAttack tail",
+            "AutoAttack | Worst | AutoAttack head | AutoAttack medium | AutoAttack tail",
         ),
     ],
 )

@@ -159,7 +159,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     skip = 0 if any(row["stage"] for row in rows) else 1
 
     def block(title: str, cell: Any, chosen: Iterable[Mapping[str, Any]], sides: Sequence[Any]) -> list[str]:
-        header = ["Stage", "Row", *(f"{paper_name(name)} {side}" for name, side in sides)]
+        names = (f"{paper_name(name)} {side if on or side != 'ours' else ''}" for name, side in sides)
+        header = ["Stage", "Row", *map(str.strip, names)]
         body = [[row["stage"], _label(row), *(cell(row, *side) for side in sides)] for row in chosen]
         return [f"## {title}", aligned(header[skip:], [line[skip:] for line in body], left=2 - skip)]
 
