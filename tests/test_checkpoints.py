@@ -1,6 +1,8 @@
 """Checkpoints: bit-exact, verified, the newest kept (robal_jax.checkpoints)."""
 
+import errno
 import json
+import pathlib
 import shutil
 
 import jax
@@ -162,6 +164,22 @@ def test_wrong_values_that_can_be_read_are_noticed(tmp_path):
     (second / checkpoints.FILES).unlink()  # as after a kill between a save and the list of its files
     with pytest.raises(checkpoints.DamagedCheckpointError, match=r"its sha256 is \w+…, but \w+… was written"):
         checkpoints.restore(second, tree())
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN, errno.EMFILE])
+def test_a_drive_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch, number):
+    """A whole checkpoint would be set aside, and the training would go back."""
+    save(tmp_path, tree(1), tree(2))
+    original = pathlib.Path.read_bytes
+
+    def read_bytes(path):
+        if tmp_path / "2" in path.parents:
+            raise OSError(number, "not now")
+        return original(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    with pytest.raises(OSError, match="not now"):
+        latest(tmp_path, tree())
 
 
 def test_all_damaged(tmp_path):

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from robal_jax.errors import InputError, one_line
+from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import CHECKPOINTS
 
@@ -122,6 +122,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     Raises:
       DamagedCheckpointError: it cannot be read, or its digest is not the one that was written.
       InputError: the folder is not that of a checkpoint.
+      OSError: the drive cannot be read now; the checkpoint may be whole.
     """
     path = path.absolute()
     _check_is_checkpoint(path)
@@ -134,6 +135,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     except (DamagedCheckpointError, InputError):
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds of errors
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise
         raise DamagedCheckpointError(one_line(error)) from error
     found = digest(tree)
     if found != written:
