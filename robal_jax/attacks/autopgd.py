@@ -330,11 +330,12 @@ def judge(
     better = loss > search.best_loss
     best, best_gradient = where(better, x, search.best), where(better, gradient, search.best_gradient)
     best_loss = jnp.where(better, loss, search.best_loss)
-    rises = search.rises + (loss > search.loss)
+    rises = search.rises + (loss > search.loss).astype(search.rises.dtype)
 
     check = window > 0
     stuck = ~search.halved_at_check & (search.best_at_check >= best_loss)
-    halve = check & ((rises <= rho * window) | stuck)
+    rarely = rises.astype(float) <= rho * window.astype(float)
+    halve = check & (rarely | stuck)
     return Search(
         x=where(halve, best, x),
         previous=search.x,

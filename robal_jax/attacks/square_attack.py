@@ -169,7 +169,7 @@ def square_search(
         return Search(
             jnp.where(better[:, None, None, None], candidates, search.best),
             jnp.where(better, found, search.margin),
-            search.queries_used + running,
+            search.queries_used + running.astype(int),
             search.number + 1,
         )
 
@@ -299,7 +299,7 @@ def _sides(shape: tuple[int, ...], p_init: float) -> list[int]:
 
 def _corner(uniforms: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     """First row and column of a square; the last possible ones never occur, as in the released code."""
-    return jnp.floor((jnp.array(shape[:2]) - side) * uniforms).astype(int)
+    return jnp.floor((jnp.array(shape[:2]) - side).astype(uniforms.dtype) * uniforms).astype(int)
 
 
 def _window(corner: chex.Array, side: chex.Array, shape: tuple[int, ...]) -> chex.Array:
