@@ -155,7 +155,8 @@ def audit(bench: Bench, case: Case, sample: int = 0) -> dict[str, Any]:
         model, images, labels, threat=ThreatModel(epsilon), step_size=step, version="none",
         surrogate=other.logits_fn, audit=len(labels), say=lambda _: None,
     )  # fmt: skip
-    assert results is not None and results.audit is not None, "stopped by a signal"
+    if results is None or results.audit is None:
+        sys.exit("stopped; the same command resumes")
     accuracy = {name: row["accuracy"]["value"] for name, row in results.conditions.items()}
     verdicts = {verdict["name"]: verdict for verdict in results.audit["verdicts"]}
     return {
