@@ -283,14 +283,15 @@ def _row(some: list[dict[str, Any]], name: str) -> str:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the finished models; a line that a stop has cut is left out."""
-    records = []
+    """Returns the finished models, each once; a line that a stop has cut is left out."""
+    records: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
-    return records
+        records[record["name"]] = record
+    return list(records.values())
 
 
 def main(arguments: list[str]) -> None:
@@ -309,8 +310,8 @@ def main(arguments: list[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     planned = list(cases(cifar=bool(values["cifar"])))
     planned = tenth(planned) if values["tenth"] else planned
-    done = {record["name"] for record in read_records(path)}
     for case in planned:
+        done = {record["name"] for record in read_records(path)}  # by another process, too
         if case.name not in done and values["only"] in ("", "honest" if case.honest else "masked"):
             record = audit(bench, case, int(values["sample"] or 0))
             with path.open("a") as file:
