@@ -49,7 +49,6 @@ TEMPERATURE, DISTILLATION_STEPS = 50.0, 400
 _AT_ITS_SCALE = {"he": ["--config.evaluation.logit_scale=10.0"]}
 
 _SMALL_CIFAR = [
-    "--config.model.name=small_cnn",
     "--config.train.epochs=20",
     "--config.schedule.milestones=(16,18)",
     "--config.schedule.warmup=2",
@@ -133,7 +132,7 @@ class Bench:
         if data == "cifar":
             overrides += [f"--config.data.path={self.cifar}", *_SMALL_CIFAR]
             with config.unlocked():
-                config.data.n_max = _CIFAR_IMAGES
+                config.model, config.data.n_max = ConfigDict({"name": "small_cnn"}), _CIFAR_IMAGES
         return cli.apply_overrides(config, overrides)
 
     def sample(self, run: Any, data: str, count: int) -> tuple[np.ndarray, np.ndarray]:
