@@ -94,6 +94,7 @@ def test_the_table_counts_by_kind_and_check(tmp_path):
     assert "| at, digits | 2 | 90 to 90 | 70 to 70 | 1 | - | More steps 1 |" in text
     assert "| logits x 0.01, digits | 3 | 90 to 90 | 70 to 70 | 2 | 1 | More steps 2, Logit scale 1 |" in text
     assert "| More steps | 0 | 1 | 2 |" in text
+    assert "\n5 of 72 models are audited here.\n" in calibration.page(records, 72)
 
     lines = [json.dumps(entry) for entry in records]
     path = tmp_path / "records.jsonl"
@@ -113,7 +114,7 @@ def test_a_tenth_is_judged_rightly(tmp_path, capsys):
         assert bool(flags) != entry["honest"], entry["name"]
         assert bool(flags & set(entry["expected"])) != entry["honest"], entry["name"]
         assert entry["clean"] > 0.8
-    assert "0 of 2 honest models flagged; 5 of 5 masked models flagged, 5 by the check" in (
+    assert "All: 0 of 2 honest models flagged; 5 of 5 masked models flagged, 5 by the check" in (
         (tmp_path / "table.md").read_text()
     )
     capsys.readouterr()

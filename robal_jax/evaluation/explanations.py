@@ -105,8 +105,8 @@ EXPLANATIONS = {
     "unbounded": Explanation(
         "No bound",
         FIXED_STEPS,
-        f"Flagged if {_CLEARLY} more than {_points(NEARLY_ZERO)} of accuracy are left under 100 steps of PGD "
-        "within all images. Noted if more than that are left in the sample.",
+        f"Flagged if {_CLEARLY} more than {100 * NEARLY_ZERO:g} % of the images are right under 100 "
+        "steps of PGD within all images. Noted if more than that are in the sample.",
         "Within all images there is one of another class, so an attack that works leaves nothing.",
         _ENSEMBLE + " Look at the curve by radius: it should fall to zero.",
     ),
