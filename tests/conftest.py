@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs of the tests run once or twice, so that XLA's optimisation takes longer than it saves.
@@ -25,6 +26,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test sets for JAX is its own: processes that later tests start would compile otherwise."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

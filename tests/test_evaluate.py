@@ -253,7 +253,7 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
 
     monkeypatch.setattr(Victim, "compile", compile)
     run(copy)
-    audited = ["outputs", "probe", "unbounded", "gradient_free"]
+    audited = ["outputs", "gradients", "probe", "margin", "unbounded", "gradient_free"]
     assert sorted(traced) == sorted(
         ["eval_step", *autoattack.VERSIONS["standard"], *audited, "shown_step", "work"]
     )

@@ -209,12 +209,13 @@ def fine_tuning_config(*overrides):
 def test_fine_tuning_moves_what_it_shall(tmp_path):
     said = []
     before = training.train(fine_tuning_config("train.epochs=1"), tmp_path / "at", say=said.append)
+    digest = said[-1].split()[-1]
     config = fine_tuning_config("train.epochs=1", f"train.start_from={tmp_path / 'at'}")
     with config.unlocked():
         config.head = {"name": "tau_norm", "tau": 0.0, "learn_scale": True}
         config.optimizer.trainable = "classifier/class_scale"
     after = training.train(config, tmp_path / "lws", say=said.append)
-    assert f"starting from {before} sha256 {said[0].split()[-1]}; new: params/classifier/class_scale" in said
+    assert f"starting from {before} sha256 {digest}; new: params/classifier/class_scale" in said
     (old, _), (new, _) = checkpoints.read(before), checkpoints.read(after)
     assert np.abs(new["params"]["classifier"].pop("class_scale") - 1).max() > 0
     jax.tree.map(np.testing.assert_array_equal, new["params"], old["params"])
