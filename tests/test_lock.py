@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from conftest import ROOT
@@ -68,28 +70,56 @@ def test_of_two_processes_one_waits_and_a_killed_one_is_no_obstacle(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "free"),
+    "changes",
     [
-        ({}, True),
-        ({"pid": 1}, True),  # not at work, or the system's lock would be held
-        ({"host": "renamed"}, True),  # a container that was started again on this machine
-        ({"boot": "before"}, True),  # this machine before it was started again
-        ({"host": "node7", "boot": "other"}, False),
-        ({"host": "node7", "boot": ""}, False),
+        {},
+        {"pid": 1},  # not at work, or the system's lock would be held
+        {"host": "renamed"},  # a container that was started again on this machine
+        {"boot": "before"},  # this machine before it was started again
     ],
 )
-def test_what_a_dead_process_left(tmp_path, changes, free):
-    holder = left_by(tmp_path, **changes)
-    if free:
-        with alone_in(tmp_path):
-            pass
-        return
-    message = refused(tmp_path)
-    assert f"(process {holder.pid} on node7, since {holder.since})" in message
-    assert f"remove {tmp_path / '.lock'} if it is dead" in message
-    (tmp_path / ".lock").unlink()
+def test_what_a_dead_process_left(tmp_path, changes):
+    left_by(tmp_path, **changes)
     with alone_in(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("boot", ["other", ""])
+def test_a_job_of_another_machine(tmp_path, monkeypatch, capfd, boot):
+    """It is at work while it touches its file; one that fell silent may be followed."""
+    monkeypatch.setattr(lock, "SILENCE", 1.0)
+    holder = left_by(tmp_path, host="node7", boot=boot)
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.05):
+            os.utime(tmp_path / ".lock")
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    message = refused(tmp_path)
+    ended.set()
+    thread.join()
+    assert f"(process {holder.pid} on node7, since {holder.since})" in message
+    with alone_in(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["host"] == lock.myself().host
+    assert f"was used by process {holder.pid} on node7; waiting up to 1 s" in capfd.readouterr().err
+
+
+def test_a_job_of_another_machine_that_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 5.0)
+    left_by(tmp_path, host="node7", boot="other")
+    threading.Timer(0.6, (tmp_path / ".lock").unlink).start()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_holder_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    with alone_in(tmp_path):
+        before = (tmp_path / ".lock").stat().st_mtime_ns
+        time.sleep(0.5)
+        assert (tmp_path / ".lock").stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": 1}', "\0\0\0"])

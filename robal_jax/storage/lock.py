@@ -1,8 +1,9 @@
 """One job per folder: a lock that ends with its process, and that says who is at work.
 
 The lock is the system's (``flock``), so that nothing is left of a process that was killed. Some network
-drives do not share such locks between machines, and some have none. Therefore the file also names its holder:
-one of another machine is believed, because nothing here can tell whether it is alive.
+drives do not share such locks between machines, and some have none. Therefore the file also names its holder,
+which touches it every ``BEAT`` seconds. A holder on another machine that does not for ``SILENCE`` seconds is
+dead: a preempted job may start again on any machine.
 """
 
 import contextlib
@@ -12,12 +13,16 @@ import json
 import os
 import pathlib
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 from robal_jax.errors import InputError
 from robal_jax.storage.names import LOCK
+from robal_jax.storage.progress import announced
+
+BEAT, SILENCE = 20.0, 120.0  # seconds
 
 BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
@@ -58,6 +63,8 @@ def myself() -> Holder:
 def alone_in(folder: pathlib.Path) -> Iterator[None]:
     """Keeps other jobs out of a folder, which is made if it is missing.
 
+    If the last job there was on another machine and left its lock, waits for a sign of life of that job.
+
     Raises:
       InputError: another process works there, or the folder cannot be written to.
     """
@@ -67,11 +74,23 @@ def alone_in(folder: pathlib.Path) -> Iterator[None]:
         file = _acquired(path)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}); choose another folder") from error
+    ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beats.start()
     try:
         yield
     finally:
+        ended.set()
+        beats.join()
         with file, contextlib.suppress(OSError):
             path.unlink()  # while the lock is held: whoever waits for this file looks for it again
+
+
+def _beat(path: pathlib.Path, ended: threading.Event) -> None:
+    """Touches a file until the job has ended."""
+    while not ended.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
 
 def _acquired(path: pathlib.Path) -> IO[str]:
@@ -84,7 +103,7 @@ def _acquired(path: pathlib.Path) -> IO[str]:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
             locked, holder = _lock(file), _read(file)
-            if locked is False or (holder and _at_work(holder, locked)):
+            if locked is False or (holder and _at_work(holder, locked, path)):
                 raise InputError(_refusal(path, holder))
             if not _is_at(file, path):  # its holder has just removed it
                 continue
@@ -116,10 +135,10 @@ def _read(file: IO[str]) -> Holder | None:
         return None
 
 
-def _at_work(holder: Holder, locked: bool | None) -> bool:
-    """Returns whether the process that a lock's file names may still be at work."""
+def _at_work(holder: Holder, locked: bool | None, path: pathlib.Path) -> bool:
+    """Returns whether the process that a lock's file names is still at work."""
     if not holder.here:
-        return True
+        return _shows_life(holder, path)
     if locked or holder.pid == os.getpid():
         return False
     try:
@@ -131,6 +150,21 @@ def _at_work(holder: Holder, locked: bool | None) -> bool:
     return True
 
 
+def _shows_life(holder: Holder, path: pathlib.Path) -> bool:
+    """Waits until the holder on another machine touches its file, which may take ``SILENCE`` seconds."""
+    text = (
+        f"{path.parent} was used by process {holder.pid} on {holder.host}; waiting up to {SILENCE:g} s for a "
+        "sign of life"
+    )
+    with contextlib.suppress(FileNotFoundError), announced(text, after=0.0):  # missing: it has just ended
+        last, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE
+        while time.monotonic() < until:
+            time.sleep(min(1.0, SILENCE / 10))
+            if path.stat().st_mtime_ns != last:
+                return True
+    return False
+
+
 def _is_at(file: IO[str], path: pathlib.Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -140,7 +174,4 @@ def _is_at(file: IO[str], path: pathlib.Path) -> bool:
 
 def _refusal(path: pathlib.Path, holder: Holder | None) -> str:
     who = f" (process {holder.pid} on {holder.host}, since {holder.since})" if holder else ""
-    what_to_do = "wait until it has ended"
-    if holder and not holder.here:
-        what_to_do += f", or remove {path} if it is dead"
-    return f"{path.parent} is used by another process{who}; {what_to_do}, or choose another folder"
+    return f"{path.parent} is used by another process{who}; wait until it has ended, or choose another folder"
