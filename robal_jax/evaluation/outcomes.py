@@ -96,7 +96,7 @@ def evidence_of(gap: Gap, **more: Any) -> dict[str, Any]:
 
 def floats(values: Mapping[Any, Any]) -> dict[str, float]:
     """Returns a curve as evidence."""
-    return {str(name): float(value) for name, value in values.items()}
+    return {f"{x:.4g}": float(value) for x, value in values.items()}
 
 
 def json_float(value: Any) -> float:

@@ -194,22 +194,18 @@ def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
 
 
 def _logit_scale(attacked: _Attacked) -> Verdict:
-    own, others = (
-        attacked.scales[1.0],
-        {f"at {s:g} times that scale": at for s, at in attacked.scales.items()},
-    )
-    others["on the margin, which knows no scale"] = attacked.margin
-    del others["at 1 times that scale"]
+    named = {f"{s:g}": at for s, at in attacked.scales.items()} | {"margin": attacked.margin}
+    own, others = named["1"], {name: at for name, at in named.items() if name != "1"}
     best = max(others, key=lambda name: float(np.sum(others[name].lowered)))
+    words = "on the margin, which knows no scale" if best == "margin" else f"at {best} times that scale"
     gap, further = gap_between(others[best].right, own.right), own.lowered * (1 + SCALE_MARGIN)
     red = gap.value > GAP and mean_p_value(others[best].lowered - further) * len(others) < LEVEL
     note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < LEVEL
     shown = smallest_share(gap.images)
-    named = {"own": own, **others}
     means = {name: json_float(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
     figures = (
-        f"PGD-20 lowers the margin by {means['own']:.3g} at the model's own logit scale, which leaves "
-        f"an accuracy of {percent(own.right)}, and by {means[best]:.3g} {best}, which leaves "
+        f"PGD-20 lowers the margin by {means['1']:.3g} at the model's own logit scale, which leaves "
+        f"an accuracy of {percent(own.right)}, and by {means[best]:.3g} {words}, which leaves "
         f"{percent(others[best].right)}"
     )
     conclusions = {
@@ -298,7 +294,7 @@ def _without_bound(attacked: _Attacked) -> Verdict:
         NOTE: "a little more than the 0 % of an attack that works.",
         FLAGGED: "an attack that works brings it to 0 %.",
     }
-    accuracy = {f"{radius:.4g}": right.mean() for radius, right in attacked.radii.items()} if images else {}
+    accuracy = {radius: right.mean() for radius, right in attacked.radii.items()} if images else {}
     evidence = {"left": left, "images": images, "accuracy_by_radius": floats(accuracy)}
     return make_verdict("unbounded", outcome, figures, conclusions, evidence, shown)
 
