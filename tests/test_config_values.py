@@ -4,11 +4,13 @@ import json
 import math
 import re
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_configs import DATA, METHODS
 
-from robal_jax import builder, cli
+from robal_jax import attacks, builder, cli
 from robal_jax.attacks import ThreatModel
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import flatten, read_config, to_json
@@ -80,12 +82,14 @@ def test_a_radius_of_the_whole_range_and_an_l2_radius_are_not_refused():
 
 
 def test_a_threat_model_in_255ths_is_refused():
-    with pytest.raises(
-        ValueError, match=r"epsilon is 8, .* in \[0, 1\]; use the images' unit: did you mean 8/255"
-    ):
-        ThreatModel(8)
-    assert ThreatModel(8.0, upper=255.0).epsilon == ThreatModel(8.0, "l2").epsilon == 8.0
-    assert ThreatModel(1.0).epsilon == 1.0
+    """By every attack, which knows the images."""
+    images, labels = np.full((3, 2, 2, 1), 0.5, np.float32), np.arange(3)
+    with pytest.raises(ValueError, match="use the images' unit: did you mean 8/255"):
+        ThreatModel(8).check(images, labels)
+    with pytest.raises(ValueError, match="did you mean 8/255"):
+        attacks.square(lambda x: x.reshape(3, 4), jax.random.key(0), images, labels, threat=ThreatModel(8))
+    for threat in (ThreatModel(8.0, upper=255.0), ThreatModel(8.0, "l2"), ThreatModel(1.0)):
+        threat.check(images, labels)
 
 
 @pytest.mark.parametrize("data", DATA)

@@ -117,7 +117,7 @@ def autoattack(
       [1 1 0] [0.6  0.55 0.2 ]
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.at_least(1, batch_size=batch_size, steps=steps)
     checks.at_least(0, queries=queries)
     keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))

@@ -70,7 +70,7 @@ def apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.at_least(1, steps=steps)
     keys = image_keys(key, images)
     start = starting_points(boundary_start, keys, images, threat)
@@ -127,7 +127,7 @@ def targeted_apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [2 0]
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     logits = checks.logits_of(len(images), logits_fn(images))
     checks.rank(rank, logits.shape[-1], least=2)
     targets = ranked_class(logits, rank)
@@ -219,7 +219,7 @@ def search(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.same_shape(images, start=start)
     checks.at_least(1, steps=steps)
     images, start = jax.lax.stop_gradient((images, start))

@@ -80,7 +80,7 @@ def fab(
     """
     del key
     start = images if start is None else start
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.same_shape(images, start=start)
     checks.at_least(1, n_iter=n_iter)
     clean, x = (jax.lax.stop_gradient(a.reshape(len(images), -1)) for a in (images, start))

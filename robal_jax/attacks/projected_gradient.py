@@ -79,7 +79,7 @@ def pgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.at_least(1, steps=steps, restarts=restarts)
     keys = image_keys(key, images)
 
@@ -153,7 +153,7 @@ def pgd_path(
        [0.5   0.25 ]
        [0.55  0.3  ]]
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.same_shape(images, start=start)
     if not callable(step_size):
         checks.positive(step_size=step_size)

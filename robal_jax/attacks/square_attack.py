@@ -81,7 +81,7 @@ def square(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     keys = image_keys(key, images)
     return square_search(
         logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
@@ -142,7 +142,7 @@ def square_search(
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code.
     The released code draws one square for a whole batch; here each image has its own.
     """
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     checks.at_least(0, queries=queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init is {p_init}; it must be in (0, 1]")

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from robal_jax import checks
 from robal_jax.keys import image_keys
 
 LogitsFn = Callable[[chex.Array], chex.Array]
@@ -53,13 +54,25 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        known = not isinstance(self.epsilon, jax.core.Tracer)
-        if known and not 0 < self.epsilon < math.inf:
+        if not isinstance(self.epsilon, jax.core.Tracer) and not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}; it must be finite and > 0")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if not -math.inf < self.lower < self.upper < math.inf:
             raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
+
+    def check(self, images: chex.Array, labels: chex.Array) -> None:
+        """Refuses images and labels that cannot be attacked, and a radius in another unit than the images.
+
+        Args:
+          images: ``[B, ...]``, floats in ``[lower, upper]``.
+          labels: integers ``[B]``.
+
+        Raises:
+          ValueError: a wrong shape, type or range; ranges are looked at outside of ``jax.jit`` only.
+        """
+        checks.images_and_labels(images, labels, self.lower, self.upper)
+        known = not isinstance(self.epsilon, jax.core.Tracer)
         if known and self.norm == "linf" and self.epsilon > self.upper - self.lower:
             raise ValueError(
                 f"epsilon is {self.epsilon:g}, and the pixels are in [{self.lower:g}, {self.upper:g}]; "

@@ -12,7 +12,7 @@ import chex
 import jax
 import numpy as np
 
-from robal_jax import builder, checks, metrics
+from robal_jax import builder, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
@@ -85,7 +85,7 @@ def evaluate_model(
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    checks.images_and_labels(images, labels, threat.lower, threat.upper)
+    threat.check(images, labels)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
