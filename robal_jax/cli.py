@@ -21,7 +21,15 @@ from ml_collections import ConfigDict, config_flags
 
 from robal_jax.devices.cpu import drop_unusable_cache, prepare_jax
 from robal_jax.devices.output import Tolerant
-from robal_jax.errors import AGAIN, DivergedError, InputError, of_environment, one_line, user_path
+from robal_jax.errors import (
+    AGAIN,
+    DivergedError,
+    InputError,
+    of_environment,
+    one_line,
+    place_in,
+    user_path,
+)
 
 PROCESSES = {
     "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
@@ -221,11 +229,20 @@ def load_config(spec: str) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"config file {name} is not Python; name a .py file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
     try:
+        module_spec.loader.exec_module(module)
         config = module.get_config(*([argument] if argument else []))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except ValueError as error:  # of the config itself, with words of its own
         raise InputError(f"{spec}: {error}") from error
+    except Exception as error:  # of the user's code
+        raise InputError(
+            f"config file {name} fails with {one_line(error)}{place_in(str(path), error)}; correct it, or "
+            "give an argument that its get_config takes"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"get_config of {name} returns a {type(config).__name__}; return an ml_collections.ConfigDict"
+        )
     return config.lock()
 
 

@@ -6,11 +6,20 @@ Any other exception there is a bug of the library.
 import errno
 import os
 import pathlib
+import traceback
 
 
 def one_line(error: Exception) -> str:
     """Returns an exception as one line of at most 200 characters, to quote it in a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def place_in(file: str | None, error: Exception) -> str:
+    """Returns the line of a user's file where an error arose, ' (my.py:12)'; '' if it arose elsewhere."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    return f" ({file}:{lines[-1]})" if lines else ""
 
 
 class InputError(ValueError):

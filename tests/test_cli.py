@@ -104,6 +104,25 @@ def test_config_files(spec, message):
     refused(message, cli.load_config, spec)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", r"fails with SyntaxError.* \(.*mine.py:1\)"),
+        ("\nimport nothing_here", r"fails with ModuleNotFoundError: No module .* \(.*mine.py:2\)"),
+        ("def get_config():\n    return 1 / 0", r"fails with ZeroDivisionError.* \(.*mine.py:2\)"),
+        (
+            "def get_config():\n    pass",
+            "get_config of .* returns a NoneType; return an ml_collections.Config",
+        ),
+        ("def get_config():\n    return {}", "returns a dict"),
+        ("\0", "fails with"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    refused(message, cli.load_config, str(tmp_path / "mine.py"))
+
+
 def test_config_file_without_get_config(tmp_path):
     (tmp_path / "mine.py").write_text("config = {}\n")
     refused("has no attribute 'get_config'", cli.load_config, str(tmp_path / "mine.py"))

@@ -216,6 +216,12 @@ def test_outcomes_of_the_ensemble_alone(digits):
         ({"version": "autoatack"}, InputError, "autoatack"),
         ({"logits_fn": lambda x: (x, x)}, ValueError, "logits_fn returns a tuple"),
         ({"logits_fn": lambda x: x.sum((1, 2, 3))}, ValueError, r"returns float32\[2\] for 2 images"),
+        ({"logits_fn": lambda x: np.asarray(x).reshape(-1, 64)}, ValueError, "write it with jax.numpy"),
+        ({"logits_fn": lambda x: x if x.sum() > 0 else -x}, ValueError, "without branches on values"),
+        ({"threat": 0.1}, ValueError, "threat is a float; pass robal_jax.ThreatModel"),
+        ({"step_size": 0.0}, ValueError, "step_size is 0; it must be finite and > 0"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0; it must be at least 1"),
+        ({"audit": -1}, ValueError, "audit is -1; it must be at least 0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(digits, change, error, message):
@@ -232,6 +238,9 @@ def test_a_run_predicts_integers_and_floats(run):
     np.testing.assert_allclose(run.logits_fn(images / np.float32(16)), logits, atol=1e-5)
     assert isinstance(logits, np.ndarray)
     assert logits.shape == (7, 10)
+    for wrong in (images[:, :-1], images[0], images[:0]):
+        with pytest.raises(ValueError, match=r"images have shape .*; pass \(n, 8, 8, 1\)"):
+            run.logits(wrong)
     assert run.config["method"] == "RoBal-N"
     assert run.params["classifier"]["weight"].shape == (10, 8)
 

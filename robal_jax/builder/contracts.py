@@ -12,7 +12,6 @@ import contextlib
 import functools
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 from robal_jax import models, objectives
 from robal_jax.data import Dataset
 from robal_jax.devices.parallel import AXIS
-from robal_jax.errors import InputError, one_line
+from robal_jax.errors import InputError, one_line, place_in
 
 CONTRACTS = {
     "data set": "return a robal_jax.data.Dataset",
@@ -76,9 +75,7 @@ def calling(kind: str, name: str) -> Iterator[None]:
 
 def _place(name: str, error: Exception) -> str:
     """Returns the line of the function's own file where an error arose, ' (my.py:12)', if it is known."""
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" ({file}:{lines[-1]})" if lines else ""
+    return place_in(getattr(sys.modules.get(name.partition(":")[0]), "__file__", None), error)
 
 
 def described(found: Any) -> str:

@@ -12,7 +12,7 @@ import chex
 import jax
 import numpy as np
 
-from robal_jax import builder, metrics
+from robal_jax import builder, checks, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
@@ -85,7 +85,9 @@ def evaluate_model(
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
     images, labels = np.asarray(images), np.asarray(labels)
+    _check_settings(threat, step_size, batch_size, audit, seed)
     threat.check(images, labels)
+    step_size = threat.epsilon / 4 if step_size is None else step_size
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
@@ -97,7 +99,7 @@ def evaluate_model(
         predict=predict,
         features=None,
         threat=threat,
-        step_size=threat.epsilon / 4 if step_size is None else step_size,
+        step_size=step_size,
         version=version,
         ensemble=ensemble,
         audit_examples=min(audit, len(labels)),
@@ -147,6 +149,17 @@ def _attacked(
         if not done:
             speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
         return read_run(kept) if done else None
+
+
+def _check_settings(
+    threat: ThreatModel, step_size: float | None, batch_size: int, audit: int, seed: int
+) -> None:
+    if not isinstance(threat, ThreatModel):
+        raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
+    if step_size is not None:
+        checks.positive(step_size=step_size)
+    checks.at_least(1, batch_size=batch_size)
+    checks.at_least(0, audit=audit, seed=seed)
 
 
 def _parted(logits_fn: LogitsFn, images: np.ndarray) -> tuple[Callable[..., Any], dict[str, Any], int]:

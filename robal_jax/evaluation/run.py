@@ -61,7 +61,14 @@ class Run:
 
         Returns:
           float32 ``[n, K]``.
+
+        Raises:
+          ValueError: the images have another shape than those of the run, or there are none.
         """
+        shape = self.test.images.shape[1:]
+        if np.shape(images)[1:] != shape or not len(images):
+            raise ValueError(f"images have shape {np.shape(images)}; pass (n, {', '.join(map(str, shape))})")
+        images = np.asarray(images)
         parts = np.split(images, range(IMAGES_AT_ONCE, len(images), IMAGES_AT_ONCE))
         return np.concatenate([np.asarray(self._compiled(self.params, self.stats, part)) for part in parts])
 

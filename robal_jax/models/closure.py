@@ -37,7 +37,7 @@ def split(
       ``predict``, whose logits are at least float32, and the arrays that ``logits_fn`` closes over.
 
     Raises:
-      ValueError: ``logits_fn`` does not return logits ``[B, K]``.
+      ValueError: ``logits_fn`` does not return logits ``[B, K]``, or JAX cannot trace it.
 
     Example:
       >>> weight = jnp.ones((64, 32))
@@ -49,7 +49,14 @@ def split(
         logits_fn = inspect.unwrap(logits_fn)  # a compiled function hides its arrays
 
     def checked(images: chex.Array) -> chex.Array:
-        return checks.logits_of(len(images), logits_fn(images))
+        try:
+            logits = logits_fn(images)
+        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+            raise ValueError(
+                "logits_fn needs the values of the images, which JAX cannot trace; write it with jax.numpy, "
+                "not numpy, and without branches on values"
+            ) from error
+        return checks.logits_of(len(images), logits)
 
     def traced(images: chex.Array | jax.ShapeDtypeStruct) -> ClosedJaxpr:
         with jax.default_matmul_precision("highest"):
