@@ -160,11 +160,18 @@ def column(number, right):
     return change
 
 
-def at_scale(scale, part, count):
-    """At another scale PGD lowers the margin by this part, and leaves so many images."""
+def at_scale(scale, part, count, own=1.0):
+    """At another scale PGD lowers the margin by this part, and leaves so many images.
+
+    All logits are multiplied by ``own``.
+    """
 
     def fault(measured):
         measured[f"rescaled_{scale:g}"] = attacked(first(count), part)
+        for arrays in measured.values():
+            arrays |= {
+                name: np.float32(own) * arrays[name] for name in ("logits", "margin") if name in arrays
+            }
 
     return fault
 
@@ -198,8 +205,9 @@ FAULTS = {
     "zero gradients": (FLAGGED, "zero_gradients", replaced("gradients", "size", zeros(20))),
     "zero gradient of one image": (NOTE, "zero_gradients", replaced("gradients", "size", zeros(1))),
     "NaN in one gradient": (FLAGGED, "nan_gradients", replaced("gradients", "finite", lambda _: ~first(1))),
-    "large scale": (FLAGGED, "logit_scale", at_scale(0.01, 1.1, 290)),
-    "small scale": (FLAGGED, "logit_scale", at_scale(100, 1.3, 290)),
+    "large scale": (FLAGGED, "logit_scale", at_scale(0.01, 1.1, 290, own=100)),
+    "small scale": (FLAGGED, "logit_scale", at_scale(100, 1.3, 290, own=0.01)),
+    "effect of the scale on a model as sure as it is right": (NOTE, "logit_scale", at_scale(100, 1.3, 280)),
     "small effect of the scale": (NOTE, "logit_scale", at_scale(10, 1.03, 280)),
     "more steps": (NOTE, "steps", replaced("steps", "right", column(last_step, first(280)))),
     "one step": (FLAGGED, "steps", replaced("steps", "right", column(0, first(270)))),

@@ -17,6 +17,10 @@ MARGIN = 0.01
 SCALE_MARGIN = 0.05
 """Part by which another logit scale may let PGD lower the margin further, in truth, without a red mark."""
 
+FLAT, SATURATED = 1 / 3, 1 / 10
+"""A softmax is flat if its mean confidence is below this part of the accuracy, and saturated if its mean
+doubt (1 - confidence) is below this part of the error. Trained models are far from both."""
+
 NEARLY_ZERO = 0.01
 """Highest accuracy under an attack without a bound that works."""
 
@@ -60,8 +64,9 @@ EXPLANATIONS = {
         FIXED_STEPS,
         f"Flagged if PGD-20 on rescaled logits, or on the margin, which knows no scale, {_CLEARLY} "
         f"lowers the margin of the true class by {100 * SCALE_MARGIN:g} % more than at the model's "
-        f"own scale, and breaks more than {_points(GAP)} of the images in addition. Noted if only the "
-        "accuracy is clearly lower.",
+        f"own scale and breaks more than {_points(GAP)} of the images in addition, and if the softmax is "
+        f"flat (mean confidence below {100 * FLAT:.0f} % of the accuracy) or saturated (1 - mean confidence "
+        f"below {100 * SATURATED:.0f} % of the error). Noted if only the accuracy is clearly lower.",
         "The gradient of the cross-entropy is weak because of the size of the logits, not because the model "
         "is robust: large logits saturate the softmax, small ones mix all classes into the gradient.",
         _ENSEMBLE + " Or attack at the scale at which the curve is lowest (config.evaluation.logit_scale).",

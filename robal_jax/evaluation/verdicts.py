@@ -34,9 +34,11 @@ from robal_jax.evaluation.explanations import (
     ALPHA_PROBABILITY,
     ALPHA_RANDOM,
     ALPHA_SQUARE,
+    FLAT,
     GAP,
     MARGIN,
     NEARLY_ZERO,
+    SATURATED,
     SCALE_MARGIN,
     VANISHING,
 )
@@ -129,7 +131,7 @@ def _judge(
     clean = logits[0].argmax(-1) == labels
     attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
     found = [
-        _logit_scale(attacked),
+        _logit_scale(attacked, logits[0], labels),
         _more_steps(attacked),
         _more_restarts(attacked),
         *_gradients(**{name: values[clean] for name, values in measured["gradients"].items()}),
@@ -193,31 +195,43 @@ def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
     }
 
 
-def _logit_scale(attacked: _Attacked) -> Verdict:
+def _logit_scale(attacked: _Attacked, logits: np.ndarray, labels: np.ndarray) -> Verdict:
     named = {f"{s:g}": at for s, at in attacked.scales.items()} | {"margin": attacked.margin}
     own, others = named["1"], {name: at for name, at in named.items() if name != "1"}
     best = max(others, key=lambda name: float(np.sum(others[name].lowered)))
     words = "on the margin, which knows no scale" if best == "margin" else f"at {best} times that scale"
     gap, further = gap_between(others[best].right, own.right), own.lowered * (1 + SCALE_MARGIN)
-    red = gap.value > GAP and mean_p_value(others[best].lowered - further) * len(others) < LEVEL
+    softmax, confidence, accuracy = _softmax(logits, labels)
+    clear = mean_p_value(others[best].lowered - further) * len(others) < LEVEL
+    red = gap.value > GAP and clear and bool(softmax)
     note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < LEVEL
     shown = smallest_share(gap.images)
     means = {name: json_float(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
     figures = (
         f"PGD-20 lowers the margin by {means['1']:.3g} at the model's own logit scale, which leaves "
         f"an accuracy of {percent(own.right)}, and by {means[best]:.3g} {words}, which leaves "
-        f"{percent(others[best].right)}"
+        f"{percent(others[best].right)}; the mean confidence is {100 * confidence:.1f} %"
     )
     conclusions = {
         PASSED: "no clear difference." if gap.value > 0 else "another scale does not help the attack.",
         NOTE: f"PGD-20 is optimistic by {points(gap.value)}.",
-        FLAGGED: f"{points(gap.value)} of accuracy come from the logit scale alone.",
+        FLAGGED: f"the softmax is {softmax}, and {points(gap.value)} of accuracy come from that alone.",
     }
-    accuracy = {s: np.mean(at.right) for s, at in attacked.scales.items()} if gap.images else {}
-    evidence = evidence_of(gap, lowered=means, accuracy=floats(accuracy))
+    curve = {s: np.mean(at.right) for s, at in attacked.scales.items()} if gap.images else {}
+    evidence = evidence_of(gap, confidence=confidence, clean=accuracy, lowered=means, accuracy=floats(curve))
     return make_verdict(
         "logit_scale", decide(red=red, note=note, shown=shown), figures, conclusions, evidence, shown
     )
+
+
+def _softmax(logits: np.ndarray, labels: np.ndarray) -> tuple[str, float, float]:
+    """Returns whether the softmax is 'flat', 'saturated' or neither (''), its confidence and the accuracy."""
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    confidence = json_float(np.mean(1 / odds.sum(-1)))
+    hits = int(np.sum(logits.argmax(-1) == labels))
+    errors = (len(labels) - hits + 1) / (len(labels) + 2)  # not 0, if all are right
+    flat, saturated = confidence < FLAT * hits / len(labels), 1 - confidence < SATURATED * errors
+    return "flat" * flat or "saturated" * saturated, confidence, hits / len(labels)
 
 
 def _more_steps(attacked: _Attacked) -> Verdict:
