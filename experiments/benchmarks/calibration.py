@@ -223,9 +223,9 @@ def page(records: list[dict[str, Any]], planned: int) -> str:
 models, masks others in ways that make no model robust, and audits each on {images} test images, with a
 surrogate of another method and without an ensemble. An honest model must not be flagged (a note is no flag);
 a masked one must be, by the check that should see it. While thresholds were chosen, only seed {TUNED} was
-looked at, except for the bounds on the confidence (flat, saturated): they were set after a weakly trained AT on
-CIFAR had been flagged, with the confidence of all models in view. HE is evaluated at the scale of its loss, 10; as released, without a scale, it is a model with unit
-features.
+looked at, except for the bounds on the confidence (flat, saturated): they were set after a weakly trained AT
+on CIFAR had been flagged, with the confidence of all models in view. HE is evaluated at the scale of its
+loss, 10; as released, without a scale, it is a model with unit features.
 
 {len(records)} of {planned} models are audited here.
 
