@@ -26,11 +26,11 @@ from robal_jax.storage.progress import Meter, Scalars
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """``run_main(main)`` is what the command line does with it: the exit status, and lines on stderr."""
-    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "argv", ["script"])
 
     def run(main):
-        status = 0
+        # A shell lets its jobs in the background ignore Ctrl-C, and this may be one.
+        status, handler = 0, signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             cli.run(main)
         except SystemExit as stopped:

@@ -13,14 +13,15 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
+from robal_jax.devices.output import Tolerant
 from robal_jax.errors import InputError
 from robal_jax.storage.names import LOCK
-from robal_jax.storage.progress import announced
 
 BEAT, SILENCE = 20.0, 120.0  # seconds
 
@@ -156,7 +157,8 @@ def _shows_life(holder: Holder, path: pathlib.Path) -> bool:
         f"{path.parent} was used by process {holder.pid} on {holder.host}; waiting up to {SILENCE:g} s for a "
         "sign of life"
     )
-    with contextlib.suppress(FileNotFoundError), announced(text, after=0.0):  # missing: it has just ended
+    print(text, file=Tolerant(sys.stderr), flush=True)
+    with contextlib.suppress(FileNotFoundError):  # it has just ended
         last, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(min(1.0, SILENCE / 10))
