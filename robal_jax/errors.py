@@ -55,7 +55,7 @@ def user_path(text: str) -> pathlib.Path:
 
 
 AGAIN = "run the same command again"
-"""What to do after most errors, because every command resumes."""
+"""Advice after most errors, because every command resumes."""
 
 _MEMORY = (
     "out of memory ({}); lower config.train.batch_size (or raise config.train.accumulation_steps), or lower "

@@ -260,9 +260,10 @@ def macro_interval(hits: ArrayLike, totals: ArrayLike) -> tuple[np.ndarray, np.n
     - F-score if it is ``(s_k + c_k) / 2``. By the delta method each error between classes ``i`` and ``j``
       adds ``(a_i + a_j)^2 <= 2 a_i^2 + 2 a_j^2`` to the variance; with that bound it is the one above.
 
-    At least 93 % are covered if every class has five images; 98 % if recalls differ much. Macro precision
-    also needs as many images per class as there are classes, because a ratio of random counts is biased: 86 %
-    are covered for 100 classes with ten images each. (Simulations in ``tests/test_metrics.py``.)
+    At least 93 % are covered if every class has five images (F-score: simulated from ten on); 98 % if recalls
+    differ much. Macro precision also needs as many images per class as there are classes, because a ratio of
+    random counts is biased: 86 % are covered for 100 classes with ten images each. (Simulations in
+    ``tests/test_metrics.py``.)
 
     Args:
       hits: ``t [..., K]``, ``0 <= t <= n``.

@@ -1,4 +1,4 @@
-"""What a function that a config names must take and return, checked before any long work starts.
+"""Contracts of the functions that a config names, checked before any long work starts.
 
 ``CONTRACTS`` has the words of the messages. In full, the contract of a kind is written above its table:
 ``models.BACKBONES``, ``classifiers.HEADS``, ``losses.LOSSES``, ``objectives.OBJECTIVES``,
@@ -37,7 +37,7 @@ CONTRACTS = {
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch",
     "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
 }
-"""What a function of each kind must do, in words that continue 'it must'."""
+"""The contract of each kind of function, in words that continue 'it must'."""
 
 RESERVED = ("loss", "grad_norm", "epoch", "learning_rate", "images_per_second")
 """Names in ``metrics.jsonl`` that the training itself uses."""

@@ -1,4 +1,4 @@
-"""What a person should know of a data set before it is used, without decoding its images.
+"""Remarks on a data set before it is used, without decoding its images.
 
 :func:`unreadable` finds files that are no images, :func:`notes` says how many images each class has and which
 test images the training set has too.

@@ -1,4 +1,4 @@
-"""What each check of the audit is: when it is raised, what that means, and what to do.
+"""Explanations of the checks of the audit: when each is raised, what that means, and what to do.
 
 The report prints these sentences, from ``results.json``; the thresholds in them are those of the code.
 """

@@ -72,7 +72,7 @@ class _Lowered(NamedTuple):
 
 
 class _Attacked(NamedTuple):
-    """What the audit measured by attack, of the ``n`` images that are right when clean, all bool ``[n]``."""
+    """Measurements by attack, of the ``n`` images that are right when clean, all bool ``[n]``."""
 
     steps: Mapping[int, np.ndarray]
     scales: Mapping[float, "_Lowered"]

@@ -195,7 +195,7 @@ def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], Non
     Args:
       digest: sha256 of its data, see :func:`data_digest`.
       workdir: folder of the run.
-      say: is told if the run does not say which data it was trained on; an imported run never does.
+      say: receives a warning if the run does not name its data; an imported run gives none.
 
     Raises:
       InputError: the data are different.
