@@ -11,7 +11,8 @@ for the same checkpoint. A method that changes only the logits (prior adjustment
 
 Like a backbone, a head is called with ``train``, because two of the methods differ between training and test.
 
-Every function and head raises ValueError for arguments of a wrong shape. The examples assume
+Every function and head raises ValueError for arguments of a wrong shape, and for scales and temperatures
+outside of 1e-6..1e6. The examples assume
 ``import jax.numpy as jnp`` and ``from robal_jax.classifiers import *``.
 """
 
@@ -81,6 +82,8 @@ def cosine_logits(
       [[3.     5.3333]]
     """
     checks.features_and_weight(features, weight)
+    checks.factor(scale=scale)
+    checks.not_negative(gamma=gamma)
     return scale * (unit_features(features, eta) @ _weight_rows(weight, gamma, eta).T)
 
 
@@ -139,6 +142,7 @@ def tau_norm_logits(
       [[2.2 2. ]]
     """
     checks.features_and_weight(features, weight)
+    checks.factor(temperature=temperature)
     if class_scale is not None:
         checks.vector("class_scale", class_scale, len(weight))
     norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=-1, keepdims=True))
@@ -180,6 +184,8 @@ def tde_logits(
       [[3. 8.]]
     """
     checks.features_and_weight(features, weight)
+    checks.factor(scale=scale)
+    checks.not_negative(gamma=gamma)
     checks.vector("direction", direction, features.shape[-1], per="feature")
     unit, size = unit_features(features), jnp.linalg.norm(direction)
     cosine = unit @ direction / jnp.where(size > 0, size, 1.0)

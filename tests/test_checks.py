@@ -207,9 +207,9 @@ SETTINGS = [  # attack, settings, message
     ("fab", {"n_iter": 0}, "n_iter is 0; it must be at least 1"),
     ("fab", {"rank": jnp.int32(1)}, r"rank is 1; with 4 classes it must be in 2\.\.4"),
     ("fab", {"start": IMAGES[:1]}, r"start has shape \[1, 2, 2, 1\]; .* \[3, 2, 2, 1\]"),
-    ("square", {"queries": -1}, "queries is -1; it must be at least 0"),
+    ("square", {"queries": -1}, "queries is -1; it must be at least 1"),
     ("autoattack", {"steps": 0}, "steps is 0; it must be at least 1"),
-    ("autoattack", {"queries": -1}, "queries is -1; it must be at least 0"),
+    ("autoattack", {"queries": -1}, "queries is -1; it must be at least 1"),
     ("autoattack", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
 ]
 

@@ -264,10 +264,13 @@ def scaled(logits_fn: Callable[..., chex.Array], scale: chex.Numeric) -> Callabl
 
     Args:
       logits_fn: the model; a random one stays random.
-      scale: the factor, > 0; may be traced.
+      scale: the factor, in 1e-6..1e6; may be traced.
 
     Returns:
       A function with the arguments of ``logits_fn``.
+
+    Raises:
+      ValueError: the scale is out of its range.
 
     Source: Carlini and Wagner (S&P 2017) on defensive distillation; RoBal (CVPR 2021), figure 2.
 
@@ -276,4 +279,5 @@ def scaled(logits_fn: Callable[..., chex.Array], scale: chex.Numeric) -> Callabl
       >>> print(scaled(logits_fn, 10.0)(jnp.full((1, 1, 1, 1), 0.75)))
       [[-2.5  2.5]]
     """
+    checks.factor(scale=scale)
     return lambda *arguments: scale * logits_fn(*arguments)

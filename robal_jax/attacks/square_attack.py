@@ -60,7 +60,7 @@ def square(
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       threat: allowed images.
-      queries: largest number of queries per image, after the one for its start.
+      queries: largest number of queries per image, at least 1, after the one for its start.
       p_init: share of the image that the first squares cover, in (0, 1].
       draw: source of the uniforms, a hook for tests: they replay the draws of another implementation.
 
@@ -143,11 +143,10 @@ def square_search(
     The released code draws one square for a whole batch; here each image has its own.
     """
     threat.check(images, labels)
-    checks.at_least(0, queries=queries)
+    checks.channels_last(images)
+    checks.at_least(1, queries=queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init is {p_init}; it must be in (0, 1]")
-    if images.ndim != 4:
-        raise ValueError(f"images have shape {list(images.shape)}; the Square Attack needs [B, H, W, C]")
     images = jax.lax.stop_gradient(images)
     moves = MOVES[threat.norm](threat, images.shape[1:], p_init)
 

@@ -54,12 +54,16 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epsilon, jax.core.Tracer) and not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon is {self.epsilon}; it must be finite and > 0")
-        if self.norm not in NORMS:
+        checks.positive(epsilon=self.epsilon)
+        checks.numbers(lower=self.lower, upper=self.upper)
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if not -math.inf < self.lower < self.upper < math.inf:
             raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
+        for field in ("epsilon", "lower", "upper"):  # Python's numbers, so that equal models are equal as text
+            value = getattr(self, field)
+            if not isinstance(value, jax.core.Tracer) and type(value) not in (int, float):
+                object.__setattr__(self, field, float(value))
 
     def check(self, images: chex.Array, labels: chex.Array) -> None:
         """Refuses images and labels that cannot be attacked, and a radius in another unit than the images.

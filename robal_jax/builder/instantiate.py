@@ -9,8 +9,8 @@ from typing import Any, get_origin
 from ml_collections import ConfigDict
 
 from robal_jax.builder.contracts import broken, described
-from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule, shown
-from robal_jax.errors import InputError, one_line
+from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule
+from robal_jax.errors import InputError, one_line, shown
 
 POSITIONAL = {"loss": ("logits", "labels"), "objective": ("model", "params", "stats", "batch")}
 """Arguments that a function of a kind receives by position when it is called; those of other kinds: none."""
