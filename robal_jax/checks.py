@@ -116,9 +116,9 @@ def called(function: Any, images: chex.Array, *more: Any, name: str = "logits_fn
     Example:
       >>> called(lambda x: x.reshape(100, 64), jnp.zeros((2, 8, 8, 1)))
       Traceback (most recent call last):
-      ValueError: logits_fn fails for 2 images (TypeError: cannot reshape array of shape (2, 8, 8, 1) (size 128) \
-into shape (100, 64) (size 6400)); pass a function of any number of images [B, 8, 8, 1] and of nothing else, \
-such as lambda images: model.apply(variables, images)
+      ValueError: logits_fn fails for 2 images (TypeError: cannot reshape array of shape (2, 8, 8, 1) (size \
+128) into shape (100, 64) (size 6400)); pass a function of any number of images [B, 8, 8, 1] and of nothing \
+else, such as lambda images: model.apply(variables, images)
     """
     takes = f"any number of images [B, {', '.join(map(str, images.shape[1:]))}]"
     advice = (
@@ -252,7 +252,8 @@ def channels_last(images: chex.Array) -> None:
     Example:
       >>> channels_last(jnp.zeros((2, 28, 28)))
       Traceback (most recent call last):
-      ValueError: images have shape [2, 28, 28]; they must be [n, H, W, C]: for one channel pass images[..., None]
+      ValueError: images have shape [2, 28, 28]; they must be [n, H, W, C]: for one channel pass \
+images[..., None]
     """
     if len(np.shape(images)) != 4:
         raise ValueError(
@@ -347,7 +348,9 @@ def positive(**numbers: chex.Numeric) -> None:
     """
     least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     _each(numbers, lambda number: 0 < number < np.inf, "finite and > 0")
-    _each(numbers, lambda number: least <= number <= most, f"in {least:.2g}..{most:.2g}, the range of float32")
+    _each(
+        numbers, lambda number: least <= number <= most, f"in {least:.2g}..{most:.2g}, the range of float32"
+    )
 
 
 def not_negative(**numbers: chex.Numeric) -> None:
@@ -457,7 +460,9 @@ def class_counts(counts: Any, classes: int | None = None) -> None:
     known = _range(counts)
     if known and not 1 <= known[0] <= known[1] < np.inf:  # NaN is not
         wrong = known[1] if known[0] >= 1 else known[0]
-        raise InputError(f"class_counts have the entry {wrong:g}; every class needs at least 1 training image")
+        raise InputError(
+            f"class_counts have the entry {wrong:g}; every class needs at least 1 training image"
+        )
     if known and np.any(np.asarray(counts) % 1):
         raise InputError("class_counts have fractions; give whole numbers of training images")
 

@@ -261,6 +261,13 @@ def _log_odds(class_counts: chex.Array) -> chex.Array:
     return log_prior - jnp.log1p(-jnp.exp(log_prior))
 
 
+def _weight_shape(features: chex.Array, num_classes: int) -> tuple[int, int]:
+    """Returns the shape of a head's weight, ``(K, D)``, for features ``[B, D]``."""
+    checks.features_and_weight(features)
+    checks.at_least(1, num_classes=num_classes)
+    return num_classes, features.shape[-1]
+
+
 BIASES = ("trained", "prior", "frozen", "none")
 
 
@@ -292,8 +299,7 @@ class LinearHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        shape = (self.num_classes, features.shape[-1])
+        shape = _weight_shape(features, self.num_classes)
         weight = self.param("weight", _uniform_fan_in, shape)
         if self.bias == "none":
             return features @ weight.T
@@ -369,8 +375,7 @@ class CosineHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        weight = self.param("weight", _uniform_fan_in, (self.num_classes, features.shape[-1]))
+        weight = self.param("weight", _uniform_fan_in, _weight_shape(features, self.num_classes))
         return cosine_logits(features, weight, scale=self.scale, gamma=self.gamma, eta=self.eta)
 
 
@@ -403,8 +408,7 @@ class TauNormHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        shape = (self.num_classes, features.shape[-1])
+        shape = _weight_shape(features, self.num_classes)
         weight, bias = self.param("weight", _uniform_fan_in, shape), self.param("bias", _uniform_bias, shape)
         scale = self.param("class_scale", nn.initializers.ones, shape[:1]) if self.learn_scale else None
         features = unit_features(features) if self.unit_features else features
@@ -447,10 +451,9 @@ class TDEHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        width = features.shape[-1]
-        weight = self.param("weight", _uniform_fan_in, (self.num_classes, width))
-        direction = self.variable("batch_stats", "direction", jnp.zeros, (width,))
+        shape = _weight_shape(features, self.num_classes)
+        weight = self.param("weight", _uniform_fan_in, shape)
+        direction = self.variable("batch_stats", "direction", jnp.zeros, shape[1:])
         alpha = 0.0 if train else self.alpha
         logits = tde_logits(
             features, weight, direction.value, scale=self.scale, gamma=self.gamma, alpha=alpha

@@ -14,8 +14,8 @@ counts (weights, margins, biases, temperatures); and the losses that combine bot
 divides by the mean weight of the batch; a loss of ``K`` binary problems weights the problems.
 
 Every function raises ValueError for arguments of a wrong shape or type and, outside of ``jax.jit``, for
-labels that are not in ``0..K-1``, class counts below 1, and scales and temperatures outside of 1e-6..1e6. The examples assume ``import jax.numpy as jnp``
-and ``from robal_jax.losses import *``.
+labels that are not in ``0..K-1``, class counts below 1, and scales and temperatures outside of 1e-6..1e6. The
+examples assume ``import jax.numpy as jnp`` and ``from robal_jax.losses import *``.
 
 Throughout: ``B`` batch, ``K`` classes, ``n_i`` training images of class ``i``, ``pi_i = n_i / sum_j n_j``,
 ``p = softmax(z)``, ``[i = y]`` 1 for the true class and 0 for all other classes.

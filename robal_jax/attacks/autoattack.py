@@ -35,7 +35,14 @@ from robal_jax.attacks import autopgd
 from robal_jax.attacks.fab_attack import fab, fab_start
 from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.square_attack import square
-from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
+from robal_jax.attacks.threat import (
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    check_attack,
+    like_images,
+    starting_points,
+)
 from robal_jax.errors import InputError
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 from robal_jax.models import closure
@@ -117,7 +124,7 @@ def autoattack(
       [1 1 0] [0.6  0.55 0.2 ]
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.channels_last(images)
     checks.at_least(1, batch_size=batch_size, steps=steps, queries=queries)
     version = version_name(version)

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from robal_jax import checks
 from robal_jax.attacks.attempts import best_found, mean_logits
 from robal_jax.attacks.margins import negative_margin, of_wrong_classes, ranked_class, targeted_margin
-from robal_jax.attacks.threat import Attack, LogitsFn, RandomLogitsFn, ThreatModel, like_images
+from robal_jax.attacks.threat import (
+    Attack,
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    check_attack,
+    like_images,
+)
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 
 
@@ -122,7 +129,7 @@ def shortest_adversarial(
       >>> print(jnp.array_str(lengths, precision=3))
       [0.05 0.2 ]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.at_least(0, search_steps=search_steps)
     checks.positive(max_epsilon=max_epsilon)
     delta = attack(logits_fn, key, images, labels) - images

@@ -23,7 +23,11 @@ import numpy as np
 
 from robal_jax import checks
 from robal_jax.attacks.margins import margin
-from robal_jax.attacks.threat import LogitsFn, ThreatModel
+from robal_jax.attacks.threat import (
+    LogitsFn,
+    ThreatModel,
+    check_attack,
+)
 from robal_jax.keys import fold_in, image_keys
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -81,7 +85,7 @@ def square(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     keys = image_keys(key, images)
     return square_search(
         logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
@@ -142,7 +146,7 @@ def square_search(
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code.
     The released code draws one square for a whole batch; here each image has its own.
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.channels_last(images)
     checks.at_least(1, queries=queries)
     if not 0 < p_init <= 1:

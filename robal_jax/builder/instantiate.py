@@ -61,9 +61,12 @@ def call(
     by_position = [p.name for p in positional][: len(POSITIONAL.get(kind, ()))]
     known = [key for key in parameters if key not in (*by_position, "parent")]  # which flax adds
     unknown = sorted(set(options) - set(known))
-    if unknown:
-        known = [key for key in known if key != "name"]  # flax adds it, too
-        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; use one of {', '.join(known)}")
+    if unknown:  # flax adds a name, too
+        fields = [key for key in known if key not in ("name", *given, *LATE.get(kind, ()))]
+        raise InputError(
+            f"{kind} {name!r} takes no {unknown[0]!r}; "
+            + (f"use one of {', '.join(fields)}" if fields else "leave it out")
+        )
     for key, option in options.items():
         annotation, value = parameters[key].annotation, option
         if isinstance(option, ConfigDict) and annotation not in OF_TYPE:

@@ -121,8 +121,9 @@ def check_dataset(dataset: Dataset) -> Dataset:
       The data set itself.
 
     Raises:
-      InputError: there are fewer than two classes, a dtype or shape is wrong, a label is out of range, a class has no train or no test image,
-        or a pixel of an array is above ``pixel_max``. Images in files are not read for this.
+      InputError: there are fewer than two classes, a dtype or shape is wrong, a label is out of range, a
+        class has no train or no test image, or a pixel of an array is above ``pixel_max``. Images in files
+        are not read for this.
     """
     if len(dataset.class_names) < 2:
         named = f" ({dataset.class_names[0]})" if dataset.class_names else ""

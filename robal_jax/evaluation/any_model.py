@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import operator
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from robal_jax import builder, checks, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
@@ -85,12 +85,9 @@ def evaluate_model(
       ValueError: images, labels or logits have a wrong shape, type or range.
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    _check_settings(threat, step_size, batch_size, audit, seed)
-    batch_size, audit, seed = map(operator.index, (batch_size, audit, seed))
-    step_size = float(threat.epsilon / 4 if step_size is None else step_size)
-    threat.check(images, labels)
-    checks.channels_last(images)
+    images, labels = _arrays(images, labels, threat)
+    step_size = threat.epsilon / 4 if step_size is None else step_size
+    step_size, batch_size, audit, seed = _numbers(step_size, batch_size, audit, seed)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
@@ -114,11 +111,7 @@ def evaluate_model(
         groups=groups,
         about={},
     )
-    other = None if surrogate is None else _parted(surrogate, images, "surrogate")
-    if other and other[2] != num_classes:
-        raise InputError(
-            f"surrogate has {other[2]} classes, and the model {num_classes}; pass one of the same classes"
-        )
+    other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
     identity = {
         "model": _fingerprint(predict, weights, images),
         "surrogate": other and _fingerprint(*other[:2], images),
@@ -159,25 +152,32 @@ def _attacked(
         return read_run(kept) if done else None
 
 
-def _check_settings(
-    threat: ThreatModel, step_size: float | None, batch_size: int, audit: int, seed: int
-) -> None:
-    if not isinstance(threat, ThreatModel):
-        raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
-    if step_size is not None:
-        checks.positive(step_size=step_size)
+def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tuple[np.ndarray, np.ndarray]:
+    """Checks images and labels, and copies them to the host."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    check_attack(threat, images, labels)
+    checks.channels_last(images)
+    return images, labels
+
+
+def _numbers(step_size: float, batch_size: int, audit: int, seed: int) -> tuple[float, int, int, int]:
+    """Checks the settings of an evaluation, and makes them Python's own numbers, which JSON can hold."""
+    checks.positive(step_size=step_size)
     checks.at_least(1, batch_size=batch_size)
     checks.at_least(0, audit=audit, seed=seed)
-    if seed >= 2**32:
+    if int(seed) >= 2**32:
         raise ValueError(f"seed is {seed}; it must be in 0..2^32-1")
+    return float(step_size), int(batch_size), int(audit), int(seed)
 
 
 def _parted(
-    logits_fn: LogitsFn, images: np.ndarray, name: str = "logits_fn"
+    logits_fn: LogitsFn, images: np.ndarray, name: str = "logits_fn", classes: int | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any], int]:
     """Gives a model the form of a trained one: ``(params, stats, images) -> logits``, weights, classes."""
     predict, arrays = closure.split(logits_fn, images.shape[1:], name)
     shape = jax.eval_shape(predict, arrays, jax.ShapeDtypeStruct((2, *images.shape[1:]), np.float32)).shape
+    if classes not in (None, shape[-1]):
+        raise InputError(f"{name} has {shape[-1]} classes; pass a model of the same {classes} classes")
     return lambda params, stats, x: predict(params, x), {"params": arrays, "stats": []}, shape[-1]
 
 
