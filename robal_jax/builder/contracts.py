@@ -160,13 +160,13 @@ def check_loss(section: ConfigDict, loss: Any, classes: int) -> None:
     if not is_float(found, (batch,)):
         what = f"returns {described(found)} for logits [{batch}, {classes}] and labels [{batch}]"
         raise broken("loss", section.name, what)
-    if ":" in section.name and not _has_gradient(at_epoch, batch, classes):
+    if ":" in section.name and not _has_slope(section.name, at_epoch, batch, classes):
         raise InputError(
             f"loss {section.name!r} has a gradient of 0 or NaN whatever the logits are; {DIFFERENTIABLE}"
         )
 
 
-def _has_gradient(loss: Callable[..., Any], batch: int, classes: int) -> bool:
+def _has_slope(name: str, loss: Callable[..., Any], batch: int, classes: int) -> bool:
     """Returns whether a loss has a gradient for some logits: cosines, probabilities or larger ones."""
     logits = np.random.default_rng(0).uniform(-1, 1, (6, 1, batch, classes))
     logits = np.stack([*logits[:2], *np.abs(logits[2:4]), *10 * logits[4:]]).astype(np.float32)
@@ -176,16 +176,19 @@ def _has_gradient(loss: Callable[..., Any], batch: int, classes: int) -> bool:
         return jax.vmap(loss, (0, 0, None), axis_name=AXIS)(logits, labels, epoch).sum()
 
     gradient = jax.jit(jax.vmap(jax.vmap(jax.grad(total), (None, 0)), (0, None)))
-    found = np.asarray(gradient(logits, np.array([1, 1000], np.int32)))
+    with calling("loss", name), jax.debug_nans(False):
+        found = np.asarray(gradient(logits, np.array([1, 1000], np.int32)))
     return bool(np.any(np.isfinite(found) & (found != 0)))
 
 
-def has_gradient(function: Callable[..., Any], axes: Any, *args: Any) -> bool:
+def has_gradient(kind: str, name: str, function: Callable[..., Any], axes: Any, *args: Any) -> bool:
     """Returns whether a function has a gradient with respect to its first argument.
 
     Of the gradient only the program is looked at: one that is 0 for some arguments is one.
 
     Args:
+      kind: of the user's part, for the message of an error.
+      name: of that part.
       function: of ``args``, on each device; the sum of what it returns is differentiated.
       axes: of the arguments over the devices.
       *args: shapes; the first is a tree of floats.
@@ -194,7 +197,7 @@ def has_gradient(function: Callable[..., Any], axes: Any, *args: Any) -> bool:
     def gradient(first: Any, *others: Any) -> Any:
         return jax.grad(lambda x: function(x, *others).sum())(first)
 
-    program = jax.make_jaxpr(jax.vmap(gradient, in_axes=axes, axis_name=AXIS))(*args)
+    program, _ = _program(kind, name, gradient, axes, *args)
     constant, used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     return any(used) or any(np.any(x) for x in jax.core.eval_jaxpr(constant, program.consts))
 
@@ -323,7 +326,7 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
     loss, (moments, metrics) = found
     if not is_float(loss, ()):
         raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar,")
-    if not has_gradient(lambda *args: objective(model, *args)[0], axes, *variables, batch):
+    if not has_gradient("objective", name, lambda *args: objective(model, *args)[0], axes, *variables, batch):
         raise InputError(
             f"objective {name!r} has a gradient of 0 with respect to the parameters; {DIFFERENTIABLE}"
         )

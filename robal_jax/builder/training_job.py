@@ -139,7 +139,9 @@ def _check_own(
     def logits(images: Any, params: Any, stats: Any) -> Any:
         return network.predict(params, stats, images)
 
-    if _attacks(config) and not contracts.has_gradient(logits, (0, None, None), images, *variables):
+    if _attacks(config) and not contracts.has_gradient(
+        "model", names[2], logits, (0, None, None), images, *variables
+    ):
         raise InputError(
             f"model {names[2]!r} with head {names[3]!r} has a gradient of 0 with respect to the images, so "
             f"that no attack of the training moves them; {contracts.DIFFERENTIABLE}"
