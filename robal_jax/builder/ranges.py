@@ -4,11 +4,11 @@ A value that cannot be used is refused by :func:`validate`. One that can, but ha
 line of :func:`doubts`.
 """
 
-import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from robal_jax import checks, classifiers, models, objectives
@@ -52,7 +52,7 @@ INTEGER: Rule = (
 IN_32_BITS: Rule = ("an integer below 2^31", lambda value: INTEGER[1](value) and abs(value) < 2**31)
 """Because JAX counts in int32."""
 
-FINITE: Rule = ("finite", math.isfinite)
+FINITE: Rule = ("finite in float32", lambda value: abs(value) <= float(np.finfo(np.float32).max))
 
 
 def _one_of(names: Iterable[str]) -> Rule:
