@@ -11,7 +11,8 @@ for the same checkpoint. A method that changes only the logits (prior adjustment
 
 Like a backbone, a head is called with ``train``, because two of the methods differ between training and test.
 
-Every function and head raises ValueError for arguments of a wrong shape. The examples assume
+Every function and head raises ValueError for arguments of a wrong shape, and for scales and temperatures
+outside of 1e-6..1e6. The examples assume
 ``import jax.numpy as jnp`` and ``from robal_jax.classifiers import *``.
 """
 
@@ -81,6 +82,8 @@ def cosine_logits(
       [[3.     5.3333]]
     """
     checks.features_and_weight(features, weight)
+    checks.factor(scale=scale)
+    checks.not_negative(gamma=gamma)
     return scale * (unit_features(features, eta) @ _weight_rows(weight, gamma, eta).T)
 
 
@@ -139,6 +142,7 @@ def tau_norm_logits(
       [[2.2 2. ]]
     """
     checks.features_and_weight(features, weight)
+    checks.factor(temperature=temperature)
     if class_scale is not None:
         checks.vector("class_scale", class_scale, len(weight))
     norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=-1, keepdims=True))
@@ -180,6 +184,8 @@ def tde_logits(
       [[3. 8.]]
     """
     checks.features_and_weight(features, weight)
+    checks.factor(scale=scale)
+    checks.not_negative(gamma=gamma)
     checks.vector("direction", direction, features.shape[-1], per="feature")
     unit, size = unit_features(features), jnp.linalg.norm(direction)
     cosine = unit @ direction / jnp.where(size > 0, size, 1.0)
@@ -255,6 +261,13 @@ def _log_odds(class_counts: chex.Array) -> chex.Array:
     return log_prior - jnp.log1p(-jnp.exp(log_prior))
 
 
+def _weight_shape(features: chex.Array, num_classes: int) -> tuple[int, int]:
+    """Returns the shape of a head's weight, ``(K, D)``, for features ``[B, D]``."""
+    checks.features_and_weight(features)
+    checks.at_least(1, num_classes=num_classes)
+    return num_classes, features.shape[-1]
+
+
 BIASES = ("trained", "prior", "frozen", "none")
 
 
@@ -286,8 +299,7 @@ class LinearHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        shape = (self.num_classes, features.shape[-1])
+        shape = _weight_shape(features, self.num_classes)
         weight = self.param("weight", _uniform_fan_in, shape)
         if self.bias == "none":
             return features @ weight.T
@@ -363,8 +375,7 @@ class CosineHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        weight = self.param("weight", _uniform_fan_in, (self.num_classes, features.shape[-1]))
+        weight = self.param("weight", _uniform_fan_in, _weight_shape(features, self.num_classes))
         return cosine_logits(features, weight, scale=self.scale, gamma=self.gamma, eta=self.eta)
 
 
@@ -397,8 +408,7 @@ class TauNormHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        shape = (self.num_classes, features.shape[-1])
+        shape = _weight_shape(features, self.num_classes)
         weight, bias = self.param("weight", _uniform_fan_in, shape), self.param("bias", _uniform_bias, shape)
         scale = self.param("class_scale", nn.initializers.ones, shape[:1]) if self.learn_scale else None
         features = unit_features(features) if self.unit_features else features
@@ -441,10 +451,9 @@ class TDEHead(nn.Module):
     @nn.compact
     def __call__(self, features: chex.Array, train: bool) -> chex.Array:
         """Computes logits ``[B, K]`` from features ``[B, D]``."""
-        checks.features_and_weight(features)
-        width = features.shape[-1]
-        weight = self.param("weight", _uniform_fan_in, (self.num_classes, width))
-        direction = self.variable("batch_stats", "direction", jnp.zeros, (width,))
+        shape = _weight_shape(features, self.num_classes)
+        weight = self.param("weight", _uniform_fan_in, shape)
+        direction = self.variable("batch_stats", "direction", jnp.zeros, shape[1:])
         alpha = 0.0 if train else self.alpha
         logits = tde_logits(
             features, weight, direction.value, scale=self.scale, gamma=self.gamma, alpha=alpha

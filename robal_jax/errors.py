@@ -7,11 +7,21 @@ import errno
 import os
 import pathlib
 import traceback
+from typing import Any
 
 
 def one_line(error: Exception) -> str:
     """Returns an exception as one line of at most 200 characters, to quote it in a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, shortened to 80 characters, to quote it in a message."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def place_in(file: str | None, error: Exception) -> str:

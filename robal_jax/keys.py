@@ -51,6 +51,8 @@ def image_keys(key: chex.PRNGKey, images: chex.Array) -> chex.PRNGKey:
       >>> keys.shape, bool((image_keys(keys, images) == keys).all())
       ((2,), True)
     """
+    if key is None:
+        raise ValueError("key is None; make one by jax.random.key(0)")
     typed = jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
     words = jax.random.key_data(key) if typed else jnp.asarray(key)
     if words.dtype != jnp.uint32 or words.shape[-1:] < (2,):

@@ -14,8 +14,8 @@ counts (weights, margins, biases, temperatures); and the losses that combine bot
 divides by the mean weight of the batch; a loss of ``K`` binary problems weights the problems.
 
 Every function raises ValueError for arguments of a wrong shape or type and, outside of ``jax.jit``, for
-labels that are not in ``0..K-1`` and class counts below 1. The examples assume ``import jax.numpy as jnp``
-and ``from robal_jax.losses import *``.
+labels that are not in ``0..K-1``, class counts below 1, and scales and temperatures outside of 1e-6..1e6. The
+examples assume ``import jax.numpy as jnp`` and ``from robal_jax.losses import *``.
 
 Throughout: ``B`` batch, ``K`` classes, ``n_i`` training images of class ``i``, ``pi_i = n_i / sum_j n_j``,
 ``p = softmax(z)``, ``[i = y]`` 1 for the true class and 0 for all other classes.
@@ -56,7 +56,7 @@ def _weigh_columns(terms: chex.Array, class_weights: Weights) -> chex.Array:
     """``w_i t_bi`` of terms ``[B, K]``."""
     if class_weights is None:
         return terms
-    checks.vector("class_weights", class_weights, terms.shape[-1])
+    checks.class_weights(class_weights, terms.shape[-1])
     return terms * _row(class_weights, terms)
 
 
@@ -74,6 +74,7 @@ def _counts(class_counts: chex.Array) -> chex.Array:
 
 def _binary_terms(logits: chex.Array, labels: chex.Array, gamma: float = 0.0) -> chex.Array:
     """``-(1 - q_bi)^gamma log q_bi [B, K]`` of :func:`focal`, finite for any ``z``; BCE for ``gamma = 0``."""
+    checks.not_negative(gamma=gamma)
     signed = jnp.where(_is_true(logits, labels), logits, -logits)
     return -jnp.exp(gamma * jax.nn.log_sigmoid(-signed)) * jax.nn.log_sigmoid(signed)
 
@@ -120,7 +121,7 @@ def cross_entropy(
     values = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     if class_weights is None:
         return values
-    checks.vector("class_weights", class_weights, logits.shape[-1])
+    checks.class_weights(class_weights, logits.shape[-1])
     weights = _by_label(class_weights, labels, values)
     mean = weights.mean()
     if axis_name is not None:
@@ -183,6 +184,7 @@ def binary_cross_entropy(
       [1.0397 1.0397]
     """
     checks.logits_and_labels(logits, labels)
+    checks.factor(temperature=temperature)
     terms = _binary_terms(logits / temperature, labels)
     return temperature * _weigh_columns(terms, class_weights).mean(axis=-1)
 
@@ -239,9 +241,10 @@ def focal_softmax(
       >>> print(jnp.array_str(loss, precision=4))  # 1/2 * (1/4)^2 * log 4/3, 1/2 * (1/2)^2 * log 2
       [0.009  0.0866]
     """
+    checks.not_negative(gamma=gamma)
     values = cross_entropy(logits, labels)
     if class_weights is not None:
-        checks.vector("class_weights", class_weights, logits.shape[-1])
+        checks.class_weights(class_weights, logits.shape[-1])
         values = values * _by_label(class_weights, labels, values)
     return 0.5 * (-jnp.expm1(-values)) ** gamma * values
 
@@ -361,6 +364,7 @@ def effective_number_weights(class_counts: chex.Array, *, beta: float) -> chex.A
       >>> print(jnp.array_str(weights, precision=4))  # 8/7 and 2, divided by their mean
       [0.7273 1.2727]
     """
+    checks.below_one(beta=beta)
     counts = _counts(class_counts)
     # -expm1 is 1 - beta^n without the rounding of a beta close to 1; the factor 1 - beta cancels in c.
     weights = 1.0 / -jnp.expm1(counts * jnp.log1p(beta - 1.0))
@@ -440,6 +444,7 @@ def robal_margins(class_counts: chex.Array, *, scale: float, margin: float, tau_
       >>> print(jnp.array_str(margins, precision=4))  # 0.03 log 4 + 0.1, 0.1
       [0.1416 0.1   ]
     """
+    checks.factor(scale=scale)
     counts = _counts(class_counts)
     return (tau_m / scale) * jnp.log(counts / counts.min()) + margin
 
@@ -691,6 +696,7 @@ def margin_adjusted_cross_entropy(
       >>> print(jnp.array_str(loss, precision=4))  # log 2, log(1 + e)
       [0.6931 1.3133]
     """
+    checks.factor(scale=scale)
     adjusted = scale * subtract_margins(cosines, labels, margins)
     checks.vector("biases", biases, cosines.shape[-1])
     return cross_entropy(adjusted + _row(biases, cosines), labels)
@@ -728,6 +734,7 @@ def uniform_margin(
       >>> print(jnp.array_str(loss, precision=4))  # log(1 + 1/e), log(1 + e^2)
       [0.3133 2.1269]
     """
+    checks.factor(scale=scale)
     adjusted = subtract_margins(cosines, labels, jnp.full(cosines.shape[-1], margin))
     return cross_entropy(scale * adjusted, labels, class_weights=class_weights, axis_name=axis_name)
 
@@ -773,6 +780,7 @@ def ldam(
       [0.5759 1.1369]
     """
     _check(logits, labels, class_counts)
+    checks.factor(scale=scale)
     margins = ldam_margins(class_counts, max_margin=max_margin, exponent=exponent, inverse=inverse)
     adjusted = subtract_margins(logits, labels, margins)
     return cross_entropy(scale * adjusted, labels, class_weights=class_weights, axis_name=axis_name)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betaincinv
 
+from robal_jax import checks
 from robal_jax.errors import InputError
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -83,6 +84,16 @@ def _per_class(name: str, values: ArrayLike) -> np.ndarray:
     if array.ndim != 1 or not len(array):
         raise InputError(f"{name} has shape {list(array.shape)}; pass one number per class, [K]")
     return array
+
+
+def _counts(class_counts: ArrayLike) -> np.ndarray:
+    """Returns the number of training images per class, integers ``[K]``, as an array.
+
+    Raises:
+      InputError: another shape, no whole numbers, or a class without images.
+    """
+    checks.class_counts(class_counts)
+    return np.asarray(class_counts).astype(np.int64)
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
@@ -177,7 +188,7 @@ def class_groups(
       {'head': [0, 2], 'tail': [1, 3, 4]}
       {'all': [0, 1]}
     """
-    counts = _per_class("class_counts", class_counts)
+    counts = _counts(class_counts)
     if head_classes < 0 or tail_classes < 0:
         raise InputError(f"head_classes is {head_classes}, tail_classes {tail_classes}; use 0 or more")
     order, levels = np.argsort(-counts, kind="stable"), np.unique(counts)[::-1]
@@ -439,7 +450,7 @@ def summarize(
     """
     if next(iter(predictions), None) != "clean" or "worst" in predictions:
         raise InputError(f"conditions are {list(predictions)}; start with 'clean' and leave out 'worst'")
-    counts = _per_class("class_counts", class_counts)
+    counts = _counts(class_counts)
     labels = _classes("labels", labels)
     named = class_groups(counts) if groups is None else {k: np.asarray(v) for k, v in groups.items()}
     absent = np.setdiff1d(np.arange(len(counts)), labels)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from robal_jax import checks
 from robal_jax.errors import InputError
 
 
@@ -85,15 +86,25 @@ def sgd(
 
     Args:
       schedule: learning rate of each step.
-      momentum: of ``v``.
-      weight_decay: on batch norm and biases too, as in the released code.
+      momentum: of ``v``, in [0, 1).
+      weight_decay: at least 0; on batch norm and biases too, as in the released code.
       clip_norm: largest global norm of the loss's gradient, before weight decay; 0 does not clip.
       trainable: regular expression that matches the beginning of a parameter's name (``classifier/weight``);
         parameters that it does not match stay as they are. '' trains all.
 
     Returns:
       The optimiser.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> sgd(lambda step: 0.1, momentum=1.5)
+      Traceback (most recent call last):
+      ValueError: momentum is 1.5; it must be in [0, 1)
     """
+    checks.below_one(momentum=momentum)
+    checks.not_negative(weight_decay=weight_decay, clip_norm=clip_norm)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     update = optax.chain(
         *clip,

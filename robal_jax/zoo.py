@@ -48,7 +48,7 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
       InputError: the file, the config or the folder cannot be used.
     """
     if (workdir / CONFIG).exists() or (workdir / CHECKPOINTS).exists():
-        raise InputError(f"workdir {workdir} holds a run already; choose another with --workdir")
+        raise InputError(f"workdir {workdir} holds a run already; choose another workdir")
     builder.validate(config)
     num_classes, image_shape = data_shape(config)
     # The values of the class counts and the length of an epoch change neither model nor optimizer state.
@@ -81,7 +81,7 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
         write_whole(workdir / CONFIG, to_json(config).encode())
     except OSError as error:
         raise InputError(
-            f"cannot write to workdir {workdir} ({error.strerror}); choose another with --workdir"
+            f"cannot write to workdir {workdir} ({error.strerror}); choose another workdir"
         ) from error
     with checkpoints.Saver(workdir / CHECKPOINTS, 1) as saver:
         path, sha256 = saver.save(0, TrainState(jnp.int32(0), params, stats, optimizer.init(params)))

@@ -392,7 +392,7 @@ def test_no_surrogate_is_no_verdict():
     del measured["transfer"]
     found, _ = judged(measured)
     assert found["transfer"].outcome == NOT_RUN
-    assert "--surrogate" in found["transfer"].statement
+    assert "as surrogate" in found["transfer"].statement
     assert flagged(found) == []
 
 

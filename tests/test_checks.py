@@ -207,10 +207,29 @@ SETTINGS = [  # attack, settings, message
     ("fab", {"n_iter": 0}, "n_iter is 0; it must be at least 1"),
     ("fab", {"rank": jnp.int32(1)}, r"rank is 1; with 4 classes it must be in 2\.\.4"),
     ("fab", {"start": IMAGES[:1]}, r"start has shape \[1, 2, 2, 1\]; .* \[3, 2, 2, 1\]"),
-    ("square", {"queries": -1}, "queries is -1; it must be at least 0"),
+    ("square", {"queries": -1}, "queries is -1; it must be at least 1"),
     ("autoattack", {"steps": 0}, "steps is 0; it must be at least 1"),
-    ("autoattack", {"queries": -1}, "queries is -1; it must be at least 0"),
+    ("autoattack", {"queries": -1}, "queries is -1; it must be at least 1"),
     ("autoattack", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ("pgd", {"steps": 2.5}, "steps is 2.5; it must be an integer"),
+    ("pgd", {"steps": "2"}, "steps is '2'; it must be an integer"),
+    ("pgd", {"restarts": True}, "restarts is True; it must be an integer"),
+    ("pgd", {"step_size": "0.1"}, "step_size is '0.1'; it must be a number"),
+    ("pgd", {"step_size": [0.1, 0.2]}, r"step_size is \[0.1, 0.2\]; it must be a number"),
+    ("pgd", {"step_size": 1e39}, "step_size is 1e[+]39; it must be in .*, the range of float32"),
+    ("pgd", {"momentum": np.nan}, "momentum is nan; it must be finite and >= 0"),
+    ("pgd", {"threat": 0.1}, "threat is a float; pass robal_jax.ThreatModel"),
+    ("square", {"threat": "8/255"}, "threat is a str; pass robal_jax.ThreatModel"),
+    ("multi_targeted", {"targets": 4}, r"targets is 4; with 4 classes it must be in 1\.\.3"),
+    ("multi_targeted", {"targets": 2.5}, "targets is 2.5; it must be an integer"),
+    ("apgd", {"rho": np.nan}, "rho is nan; it must be finite and >= 0"),
+    ("fab", {"beta": -1.0}, "beta is -1; it must be finite and >= 0"),
+    ("square", {"queries": 0}, "queries is 0; it must be at least 1"),
+    ("autoattack", {"queries": None}, "queries is None; it must be an integer"),
+    ("autoattack", {"version": None}, "unknown ensemble None; use 'none', one of"),
+    ("autoattack", {"version": []}, "unknown ensemble ''"),
+    ("autoattack", {"version": ["apgd_ce", "apgd_ce"]}, "unknown ensemble 'apgd_ce,apgd_ce'"),
+    ("autoattack", {"version": ["apgd_ce", 1]}, r"unknown ensemble \['apgd_ce', 1\]"),
 ]
 
 
@@ -231,11 +250,96 @@ def test_settings_out_of_range(name, settings, message):
         ((0.1, "linf", 1.0, 1.0), r"the bounds are \[1.0, 1.0\]; use finite ones, lower < upper"),
         ((0.1, "linf", -np.inf), r"the bounds are \[-inf, 1.0\]"),
         ((0.1, "l2", 0.0, np.nan), r"the bounds are \[0.0, nan\]"),
+        *[
+            ((epsilon,), "epsilon is .*; it must be a number")
+            for epsilon in ("8/255", None, True, [0.1], {}, 1j, np.array([0.1, 0.2]), jnp.array([0.1]))
+        ],
+        ((1e-50,), "epsilon is 1e-50; it must be in .*, the range of float32"),
+        ((0.1, ["linf"]), r"unknown norm \['linf'\]"),
+        ((0.1, "linf", "0"), "lower is '0'; it must be a number"),
+        ((0.1, "linf", 0.0, np.ones(2)), "upper is .*; it must be a number"),
     ],
 )
 def test_threat_models_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         ThreatModel(*arguments)
+
+
+@pytest.mark.parametrize("epsilon", [np.float32(0.25), np.float64(0.25), jnp.float32(0.25), np.array(0.25)])
+def test_any_number_is_a_radius(epsilon):
+    assert str(ThreatModel(epsilon)) == str(ThreatModel(0.25))
+    assert hash(ThreatModel(epsilon)) == hash(ThreatModel(0.25))
+
+
+def test_the_first_image_out_of_bounds_is_named():
+    images = IMAGES.at[1, 0, 0].set(jnp.nan).at[2].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"\(image 1 is the first of 2 that are not\)"):
+        THREAT.check(images, LABELS)
+
+
+@pytest.mark.parametrize("name", ["autoattack", "square"])
+@pytest.mark.parametrize("shape", [(3, 2, 2), (3, 4), (3, 2, 2, 1, 1)])
+def test_images_without_channels(name, shape):
+    with pytest.raises(
+        ValueError, match=r"images have shape .*; they must be \[n, H, W, C\]: .*\[\.\.\., None\]"
+    ):
+        ATTACKS[name](logits_fn, KEY, IMAGES.reshape(shape), LABELS)
+
+
+@pytest.mark.parametrize("version", [["apgd_ce", "square"], ("apgd_ce", "square")])
+def test_an_ensemble_is_a_list_too(version):
+    given = {"threat": THREAT, "steps": 2, "queries": 2}
+    found = robal_jax.autoattack(logits_fn, KEY, IMAGES, LABELS, version=version, **given)
+    same = robal_jax.autoattack(logits_fn, KEY, IMAGES, LABELS, version="apgd_ce,square", **given)
+    np.testing.assert_array_equal(found.images, same.images)
+    assert list(found.robust) == ["clean", "apgd_ce", "square"]
+
+
+NO_MODELS = {  # what is no function from images to logits, and what is said of it
+    "None": (None, "logits_fn is a NoneType; pass a function of any number of images"),
+    "a name": ("resnet18", "logits_fn is a str; pass a function"),
+    "weights": (WEIGHT, "logits_fn is a ArrayImpl; pass a function"),
+    "a flax module": (
+        models.SmallCNN(),
+        r"logits_fn fails for 2 images .*lambda images: model\.apply\(variables",
+    ),
+    "two arguments": (
+        lambda x, train: logits_fn(x),
+        "fails for .* missing 1 .* 'train'.*and of nothing else",
+    ),
+    "no argument": (lambda: 0, "fails for 2 images .*; pass a function of any number of images"),
+    "a fixed batch": (
+        lambda x: x.reshape(100, 4) @ WEIGHT,
+        r"into shape \(100, 4\).*any number of images \[B, 2, 2",
+    ),
+    "another size": (lambda x: x.reshape(len(x), -1) @ WEIGHT[1:], "fails for 2 images"),
+    "a bug": (lambda x: x / (1 // 0), r"fails for 2 images \(ZeroDivisionError"),
+    "numpy": (np.exp, "needs the values .* jax.numpy, not numpy"),
+    "a branch": (lambda x: logits_fn(x) if x.max() > 0 else 0, "needs the values .* without branches"),
+    "an index": (lambda x: [1, 2][x[0, 0, 0, 0].astype(int)], "needs the values"),
+}
+
+
+@pytest.mark.parametrize("trouble", NO_MODELS)
+def test_what_is_no_model(trouble):
+    model, message = NO_MODELS[trouble]
+    with pytest.raises(ValueError, match=message) as raised:
+        ensemble(model, KEY, IMAGES, LABELS)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_random_model_takes_keys():
+    with pytest.raises(
+        ValueError, match=r"fails for 3 images .* and of their keys \[B\], such as lambda images, keys"
+    ):
+        ensemble(logits_fn, KEY, IMAGES, LABELS, version="rand")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf, 1e37, 1e-37])
+def test_factors_of_logits_out_of_range(scale):
+    with pytest.raises(ValueError, match=r"scale is .*; it must be in 1e-06\.\.1e\+06"):
+        attacks.scaled(logits_fn, scale)
+    assert jax.jit(lambda scale: attacks.scaled(logits_fn, scale)(IMAGES))(scale).shape == (3, 4)
 
 
 LOSSES = {

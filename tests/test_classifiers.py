@@ -315,3 +315,24 @@ def test_adjust_for_prior():
     # A balanced set has no prior to remove: predictions stay.
     balanced = classifiers.adjust_for_prior(logits, np.full(K, 5), tau=2.0)
     np.testing.assert_array_equal(np.argmax(balanced, -1), np.argmax(logits, -1))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (classifiers.CosineHead(3, scale=0.0), "scale is 0; it must be in"),
+        (classifiers.CosineHead(3, scale=-1.0), "scale is -1; it must be in"),
+        (classifiers.CosineHead(3, scale=1e37), r"scale is 1e\+37; it must be in 1e-06\.\.1e\+06"),
+        (classifiers.CosineHead(3, gamma=-1.0), "gamma is -1; it must be finite and >= 0"),
+        (classifiers.TDEHead(3, scale=float("nan")), "scale is nan; it must be in"),
+        (classifiers.TauNormHead(3, temperature=0.0), "temperature is 0; it must be in"),
+        (classifiers.LinearHead(0), "num_classes is 0; it must be at least 1"),
+        (classifiers.CosineHead(2.5), "num_classes is 2.5; it must be an integer"),
+        (classifiers.TDEHead(None), "num_classes is None; it must be an integer"),
+        (classifiers.TemperatureHead(3, class_counts={0: 3, 1: 2, 2: 1}), "class_counts is .*; it must be"),
+        (classifiers.LinearHead(3, class_counts=(3, 2, 0), bias="prior"), "class_counts have the entry 0"),
+    ],
+)
+def test_heads_out_of_range_are_refused(head, message):
+    with pytest.raises(ValueError, match=message):
+        head.init(jax.random.key(0), jnp.ones((2, 4)), False)

@@ -221,10 +221,10 @@ def keyword(section, name, value):
 @pytest.mark.parametrize(
     ("section", "name", "value", "message"),
     [
-        ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; use one of num_classes, scale"),
-        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; use one of class_counts, scale"),
+        ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; use one of scale, gamma, eta"),
+        ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; use one of scale, margin, tau_m, tau_b"),
         ("objective", "beta", 1.0, "objective 'regularised' takes no 'beta'; use one of "),
-        ("model", "depth", 34, "model 'small_cnn' takes no 'depth'"),
+        ("model", "depth", 34, "model 'small_cnn' takes no 'depth'; use one of channels, width$"),
         ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),
         ("schedule", "gamma", 1.0, "schedule 'paper' takes no 'gamma'"),
         ("optimizer", "nesterov", True, "nesterov"),
@@ -361,9 +361,7 @@ def test_checkpoint_of_another_model(tmp_path):
 def test_damaged_checkpoint(tmp_path):
     path = saved_run(tmp_path)
     (path / "_CHECKPOINT_METADATA").unlink()
-    refused(
-        "checkpoint .* is damaged .*; name another with --checkpoint", evaluate_run, tmp_path, checkpoint=path
-    )
+    refused("checkpoint .* is damaged .*; name another checkpoint", evaluate_run, tmp_path, checkpoint=path)
     refused("every checkpoint in .* is damaged", evaluate_run, tmp_path)
 
 
@@ -378,7 +376,10 @@ def test_damaged_checkpoint(tmp_path):
         (lambda config: config | {"attack.steps": 3}, r"cannot read .*config\.json .*dots in field names"),
         (lambda config: config | {"seed": 2.5}, "config.seed is 2.5; it must be an integer"),
         (lambda config: config | {"head": {"name": 3}}, "config.head.name is 3; it must be a text"),
-        (lambda config: config | {"head": {"name": "cosine", "scale": "x"}}, "scale is 'x'; it must be > 0"),
+        (
+            lambda config: config | {"head": {"name": "cosine", "scale": "x"}},
+            "scale is 'x'; it must be in 1e-06",
+        ),
         (lambda config: config | {"loss": {"name": "deferred", "base": {}}}, "unknown loss ''; use one of"),
         (lambda config: config | {"data": {"name": "digits_lt", "ratio": "x"}}, "ratio of data set .* 'x'"),
     ],

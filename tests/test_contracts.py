@@ -134,7 +134,10 @@ def test_a_loss_returns_one_float_per_example(section, name):
     ("name", "message"),
     [
         ("words", "fails with TypeError"),
-        ("on_the_host", r"fails with TracerArrayConversionError.*\(.*test_contracts.py:\d+\); it must take"),
+        (
+            "on_the_host",
+            r"needs the values .*; write it with jax\.numpy, not numpy, .*\(.*test_contracts.py:\d+\)",
+        ),
         ("wrong_shape", r"fails with TypeError: dot_general.*\(.*test_contracts.py:\d+\)"),
         ("only_logits", r"is a function of \(logits\); it must take \(logits \[B, K\], labels \[B\]\)"),
         ("needs_a_scale", "needs 'scale'; set it in the config file"),
@@ -148,6 +151,75 @@ def test_a_loss_that_cannot_be_called(name, message):
 
 
 ANSWER = 42
+
+
+def wrong_or_right(logits, labels):
+    return (jnp.argmax(logits, -1) != labels).astype(float)
+
+
+def stopped(logits, labels):
+    return losses.cross_entropy(jax.lax.stop_gradient(logits), labels)
+
+
+def constant(logits, labels):
+    return jnp.ones(len(labels))
+
+
+def nothing_of_it(logits, labels):
+    return 0 * losses.cross_entropy(logits, labels)
+
+
+def rounded(logits, labels):
+    return losses.cross_entropy(jnp.round(logits), labels)
+
+
+def not_a_number(logits, labels):
+    return jnp.sqrt(-1 - jnp.square(logits)).sum(-1)
+
+
+def angles(logits, labels):
+    """Has a gradient for cosines only."""
+    return jnp.arccos(logits).sum(-1)
+
+
+def logarithms(logits, labels):
+    """Has a gradient for positive logits only."""
+    return -jnp.log(logits).sum(-1)
+
+
+def late(logits, labels, *, epoch):
+    return (epoch > 100) * losses.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("section", ["loss", "attack.loss"])
+@pytest.mark.parametrize(
+    "name", ["wrong_or_right", "stopped", "constant", "nothing_of_it", "rounded", "not_a_number"]
+)
+def test_a_loss_without_a_gradient(section, name):
+    refused(
+        f"loss 'test_contracts:{name}' has a gradient of 0 or NaN .*; make it differentiable", section, name
+    )
+
+
+@pytest.mark.parametrize("name", ["angles", "logarithms", "late"])
+def test_a_loss_with_a_gradient_somewhere(name):
+    builder.training(config("loss", name))
+
+
+@pytest.mark.parametrize("change", [jnp.round, jnp.sign, jax.lax.stop_gradient, lambda x: x > 0.5])
+def test_an_attack_needs_a_gradient(monkeypatch, change):
+    class Blind(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(4)(change(x).astype(float).reshape(len(x), -1))
+
+    monkeypatch.setitem(globals(), "Blind", Blind)
+    message = "model 'test_contracts:Blind' .* gradient of 0 with respect to the images, so that no attack"
+    refused(message, "model", "Blind")
+    without = config("model", "Blind")
+    with without.unlocked():
+        without.objective.name = "plain"
+    builder.training(without)
 
 
 def test_a_wrapped_loss_is_checked_too():
@@ -534,6 +606,8 @@ none_in_moments = objective(lambda loss, outcome: (loss, outcome._replace(moment
 vector_metric = objective(lambda loss, outcome: (loss, outcome._replace(metrics={"m": jnp.ones(3)})))
 list_metrics = objective(lambda loss, outcome: (loss, outcome._replace(metrics=[loss])))
 metric_loss = objective(lambda loss, outcome: (loss, outcome._replace(metrics={"loss": loss})))
+flat_loss = objective(lambda loss, outcome: (jnp.ones_like(loss), outcome))
+stopped_loss = objective(lambda loss, outcome: (jax.lax.stop_gradient(loss), outcome))
 
 
 def three_arguments(model, params, batch):
@@ -560,6 +634,8 @@ OBJECTIVES = {
     "vector_metric": r"returns metrics {'m': 'float32\[3\]'}, not a dictionary of float scalars,",
     "list_metrics": "returns metrics .* not a dictionary of float scalars,",
     "metric_loss": "returns a metric 'loss', which the training adds; rename it",
+    "flat_loss": "has a gradient of 0 with respect to the parameters; make it differentiable",
+    "stopped_loss": "has a gradient of 0 with respect to the parameters",
     "three_arguments": rf"is a function of \(model, params, batch\){BOTH}",
 }
 

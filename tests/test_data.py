@@ -425,6 +425,8 @@ def test_images_in_files_are_checked_without_reading_them():
         ({"test_labels": np.array([-1, 0, 1], np.int32)}, r"test set: labels -1..1 found.* 0..2"),
         ({"train_labels": np.array([0, 0, 0, 1, 1], np.int32)}, "train set: class 2 has no image"),
         ({"test_labels": np.array([2, 2, 0], np.int32)}, "test set: class 1 has no image"),
+        ({"class_names": ("ant",)}, r"the data set has 1 class \(ant\); give at least two"),
+        ({"class_names": ()}, "the data set has 0 classes; give at least two"),
         (
             {"test_images": np.zeros((0, 4, 4, 1), np.uint8), "test_labels": np.zeros(0, np.int32)},
             "test set: class 0 has no image",

@@ -120,7 +120,7 @@ def test_other_settings_replace_nothing(copy, no_attack, override, difference):
     assert len(message.splitlines()) == 1
     assert message.startswith(f"{copy / 'evaluation'} has an evaluation with other settings (")
     assert difference in message
-    assert "name another --folder" in message
+    assert "name another folder" in message
     assert content(copy / "evaluation") == before
 
 

@@ -65,7 +65,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 )
 def test_a_config_that_holds_no_fields(stored, content):
     (stored / "config.json").write_bytes(content)
-    message = r"cannot read .*config\.json \(.*\); restore it from a copy, or train in a new --workdir"
+    message = r"cannot read .*config\.json \(.*\); restore it from a copy, or train in a new workdir"
     refused(message, evaluation.load_run, stored)
     refused(message, training.train, config_file.read_config(STORED), stored)
     refused(message, script("evaluate"), f"--workdir={stored}", "--autoattack=none", "--audit=0")
@@ -156,14 +156,14 @@ def test_a_workdir_with_a_quite_different_config_is_described_in_a_short_line(st
     other = cli.load_config(f"{ROOT}/configs/robal_r.py:cifar10_lt")
     fields = json.loads(config_file.to_json(other))
     (stored / "config.json").write_text(json.dumps(fields))
-    message = r"was made with a different config \(.*; and \d+ more\); choose another with --workdir"
+    message = r"was made with a different config \(.*; and \d+ more\); choose another workdir"
     refused(message, training.train, config_file.read_config(STORED), stored)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b'{"data_sha', b"\xff\xfe", DEEP.encode()])
 def test_versions_that_were_edited(stored, content):
     (stored / "versions.json").write_bytes(content)
-    message = r"cannot read .*versions\.json \(.*\); choose another --workdir"
+    message = r"cannot read .*versions\.json \(.*\); choose another workdir"
     refused(message, training.train, config_file.read_config(stored), stored)
 
 
@@ -247,7 +247,7 @@ def test_what_is_no_checkpoint(stored, tmp_path):
     refused(message, checkpoints.read_latest, tmp_path / "empty")
     refused("weights.pt is a file; give a checkpoint's folder, or import", read, tmp_path / "weights.pt")
     refused("no run or checkpoint .*weights.pt", checkpoints.read_latest, tmp_path / "weights.pt")
-    refused("no checkpoint .*nothing; correct --checkpoint", read, tmp_path / "nothing")
+    refused("no checkpoint .*nothing; correct its name", read, tmp_path / "nothing")
 
 
 def test_a_checkpoint_of_another_program(stored, tmp_path):

@@ -211,8 +211,8 @@ def test_outcomes_of_the_ensemble_alone(digits):
         ({"images": np.zeros((40, 8, 8, 1), np.uint8)}, ValueError, "images have dtype uint8"),
         ({"images": np.full((40, 8, 8, 1), 2.0)}, ValueError, r"images have pixels in \[2, 2\]"),
         ({"images": np.full((40, 8, 8, 1), np.nan)}, ValueError, r"images have pixels in \[nan, nan\]"),
-        ({"class_counts": [1, 2]}, InputError, "class_counts has 2 entries; the model has 10 classes"),
-        ({"class_names": ["a"]}, InputError, "class_names has 1 entries; the model has 10 classes"),
+        ({"class_counts": [1, 2]}, InputError, r"class_counts is \[2\]; it must be \[10\]"),
+        ({"class_names": ["a"]}, InputError, r"class_names is \[\'a\'\]; pass a list of 10 texts"),
         ({"version": "autoatack"}, InputError, "autoatack"),
         ({"logits_fn": lambda x: (x, x)}, ValueError, "logits_fn returns a tuple"),
         ({"logits_fn": lambda x: x.sum((1, 2, 3))}, ValueError, r"returns float32\[2\] for 2 images"),
@@ -222,6 +222,36 @@ def test_outcomes_of_the_ensemble_alone(digits):
         ({"step_size": 0.0}, ValueError, "step_size is 0; it must be finite and > 0"),
         ({"batch_size": 0}, ValueError, "batch_size is 0; it must be at least 1"),
         ({"audit": -1}, ValueError, "audit is -1; it must be at least 0"),
+        ({"audit": "all"}, ValueError, "audit is 'all'; it must be an integer"),
+        ({"seed": 1.5}, ValueError, "seed is 1.5; it must be an integer"),
+        ({"seed": -1}, ValueError, "seed is -1; it must be at least 0"),
+        ({"seed": 2**32}, ValueError, r"seed is 4294967296; it must be in 0\.\.2\^32-1"),
+        ({"batch_size": None}, ValueError, "batch_size is None; it must be an integer"),
+        (
+            {"images": np.zeros((40, 8, 8))},
+            ValueError,
+            r"images have shape \[40, 8, 8\]; they must be \[n, H, W, C\]",
+        ),
+        ({"images": None}, ValueError, r"images have shape \[\]"),
+        ({"labels": None}, ValueError, r"labels have shape \[\]"),
+        ({"class_counts": {0: 1}}, InputError, r"class_counts is \{0: 1\}; it must be \[10\]"),
+        ({"class_counts": [*range(9), -5]}, InputError, "class_counts have the entry -5"),
+        ({"class_counts": [1.5] * 10}, InputError, "class_counts have fractions"),
+        ({"class_names": "0123456789"}, InputError, "class_names is '0123456789'; pass a list of 10 texts"),
+        ({"version": 3}, InputError, "unknown ensemble 3"),
+        ({"logits_fn": None}, ValueError, "logits_fn is a NoneType; pass a function"),
+        (
+            {"logits_fn": lambda x: x.reshape(100, 64)},
+            ValueError,
+            "logits_fn fails for 2 images .* any number",
+        ),
+        (
+            {"surrogate": lambda x: x.reshape(-1, 64)[:, :9]},
+            InputError,
+            "surrogate has 9 classes; .* same 10",
+        ),
+        ({"surrogate": lambda x: x.reshape(100, 64)}, ValueError, "surrogate fails for 2 images"),
+        ({"surrogate": "runs/at"}, ValueError, "surrogate is a str; pass a function"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(digits, change, error, message):
@@ -231,6 +261,15 @@ def test_what_cannot_be_evaluated_is_refused(digits, change, error, message):
         evaluate_model(given.pop("logits_fn"), given.pop("images"), given.pop("labels"), **given)
 
 
+def test_numbers_of_numpy_are_numbers(digits, tmp_path):
+    model, given = plain(*digits), SHORT | {"folder": tmp_path, "version": "none", "audit": 0}
+    numpy = {"threat": ThreatModel(np.float32(0.125)), "seed": np.int64(3), "step_size": np.float32(0.03125)}
+    found = evaluate_model(model, *digits, **{**given, **numpy, "batch_size": np.int32(40)})
+    python = {"threat": ThreatModel(0.125), "seed": 3, "step_size": 0.03125}
+    same = evaluate_model(model, *digits, **{**given, **python})  # is done already
+    assert found.summary == same.summary
+
+
 def test_a_run_predicts_integers_and_floats(run):
     images = run.test.images[:7]
     logits = run.logits(images)
@@ -238,8 +277,16 @@ def test_a_run_predicts_integers_and_floats(run):
     np.testing.assert_allclose(run.logits_fn(images / np.float32(16)), logits, atol=1e-5)
     assert isinstance(logits, np.ndarray)
     assert logits.shape == (7, 10)
-    for wrong in (images[:, :-1], images[0], images[:0]):
+    for wrong in (images[:, :-1], images[0], images[:0], None, images.repeat(3, -1)):
         with pytest.raises(ValueError, match=r"images have shape .*; pass \(n, 8, 8, 1\)"):
+            run.logits(wrong)
+    for wrong in (images * 1.0, images + 100, images.astype(int) - 17, images * np.nan, images / 16 - 0.01):
+        with pytest.raises(
+            ValueError, match=r"have pixels in .*; pass floats in \[0, 1\], or integers in 0\.\.16"
+        ):
+            run.logits(wrong)
+    for wrong in (images > 8, images.astype(str), images * 1j):
+        with pytest.raises(ValueError, match=r"images have dtype .*; pass floats in"):
             run.logits(wrong)
     assert run.config["method"] == "RoBal-N"
     assert run.params["classifier"]["weight"].shape == (10, 8)

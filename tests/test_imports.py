@@ -19,7 +19,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 # A room, a file at the top or a folder, imports from rooms above its own line only.
 LAYERS = (
-    {"errors", "keys", "checks"},
+    {"errors", "keys"},
+    {"checks"},
     {"models"},
     {"losses"},
     {"attacks", "classifiers", "data", "metrics", "optimizers", "devices"},

@@ -520,6 +520,14 @@ def test_vectors_of_the_wrong_size_are_refused(keyword, values):
         (5, r"the shape of class_counts is \[\]"),
         (COUNTS - 2, "class_counts have the entry 0; every class needs at least 1 training image"),
         (COUNTS * np.nan, "class_counts have the entry nan"),
+        (COUNTS * np.inf, "class_counts have the entry inf"),
+        (COUNTS + 0.5, "class_counts have fractions; give whole numbers"),
+        (dict(enumerate(COUNTS)), r"class_counts is \{.*; it must be \[K\], one number per class"),
+        ("auto", r"class_counts is 'auto'; it must be \[K\]"),
+        (["5", "4"], r"class_counts is \['5', '4'\]; it must be"),
+        ([[3], [2, 1]], r"class_counts is \[\[3\], \[2, 1\]\]; it must be"),
+        (COUNTS > 0, "class_counts is .*True.*; it must be"),
+        (None, r"class_counts is None; it must be \[K\]"),
     ],
 )
 def test_wrong_class_counts_are_refused(counts, message):
@@ -564,3 +572,31 @@ def test_table_of_losses():
     assert all(name == loss.__name__ for name, loss in losses.LOSSES.items())
     tested = {loss.func if isinstance(loss, functools.partial) else loss for loss in LOSSES.values()}
     assert set(losses.LOSSES.values()) <= tested
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf, 1e37, "10", None, [1.0, 2.0]])
+def test_scales_and_temperatures_out_of_range_are_refused(scale):
+    message = r"(scale|temperature) is .*; it must be (in 1e-06\.\.1e\+06|a number)"
+    for loss in (
+        functools.partial(losses.robal, class_counts=COUNTS, scale=scale, margin=0.1, tau_m=0.3, tau_b=1.0),
+        functools.partial(losses.uniform_margin, margin=0.1, scale=scale),
+        functools.partial(losses.ldam, class_counts=COUNTS, scale=scale),
+        functools.partial(losses.binary_cross_entropy, temperature=scale),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(Z, Y)
+
+
+@pytest.mark.parametrize("beta", [1.0, -0.1, 1.5, np.nan])
+def test_betas_out_of_range_are_refused(beta):
+    with pytest.raises(ValueError, match=r"beta is .*; it must be in \[0, 1\)"):
+        losses.effective_number_weights(COUNTS, beta=beta)
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+def test_class_weights_out_of_range_are_refused(weight):
+    weights = np.ones(K)
+    weights[1] = weight
+    for loss in (losses.cross_entropy, losses.focal, losses.focal_softmax, losses.binary_cross_entropy):
+        with pytest.raises(ValueError, match=r"class_weights are in .*; they must be finite and >= 0"):
+            loss(Z, Y, class_weights=weights)

@@ -472,8 +472,21 @@ WRONG = {
     "one prediction": (metrics.confusion_matrix, (Y, Y[:1], 3), "predictions have 1 entries, labels 3"),
     "no square": (metrics.precision_recall_f, (SQUARE[:2],), r"confusion has shape \[2, 3\]"),
     "a vector": (metrics.precision_recall_f, (Y,), r"confusion has shape \[3\]"),
-    "counts [1, K]": (metrics.class_groups, (Y[None],), r"class_counts has shape \[1, 3\]"),
-    "no counts": (metrics.class_groups, ([],), r"class_counts has shape \[0\]"),
+    "counts [1, K]": (metrics.class_groups, (Y[None],), r"the shape of class_counts is \[1, 3\]"),
+    "a class without images": (metrics.class_groups, ([3, 0],), "class_counts have the entry 0"),
+    "fewer than no images": (
+        metrics.summarize,
+        (Y, {"clean": Y}, [3, 2, -1]),
+        "class_counts have the entry -1",
+    ),
+    "counts by name": (
+        metrics.class_groups,
+        ({"a": 3, "b": 1},),
+        "class_counts is {'a': 3, 'b': 1}; it must",
+    ),
+    "counts as text": (metrics.class_groups, (["3", "1"],), r"class_counts is \['3', '1'\]; it must"),
+    "NaN images": (metrics.class_groups, ([3, np.nan],), "class_counts have the entry nan"),
+    "no counts": (metrics.class_groups, ([],), r"the shape of class_counts is \[0\]"),
     "nine figures": (metrics.groups_of_ten, (np.ones(9),), "values has 9 entries"),
     "11 of 10": (metrics.wilson_interval, (11, 10), "successes are not in 0..total"),
     "-1 of 10": (metrics.wilson_interval, ([3, -1], 10), "successes are not in 0..total"),
@@ -494,7 +507,7 @@ WRONG = {
     "a short condition": (metrics.worst_case, (Y, {"pgd": Y[:2]}), "predictions of 'pgd' have 2 entries"),
     "no condition": (metrics.worst_case, (Y, {}), "predictions has no condition"),
     "float classes": (metrics.summarize, (Y, {"clean": Y / 1}, [3, 2, 1]), "predictions of 'clean' have"),
-    "counts": (metrics.summarize, (Y, {"clean": Y}, 3), r"class_counts has shape \[\]"),
+    "counts": (metrics.summarize, (Y, {"clean": Y}, 3), r"the shape of class_counts is \[\]"),
 }
 
 

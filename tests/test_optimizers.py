@@ -135,3 +135,18 @@ def test_trainable_that_cannot_be_used(pattern, message):
     params = unflatten_dict({name: jnp.zeros(shape) for name, shape in SHAPES.items()}, sep="/")
     with pytest.raises(InputError, match=f"config.optimizer.trainable {message}"):
         optimizers.sgd(optax.constant_schedule(0.1), trainable=pattern).init(params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum is 1; it must be in \[0, 1\)"),
+        ({"momentum": -0.5}, "momentum is -0.5"),
+        ({"momentum": float("nan")}, "momentum is nan"),
+        ({"weight_decay": -1.0}, "weight_decay is -1; it must be finite and >= 0"),
+        ({"clip_norm": float("inf")}, "clip_norm is inf"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.sgd(lambda step: 0.1, **settings)

@@ -235,9 +235,9 @@ R50 = {"name": "resnet50", "stem": "imagenet"}
         (
             W28,
             W28 | {"depth": 34},
-            r"of a WideResNet-28-10, .* says WideResNet-34-10; give --config\.model\.depth=28$",
+            r"of a WideResNet-28-10, .* says WideResNet-34-10; set config\.model\.depth=28$",
         ),
-        (W28, W28 | {"depth": 10, "widen": 1}, r"give --config\.model\.depth=28 --config\.model\.widen=10$"),
+        (W28, W28 | {"depth": 10, "widen": 1}, r"set config\.model\.depth=28 and config\.model\.widen=10$"),
         (
             {"name": "resnet18"},
             W28,
@@ -246,7 +246,7 @@ R50 = {"name": "resnet50", "stem": "imagenet"}
         (
             R50 | {"stem": "small"},
             R50,
-            r"of a small ResNet-50, .* says ResNet-50; give --config\.model\.stem=small$",
+            r"of a small ResNet-50, .* says ResNet-50; set config\.model\.stem=small$",
         ),
         (
             {"name": "small_cnn"},
@@ -397,7 +397,7 @@ def test_several_state_dicts(monkeypatch, tmp_path):
     other = {name: -value for name, value in STATE.items()}
     pretend(monkeypatch, {"model": STATE, "ema": {"model": other}})
     path = some_file(tmp_path)
-    refused(r"several state_dicts: model, ema\.model; choose .*--entry=model$", pytorch.read_weights, path)
+    refused(r"several state_dicts: model, ema\.model; choose .*entry=model$", pytorch.read_weights, path)
     assert pytorch.read_weights(path, "ema.model").items() == other.items()
     refused(r"no state_dict 'x' in .*x\.pt, which holds model, ema;", pytorch.read_weights, path, "x")
 
@@ -424,7 +424,7 @@ def test_a_single_array(monkeypatch, tmp_path, name):
 
 
 def test_no_file(tmp_path):
-    refused("no file .*x.pt; give the weights with --weights", pytorch.read_weights, tmp_path / "x.pt")
+    refused("no file .*x.pt; correct the name of the weights' file", pytorch.read_weights, tmp_path / "x.pt")
 
 
 def test_without_pytorch(monkeypatch, tmp_path):
@@ -625,7 +625,7 @@ def test_weights_of_other_types_become_float32(safetensors, tmp_path):
 def test_what_an_import_refuses(safetensors, tmp_path):
     weights, _ = write_network(tmp_path, "wrn")
     run = tmp_path / "run"
-    message = r"weights are of a WideResNet-10-1, .*give --config\.model\.depth=10 --config\.model\.widen=1$"
+    message = r"weights are of a WideResNet-10-1, .*set config\.model\.depth=10 and config\.model\.widen=1$"
     refused(message, import_to, run, weights)
     missing = r"missing: classifier\.fc\.bias, classifier\.fc\.weight; unused: classifier\.weight\); check"
     refused(missing, import_to, run, weights, *SMALL, config=AT)
@@ -636,7 +636,7 @@ def test_what_an_import_refuses(safetensors, tmp_path):
     assert not run.exists(), "something was written"
     refused("cannot write to workdir", import_to, weights / "run", weights, *SMALL)
     import_to(run, weights, *SMALL)
-    refused("holds a run already; choose another with --workdir", import_to, run, weights, *SMALL)
+    refused("holds a run already; choose another workdir", import_to, run, weights, *SMALL)
     for arguments in (
         ["--config=x", "--workdir=y"],
         ["--weights=x", "--workdir=y"],

@@ -373,6 +373,15 @@ def test_checkpoints_without_config_are_refused(copy):
 
 
 @pytest.mark.slow
+def test_the_learning_rate_is_not_blamed_for_the_first_step(tmp_path):
+    with pytest.raises(
+        DivergedError, match=r"not finite at step 1 .*; no step was made before it: check"
+    ) as error:
+        run(tmp_path, "loss.tau_b=3e38")
+    assert "schedule.lr" not in str(error.value)
+
+
+@pytest.mark.slow
 def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
     # From epoch 2 on the rate is 1e30 times as large: step 6 ruins the weights, step 7 sees it.
     blows_up = ("schedule.milestones=(2,)", "schedule.decay=1e30", "optimizer.clip_norm=0.0")

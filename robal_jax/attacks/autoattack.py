@@ -35,7 +35,14 @@ from robal_jax.attacks import autopgd
 from robal_jax.attacks.fab_attack import fab, fab_start
 from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.square_attack import square
-from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
+from robal_jax.attacks.threat import (
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    check_attack,
+    like_images,
+    starting_points,
+)
 from robal_jax.errors import InputError
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 from robal_jax.models import closure
@@ -74,7 +81,7 @@ def autoattack(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    version: str = "standard",
+    version: str | Sequence[str] = "standard",
     batch_size: int = 500,
     steps: int = 100,
     queries: int = 5000,
@@ -92,7 +99,7 @@ def autoattack(
       labels: integers ``[n]`` in ``0..K-1``.
       threat: allowed images.
       version: 'standard', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), 'none', or a list such as
-        'apgd_ce,square'.
+        'apgd_ce,square' or ['apgd_ce', 'square'].
       batch_size: number of images in each call.
       steps: of each run of APGD and FAB; AutoAttack's is 100.
       queries: of Square; AutoAttack's is 5000.
@@ -117,14 +124,15 @@ def autoattack(
       [1 1 0] [0.6  0.55 0.2 ]
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    threat.check(images, labels)
-    checks.at_least(1, batch_size=batch_size, steps=steps)
-    checks.at_least(0, queries=queries)
+    check_attack(threat, images, labels)
+    checks.channels_last(images)
+    checks.at_least(1, batch_size=batch_size, steps=steps, queries=queries)
+    version = version_name(version)
     keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))
     predict: Callable[..., chex.Array]
     arrays: list[chex.Array]
     if random:
-        predict, arrays = lambda _, *given: logits_fn(*given), []
+        predict, arrays = lambda _, *given: checks.called(logits_fn, *given), []
     else:
         predict, arrays = closure.split(cast(LogitsFn, logits_fn), images.shape[1:])
 
@@ -215,6 +223,27 @@ class Stage(NamedTuple):
         return self.first + self.rounds - 1
 
 
+def version_name(version: str | Sequence[str]) -> str:
+    """Name of a version, or a list of attacks as one text, separated by commas.
+
+    Args:
+      version: see :func:`autoattack`.
+
+    Raises:
+      InputError: this is neither a text nor a list of texts, or see :func:`attack_names`.
+
+    Example:
+      >>> version_name(["apgd_ce", "square"])
+      'apgd_ce,square'
+    """
+    names = [version] if isinstance(version, str) else version
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise _unknown(version)
+    joined = ",".join(names)
+    attack_names(joined)
+    return joined
+
+
 def attack_names(version: str) -> tuple[str, ...]:
     """Names of the attacks of a version, or of a list separated by commas.
 
@@ -233,11 +262,15 @@ def attack_names(version: str) -> tuple[str, ...]:
     names = VERSIONS.get(version) or tuple(version.split(","))
     unknown = [name for name in names if name not in _ATTACKS]
     if unknown or len(set(names)) < len(names):
-        raise InputError(
-            f"unknown ensemble {version!r}; use 'none', one of {', '.join(VERSIONS)}, "
-            f"or a comma-separated list (no repeats) of {', '.join(_ATTACKS)}"
-        )
+        raise _unknown(version)
     return names
+
+
+def _unknown(version: Any) -> InputError:
+    return InputError(
+        f"unknown ensemble {version!r}; use 'none', one of {', '.join(VERSIONS)}, "
+        f"or a comma-separated list (no repeats) of {', '.join(_ATTACKS)}"
+    )
 
 
 def stages(

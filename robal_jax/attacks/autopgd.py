@@ -25,7 +25,14 @@ import numpy as np
 from robal_jax import checks, losses
 from robal_jax.attacks.margins import TINY, ranked_class, targeted_dlr
 from robal_jax.attacks.projected_gradient import loss_gradient
-from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
+from robal_jax.attacks.threat import (
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    check_attack,
+    like_images,
+    starting_points,
+)
 from robal_jax.keys import fold_in, image_keys
 
 
@@ -70,7 +77,7 @@ def apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.at_least(1, steps=steps)
     keys = image_keys(key, images)
     start = starting_points(boundary_start, keys, images, threat)
@@ -127,7 +134,7 @@ def targeted_apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [2 0]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     logits = checks.logits_of(len(images), logits_fn(images))
     checks.rank(rank, logits.shape[-1], least=2)
     targets = ranked_class(logits, rank)
@@ -219,9 +226,10 @@ def search(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
     checks.at_least(1, steps=steps)
+    checks.not_negative(rho=rho)
     images, start = jax.lax.stop_gradient((images, start))
 
     def look(x: chex.Array, number: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from robal_jax import checks
 from robal_jax.attacks.attempts import best_found, mean_logits
 from robal_jax.attacks.margins import negative_margin, of_wrong_classes, ranked_class, targeted_margin
-from robal_jax.attacks.threat import Attack, LogitsFn, RandomLogitsFn, ThreatModel, like_images
+from robal_jax.attacks.threat import (
+    Attack,
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    check_attack,
+    like_images,
+)
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 
 
@@ -21,7 +28,7 @@ def multi_targeted(
     labels: chex.Array,
     *,
     attack: Attack,
-    targets: int = 9,
+    targets: int | None = None,
     loss: Callable[..., chex.Array] = targeted_margin,
     eot: int = 0,
 ) -> chex.Array:
@@ -37,7 +44,7 @@ def multi_targeted(
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       attack: run once per target, in a loop that compiles once; takes ``loss``.
-      targets: number of targets, at least 1; all wrong classes if there are fewer.
+      targets: number of targets, in ``1..K-1``; ``min(9, K - 1)`` if None, as in AutoAttack.
       loss: ascended by the attack; takes ``targets [B]``.
       eot: of the attack; targets and results are chosen by the mean logits of this many draws.
 
@@ -59,16 +66,21 @@ def multi_targeted(
       [0.55 0.3 ] [2 0]
     """
     checks.images_and_labels(images, labels)  # the attack checks the pixels
-    checks.at_least(1, targets=targets)
+    if targets is not None:
+        checks.at_least(1, targets=targets)
     keys = image_keys(key, images)
     judge = partial(mean_logits, logits_fn, fold_in(keys, JUDGEMENT), eot)
     wrong = of_wrong_classes(judge(images), labels)
+    most = wrong.shape[-1] - 1
+    targets = min(9, most) if targets is None else targets
+    if targets > most:
+        raise ValueError(f"targets is {targets}; with {most + 1} classes it must be in 1..{most}")
 
     def run(rank: chex.Array) -> chex.Array:
         towards = partial(loss, targets=ranked_class(wrong, rank))
         return attack(logits_fn, fold_in(keys, rank), images, labels, loss=towards)
 
-    ranks = jnp.arange(1, min(targets, wrong.shape[-1] - 1) + 1)
+    ranks = jnp.arange(1, targets + 1)
     return best_found(run, ranks, judge, partial(negative_margin, confidence=0.0), images, labels)
 
 
@@ -117,7 +129,7 @@ def shortest_adversarial(
       >>> print(jnp.array_str(lengths, precision=3))
       [0.05 0.2 ]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.at_least(0, search_steps=search_steps)
     checks.positive(max_epsilon=max_epsilon)
     delta = attack(logits_fn, key, images, labels) - images

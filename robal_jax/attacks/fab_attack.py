@@ -18,7 +18,12 @@ import jax.numpy as jnp
 
 from robal_jax import checks
 from robal_jax.attacks.margins import ranked_class
-from robal_jax.attacks.threat import LogitsFn, ThreatModel, finite
+from robal_jax.attacks.threat import (
+    LogitsFn,
+    ThreatModel,
+    check_attack,
+    finite,
+)
 
 
 def fab(
@@ -80,9 +85,10 @@ def fab(
     """
     del key
     start = images if start is None else start
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
     checks.at_least(1, n_iter=n_iter)
+    checks.not_negative(alpha_max=alpha_max, eta=eta, beta=beta)
     clean, x = (jax.lax.stop_gradient(a.reshape(len(images), -1)) for a in (images, start))
 
     def flat_logits_fn(x: chex.Array) -> chex.Array:

@@ -22,6 +22,7 @@ from robal_jax.attacks.threat import (
     RandomLogitsFn,
     Start,
     ThreatModel,
+    check_attack,
     finite,
     per_image,
     starting_points,
@@ -79,7 +80,7 @@ def pgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.at_least(1, steps=steps, restarts=restarts)
     keys = image_keys(key, images)
 
@@ -153,10 +154,11 @@ def pgd_path(
        [0.5   0.25 ]
        [0.55  0.3  ]]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
     if not callable(step_size):
         checks.positive(step_size=step_size)
+    checks.not_negative(momentum=momentum)
     looks = (0, *steps)
     for number in looks[1:]:
         checks.at_least(1, steps=number)
@@ -264,10 +266,13 @@ def scaled(logits_fn: Callable[..., chex.Array], scale: chex.Numeric) -> Callabl
 
     Args:
       logits_fn: the model; a random one stays random.
-      scale: the factor, > 0; may be traced.
+      scale: the factor, in 1e-6..1e6; may be traced.
 
     Returns:
       A function with the arguments of ``logits_fn``.
+
+    Raises:
+      ValueError: the scale is out of its range.
 
     Source: Carlini and Wagner (S&P 2017) on defensive distillation; RoBal (CVPR 2021), figure 2.
 
@@ -276,4 +281,5 @@ def scaled(logits_fn: Callable[..., chex.Array], scale: chex.Numeric) -> Callabl
       >>> print(scaled(logits_fn, 10.0)(jnp.full((1, 1, 1, 1), 0.75)))
       [[-2.5  2.5]]
     """
+    checks.factor(scale=scale)
     return lambda *arguments: scale * logits_fn(*arguments)

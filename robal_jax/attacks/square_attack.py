@@ -23,7 +23,11 @@ import numpy as np
 
 from robal_jax import checks
 from robal_jax.attacks.margins import margin
-from robal_jax.attacks.threat import LogitsFn, ThreatModel
+from robal_jax.attacks.threat import (
+    LogitsFn,
+    ThreatModel,
+    check_attack,
+)
 from robal_jax.keys import fold_in, image_keys
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -60,7 +64,7 @@ def square(
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       threat: allowed images.
-      queries: largest number of queries per image, after the one for its start.
+      queries: largest number of queries per image, at least 1, after the one for its start.
       p_init: share of the image that the first squares cover, in (0, 1].
       draw: source of the uniforms, a hook for tests: they replay the draws of another implementation.
 
@@ -81,7 +85,7 @@ def square(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    threat.check(images, labels)
+    check_attack(threat, images, labels)
     keys = image_keys(key, images)
     return square_search(
         logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
@@ -142,12 +146,11 @@ def square_search(
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code.
     The released code draws one square for a whole batch; here each image has its own.
     """
-    threat.check(images, labels)
-    checks.at_least(0, queries=queries)
+    check_attack(threat, images, labels)
+    checks.channels_last(images)
+    checks.at_least(1, queries=queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init is {p_init}; it must be in (0, 1]")
-    if images.ndim != 4:
-        raise ValueError(f"images have shape {list(images.shape)}; the Square Attack needs [B, H, W, C]")
     images = jax.lax.stop_gradient(images)
     moves = MOVES[threat.norm](threat, images.shape[1:], p_init)
 

@@ -54,12 +54,20 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epsilon, jax.core.Tracer) and not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon is {self.epsilon}; it must be finite and > 0")
-        if self.norm not in NORMS:
+        checks.positive(epsilon=self.epsilon)
+        checks.numbers(lower=self.lower, upper=self.upper)
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if not -math.inf < self.lower < self.upper < math.inf:
             raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
+        for field in (
+            "epsilon",
+            "lower",
+            "upper",
+        ):  # Python's numbers, so that equal models are equal as text
+            value = getattr(self, field)
+            if not isinstance(value, jax.core.Tracer) and type(value) not in (int, float):
+                object.__setattr__(self, field, float(value))
 
     def check(self, images: chex.Array, labels: chex.Array) -> None:
         """Refuses images and labels that cannot be attacked, and a radius in another unit than the images.
@@ -129,6 +137,19 @@ class ThreatModel:
         """
         delta = candidates - images
         return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
+
+
+def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) -> None:
+    """Refuses what is no threat model, and what :meth:`ThreatModel.check` refuses.
+
+    Example:
+      >>> check_attack(8 / 255, jnp.zeros((1, 8, 8, 1)), jnp.array([3]))
+      Traceback (most recent call last):
+      ValueError: threat is a float; pass robal_jax.ThreatModel(epsilon, norm)
+    """
+    if not isinstance(threat, ThreatModel):
+        raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
+    threat.check(images, labels)
 
 
 def in_255ths(value: float) -> str:

@@ -23,7 +23,7 @@ import optax
 from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
-from robal_jax import models, objectives
+from robal_jax import checks, models, objectives
 from robal_jax.data import Dataset
 from robal_jax.devices.parallel import AXIS
 from robal_jax.errors import InputError, one_line, place_in
@@ -38,6 +38,8 @@ CONTRACTS = {
     "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
 }
 """The contract of each kind of function, in words that continue 'it must'."""
+
+DIFFERENTIABLE = "make it differentiable: no argmax, rounding, comparison or stop_gradient on the way"
 
 RESERVED = ("loss", "grad_norm", "epoch", "learning_rate", "images_per_second")
 """Names in ``metrics.jsonl`` that the training itself uses."""
@@ -65,7 +67,10 @@ def calling(kind: str, name: str) -> Iterator[None]:
         raise
     except Exception as error:
         if ":" in name:
-            raise broken(kind, name, f"fails with {one_line(error)}{_place(name, error)}") from error
+            place = _place(name, error)
+            if isinstance(error, checks.UNTRACEABLE):
+                raise InputError(f"{kind} {name!r} {checks.NEEDS_VALUES}{place}") from error
+            raise broken(kind, name, f"fails with {one_line(error)}{place}") from error
         if isinstance(error, ValueError):
             raise InputError(
                 f"{kind} {name!r} cannot be used here: {' '.join(str(error).split())}"
@@ -155,6 +160,46 @@ def check_loss(section: ConfigDict, loss: Any, classes: int) -> None:
     if not is_float(found, (batch,)):
         what = f"returns {described(found)} for logits [{batch}, {classes}] and labels [{batch}]"
         raise broken("loss", section.name, what)
+    if ":" in section.name and not _has_slope(section.name, at_epoch, batch, classes):
+        raise InputError(
+            f"loss {section.name!r} has a gradient of 0 or NaN whatever the logits are; {DIFFERENTIABLE}"
+        )
+
+
+def _has_slope(name: str, loss: Callable[..., Any], batch: int, classes: int) -> bool:
+    """Returns whether a loss has a gradient for some logits: cosines, probabilities or larger ones."""
+    logits = np.random.default_rng(0).uniform(-1, 1, (6, 1, batch, classes))
+    logits = np.stack([*logits[:2], *np.abs(logits[2:4]), *10 * logits[4:]]).astype(np.float32)
+    labels = np.arange(batch, dtype=np.int32)[None] % classes
+
+    def total(logits: Any, epoch: Any) -> Any:
+        return jax.vmap(loss, (0, 0, None), axis_name=AXIS)(logits, labels, epoch).sum()
+
+    gradient = jax.jit(jax.vmap(jax.vmap(jax.grad(total), (None, 0)), (0, None)))
+    with calling("loss", name), jax.debug_nans(False):
+        found = np.asarray(gradient(logits, np.array([1, 1000], np.int32)))
+    return bool(np.any(np.isfinite(found) & (found != 0)))
+
+
+def has_gradient(kind: str, name: str, function: Callable[..., Any], axes: Any, *args: Any) -> bool:
+    """Returns whether a function has a gradient with respect to its first argument.
+
+    Of the gradient only the program is looked at: one that is 0 for some arguments is one.
+
+    Args:
+      kind: of the user's part, for the message of an error.
+      name: of that part.
+      function: of ``args``, on each device; the sum of what it returns is differentiated.
+      axes: of the arguments over the devices.
+      *args: shapes; the first is a tree of floats.
+    """
+
+    def gradient(first: Any, *others: Any) -> Any:
+        return jax.grad(lambda x: function(x, *others).sum())(first)
+
+    program, _ = _program(kind, name, gradient, axes, *args)
+    constant, used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return any(used) or any(np.any(x) for x in jax.core.eval_jaxpr(constant, program.consts))
 
 
 def check_module(
@@ -281,6 +326,10 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
     loss, (moments, metrics) = found
     if not is_float(loss, ()):
         raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar,")
+    if not has_gradient("objective", name, lambda *args: objective(model, *args)[0], axes, *variables, batch):
+        raise InputError(
+            f"objective {name!r} has a gradient of 0 with respect to the parameters; {DIFFERENTIABLE}"
+        )
     if not isinstance(moments, tuple | list):
         raise broken(
             "objective", name, f"returns moments that are {described(moments)}, not a tuple of trees,"

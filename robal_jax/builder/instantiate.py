@@ -9,8 +9,8 @@ from typing import Any, get_origin
 from ml_collections import ConfigDict
 
 from robal_jax.builder.contracts import broken, described
-from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule, shown
-from robal_jax.errors import InputError, one_line
+from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule
+from robal_jax.errors import InputError, one_line, shown
 
 POSITIONAL = {"loss": ("logits", "labels"), "objective": ("model", "params", "stats", "batch")}
 """Arguments that a function of a kind receives by position when it is called; those of other kinds: none."""
@@ -61,9 +61,12 @@ def call(
     by_position = [p.name for p in positional][: len(POSITIONAL.get(kind, ()))]
     known = [key for key in parameters if key not in (*by_position, "parent")]  # which flax adds
     unknown = sorted(set(options) - set(known))
-    if unknown:
-        known = [key for key in known if key != "name"]  # flax adds it, too
-        raise InputError(f"{kind} {name!r} takes no {unknown[0]!r}; use one of {', '.join(known)}")
+    if unknown:  # flax adds a name, too
+        fields = [key for key in known if key not in ("name", *given, *LATE.get(kind, ()))]
+        raise InputError(
+            f"{kind} {name!r} takes no {unknown[0]!r}; "
+            + (f"use one of {', '.join(fields)}" if fields else "leave it out")
+        )
     for key, option in options.items():
         annotation, value = parameters[key].annotation, option
         if isinstance(option, ConfigDict) and annotation not in OF_TYPE:

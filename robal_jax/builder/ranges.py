@@ -4,19 +4,19 @@ A value that cannot be used is refused by :func:`validate`. One that can, but ha
 line of :func:`doubts`.
 """
 
-import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import classifiers, models, objectives
+from robal_jax import checks, classifiers, models, objectives
 from robal_jax.attacks import NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, SAMPLERS
 from robal_jax.devices import parallel
-from robal_jax.errors import InputError
+from robal_jax.errors import InputError, shown
 from robal_jax.storage.config_file import flatten
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -25,6 +25,14 @@ Rule = tuple[str, Callable[[Any], bool]]
 POSITIVE: Rule = ("> 0", lambda value: value > 0)
 
 NOT_NEGATIVE: Rule = (">= 0", lambda value: value >= 0)
+
+BELOW_ONE: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+
+FACTOR: Rule = (
+    f"in {checks.SMALLEST:g}..{checks.LARGEST:g}",
+    lambda value: checks.SMALLEST <= value <= checks.LARGEST,
+)
+"""Of logits."""
 
 SEED: Rule = ("in 0..2^32-1", lambda value: 0 <= value < 2**32)
 
@@ -44,7 +52,7 @@ INTEGER: Rule = (
 IN_32_BITS: Rule = ("an integer below 2^31", lambda value: INTEGER[1](value) and abs(value) < 2**31)
 """Because JAX counts in int32."""
 
-FINITE: Rule = ("finite", math.isfinite)
+FINITE: Rule = ("finite in float32", lambda value: abs(value) <= float(np.finfo(np.float32).max))
 
 
 def _one_of(names: Iterable[str]) -> Rule:
@@ -56,22 +64,29 @@ def _are_epochs(value: Any) -> bool:
 
 
 _POSITIVE_FIELDS = (
-    "threat.epsilon", "attack.steps", "attack.step_size", "head.scale", "loss.scale",
+    "threat.epsilon", "attack.steps", "attack.step_size",
     "schedule.lr", "schedule.decay", "train.batch_size", "train.steps_per_dispatch",
     "train.accumulation_steps", "train.checkpoint_epochs", "train.keep_checkpoints",
     "evaluation.batch_size", "evaluation.epsilon",
-    "evaluation.step_size", "evaluation.logit_scale", "objective.max_epsilon", "objective.search_steps",
+    "evaluation.step_size", "objective.max_epsilon", "objective.search_steps",
+)  # fmt: skip
+
+_FACTOR_FIELDS = (
+    "head.scale", "loss.scale", "head.temperature", "loss.temperature", "evaluation.head.scale",
+    "evaluation.head.temperature", "evaluation.logit_scale",
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
     "schedule.warmup", "train.max_steps", "evaluation.audit.examples", "evaluation.examples",
-    "optimizer.clip_norm", "optimizer.momentum", "optimizer.weight_decay",
+    "optimizer.clip_norm", "optimizer.weight_decay",
 )  # fmt: skip
 
 RANGES: dict[str, Rule] = {
     **dict.fromkeys(("seed", "data.seed", "evaluation.seed"), SEED),
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
+    **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
+    "optimizer.momentum": BELOW_ONE,
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
@@ -151,15 +166,6 @@ def validate(config: ConfigDict) -> None:
                 f"config.{field} is {fields[field]:g}; in L-infinity it must be at most 1, the range of a "
                 "pixel" + in_255ths(fields[field])
             )
-
-
-def shown(value: Any) -> str:
-    """Returns a value as Python writes it, shortened to 80 characters, to quote it in a message."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python does not print integers of thousands of digits
-        return f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _holds(holds: Callable[[Any], bool], value: Any) -> bool:

@@ -130,11 +130,22 @@ def _check_own(
     optimise: optax.GradientTransformation,
     images: jax.ShapeDtypeStruct,
 ) -> None:
-    """Checks an objective and an optimizer of the user's own with the network and the images of a step."""
-    names = config.objective.name, config.optimizer.name
+    """Checks parts of the user's own together: the network under attack, the objective, the optimizer."""
+    names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
     if not any(":" in name for name in names):
         return
     variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
+
+    def logits(images: Any, params: Any, stats: Any) -> Any:
+        return network.predict(params, stats, images)
+
+    if _attacks(config) and not contracts.has_gradient(
+        "model", names[2], logits, (0, None, None), images, *variables
+    ):
+        raise InputError(
+            f"model {names[2]!r} with head {names[3]!r} has a gradient of 0 with respect to the images, so "
+            f"that no attack of the training moves them; {contracts.DIFFERENTIABLE}"
+        )
     contracts.check_objective(names[0], minimised, network, variables, images)
     contracts.check_optimizer(names[1], optimise, variables[0])
 
@@ -164,11 +175,15 @@ def check(config: ConfigDict) -> None:
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
 
 
+def _attacks(config: ConfigDict) -> bool:
+    """Returns whether the objective takes an attack."""
+    given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name"))
+    return "attack" in call("objective", objectives.OBJECTIVES, config.objective, **given).keywords
+
+
 def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
     """Describes a training in five lines."""
     counts, attack, norm = data.class_counts, config.attack, config.threat.norm
-    given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name"))
-    function = call("objective", objectives.OBJECTIVES, config.objective, **given)
     size = functools.partial(_size, in_255ths=norm == "linf")
     threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"
     steps = f"{attack.steps} step{'s' * (attack.steps > 1)} of {size(attack.step_size)}"
@@ -180,7 +195,7 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
         f"{counts.sum()} of all {len(counts)} (ratio {counts.min() / counts.max():.3g}); "
         f"{len(data.test_labels)} test images",
         "attack": f"{threat}, {steps}, start {attack.start!r}, loss {attack.loss.name}"
-        if "attack" in function.keywords
+        if _attacks(config)
         else f"none in training; {threat} in evaluations",
         "length": f"{total_steps} steps of {config.train.batch_size} images, {steps_per_epoch} per epoch",
     }

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -14,10 +14,11 @@ import numpy as np
 
 from robal_jax import builder, checks, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
-from robal_jax.errors import InputError, ReportError
+from robal_jax.errors import InputError, ReportError, shown
 from robal_jax.evaluation.loop import as_victim, attack_and_report
 from robal_jax.evaluation.victim import Victim
 from robal_jax.models import closure
@@ -35,10 +36,10 @@ def evaluate_model(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    version: str = "standard",
+    version: str | Sequence[str] = "standard",
     step_size: float | None = None,
     class_counts: Sequence[int] | None = None,
-    class_names: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
     surrogate: LogitsFn | None = None,
     audit: int = 200,
     seed: int = 0,
@@ -61,11 +62,11 @@ def evaluate_model(
       labels: their classes, integers ``[n]``; every class must occur.
       threat: what the attacks may do.
       version: of the ensemble: 'standard' (AutoAttack), 'robal_aa', 'plus', 'none', or a list such as
-        'apgd_ce,square'.
+        'apgd_ce,square' or ['apgd_ce', 'square'].
       step_size: of PGD, MIM and CW; epsilon / 4 if None.
       class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
         Without them the report has no such groups.
-      class_names: of the ``K`` classes.
+      class_names: of the ``K`` classes; their numbers if None.
       surrogate: another model of the same images, for the audit's attack by transfer.
       audit: test images in the audit's sample; 0 for no audit.
       seed: of the attacks' random starts.
@@ -84,10 +85,10 @@ def evaluate_model(
       ValueError: images, labels or logits have a wrong shape, type or range.
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    _check_settings(threat, step_size, batch_size, audit, seed)
-    threat.check(images, labels)
+    images, labels = _arrays(images, labels, threat)
     step_size = threat.epsilon / 4 if step_size is None else step_size
+    step_size, batch_size, audit, seed = _numbers(step_size, batch_size, audit, seed)
+    version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
@@ -110,7 +111,7 @@ def evaluate_model(
         groups=groups,
         about={},
     )
-    other = None if surrogate is None else _parted(surrogate, images)
+    other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
     identity = {
         "model": _fingerprint(predict, weights, images),
         "surrogate": other and _fingerprint(*other[:2], images),
@@ -151,21 +152,32 @@ def _attacked(
         return read_run(kept) if done else None
 
 
-def _check_settings(
-    threat: ThreatModel, step_size: float | None, batch_size: int, audit: int, seed: int
-) -> None:
-    if not isinstance(threat, ThreatModel):
-        raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
-    if step_size is not None:
-        checks.positive(step_size=step_size)
+def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tuple[np.ndarray, np.ndarray]:
+    """Checks images and labels, and copies them to the host."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    check_attack(threat, images, labels)
+    checks.channels_last(images)
+    return images, labels
+
+
+def _numbers(step_size: float, batch_size: int, audit: int, seed: int) -> tuple[float, int, int, int]:
+    """Checks the settings of an evaluation, and makes them Python's own numbers, which JSON can hold."""
+    checks.positive(step_size=step_size)
     checks.at_least(1, batch_size=batch_size)
     checks.at_least(0, audit=audit, seed=seed)
+    if int(seed) >= 2**32:
+        raise ValueError(f"seed is {seed}; it must be in 0..2^32-1")
+    return float(step_size), int(batch_size), int(audit), int(seed)
 
 
-def _parted(logits_fn: LogitsFn, images: np.ndarray) -> tuple[Callable[..., Any], dict[str, Any], int]:
+def _parted(
+    logits_fn: LogitsFn, images: np.ndarray, name: str = "logits_fn", classes: int | None = None
+) -> tuple[Callable[..., Any], dict[str, Any], int]:
     """Gives a model the form of a trained one: ``(params, stats, images) -> logits``, weights, classes."""
-    predict, arrays = closure.split(logits_fn, images.shape[1:])
+    predict, arrays = closure.split(logits_fn, images.shape[1:], name)
     shape = jax.eval_shape(predict, arrays, jax.ShapeDtypeStruct((2, *images.shape[1:]), np.float32)).shape
+    if classes not in (None, shape[-1]):
+        raise InputError(f"{name} has {shape[-1]} classes; pass a model of the same {classes} classes")
     return lambda params, stats, x: predict(params, x), {"params": arrays, "stats": []}, shape[-1]
 
 
@@ -174,7 +186,7 @@ def _test_set(
     labels: np.ndarray,
     num_classes: int,
     class_counts: Sequence[int] | None,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
 ) -> tuple[TestSet, dict[str, np.ndarray]]:
     """Gives the images the form of a data set's, and the classes by group.
 
@@ -182,14 +194,15 @@ def _test_set(
       InputError: labels, counts or names that do not fit the model's classes.
     """
     check_labels(labels, num_classes, "test set")
-    for what, values in (("class_counts", class_counts), ("class_names", class_names or None)):
-        if values is not None and len(values) != num_classes:
-            raise InputError(f"{what} has {len(values)} entries; the model has {num_classes} classes")
-    names = tuple(class_names) or tuple(map(str, range(num_classes)))
+    names = class_names if class_names is not None and len(class_names) else range(num_classes)
+    if isinstance(names, str | Mapping) or len(names) != num_classes:
+        raise InputError(f"class_names is {shown(class_names)}; pass a list of {num_classes} texts")
+    names = tuple(map(str, names))
     if class_counts is None:
         counts, groups = np.bincount(labels, minlength=num_classes), {"all": np.arange(num_classes)}
     else:
-        counts = np.asarray(class_counts, np.int64)
+        checks.class_counts(class_counts, num_classes)
+        counts = np.asarray(class_counts).astype(np.int64)
         groups = metrics.class_groups(counts)
     return TestSet(images, labels.astype(np.int32), 1, counts, names), groups
 

@@ -51,7 +51,7 @@ from robal_jax.storage.workdir import (
 MAIN_ATTACK = "pgd_20"
 """The condition whose accuracy counts if no ensemble is evaluated."""
 
-SAME_MODEL = "the surrogate is the model under attack; name another run or model with --surrogate"
+SAME_MODEL = "the surrogate is the model under attack; name another run or model as surrogate"
 
 # Models whose logits for so many images differ by no more than this part of the largest are the same model.
 SAME_IMAGES, SAME_LOGITS = 16, 1e-5

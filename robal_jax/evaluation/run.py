@@ -11,7 +11,7 @@ import chex
 import jax
 import numpy as np
 
-from robal_jax import builder
+from robal_jax import builder, checks
 from robal_jax.data import TestSet, as_float
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.workdir import check_same_data, restore_weights
@@ -63,11 +63,10 @@ class Run:
           float32 ``[n, K]``.
 
         Raises:
-          ValueError: the images have another shape than those of the run, or there are none.
+          ValueError: the images have another shape than those of the run, their pixels are out of range, or
+            there are none.
         """
-        shape = self.test.images.shape[1:]
-        if np.shape(images)[1:] != shape or not len(images):
-            raise ValueError(f"images have shape {np.shape(images)}; pass (n, {', '.join(map(str, shape))})")
+        checks.stored_images(self.test.images.shape[1:], self.test.pixel_max, images)
         images = np.asarray(images)
         parts = np.split(images, range(IMAGES_AT_ONCE, len(images), IMAGES_AT_ONCE))
         return np.concatenate([np.asarray(self._compiled(self.params, self.stats, part)) for part in parts])

@@ -368,7 +368,7 @@ def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) 
 
 def _transfer(attacked: _Attacked) -> Verdict:
     if attacked.transfer is None:
-        conclusion = "name another model of the same data with --surrogate."
+        conclusion = "name another model of the same data as surrogate."
         return make_verdict("transfer", NOT_RUN, "No surrogate was given", {NOT_RUN: conclusion}, {})
     return _weaker(
         "transfer",

@@ -9,6 +9,7 @@ default is: a robust accuracy must not rest on shorter numbers.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import chex
 import jax
@@ -22,7 +23,7 @@ SMALL = 1024  # largest number of elements of an array that stays a constant of 
 
 
 def split(
-    logits_fn: Callable[[chex.Array], chex.Array], image_shape: tuple[int, ...]
+    logits_fn: Callable[[chex.Array], chex.Array], image_shape: tuple[int, ...], name: str = "logits_fn"
 ) -> tuple[Callable[[list[chex.Array], chex.Array], chex.Array], list[chex.Array]]:
     """Separates a model into a function of arrays and images, and the arrays.
 
@@ -32,12 +33,14 @@ def split(
       logits_fn: images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``, for any ``B``; traceable by JAX.
         Arrays inside a function that another library compiled (``nnx.jit``) are not found.
       image_shape: ``(H, W, C)``.
+      name: of the model, for messages.
 
     Returns:
       ``predict``, whose logits are at least float32, and the arrays that ``logits_fn`` closes over.
 
     Raises:
-      ValueError: ``logits_fn`` does not return logits ``[B, K]``, or JAX cannot trace it.
+      ValueError: ``logits_fn`` is no function, fails, does not return logits ``[B, K]``, or JAX cannot trace
+        it.
 
     Example:
       >>> weight = jnp.ones((64, 32))
@@ -48,19 +51,9 @@ def split(
     if isinstance(logits_fn, type(jax.jit(abs))):
         logits_fn = inspect.unwrap(logits_fn)  # a compiled function hides its arrays
 
-    def checked(images: chex.Array) -> chex.Array:
-        try:
-            logits = logits_fn(images)
-        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
-            raise ValueError(
-                "logits_fn needs the values of the images, which JAX cannot trace; write it with jax.numpy, "
-                "not numpy, and without branches on values"
-            ) from error
-        return checks.logits_of(len(images), logits)
-
     def traced(images: chex.Array | jax.ShapeDtypeStruct) -> ClosedJaxpr:
         with jax.default_matmul_precision("highest"):
-            return jax.make_jaxpr(checked)(images)
+            return jax.make_jaxpr(partial(checks.called, logits_fn, name=name))(images)
 
     image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     arrays = [array for array in traced(image).consts if np.size(array) > SMALL]

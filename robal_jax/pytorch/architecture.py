@@ -73,7 +73,7 @@ def check_architecture(theirs: Architecture, ours: Architecture) -> None:
         elif "name" in changed:
             remedy = f"set config.model = ConfigDict({theirs.model}) in a config file of your own"
         else:
-            remedy = "give " + " ".join(f"--config.model.{key}={value}" for key, value in changed.items())
+            remedy = "set " + " and ".join(f"config.model.{key}={value}" for key, value in changed.items())
         raise InputError(f"the weights are of a {theirs.name}, the config says {ours.name}; {remedy}")
     if theirs.num_classes != ours.num_classes:
         raise InputError(

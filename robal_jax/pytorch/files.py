@@ -33,7 +33,7 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
         state_dicts.
     """
     if not path.is_file():
-        raise InputError(f"no file {path}; give the weights with --weights")
+        raise InputError(f"no file {path}; correct the name of the weights' file")
     content, metadata = _read_safetensors(path) if _is_safetensors(path) else (read_torch(path), {})
     found = dict(_state_dicts(content, ""))
     if entry:
@@ -44,8 +44,8 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
         raise InputError(f"no {what} in {path}, which holds {keys}; name another file or entry")
     if len(found) > 1:
         raise InputError(
-            f"{path} holds several state_dicts: {', '.join(found)}; choose one with "
-            f"--entry={next(iter(found))}"
+            f"{path} holds several state_dicts: {', '.join(found)}; choose one, such as "
+            f"entry={next(iter(found))}"
         )
     (state_dict,) = found.values()
     arrays = _without_wrappers({name: _array(path, name, value) for name, value in state_dict.items()})

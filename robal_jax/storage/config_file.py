@@ -91,11 +91,11 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         return ConfigDict(with_neutral(fields)).lock()
     except FileNotFoundError as error:
         raise InputError(
-            f"no run in {workdir}: it has no {CONFIG}; train first, or correct --workdir"
+            f"no run in {workdir}: it has no {CONFIG}; train first, or correct the workdir"
         ) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"cannot read {path} ({one_line(error)}); restore it from a copy, or train in a new --workdir"
+            f"cannot read {path} ({one_line(error)}); restore it from a copy, or train in a new workdir"
         ) from error
 
 

@@ -52,7 +52,7 @@ def belongs(folder: pathlib.Path, identity: Mapping[str, Any]) -> bool:
         dropped = folder if finished else folder / UNFINISHED
         raise InputError(
             f"{folder} has {'an' if finished else 'an unfinished'} evaluation with other settings "
-            f"({'; '.join(changed[:LISTED])}{more}); name another --folder, or remove {dropped} to lose it"
+            f"({'; '.join(changed[:LISTED])}{more}); name another folder, or remove {dropped} to lose it"
         )
     return (folder / RESULTS).exists()
 

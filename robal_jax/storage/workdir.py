@@ -119,10 +119,10 @@ def make_workdir(workdir: pathlib.Path) -> None:
         writable = os.access(workdir, os.W_OK | os.X_OK)
     except OSError as error:
         raise InputError(
-            f"cannot make workdir {workdir} ({error.strerror}); choose another with --workdir"
+            f"cannot make workdir {workdir} ({error.strerror}); choose another workdir"
         ) from error
     if not writable:
-        raise InputError(f"workdir {workdir} is not writable; choose another with --workdir")
+        raise InputError(f"workdir {workdir} is not writable; choose another workdir")
 
 
 def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
@@ -141,7 +141,7 @@ def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
     if path.exists():
         _check_same_run(config, digest, workdir)
     elif checkpoints.steps(workdir / CHECKPOINTS):
-        raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another with --workdir")
+        raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another workdir")
     else:
         content = json.dumps({**versions(), "data_sha256": digest}, indent=2) + "\n"
         write_whole(workdir / VERSIONS, content.encode())
@@ -154,12 +154,12 @@ def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
         data_before = str(json.loads((workdir / VERSIONS).read_text())["data_sha256"])
     except FileNotFoundError as error:
         raise InputError(
-            f"workdir {workdir} was not made by training; to fine-tune its weights, choose another --workdir "
-            f"and set --config.train.start_from={workdir}"
+            f"workdir {workdir} was not made by training; to fine-tune its weights, choose another workdir "
+            f"and set config.train.start_from={workdir}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another --workdir"
+            f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another workdir"
         ) from error
     changed = config_file.differences(config, config_file.read_config(workdir))
     if not changed and data_before != digest:
@@ -168,7 +168,7 @@ def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
         more = f"; and {len(changed) - MOST} more" if len(changed) > MOST else ""
         raise InputError(
             f"workdir {workdir} was made with a different config ({'; '.join(changed[:MOST])}{more}); "
-            "choose another with --workdir, or use the same config to resume"
+            "choose another workdir, or use the same config to resume"
         )
 
 
@@ -263,22 +263,20 @@ def restore_weights(
             partial=True,
         )
         if found is None:
-            raise InputError(
-                f"no checkpoint in {workdir / CHECKPOINTS}; train first, or name one with --checkpoint"
-            )
+            raise InputError(f"no checkpoint in {workdir / CHECKPOINTS}; train first, or name a checkpoint")
     elif checkpoint.is_file():
         raise InputError(
-            f"--checkpoint={checkpoint} is a file; give a checkpoint's folder, or import weights with "
+            f"checkpoint {checkpoint} is a file; give a checkpoint's folder, or import weights with "
             "python experiments/import_torch.py"
         )
     elif not checkpoint.is_dir():
-        raise InputError(f"no checkpoint {checkpoint}; correct --checkpoint, or leave it out for the newest")
+        raise InputError(f"no checkpoint {checkpoint}; correct its name, or leave it out for the newest")
     else:
         try:
             tree, sha256 = checkpoints.restore(checkpoint, like, partial=True)
         except checkpoints.DamagedCheckpointError as error:
             raise InputError(
-                f"checkpoint {checkpoint} is damaged ({error}); name another with --checkpoint"
+                f"checkpoint {checkpoint} is damaged ({error}); name another checkpoint"
             ) from error
         found = checkpoints.Found(tree, checkpoint, sha256)
     hosts.check_agreement(f"checkpoint {found.path}", found.sha256)

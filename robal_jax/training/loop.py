@@ -248,9 +248,13 @@ def _check_finite(row: Mapping[str, Any], made: int, newest: tuple[pathlib.Path,
     """Raises a ``DivergedError`` if the loss or the gradient of a dispatch is not finite."""
     if not np.isfinite(row["loss"] + row["grad_norm"]):
         kept = f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
-        raise DivergedError(
-            f"loss or gradient is not finite at step {made} (epoch {row['epoch']}); {kept}; "
+        advice = (
             "try a lower config.schedule.lr, a warm-up or config.optimizer.clip_norm"
+            if made > 1
+            else "no step was made before it: check config.loss, config.attack.loss and config.model"
+        )
+        raise DivergedError(
+            f"loss or gradient is not finite at step {made} (epoch {row['epoch']}); {kept}; {advice}"
         )
 
 
