@@ -20,7 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # A room, a file at the top or a folder, imports from rooms above its own line only.
 LAYERS = (
     {"errors", "keys", "checks"},
-    {"models"},
+    {"models", "arguments"},
     {"losses"},
     {"attacks", "classifiers", "data", "metrics", "optimizers", "devices"},
     {"objectives", "storage"},
