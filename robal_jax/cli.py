@@ -204,8 +204,10 @@ def parse(
     read = [plain(one, True) if one.partition("=")[0] in bools else one for one in arguments]
     try:
         rest = values(["", *read])[1:]
-    except flags.Error as error:
-        raise InputError(str(error)) from error
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(_unknown_flag(error.flagname, texts, usage)) from error
+    except flags.Error as error:  # such as a missing value
+        raise InputError(f"{error}; write arguments as --name=value") from error
     given = {name: str(values[name].value or "") for name in texts}
     if values["help"].value:
         print(as_started(usage))
@@ -219,6 +221,16 @@ def parse(
     return given | {
         name: str(user_path(given[name])) for name in PATHS if given.get(name, "").startswith("~")
     }
+
+
+def _unknown_flag(name: str, texts: Collection[str], usage: str) -> str:
+    """Says which flag is meant, or which fields of the config if the script of the usage takes them."""
+    key = name.replace("-", "_")
+    fields = _fields(load_config("base:cifar10_lt")) if "--config." in usage else {}
+    meant = [f"--config.{field}=VALUE" for field in fields if f".{field}".endswith(f".{key}")]
+    near = [f"--{flag}" for flag in difflib.get_close_matches(key, texts, 1)]
+    best = meant or near or [f"--{flag}" for flag in texts]
+    return f"unknown flag --{name}; use {'one of ' if len(best) > 1 else ''}{', '.join(best)}"
 
 
 def run_and_checkpoint(values: Mapping[str, str]) -> tuple[pathlib.Path | None, pathlib.Path | None]:

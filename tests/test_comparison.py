@@ -221,8 +221,10 @@ def test_a_file_names_its_folder(tmp_path):
 def test_a_run_whose_evaluation_has_another_name(tmp_path):
     save_run(tmp_path / "a")
     (tmp_path / "a" / "evaluation").rename(tmp_path / "a" / "evaluation-50-images")
-    with pytest.raises(InputError, match=r"no evaluation in .*; name .*/a/evaluation-50-images$"):
+    with pytest.raises(InputError, match=r"no evaluation in .*; name one of .*/a/evaluation-50-images$"):
         read_runs([str(tmp_path / "a")])
+    with pytest.raises(InputError, match=r"no evaluation in .*; name one of .*/a/evaluation-50-images$"):
+        read_runs([str(tmp_path)])
 
 
 def seeds_of_two_methods(folder):

@@ -63,6 +63,13 @@ def test_a_checkpoint_in_place_of_its_run(stored):
     refused(message, script("export_torch"), f"--workdir={path}", "--out=x.safetensors")
 
 
+def test_a_folder_of_runs_in_place_of_a_run(stored):
+    shutil.copytree(stored, stored.with_name("b"))
+    folder = stored.parent
+    message = rf"no run in {folder}: it has no config.json; name one of {folder}/b, {folder}/run$"
+    refused(message, config_file.read_config, folder)
+
+
 def test_a_checkpoint_by_its_number(stored, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"workdir": "run", "checkpoint": "5"}

@@ -36,6 +36,8 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the file of weights in it")
     if not path.is_file():
+        if ":/" in str(path):
+            raise InputError(f"{path} is an address; download the file, and give it with --weights")
         raise InputError(f"no file {path}; give the weights with --weights")
     if not _has_header(path) and (kind := foreign(path)):
         raise InputError(f"{path} is {kind}")

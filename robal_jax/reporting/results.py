@@ -260,9 +260,14 @@ def results_folder(path: pathlib.Path) -> pathlib.Path:
         return path.parent
     if (path / RESULTS).exists():
         return path
-    others = sorted(str(file.parent) for file in path.glob(f"{EVALUATION}-*/{RESULTS}"))
-    if others and not (path / EVALUATION / RESULTS).exists():
-        raise InputError(f"no evaluation in {path / EVALUATION}; name {' or '.join(others)}")
+    if (path / EVALUATION / RESULTS).exists():
+        return path / EVALUATION
+    patterns = f"{EVALUATION}-*/{RESULTS}", f"*/{EVALUATION}*/{RESULTS}"  # of the run, of runs in the folder
+    others = sorted(str(file.parent) for pattern in patterns for file in path.glob(pattern))
+    if others:
+        raise InputError(
+            f"no evaluation in {path / EVALUATION}; name one of {', '.join(others[:MANY_CLASSES])}"
+        )
     return path / EVALUATION
 
 

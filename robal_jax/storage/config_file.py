@@ -23,6 +23,8 @@ NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
 The value of a new section is the dictionary of its fields.
 """
 
+LISTED = 8  # runs that a message lists
+
 NOT_TRAINED = (
     "method", "evaluation.", "data.path",
     "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
@@ -96,7 +98,11 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         if run is not None:
             raise InputError(f"{workdir} is no run, but a part of one; name {run}") from error
         why = broken_link(workdir) or f"it has no {CONFIG}"
-        raise InputError(f"no run in {workdir}: {why}; train first, or name another folder") from error
+        inside = sorted(str(file.parent) for file in workdir.glob(f"*/{CONFIG}"))
+        what = (
+            f"name one of {', '.join(inside[:LISTED])}" if inside else "train first, or name another folder"
+        )
+        raise InputError(f"no run in {workdir}: {why}; {what}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path} ({one_line(error)}); correct it, or restore it from a copy"
