@@ -453,6 +453,13 @@ def test_no_path():
             "have different classes: 2 occur in one only, such as 'bee'",
         ),
         (
+            lambda root: [
+                shutil.rmtree(root / split / name) for split in ("train", "val") for name in ("bee", "cat")
+            ],
+            {},
+            "the data have 1 class, 'ant'; give at least two",
+        ),
+        (
             lambda root: shutil.rmtree(root / "val" / "cat"),
             {},
             "have different classes: 1 occur in one only, such as 'cat'",

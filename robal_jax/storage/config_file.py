@@ -7,6 +7,7 @@ run that was made before the field existed resumes, is evaluated, and keeps its 
 
 import copy
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -120,7 +121,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def run_around(path: pathlib.Path) -> pathlib.Path | None:
     """Returns the folder of the run that a path is, or is a part of; None if there is none."""
-    return next((folder for folder in (path, *path.parents[:3]) if (folder / CONFIG).is_file()), None)
+    return next((folder for folder in (path, *path.parents[:3]) if os.path.isfile(folder / CONFIG)), None)
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:

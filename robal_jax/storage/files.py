@@ -37,7 +37,7 @@ def _to_disk(file: IO[bytes]) -> None:
 
 def broken_link(path: pathlib.Path) -> str:
     """Says which link on a path leads nowhere; '' if none does."""
-    broken = (part for part in (path, *path.parents) if part.is_symlink() and not os.path.exists(part))
+    broken = (part for part in (path, *path.parents) if os.path.islink(part) and not os.path.exists(part))
     link = next(broken, None)
     return f"{link} is a link to {os.readlink(link)}, which is not there" if link else ""
 
