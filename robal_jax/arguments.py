@@ -1,5 +1,6 @@
 """Arguments of the command line as people type or paste them: dashes, quotation marks, forms of numbers."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -85,16 +86,13 @@ def plain(argument: str, before: Any) -> str:
 
 
 def _whole(argument: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        if float(text).is_integer():
-            return int(float(text))
-    except ValueError:
-        pass
-    grouped = re.fullmatch(r"\d{1,3}([,.' ]\d{3})+", text)
+    grouped = re.fullmatch(r"\d{1,3}([,.' ]\d{3})+", text)  # 1.000 may mean 1 or 1000
+    if not grouped:
+        with contextlib.suppress(ValueError):
+            return int(text)
+        with contextlib.suppress(ValueError, OverflowError):
+            if int(float(text)) == float(text):
+                return int(float(text))
     meant = re.sub(r"\D", "", text) if grouped else "one such as 100"
     raise InputError(f"{argument} is no whole number; write {meant}")
 

@@ -245,16 +245,17 @@ def run_and_checkpoint(values: Mapping[str, str]) -> tuple[pathlib.Path | None, 
     run, checkpoint = (
         pathlib.Path(values[name]) if values[name] else None for name in ("workdir", "checkpoint")
     )
-    around = run_around((run or checkpoint or pathlib.Path()).absolute())
-    if run is not None and run.parent.name == CHECKPOINTS and around == run.absolute().parents[1]:
-        raise InputError(
-            f"--workdir={run} is a checkpoint; write --workdir={run.parents[1]} --checkpoint={run}"
-        )
+    place = (run or checkpoint or pathlib.Path()).absolute()
+    around = run_around(place)
+    if run is not None and place.parent.name == CHECKPOINTS and around == place.parents[1]:
+        whole = run.parents[1] if len(run.parts) > 1 else around
+        path = whole / CHECKPOINTS / place.name
+        raise InputError(f"--workdir={run} is a checkpoint; write --workdir={whole} --checkpoint={path}")
     if checkpoint is not None and run is None and around is None:
         raise InputError(f"{checkpoint} is not inside of a run; name the run it is of with --workdir")
     if checkpoint is not None and run is not None and not checkpoint.exists():
-        step = run / CHECKPOINTS / checkpoint
-        checkpoint = step if step.is_dir() else checkpoint
+        inside = (folder for folder in (run / CHECKPOINTS / checkpoint, run / checkpoint) if folder.is_dir())
+        checkpoint = next(inside, checkpoint)
     return run or (around if checkpoint else None), checkpoint and checkpoint.absolute()
 
 

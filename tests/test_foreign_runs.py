@@ -63,6 +63,16 @@ def test_a_checkpoint_in_place_of_its_run(stored):
     refused(message, script("export_torch"), f"--workdir={path}", "--out=x.safetensors")
 
 
+@pytest.mark.parametrize(("here", "name"), [("", "5"), ("5", ".")])
+def test_a_checkpoint_in_place_of_its_run_from_near(stored, monkeypatch, here, name):
+    monkeypatch.chdir(stored / "checkpoints" / here)
+    message = (
+        f"--workdir={name} is a checkpoint; write --workdir={stored} --checkpoint={stored}/checkpoints/5$"
+    )
+    refused(message, script("evaluate"), f"--workdir={name}")
+    refused(f"is no run, but a part of one; name {stored}$", config_file.read_config, pathlib.Path(name))
+
+
 def test_a_folder_of_runs_in_place_of_a_run(stored):
     shutil.copytree(stored, stored.with_name("b"))
     folder = stored.parent
@@ -74,6 +84,8 @@ def test_a_checkpoint_by_its_number(stored, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"workdir": "run", "checkpoint": "5"}
     assert cli.run_and_checkpoint(values) == (pathlib.Path("run"), stored / "checkpoints" / "5")
+    inside = values | {"checkpoint": "checkpoints/5"}
+    assert cli.run_and_checkpoint(inside) == cli.run_and_checkpoint(values)
     assert cli.run_and_checkpoint(values | {"checkpoint": "6"})[1] == tmp_path / "6"
     (tmp_path / "5").mkdir()  # a folder of that name comes first
     assert cli.run_and_checkpoint(values)[1] == tmp_path / "5"

@@ -87,7 +87,7 @@ def test_values_in_common_forms(text, before, value):
             (text, 0.1, "is no number; write 0.031 or 8/255")
             for text in ("1.2.3%", "None", "", "2*4/255", "10^-1")
         ),
-        ("1,000", 60, "is no whole number; write 1000"),
+        *((text, 60, "is no whole number; write 1000") for text in ("1,000", "1.000", "1 000")),
         ("1.000.000", 60, "is no whole number; write 1000000"),
         *(
             (text, 60, "is no whole number; write one such")

@@ -95,7 +95,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
             raise TypeError("it holds no sections")
         return ConfigDict(with_neutral(fields)).lock()
     except (FileNotFoundError, NotADirectoryError) as error:
-        run = run_around(workdir)
+        run = run_around(workdir) or run_around(workdir.absolute())
         if run is not None:
             raise InputError(f"{workdir} is no run, but a part of one; name {run}") from error
         why = broken_link(workdir) or f"it has no {CONFIG}"
