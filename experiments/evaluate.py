@@ -51,15 +51,8 @@ def main(arguments: list[str]) -> None:
     for flag, field in SHORT.items():
         if values[flag]:
             overrides.append(f"--config.evaluation.{field}={values[flag]}")
-    checkpoint = pathlib.Path(values["checkpoint"]).absolute() if values["checkpoint"] else None
-    if values["workdir"]:
-        workdir = pathlib.Path(values["workdir"])
-    elif checkpoint is not None:
-        around = [folder for folder in (checkpoint, *checkpoint.parents[:2]) if (folder / CONFIG).is_file()]
-        if not around:
-            raise InputError(f"{checkpoint} is not inside of a run; name the run it is of with --workdir")
-        workdir = around[0]
-    else:
+    workdir, checkpoint = cli.run_and_checkpoint(values)
+    if workdir is None:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
     from robal_jax import builder, evaluation

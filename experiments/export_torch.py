@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> None:
         "naming": "released (the default) or bare",
     }
     values = cli.parse(arguments, texts, __doc__)
-    for name in ("workdir", "out"):
-        if not values[name]:
-            raise InputError(f"--{name} is missing; usage: {__doc__}")
+    workdir, checkpoint = cli.run_and_checkpoint(values)
+    if workdir is None or not values["out"]:
+        raise InputError(f"--{'out' if workdir else 'workdir'} is missing; usage: {__doc__}")
     out, naming = pathlib.Path(values["out"]), values["naming"] or "released"
     if out.suffix != ".safetensors":
         raise InputError(f"--out is {out}; name a .safetensors file")
@@ -53,9 +53,9 @@ def main(arguments: list[str]) -> None:
     from robal_jax.storage import checkpoints
     from robal_jax.storage.config_file import read_config, to_json
 
-    config = read_config(pathlib.Path(values["workdir"]))
+    config = read_config(workdir)
     builder.validate(config)
-    arrays, path, sha256 = checkpoints.read_latest(pathlib.Path(values["checkpoint"] or values["workdir"]))
+    arrays, path, sha256 = checkpoints.read_latest(checkpoint or workdir)
     params, stats = arrays["params"], arrays.get("stats", {})
     network = pytorch.architecture(pytorch.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None

@@ -49,7 +49,7 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
         raise InputError(f"unknown data set {data!r}; use one of {', '.join(DATA_SETS)}")
     if not seeds.isdecimal() or not int(seeds):
         raise InputError(f"--seeds is {seeds!r}; give the number of seeds, 1 or more")
-    keys = [key for key in values["rows"].split(",") if key]
+    keys = [key.strip() for key in values["rows"].split(",") if key.strip()]
     return Request(
         table=values["table"],
         data=data,

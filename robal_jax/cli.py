@@ -13,12 +13,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from robal_jax.arguments import check_typed, plain
 from robal_jax.devices.cpu import drop_unusable_cache, prepare_jax
 from robal_jax.devices.output import Tolerant
 from robal_jax.errors import (
@@ -30,6 +31,8 @@ from robal_jax.errors import (
     place_in,
     user_path,
 )
+from robal_jax.storage.config_file import run_around
+from robal_jax.storage.names import CHECKPOINTS
 
 PROCESSES = {
     "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
@@ -73,7 +76,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             if warning := drop_unusable_cache(os.environ):
                 print(f"warning: {warning}", file=sys.stderr)
             logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log details through absl
-            main(sys.argv[1:])
+            main(check_typed(sys.argv[1:]))
         except InputError as error:
             status, message = 2, str(error)
         except DivergedError as error:
@@ -197,10 +200,14 @@ def parse(
         else:
             flags.DEFINE_string(name, "", text, flag_values=values)
     flags.DEFINE_bool("help", False, "this text", flag_values=values)
+    bools = {f"--{name}" for name in (*switches, "help")}
+    read = [plain(one, True) if one.partition("=")[0] in bools else one for one in arguments]
     try:
-        rest = values(["", *arguments])[1:]
-    except flags.Error as error:
-        raise InputError(str(error)) from error
+        rest = values(["", *read])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(_unknown_flag(error.flagname, texts, usage)) from error
+    except flags.Error as error:  # such as a missing value
+        raise InputError(f"{error}; write arguments as --name=value") from error
     given = {name: str(values[name].value or "") for name in texts}
     if values["help"].value:
         print(as_started(usage))
@@ -214,6 +221,42 @@ def parse(
     return given | {
         name: str(user_path(given[name])) for name in PATHS if given.get(name, "").startswith("~")
     }
+
+
+def _unknown_flag(name: str, texts: Collection[str], usage: str) -> str:
+    """Says which flag is meant, or which fields of the config if the script of the usage takes them."""
+    key = name.replace("-", "_")
+    fields = _fields(load_config("base:cifar10_lt")) if "--config." in usage else {}
+    meant = [f"--config.{field}=VALUE" for field in fields if f".{field}".endswith(f".{key}")]
+    near = [f"--{flag}" for flag in difflib.get_close_matches(key, texts, 1)]
+    best = meant or near or [f"--{flag}" for flag in texts]
+    return f"unknown flag --{name}; use {'one of ' if len(best) > 1 else ''}{', '.join(best)}"
+
+
+def run_and_checkpoint(values: Mapping[str, str]) -> tuple[pathlib.Path | None, pathlib.Path | None]:
+    """Returns the folders that ``--workdir`` and ``--checkpoint`` name, None for one that is not given.
+
+    The checkpoint may be the number of a step of the run. The run may be left out if the checkpoint is inside
+    of it.
+
+    Raises:
+      InputError: the run is a checkpoint, or it is missing and the checkpoint is not inside of one.
+    """
+    run, checkpoint = (
+        pathlib.Path(values[name]) if values[name] else None for name in ("workdir", "checkpoint")
+    )
+    place = (run or checkpoint or pathlib.Path()).absolute()
+    around = run_around(place)
+    if run is not None and place.parent.name == CHECKPOINTS and around == place.parents[1]:
+        whole = run.parents[1] if len(run.parts) > 1 else around
+        path = whole / CHECKPOINTS / place.name
+        raise InputError(f"--workdir={run} is a checkpoint; write --workdir={whole} --checkpoint={path}")
+    if checkpoint is not None and run is None and around is None:
+        raise InputError(f"{checkpoint} is not inside of a run; name the run it is of with --workdir")
+    if checkpoint is not None and run is not None and not checkpoint.exists():
+        inside = (folder for folder in (run / CHECKPOINTS / checkpoint, run / checkpoint) if folder.is_dir())
+        checkpoint = next(inside, checkpoint)
+    return run or (around if checkpoint else None), checkpoint and checkpoint.absolute()
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -254,20 +297,21 @@ def _config_file(name: str) -> pathlib.Path:
     shipped = sorted(file.stem for file in folder.glob("*.py"))
     if name in shipped:
         return folder / f"{name}.py"
-    there = {file.name: str(file) for file in sorted(path.parent.glob("*.py"))}
-    near = [there[found] for found in difflib.get_close_matches(path.name, there, 1)]
-    near = near or difflib.get_close_matches(path.stem, shipped, 1)
+    stem = re.split(r"[\\/.]", name.removesuffix(".py"))[-1]
+    there = {file.stem: str(file) for file in sorted(path.parent.glob("*.py"))}
+    near = [there[found] for found in difflib.get_close_matches(stem, there, 1)]
+    near = near or difflib.get_close_matches(stem.lower(), shipped, 1)
     known = shipped if path.parent == pathlib.Path() else there.values() or shipped
     raise InputError(f"no config file {name}; use {near[0] if near else 'one of ' + ', '.join(known)}")
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Sets fields of a config from ``--config.field=value``; a real number may be a fraction, ``8/255``.
+    """Sets fields of a config from ``--config.field=value``, see :func:`arguments.plain`.
 
     Raises:
       InputError: a field is unknown (the nearest known one is named), or a value has the wrong type.
     """
-    known = _fields(config)
+    known, read = _fields(config), []
     for override in overrides:
         key = override.lstrip("-").partition("=")[0].removeprefix("config.")
         if key not in known:
@@ -275,30 +319,18 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise InputError(
                 f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
             )
-    overrides = [_without_fraction(known, override) for override in overrides]
+        read.append(plain(override, known[key]))
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict(
-            "config", config, lock_config=True, flag_values=values, sys_argv=["", *overrides]
+            "config", config, lock_config=True, flag_values=values, sys_argv=["", *read]
         )
-        rest = values(["", *overrides])[1:]
+        rest = values(["", *read])[1:]
     except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         raise InputError(str(error)) from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
     return values["config"].value
-
-
-def _without_fraction(fields: dict[str, Any], override: str) -> str:
-    """Computes the value of an override that is a fraction, if its field is a real number."""
-    flag, _, text = override.partition("=")
-    top, slash, bottom = text.partition("/")
-    if not slash or not isinstance(fields[flag.lstrip("-").removeprefix("config.")], float):
-        return override
-    try:
-        return f"{flag}={float(top) / float(bottom)!r}"
-    except (ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{override} is no number; write 0.031 or 8/255") from error
 
 
 def describe(config: ConfigDict, section: str = "") -> str:

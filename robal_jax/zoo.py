@@ -14,7 +14,7 @@ from robal_jax import builder, cli, pytorch
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import to_json
-from robal_jax.storage.files import write_whole
+from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, IMPORT
 from robal_jax.storage.workdir import versions
 from robal_jax.training import TrainState
@@ -81,7 +81,7 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
         write_whole(workdir / CONFIG, to_json(config).encode())
     except OSError as error:
         raise InputError(
-            f"cannot write to workdir {workdir} ({error.strerror}); choose another workdir"
+            f"cannot write to workdir {workdir} ({reason(error, workdir)}); choose another workdir"
         ) from error
     with checkpoints.Saver(workdir / CHECKPOINTS, 1) as saver:
         path, sha256 = saver.save(0, TrainState(jnp.int32(0), params, stats, optimizer.init(params)))

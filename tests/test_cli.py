@@ -64,12 +64,31 @@ def start(workdir, *overrides, spec=DIGITS, change=None):
     [
         (["junk"], "unexpected argument 'junk'; write arguments as --name=value"),
         (["--workdir=a", "seed=3"], "unexpected argument 'seed=3'"),
-        (["--wordkir=a"], "Unknown command line flag 'wordkir'"),
-        (["--workdir"], "Missing value for flag"),
+        (["--wordkir=a"], "unknown flag --wordkir; use --workdir$"),
+        (["--seed=3"], "unknown flag --seed; use --workdir$"),
+        (["--workdir"], "Missing value for flag --workdir; write arguments as --name=value$"),
     ],
 )
 def test_flags(arguments, message):
     refused(message, cli.parse, arguments, {"workdir": "a folder"}, "usage")
+
+
+@pytest.mark.parametrize(
+    ("flag", "fields"),
+    [
+        ("seed", "one of --config.data.seed=VALUE, --config.evaluation.seed=VALUE, --config.seed=VALUE"),
+        ("epochs", "--config.train.epochs=VALUE"),
+        ("lr", "--config.schedule.lr=VALUE"),
+        ("batch-size", "one of --config.evaluation.batch_size=VALUE, --config.train.batch_size=VALUE"),
+        ("train.epochs", "--config.train.epochs=VALUE"),
+        ("workdri", "--workdir"),
+        ("xyz", "one of --workdir, --track"),
+    ],
+)
+def test_a_field_in_place_of_a_flag(flag, fields):
+    texts = {"workdir": "a folder", "track": "a tracker"}
+    usage = "Train: [--config.KEY=VALUE]"
+    refused(rf"unknown flag --{flag}; use {fields}$", cli.parse, [f"--{flag}=3"], texts, usage)
 
 
 def test_flags_and_overrides_are_told_apart():

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -189,10 +190,41 @@ def test_load_runs_refuses_what_it_cannot_read(tmp_path):
         ("examples.npz", ""),
         ("results.json", "[]"),
         ("results.json", "{"),
+        ("results.json", '{"meta": [], "summary": {}}'),
+        ("results.json", "[" * 100_000),
     ):
+        whole = (folder / name).read_bytes()
         (folder / name).write_text(content)
-        with pytest.raises(InputError, match="is damaged"):
+        with pytest.raises(InputError, match=re.escape(f"{folder / name} is damaged (")):
             read_runs([workdir])
+        (folder / name).write_bytes(whole)
+    arrays = dict(np.load(folder / "examples.npz"))
+    np.savez(folder / "examples.npz", **arrays | {"labels": arrays["labels"][:3]})
+    with pytest.raises(InputError, match=r"examples\.npz is damaged"):
+        read_runs([workdir])
+
+
+def test_a_file_names_its_folder(tmp_path):
+    folders = [tmp_path / name / "evaluation" for name in "ab"]
+    for folder in folders:
+        save_run(folder.parent)
+    runs = read_runs([str(folders[0] / "results.json"), str(folders[1] / "examples.npz")])
+    assert [run.name for run in runs] == [str(folder) for folder in folders]
+    for twice in (folders[0] / "results.json", folders[0], f"{folders[0].parent}/."):
+        with pytest.raises(InputError, match="the same run twice"):
+            read_runs([str(folders[0].parent), str(twice)])
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"notes\.txt is a file, not of an evaluation; name the folder"):
+        read_runs([str(tmp_path / "notes.txt")])
+
+
+def test_a_run_whose_evaluation_has_another_name(tmp_path):
+    save_run(tmp_path / "a")
+    (tmp_path / "a" / "evaluation").rename(tmp_path / "a" / "evaluation-50-images")
+    with pytest.raises(InputError, match=r"no evaluation in .*; name one of .*/a/evaluation-50-images$"):
+        read_runs([str(tmp_path / "a")])
+    with pytest.raises(InputError, match=r"no evaluation in .*; name one of .*/a/evaluation-50-images$"):
+        read_runs([str(tmp_path)])
 
 
 def seeds_of_two_methods(folder):

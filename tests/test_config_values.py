@@ -57,6 +57,12 @@ def test_what_is_no_fraction(text):
         changed(f"threat.epsilon={text}")
 
 
+@pytest.mark.parametrize("text", ["inf", "nan"])
+def test_the_field_that_others_follow_is_named(text):
+    with pytest.raises(InputError, match=r"config\.threat\.epsilon is "):
+        builder.validate(changed(f"threat.epsilon={text}"))
+
+
 def test_only_real_numbers_may_be_fractions():
     assert changed("train.start_from=runs/at", "evaluation.audit.surrogate=a/b").train.start_from == "runs/at"
     with pytest.raises(InputError, match=r"attack\.steps"):

@@ -67,6 +67,32 @@ def test_the_same_settings_are_done(copy, no_attack, capsys):
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("name", ["results.json", "examples.npz"])
+@pytest.mark.parametrize("keep", [0, 20, 200])
+def test_a_damaged_file_is_named_before_all_is_evaluated_again(copy, monkeypatch, name, keep):
+    said = []
+
+    def attack(*_):
+        said.append("attacks")
+
+    monkeypatch.setattr(loop, "conditions", attack)  # None: as after a signal
+    path = copy / "evaluation" / name
+    path.write_bytes(path.read_bytes()[:keep])
+    config = cli.apply_overrides(read_config(copy), [f"--config.{override}" for override in NO_ATTACKS])
+    evaluation.evaluate(config, copy, say=said.append)
+    (warning,) = (line for line in said if line.startswith(f"warning: {path} is damaged ("))
+    assert said.index(warning) < said.index("attacks")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", '{"meta": 3}', '"mine"'])
+def test_results_of_somebody_else_are_kept(copy, no_attack, content):
+    (copy / "mine").mkdir()
+    (copy / "mine" / "results.json").write_text(content)
+    with pytest.raises(InputError, match=r"mine/results\.json is not of an evaluation; name another folder"):
+        evaluate(copy, folder=copy / "mine")
+    assert (copy / "mine" / "results.json").read_text() == content
+
+
 def test_the_batch_size_is_no_other_evaluation(copy, no_attack):
     assert "has this evaluation" in evaluate(copy, "evaluation.batch_size=7")[1][0]
 

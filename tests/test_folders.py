@@ -429,8 +429,12 @@ def test_no_path():
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
-        (lambda root: None, {"train": "training"}, "no folder .*/training; make it, with one sub-folder"),
-        (lambda root: shutil.rmtree(root / "val"), {}, "no folder .*/val; make it"),
+        (
+            lambda root: None,
+            {"train": "training"},
+            "no folder .*/training, only train, val; make it, with one sub-folder",
+        ),
+        (lambda root: shutil.rmtree(root / "val"), {}, "no folder .*/val, only train; make it"),
         (shutil.rmtree, {}, "no folder .*/train; make it"),
         (lambda root: None, {"test": "val/ant"}, "/val/ant has no sub-folder; give it one sub-folder"),
         (
@@ -441,12 +445,19 @@ def test_no_path():
         (
             lambda root: [file.rename(file.with_suffix(".txt")) for file in files(root, "val", "bee")],
             {},
-            "no image in .*/val/bee; give at least one per class",
+            r"no image in .*/val/bee, only \d \.txt; give at least one per class",
         ),
         (
             lambda root: (root / "val" / "bee").rename(root / "val" / "wasp"),
             {},
             "have different classes: 2 occur in one only, such as 'bee'",
+        ),
+        (
+            lambda root: [
+                shutil.rmtree(root / split / name) for split in ("train", "val") for name in ("bee", "cat")
+            ],
+            {},
+            "the data have 1 class, 'ant'; give at least two",
         ),
         (
             lambda root: shutil.rmtree(root / "val" / "cat"),

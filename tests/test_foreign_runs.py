@@ -16,7 +16,8 @@ from orbax.checkpoint import v1 as ocp
 from robal_jax import builder, cli, evaluation, training
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints, config_file
-from robal_jax.storage.workdir import restore_weights
+from robal_jax.storage.lock import alone_in
+from robal_jax.storage.workdir import make_workdir, restore_weights
 from robal_jax.training.state import initial_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -43,7 +44,91 @@ def script(name):
     return lambda *arguments: module.main(list(arguments))
 
 
+# ---------------------------------------------------------------- parts of a run in its place
+
+
+@pytest.mark.parametrize(
+    "part", ["checkpoints/5", "checkpoints", "checkpoints/5/state", "evaluation", "config.json"]
+)
+def test_a_part_of_a_run_in_place_of_the_run(stored, part):
+    (stored / "evaluation").mkdir(exist_ok=True)
+    message = f"{stored / part} is no run, but a part of one; name {stored}$"
+    refused(message, config_file.read_config, stored / part)
+
+
+def test_a_checkpoint_in_place_of_its_run(stored):
+    path = stored / "checkpoints" / "5"
+    message = f"--workdir={path} is a checkpoint; write --workdir={stored} --checkpoint={path}$"
+    refused(message, script("evaluate"), f"--workdir={path}")
+    refused(message, script("export_torch"), f"--workdir={path}", "--out=x.safetensors")
+
+
+@pytest.mark.parametrize(("here", "name"), [("", "5"), ("5", ".")])
+def test_a_checkpoint_in_place_of_its_run_from_near(stored, monkeypatch, here, name):
+    monkeypatch.chdir(stored / "checkpoints" / here)
+    message = (
+        f"--workdir={name} is a checkpoint; write --workdir={stored} --checkpoint={stored}/checkpoints/5$"
+    )
+    refused(message, script("evaluate"), f"--workdir={name}")
+    refused(f"is no run, but a part of one; name {stored}$", config_file.read_config, pathlib.Path(name))
+
+
+def test_a_folder_of_runs_in_place_of_a_run(stored):
+    shutil.copytree(stored, stored.with_name("b"))
+    folder = stored.parent
+    message = rf"no run in {folder}: it has no config.json; name one of {folder}/b, {folder}/run$"
+    refused(message, config_file.read_config, folder)
+
+
+def test_a_checkpoint_by_its_number(stored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"workdir": "run", "checkpoint": "5"}
+    assert cli.run_and_checkpoint(values) == (pathlib.Path("run"), stored / "checkpoints" / "5")
+    inside = values | {"checkpoint": "checkpoints/5"}
+    assert cli.run_and_checkpoint(inside) == cli.run_and_checkpoint(values)
+    assert cli.run_and_checkpoint(values | {"checkpoint": "6"})[1] == tmp_path / "6"
+    (tmp_path / "5").mkdir()  # a folder of that name comes first
+    assert cli.run_and_checkpoint(values)[1] == tmp_path / "5"
+
+
+@pytest.mark.parametrize("part", ["checkpoints/5", "checkpoints/new", "checkpoints"])
+def test_no_run_is_made_inside_of_checkpoints(stored, part):
+    refused("is inside of the checkpoints of", make_workdir, stored / part)
+    assert not (stored / "checkpoints" / "new").exists()
+
+
+@pytest.mark.parametrize("target", ["nowhere/x", "run"])
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_link_that_leads_nowhere(tmp_path, target, below):
+    (tmp_path / "run").symlink_to(target)
+    message = f"{tmp_path}/run is a link to {target}, which is not there"
+    refused(message, make_workdir, tmp_path / "run" / below)
+    if target != "run":  # a link to itself has words of the system
+        refused(message, config_file.read_config, tmp_path / "run" / below)
+    with pytest.raises(InputError, match=message), alone_in(tmp_path / "run" / below):
+        pass
+
+
 # ---------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"head": {', '"head": {"name": "cosine"}, "head": {', "it has 'head' twice"),
+        ('"epsilon": ', '"epsilon": 0.2, "epsilon": ', "it has 'epsilon' twice"),
+        ("\n}\n", ",\n}\n", r"line \d+ column"),
+        (",\n", "\n", r"line \d+ column"),
+        ("{", "// mine\n{", "line 1 column 1"),
+    ],
+)
+def test_a_config_with_a_slip(stored, old, new, message):
+    path = stored / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    assert path.read_text() != text
+    refused(rf"cannot read .*config\.json \(.*{message}.*\); correct it", config_file.read_config, stored)
+
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -65,7 +150,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 )
 def test_a_config_that_holds_no_fields(stored, content):
     (stored / "config.json").write_bytes(content)
-    message = r"cannot read .*config\.json \(.*\); restore it from a copy, or train in a new workdir"
+    message = r"cannot read .*config\.json \(.*\); correct it, or restore it from a copy"
     refused(message, evaluation.load_run, stored)
     refused(message, training.train, config_file.read_config(STORED), stored)
     refused(message, script("evaluate"), f"--workdir={stored}", "--autoattack=none", "--audit=0")

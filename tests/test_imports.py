@@ -21,7 +21,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS = (
     {"errors", "keys"},
     {"checks"},
-    {"models"},
+    {"models", "arguments"},
     {"losses"},
     {"attacks", "classifiers", "data", "metrics", "optimizers", "devices"},
     {"objectives", "storage"},

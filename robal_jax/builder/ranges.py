@@ -154,7 +154,9 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"config.{field} is a section; it must be {must}")
         if field in fields and not _holds(holds, fields[field]):
             raise InputError(f"config.{field} is {shown(fields[field])}; it must be {must}")
-    for field, value in fields.items():
+    lengths = [name for name in _LENGTHS if name in fields]  # in front, because others follow threat.epsilon
+    for field in dict.fromkeys([*lengths, *fields]):
+        value = fields[field]
         entries = value if isinstance(value, list | tuple) else [value]
         if not all(_holds(FINITE[1], entry) for entry in entries if isinstance(entry, numbers.Number)):
             raise InputError(f"config.{field} is {shown(value)}; it must be {FINITE[0]}")

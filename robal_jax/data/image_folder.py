@@ -6,6 +6,7 @@ import itertools
 import os
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -278,7 +279,12 @@ def _foldered(root: str, split: str) -> _Split:
     """Finds the split of a folder with one sub-folder per class."""
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder}; make it, with one sub-folder of images per class")
+        beside = [entry.name for entry in os.scandir(root) if entry.is_dir()] if os.path.isdir(root) else []
+        others = f", only {', '.join(sorted(beside)[: inspection.LISTED])}" if beside else ""
+        raise InputError(
+            f"no folder {folder}{others}; make it, with one sub-folder of images per class, or set "
+            "config.data.train and config.data.test"
+        )
     entries = sorted(
         (entry.name, entry.is_dir()) for entry in os.scandir(folder) if not _is_hidden(entry.name)
     )
@@ -293,13 +299,19 @@ def _foldered(root: str, split: str) -> _Split:
         found = [path for path in files if path.lower().endswith(_EXTENSIONS)]
         if not found:
             raise InputError(
-                f"no image in {os.path.join(folder, name)}; give at least one per class "
+                f"no image in {os.path.join(folder, name)}{_endings(files)}; give at least one per class "
                 f"({', '.join(_EXTENSIONS)})"
             )
         paths += found
         left_out += sorted({*files} - {*found})
         counts.append(len(found))
     return _Split(paths, np.repeat(np.arange(len(names)), counts), names, tuple(left_out))
+
+
+def _endings(paths: list[str]) -> str:
+    """Says which other files there are: ', only 12 .gif and 1 .txt'."""
+    counts = Counter(os.path.splitext(path)[1].lower() or "without ending" for path in paths)
+    return ", only " + " and ".join(f"{n} {ending}" for ending, n in counts.most_common(3)) if counts else ""
 
 
 def _is_hidden(name: str) -> bool:

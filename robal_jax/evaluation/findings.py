@@ -5,7 +5,6 @@ then the report, then the table on the terminal. A report is made of the stored 
 """
 
 import pathlib
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,7 +24,15 @@ from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.report import remove_report, write_report
-from robal_jax.reporting.results import EvaluatedRun, Gallery, Outcomes, Results, read_run, to_arrays
+from robal_jax.reporting.results import (
+    EvaluatedRun,
+    Gallery,
+    Outcomes,
+    Results,
+    read_arrays,
+    read_run,
+    to_arrays,
+)
 from robal_jax.reporting.terminal import evaluation_table, terminal
 from robal_jax.storage.files import replacing
 from robal_jax.storage.names import ADVERSARIAL, EXAMPLES, REPORT_HTML, RESULTS
@@ -89,21 +96,25 @@ def _remove(folder: pathlib.Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def is_stored(job: builder.Evaluation, folder: pathlib.Path) -> bool:
-    """Returns whether a folder has all that :func:`store` writes, undamaged."""
+def is_stored(job: builder.Evaluation, folder: pathlib.Path, say: Callable[[str], None]) -> bool:
+    """Returns whether a folder has all that :func:`store` writes, undamaged, and says what is not."""
     try:
         read_run(folder)
         if job.ensemble:
             read_adversarial(folder)
-    except (InputError, OSError, ValueError, LookupError, zipfile.BadZipFile):
+    except InputError as error:
+        say(f"warning: {str(error).partition(';')[0]}; evaluating again")
         return False
     return True
 
 
 def read_adversarial(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads ``adversarial.npz``: 'ids', 'images', 'predictions' and 'epsilon'."""
-    with (folder / ADVERSARIAL).open("rb") as file, np.load(file) as content:
-        return dict(content)
+    """Reads ``adversarial.npz``: 'ids', 'images', 'predictions' and 'epsilon'.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    return read_arrays(folder / ADVERSARIAL)
 
 
 def publish(victim: Victim, folder: pathlib.Path, say: Callable[[str], None]) -> None:

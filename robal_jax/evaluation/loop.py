@@ -143,7 +143,7 @@ def attack_and_report(
     hosts.check_agreement("the test set", test_set)
     identity = {**identity, "test_set_sha256": test_set}
     with hosts.held_by_first(partial(alone_in, folder)):
-        if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder)):
+        if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder, say)):
             say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
         elif not _attack_and_store(job, victim, weights, surrogate, identity, about, folder, command, stop):
             return False

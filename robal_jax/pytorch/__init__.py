@@ -1,6 +1,7 @@
 """Weights of PyTorch networks: files, the names of a state_dict, and conversion in both directions.
 
 - ``files``: reading and writing .safetensors and .pt files
+- ``foreign``: what a file is that is neither
 - ``names``: our variables from a state_dict and back: names, layouts, prefixes
 - ``architecture``: which network a state_dict belongs to
 

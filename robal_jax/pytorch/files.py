@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from robal_jax.errors import InputError, one_line
+from robal_jax.pytorch.foreign import foreign
 from robal_jax.pytorch.names import IGNORED, STANDARDISES, channels_first
 from robal_jax.storage.files import write_whole
 
@@ -32,8 +33,14 @@ def read_weights(path: pathlib.Path, entry: str = "") -> dict[str, np.ndarray]:
       InputError: there is no such file, it cannot be read without executing code, or it holds no or several
         state_dicts.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the file of weights in it")
     if not path.is_file():
+        if ":/" in str(path):
+            raise InputError(f"{path} is an address; download the file, and name that")
         raise InputError(f"no file {path}; correct the name of the weights' file")
+    if not _has_header(path) and (kind := foreign(path)):
+        raise InputError(f"{path} is {kind}")
     content, metadata = _read_safetensors(path) if _is_safetensors(path) else (read_torch(path), {})
     found = dict(_state_dicts(content, ""))
     if entry:
@@ -75,14 +82,18 @@ def _safetensors() -> Any:
     return safetensors.numpy
 
 
+def _has_header(path: pathlib.Path) -> bool:
+    """Returns whether a file begins like a ``.safetensors`` file: a header's length, then its JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**40  # eight letters are more
+
+
 def _is_safetensors(path: pathlib.Path) -> bool:
     """Returns whether the content is that of a ``.safetensors`` file, or else the name."""
     with path.open("rb") as file:
-        start = file.read(9)
-    # The length of a JSON header, and the header; .pt files are zip archives or pickles.
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
-        return True
-    return path.suffix.lower() == ".safetensors" and start[:2] not in (b"PK", b"\x80\x02")
+        of_torch = file.read(2) in (b"PK", b"\x80\x02")  # a zip archive or a pickle
+    return _has_header(path) or (path.suffix.lower() == ".safetensors" and not of_torch)
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
@@ -122,8 +133,9 @@ def read_torch(path: pathlib.Path) -> Any:
                 "if you trust the file, write its tensors to a new one with "
                 "torch.save(model.state_dict(), FILE)"
             ) from error
+        why = one_line(error).split(". ")[0]  # what follows is advice that is not ours
         raise InputError(
-            f"cannot read {path} ({one_line(error)}); give an undamaged file that torch.save wrote"
+            f"cannot read {path} ({why}); give an undamaged file that torch.save wrote"
         ) from error
 
 

@@ -14,10 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robal_jax import metrics
-from robal_jax.errors import InputError
+from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.reporting import names
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import EVALUATION, EXAMPLES, PER_CLASS, RESULTS
+
+_DAMAGE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, zipfile.BadZipFile
+)  # fmt: skip
+"""What reading a damaged JSON or .npz file raises."""
 
 FIXED_STEPS, EVERYTHING = "fixed steps", "everything"
 """Which accuracies a check of the audit casts doubt on: those under FGSM, PGD and MIM, or all of them."""
@@ -145,9 +150,11 @@ class Results:
         Raises:
           InputError: the file is missing or damaged.
         """
-        with _reading(folder):
+        with _reading(folder / RESULTS):
             content = json.loads((folder / RESULTS).read_text())
-            return Results(content["meta"], content["summary"], content.get("audit"), content.get("norms"))
+            results = Results(content["meta"], content["summary"], content.get("audit"), content.get("norms"))
+            _ = results.title, results.headline, results.groups  # missing fields fail here
+        return results
 
 
 class Gallery(NamedTuple):
@@ -222,21 +229,46 @@ def read_run(workdir: pathlib.Path) -> EvaluatedRun:
     """Reads ``results.json`` and ``examples.npz`` of a run.
 
     Args:
-      workdir: folder of the run, or a folder of results.
+      workdir: folder of the run, or a folder of results, or a file in it.
 
     Raises:
       InputError: a file is missing or damaged.
     """
-    folder = workdir if (workdir / RESULTS).exists() else workdir / EVALUATION
+    folder = results_folder(workdir)
+    workdir = folder if workdir.is_file() else workdir
     results = Results.read(folder)
-    with _reading(folder):
-        with np.load(folder / EXAMPLES) as file:
-            examples = dict(file)
+    examples = read_arrays(folder / EXAMPLES)
+    with _reading(folder / EXAMPLES):
         run = EvaluatedRun(
             results.meta, results.summary, results.audit, results.norms, name=str(workdir), examples=examples
         )
         examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
     return run
+
+
+def results_folder(path: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of results that a path means: itself, that of a run, or that around a file.
+
+    Raises:
+      InputError: there are no results.
+    """
+    if path.is_file():
+        if not (path.parent / RESULTS).is_file():
+            raise InputError(
+                f"{path} is a file, not of an evaluation; name the folder of a run or of results"
+            )
+        return path.parent
+    if (path / RESULTS).exists():
+        return path
+    if (path / EVALUATION / RESULTS).exists():
+        return path / EVALUATION
+    patterns = f"{EVALUATION}-*/{RESULTS}", f"*/{EVALUATION}*/{RESULTS}"  # of the run, of runs in the folder
+    others = sorted(str(file.parent) for pattern in patterns for file in path.glob(pattern))
+    if others:
+        raise InputError(
+            f"no evaluation in {path / EVALUATION}; name one of {', '.join(others[:MANY_CLASSES])}"
+        )
+    return path / EVALUATION
 
 
 def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
@@ -251,22 +283,39 @@ def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
     Raises:
       InputError: no run, the same folder twice, or a run that cannot be read.
     """
-    if len(set(workdirs)) < max(1, len(workdirs)):
+    folders = [results_folder(pathlib.Path(workdir)).resolve() for workdir in workdirs]
+    if len(set(folders)) < max(1, len(folders)):
         raise InputError("no run, or the same run twice; name at least one folder, and each only once")
     return [read_run(pathlib.Path(workdir)) for workdir in workdirs]
 
 
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of an ``.npz`` file of an evaluation.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    with _reading(path), path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise zipfile.BadZipFile("no .npz file, or not all of it")
+        file.seek(0)
+        with np.load(file) as content:
+            return dict(content)
+
+
 @contextlib.contextmanager
-def _reading(folder: pathlib.Path) -> Iterator[None]:
-    """Turns the errors of missing and damaged files into an InputError."""
+def _reading(file: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of a missing or damaged file into an InputError."""
     try:
         yield
     except FileNotFoundError as error:
         raise InputError(
-            f"no evaluation in {folder}: {error.filename} is missing; evaluate the run first"
+            f"no evaluation in {file.parent}: {file} is missing; evaluate the run first"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"the evaluation in {folder} is damaged; evaluate the run again") from error
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise
+        raise InputError(f"{file} is damaged ({one_line(error)}); evaluate the run again") from error
 
 
 def _json_text(content: Mapping[str, Any]) -> str:

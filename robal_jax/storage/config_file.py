@@ -7,6 +7,7 @@ run that was made before the field existed resumes, is evaluated, and keeps its 
 
 import copy
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from robal_jax.errors import InputError, one_line
+from robal_jax.storage.files import broken_link
 from robal_jax.storage.names import CONFIG
 
 NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
@@ -21,6 +23,8 @@ NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
 
 The value of a new section is the dictionary of its fields.
 """
+
+LISTED = 8  # runs that a message lists
 
 NOT_TRAINED = (
     "method", "evaluation.", "data.path",
@@ -85,18 +89,39 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     """
     path = workdir / CONFIG
     try:
-        fields = json.loads(path.read_text("utf-8-sig"))  # editors may put a mark before the text
+        text = path.read_text("utf-8-sig")  # editors may put a mark before the text
+        fields = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(fields, dict):
             raise TypeError("it holds no sections")
         return ConfigDict(with_neutral(fields)).lock()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"no run in {workdir}: it has no {CONFIG}; train first, or correct the workdir"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        run = run_around(workdir) or run_around(workdir.absolute())
+        if run is not None:
+            raise InputError(f"{workdir} is no run, but a part of one; name {run}") from error
+        why = broken_link(workdir) or f"it has no {CONFIG}"
+        inside = sorted(str(file.parent) for file in workdir.glob(f"*/{CONFIG}"))
+        what = (
+            f"name one of {', '.join(inside[:LISTED])}" if inside else "train first, or name another folder"
+        )
+        raise InputError(f"no run in {workdir}: {why}; {what}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"cannot read {path} ({one_line(error)}); restore it from a copy, or train in a new workdir"
+            f"cannot read {path} ({one_line(error)}); correct it, or restore it from a copy"
         ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dictionary of a JSON object whose keys differ."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return fields
+
+
+def run_around(path: pathlib.Path) -> pathlib.Path | None:
+    """Returns the folder of the run that a path is, or is a part of; None if there is none."""
+    return next((folder for folder in (path, *path.parents[:3]) if os.path.isfile(folder / CONFIG)), None)
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:

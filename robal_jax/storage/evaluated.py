@@ -17,20 +17,28 @@ def identity_in(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns what tells the evaluation in a folder from others, finished or not.
 
     None if there is none, or if its results are damaged.
+
+    Raises:
+      InputError: a file with the name of the results is somebody else's.
     """
     try:
-        meta = json.loads((folder / RESULTS).read_bytes())["meta"]
-        known = ("config", "checkpoint_sha256", "test_set_sha256")
-        return {**meta.get("identity", {}), **{name: meta[name] for name in known if name in meta}}
+        content = json.loads((folder / RESULTS).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         parts = sorted((folder / UNFINISHED).glob("*.npz"))
         return next(filter(None, map(read_identity, parts)), None)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, RecursionError):
         return None
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        raise InputError(
+            f"{folder / RESULTS} is not of an evaluation; name another folder, or move that file"
+        )
+    known = ("config", "checkpoint_sha256", "test_set_sha256")
+    return {**meta.get("identity", {}), **{name: meta[name] for name in known if name in meta}}
 
 
 def belongs(folder: pathlib.Path, identity: Mapping[str, Any]) -> bool:
-    """Returns whether a folder has the results of this evaluation.
+    """Returns whether a folder has the results of this evaluation, or results so damaged that nothing tells.
 
     Args:
       folder: of the evaluation.
@@ -40,12 +48,10 @@ def belongs(folder: pathlib.Path, identity: Mapping[str, Any]) -> bool:
       False if it is empty, or if the evaluation was interrupted and can be resumed.
 
     Raises:
-      InputError: it has another evaluation, which would be lost.
+      InputError: it has another evaluation, or somebody else's file, which would be lost.
     """
     there = identity_in(folder)
-    if there is None:
-        return False
-    changed = _differences(identity, there)
+    changed = [] if there is None else _differences(identity, there)
     if changed:
         more = f"; and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
         finished = (folder / RESULTS).exists()

@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import IO
 
+from robal_jax.errors import one_line
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
@@ -31,6 +33,18 @@ def _to_disk(file: IO[bytes]) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # drives that cannot do it
             raise
+
+
+def broken_link(path: pathlib.Path) -> str:
+    """Says which link on a path leads nowhere; '' if none does."""
+    broken = (part for part in (path, *path.parents) if os.path.islink(part) and not os.path.exists(part))
+    link = next(broken, None)
+    return f"{link} is a link to {os.readlink(link)}, which is not there" if link else ""
+
+
+def reason(error: OSError, path: pathlib.Path) -> str:
+    """Says why a path cannot be used: a broken link, or what the system says."""
+    return broken_link(path) or error.strerror or one_line(error)
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:

@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 
 from robal_jax.devices.output import Tolerant
 from robal_jax.errors import InputError
+from robal_jax.storage.files import reason
 from robal_jax.storage.names import LOCK
 
 BEAT, SILENCE = 20.0, 120.0  # seconds
@@ -74,7 +75,9 @@ def alone_in(folder: pathlib.Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = _acquired(path)
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another folder") from error
+        raise InputError(
+            f"cannot write to {folder} ({reason(error, folder)}); choose another folder"
+        ) from error
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     beats.start()

@@ -35,7 +35,7 @@ from robal_jax.data import Dataset, Images, image_folder
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
 from robal_jax.storage import checkpoints, config_file
-from robal_jax.storage.files import write_whole
+from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, IMPORT, VERSIONS
 
 T = TypeVar("T")
@@ -112,14 +112,18 @@ def make_workdir(workdir: pathlib.Path) -> None:
     """Makes the folder of a run, if there is none.
 
     Raises:
-      InputError: it cannot be written to.
+      InputError: it cannot be written to, or is inside of the checkpoints of another run.
     """
+    place = workdir.absolute()
+    run = config_file.run_around(place)
+    if run is not None and CHECKPOINTS in place.relative_to(run).parts:
+        raise InputError(f"workdir {workdir} is inside of the checkpoints of {run}; choose another folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         writable = os.access(workdir, os.W_OK | os.X_OK)
     except OSError as error:
         raise InputError(
-            f"cannot make workdir {workdir} ({error.strerror}); choose another workdir"
+            f"cannot make workdir {workdir} ({reason(error, workdir)}); choose another workdir"
         ) from error
     if not writable:
         raise InputError(f"workdir {workdir} is not writable; choose another workdir")
