@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     )
     for flag, field in SHORT.items():
         if values[flag]:
-            overrides.append(f"--config.evaluation.{field}={values[flag]}")
+            overrides = cli.once([*overrides, f"--config.evaluation.{field}={values[flag]}"])
     checkpoint = pathlib.Path(values["checkpoint"]).absolute() if values["checkpoint"] else None
     if values["workdir"]:
         workdir = pathlib.Path(values["workdir"])
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> None:
     if values["print-config"]:
         builder.check(config)
         print(to_json(config), end="")
+        cli.check_shown()
         return
     if config.evaluation.examples:
         name += f"-{config.evaluation.examples}-images"

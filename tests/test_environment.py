@@ -373,7 +373,7 @@ def test_a_file_that_cannot_be_completed_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("prefix", "settings", "status", "said"),
     [
-        ("exec 1>/dev/full;", {}, 0, "warning: stdout lost a part of the output (OSError: [Errno 28]"),
+        ("exec 1>/dev/full;", {}, 2, "error: cannot write to stdout (OSError: [Errno 28]"),
         ("exec 1>&-;", {}, 0, ""),
         ("exec 0<&- 1>&-;", {}, 0, ""),
         ("unset JAX_COMPILATION_CACHE_DIR;", {"XDG_CACHE_HOME": "/proc/x"}, 0, "warning: cannot write"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
@@ -81,9 +82,10 @@ def evaluate_model(
       stopped by a signal; the same call with the same folder resumes it.
 
     Raises:
-      ValueError: images, labels or logits have a wrong shape, type or range.
+      ValueError: images, labels or logits have a wrong shape, type or range; or JAX traces the call.
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
+    _refuse_tracing(images, labels)
     images, labels = np.asarray(images), np.asarray(labels)
     _check_settings(threat, step_size, batch_size, audit, seed)
     threat.check(images, labels)
@@ -137,10 +139,10 @@ def _attacked(
     say: Callable[[str], None],
 ) -> EvaluatedRun | None:
     """Evaluates in a folder, or in a temporary one; None if it was stopped."""
+    speak = hosts.speaker(say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
         kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        speak = hosts.speaker(say)
         try:
             done = attack_and_report(job, weights, surrogate, identity, about, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete
@@ -149,6 +151,15 @@ def _attacked(
         if not done:
             speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
         return read_run(kept) if done else None
+
+
+def _refuse_tracing(images: chex.Array, labels: chex.Array) -> None:
+    """Refuses a call inside of a function that JAX traces, in which the numbers are not known."""
+    if any(isinstance(array, jax.core.Tracer) for array in (images, labels, jnp.zeros(()))):
+        raise ValueError(
+            "evaluate_model is called inside of jax.jit, or of another function that JAX traces; call it "
+            "outside, with arrays"
+        )
 
 
 def _check_settings(
