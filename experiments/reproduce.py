@@ -50,6 +50,8 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     if not seeds.isdecimal() or not int(seeds):
         raise InputError(f"--seeds is {seeds!r}; give the number of seeds, 1 or more")
     keys = [key for key in values["rows"].split(",") if key]
+    if values["rows"] and not keys:
+        raise InputError(f"--rows is {values['rows']!r}; give keys of rows, or leave it out")
     return Request(
         table=values["table"],
         data=data,

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 if warning:
                     print(f"warning: {warning}", file=sys.stderr)
             logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log details through absl
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
             main(sys.argv[1:])
         except Done:
             pass
@@ -156,16 +158,16 @@ def _lasting_output() -> Iterator[list[Tolerant]]:
 def _quiet_threads() -> None:
     """Drops the errors that threads of C++ print, such as TensorStore's for each array after a failed save.
 
-    What failed reaches the main thread as an exception too. Python's own threads are not concerned. It stays
-    so until the process ends, because these threads may outlive the command.
+    What failed reaches the main thread as an exception too. It stays so until the process ends, because these
+    threads may outlive the command.
     """
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(*error: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            before(*error)
+    def hook(error: Any) -> None:
+        if error.object is not None or threading.current_thread() is threading.main_thread():
+            before(error)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def check_shown() -> None:

@@ -20,6 +20,7 @@ from robal_jax.storage.names import (
     CHECKPOINTS,
     CONFIG,
     DAMAGED,
+    EVALUATION,
     EXAMPLES,
     IMPORT,
     METRICS,
@@ -115,9 +116,7 @@ def check_evaluation(folder: pathlib.Path, report: Collection[str]) -> None:
     if is_evaluation(folder):
         return
     if is_run(folder):
-        raise InputError(
-            f"{folder} is a run; choose another folder for the evaluation, such as one inside of it"
-        )
+        raise InputError(f"{folder} is the folder of a run; choose another, such as {folder / EVALUATION}")
     _refuse_foreign(folder, (*OF_AN_EVALUATION, *report, UNFINISHED), "an evaluation")
 
 
