@@ -57,7 +57,7 @@ SHIPPED = _WHEEL if _WHEEL.is_dir() else _WHEEL.parents[1]
 """Folder that holds ``configs`` and ``experiments``: their copy in a wheel, or the repository."""
 
 
-class Done(BaseException):
+class Done(SystemExit):
     """A command has printed all that was asked for, such as its help."""
 
 
@@ -275,7 +275,7 @@ def parse(
         if more is not None:
             print(more(given))
         check_shown()
-        raise Done
+        raise Done(0)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
     return given | {

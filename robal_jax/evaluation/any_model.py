@@ -85,8 +85,7 @@ def evaluate_model(
       ValueError: images, labels or logits have a wrong shape, type or range; or JAX traces the call.
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
-    _refuse_tracing(images, labels)
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = _concrete(images, labels)
     _check_settings(threat, step_size, batch_size, audit, seed)
     threat.check(images, labels)
     step_size = threat.epsilon / 4 if step_size is None else step_size
@@ -153,13 +152,14 @@ def _attacked(
         return read_run(kept) if done else None
 
 
-def _refuse_tracing(images: chex.Array, labels: chex.Array) -> None:
-    """Refuses a call inside of a function that JAX traces, in which the numbers are not known."""
+def _concrete(images: chex.Array, labels: chex.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images and labels as NumPy arrays; refuses a call from a function that JAX traces."""
     if any(isinstance(array, jax.core.Tracer) for array in (images, labels, jnp.zeros(()))):
         raise ValueError(
             "evaluate_model is called inside of jax.jit, or of another function that JAX traces; call it "
             "outside, with arrays"
         )
+    return np.asarray(images), np.asarray(labels)
 
 
 def _check_settings(
