@@ -64,6 +64,7 @@ _MEMORY = (
 _PROCESSES = "the system starts no more processes or threads ({}); raise the limit (ulimit -u), and " + AGAIN
 _FULL = "disk full ({}); completed files are intact: free some space and " + AGAIN
 _LARGE = "a file is larger than the system allows ({}); raise the limit (ulimit -f), and " + AGAIN
+_GONE = "a file or folder is gone ({}); put back what was moved or removed, and " + AGAIN
 _SHARE = (
     "a drive cannot be reached ({}); completed files are intact: check the drive or network, and " + AGAIN
 )
@@ -80,6 +81,7 @@ UNREACHABLE = frozenset((*_DRIVE, *_PERMISSION, *_LIMIT, errno.ENOMEM))
 _BY_NUMBER = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
     errno.EFBIG: _LARGE,
+    errno.ENOENT: _GONE,
     **dict.fromkeys(_PERMISSION, _DENIED),
     **dict.fromkeys(_LIMIT, _OPEN),
     **dict.fromkeys(_DRIVE, _SHARE),

@@ -60,6 +60,7 @@ def raising(error):
     [
         (OSError(errno.ENOSPC, "No space left on device", "x"), "disk full (No space left on device: x)"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk full (Disk quota exceeded)"),
+        (OSError(errno.EFBIG, "File too large", "x"), "raise the limit (ulimit -f)"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "no permission (Permission denied: /x)"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "no permission (Read-only file system: /x)"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
@@ -69,7 +70,7 @@ def raising(error):
         (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "check the drive or network"),
         (OSError(errno.ENAMETOOLONG, "File name too long"), "choose a shorter one"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "No such file: x; remove the cause"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "gone (No such file: x); put back"),
         (OSError("no number"), "OSError: no number; remove the cause"),
         (OSError(errno.EIO, "{} {0} %s"), "({} {0} %s)"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
