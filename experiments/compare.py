@@ -13,6 +13,7 @@ from robal_jax.errors import InputError, user_path
 from robal_jax.reporting import comparison
 from robal_jax.reporting.results import read_runs
 from robal_jax.reporting.terminal import terminal
+from robal_jax.storage.files import check_replaceable
 
 FLAGS = {
     "out": "Markdown file that also receives the tables",
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> None:
     folders = [argument for argument in arguments if not argument.startswith("-")]
     flags = [argument for argument in arguments if argument.startswith("-")]
     values = cli.parse(flags, FLAGS, __doc__)
+    _check_files(values)
     runs = read_runs([str(user_path(folder)) for folder in folders])
     tables = comparison.compare(runs)
     comparison.print_comparison(tables, terminal())
@@ -34,6 +36,16 @@ def main(arguments: list[str]) -> None:
         from robal_jax.reporting.comparison_page import comparison_html  # needs matplotlib
 
         _write(values["html"], comparison_html(runs), "--html")
+    cli.check_shown()
+
+
+def _check_files(values: dict[str, str]) -> None:
+    """Checks that the files of the flags replace nothing but an older comparison, and not one another."""
+    files = [pathlib.Path(values[flag]) for flag in FLAGS if values[flag]]
+    if len(files) > len({file.resolve() for file in files}):
+        raise InputError(f"--out and --html are both {files[0]}; name two files")
+    for file in files:
+        check_replaceable(file, comparison.TITLE)
 
 
 def _write(path: str, text: str, flag: str) -> None:

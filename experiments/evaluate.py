@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     )
     for flag, field in SHORT.items():
         if values[flag]:
-            overrides.append(f"--config.evaluation.{field}={values[flag]}")
+            overrides = cli.once([*overrides, f"--config.evaluation.{field}={values[flag]}"])
     workdir, checkpoint = cli.run_and_checkpoint(values)
     if workdir is None:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
@@ -72,6 +72,7 @@ def main(arguments: list[str]) -> None:
     if values["print-config"]:
         builder.check(config)
         print(to_json(config), end="")
+        cli.check_shown()
         return
     if config.evaluation.examples:
         name += f"-{config.evaluation.examples}-images"

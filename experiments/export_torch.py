@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from robal_jax import cli
 from robal_jax.errors import InputError
+from robal_jax.storage.files import check_replaceable
 
 
 def bare_prefixes(config: ConfigDict, name: str) -> dict[str, str]:
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--out is {out}; name a .safetensors file")
     if naming not in ("released", "bare"):
         raise InputError(f"unknown naming {naming!r}; use --naming=released or --naming=bare")
+
+    check_replaceable(out, '"checkpoint_sha256":')
 
     from robal_jax import builder, pytorch
     from robal_jax.storage import checkpoints

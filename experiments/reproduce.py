@@ -50,6 +50,8 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     if not seeds.isdecimal() or not int(seeds):
         raise InputError(f"--seeds is {seeds!r}; give the number of seeds, 1 or more")
     keys = [key.strip() for key in values["rows"].split(",") if key.strip()]
+    if values["rows"] and not keys:
+        raise InputError(f"--rows is {values['rows']!r}; give keys of rows, or leave it out")
     return Request(
         table=values["table"],
         data=data,
@@ -186,11 +188,16 @@ def main(arguments: list[str]) -> None:
     from experiments.paper.plan import make_plan
     from experiments.paper.table import assemble, markdown
     from robal_jax.devices import hosts
-    from robal_jax.storage.files import write_whole
+    from robal_jax.storage.claims import check_place
+    from robal_jax.storage.files import check_replaceable, write_whole
 
     hosts.start("")
     plan = make_plan(request)
     folder = request.out / request.data
+    path = folder / f"table{request.table}.md"
+    check_place(folder)
+    check_replaceable(path, "# RoBal table ")
+    check_replaceable(path.with_suffix(".json"), '"table": ')
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
         if diverged is None:
@@ -205,7 +212,6 @@ def main(arguments: list[str]) -> None:
         }
         table = assemble(request, results)
         text = cli.as_started(markdown(table))
-        path = folder / f"table{request.table}.md"
         write_whole(path, text.encode())
         content = cli.as_started(json.dumps(table, indent=1, ensure_ascii=False))
         write_whole(path.with_suffix(".json"), f"{content}\n".encode())

@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     if values["print-config"]:
         builder.check(config)
         print(to_json(config), end="")
+        cli.check_shown()
         return
     hosts.start(*(values[name] for name in cli.PROCESSES))
     workdir = pathlib.Path(values["workdir"])

@@ -12,7 +12,10 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,43 +60,64 @@ SHIPPED = _WHEEL if _WHEEL.is_dir() else _WHEEL.parents[1]
 """Folder that holds ``configs`` and ``experiments``: their copy in a wheel, or the repository."""
 
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells give it."""
+class Done(SystemExit):
+    """A command has printed all that was asked for, such as its help."""
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a script's ``main(arguments)``; an error becomes one line on stderr and an exit status.
 
     The status is 2 if an input (:class:`InputError`) or the machine (:func:`of_environment`) cannot be used,
-    3 if training diverged (:class:`DivergedError`), and 130 after Ctrl-C. What stdout or stderr does not take
-    is lost, and nothing else. JAX is set up before (:func:`prepare_jax`), so the script must not have
-    imported it yet.
+    or if a user's own code ends Python, 3 if training diverged (:class:`DivergedError`), and 130 after
+    Ctrl-C. What stdout or stderr does not take is lost, and nothing else. JAX is set up before
+    (:func:`prepare_jax`), so the script must not have imported it yet.
     """
     status, message = 0, ""
     with _lasting_output() as streams, _interrupts(streams[1]) as interrupts:
         try:
-            prepare_jax(os.environ)
-            if warning := drop_unusable_cache(os.environ):
-                print(f"warning: {warning}", file=sys.stderr)
+            _quiet_threads()
+            for warning in (*prepare_jax(os.environ), drop_unusable_cache(os.environ)):
+                if warning:
+                    print(f"warning: {warning}", file=sys.stderr)
             logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log details through absl
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
             main(check_typed(sys.argv[1:]))
-        except InputError as error:
-            status, message = 2, str(error)
-        except DivergedError as error:
-            status, message = 3, str(error)
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) or interrupts:
-                status, message = INTERRUPTED, "interrupted; what was saved is intact: " + AGAIN
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would interrupt the end of Python
-                streams[1].quiet_until = 0.0
-            else:
-                status, message = 2, of_environment(error) or ""
+        except Done:
+            pass
+        except BaseException as error:
+            status, message = _outcome(error, interrupted=bool(interrupts))
             if not message:
                 raise
+            if status == INTERRUPTED:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would interrupt the end of Python
+                streams[1].quiet_until = 0.0
+        sys.stdout.flush()
         if status:
             print("error: " + as_started(" ".join(message.split())), file=sys.stderr)
+        elif lost := streams[0].lost:
+            print(f"warning: stdout lost a part of the output ({one_line(lost)})", file=sys.stderr)
     if status:
         sys.exit(status)
+
+
+def _outcome(error: BaseException, *, interrupted: bool) -> tuple[int, str]:
+    """Returns the exit status and the message of an error; no message if it is a bug."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, DivergedError):
+        return 3, str(error)
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; what was saved is intact: " + AGAIN
+    if isinstance(error, SystemExit):
+        return 2, _of_exit(error)
+    return 2, of_environment(error) or ""
+
+
+def _of_exit(error: SystemExit) -> str:
+    """Says where a user's own code called ``sys.exit``, which the library never does."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "<" not in frame.filename]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"sys.exit({error.code!r}) ended the command{where}; raise an error there, or remove the call"
 
 
 @contextlib.contextmanager
@@ -121,7 +145,7 @@ def _interrupts(stderr: Tolerant) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _lasting_output() -> Iterator[list[Tolerant]]:
-    """Makes stdout and stderr :class:`Tolerant`, and says at the end if stdout lost something."""
+    """Makes stdout and stderr :class:`Tolerant`."""
     before: Any = sys.stdout, sys.stderr
     streams: Any = [Tolerant(stream) for stream in before]
     sys.stdout, sys.stderr = streams
@@ -129,12 +153,35 @@ def _lasting_output() -> Iterator[list[Tolerant]]:
         yield streams
     finally:
         sys.stdout.flush()
-        error = streams[0].error
-        if error and not isinstance(error, BrokenPipeError):  # a reader such as head may have read enough
-            print(f"warning: stdout lost a part of the output ({one_line(error)})", file=sys.stderr)
         sys.stderr.flush()
         if not any(stream.error for stream in streams):  # otherwise Python would fail at its end
             sys.stdout, sys.stderr = before
+
+
+def _quiet_threads() -> None:
+    """Drops the errors that threads of C++ print, such as TensorStore's for each array after a failed save.
+
+    What failed reaches the main thread as an exception too. It stays so until the process ends, because these
+    threads may outlive the command.
+    """
+    before = sys.unraisablehook
+
+    def hook(error: Any) -> None:
+        if error.object is not None or threading.current_thread() is threading.main_thread():
+            before(error)
+
+    sys.unraisablehook = hook
+
+
+def check_shown() -> None:
+    """Checks that stdout took what a command printed, for commands that make nothing else.
+
+    Raises:
+      InputError: it did not.
+    """
+    sys.stdout.flush()
+    if lost := getattr(sys.stdout, "lost", None):
+        raise InputError(f"cannot write to stdout ({one_line(lost)}); send the output elsewhere")
 
 
 def as_started(text: str) -> str:
@@ -160,14 +207,32 @@ def add_shipped() -> None:
                 package.__path__.insert(0, str(folder))
 
 
-PATHS = ("workdir", "folder", "checkpoint", "surrogate", "out", "weights", "data_dir", "config")
+PATHS = ("workdir", "folder", "checkpoint", "surrogate", "out", "html", "weights", "data_dir", "config")
 """Flags that name a path, in which ``~`` is the home folder, see :func:`user_path`."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the arguments without overrides ``--config.field=value``, and the overrides."""
+    """Returns the arguments without overrides ``--config.field=value``, and the overrides.
+
+    Raises:
+      InputError: a field is given two values.
+    """
     overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
-    return [argument for argument in arguments if argument not in overrides], overrides
+    return [argument for argument in arguments if argument not in overrides], once(overrides)
+
+
+def once(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides ``--config.field=value``, each field once.
+
+    Raises:
+      InputError: a field is given two values.
+    """
+    found: dict[str, str] = {}
+    for override in overrides:
+        field, _, value = override.lstrip("-").partition("=")
+        if found.setdefault(field, value) != value:
+            raise InputError(f"{field} is given as {found[field]!r} and as {value!r}; give it once")
+    return [f"--{field}={value}" for field, value in found.items()]
 
 
 def parse(
@@ -191,14 +256,15 @@ def parse(
       The values of the flags; '' for a flag that is not given, 'True' for a switch that is.
 
     Raises:
-      InputError: a flag is unknown, or an argument is not a flag.
+      InputError: a flag is unknown, empty or given two values, or an argument is not a flag.
+      Done: the text of ``--help`` was printed.
     """
     values = flags.FlagValues()
     for name, text in texts.items():
         if name in switches:
             flags.DEFINE_bool(name, None, text, flag_values=values)
         else:
-            flags.DEFINE_string(name, "", text, flag_values=values)
+            flags.DEFINE_multi_string(name, None, text, flag_values=values)
     flags.DEFINE_bool("help", False, "this text", flag_values=values)
     bools = {f"--{name}" for name in (*switches, "help")}
     read = [plain(one, True) if one.partition("=")[0] in bools else one for one in arguments]
@@ -208,19 +274,31 @@ def parse(
         raise InputError(_unknown_flag(error.flagname, texts, usage)) from error
     except flags.Error as error:  # such as a missing value
         raise InputError(f"{error}; write arguments as --name=value") from error
-    given = {name: str(values[name].value or "") for name in texts}
+    given = {name: _single(name, values[name].value) for name in texts}
     if values["help"].value:
         print(as_started(usage))
         for name, text in texts.items():
             print(as_started(f"  --{name}: {text}"))
         if more is not None:
             print(more(given))
-        sys.exit(0)
+        check_shown()
+        raise Done(0)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
     return given | {
         name: str(user_path(given[name])) for name in PATHS if given.get(name, "").startswith("~")
     }
+
+
+def _single(name: str, found: bool | list[str] | None) -> str:
+    """Returns the value of a flag from all that it was given."""
+    if not isinstance(found, list):
+        return str(found or "")
+    if len(set(found)) > 1:
+        raise InputError(f"--{name} is given as {found[0]!r} and as {found[-1]!r}; give it once")
+    if not found[0]:
+        raise InputError(f"--{name} is empty; give it a value, or leave it out")
+    return found[0]
 
 
 def _unknown_flag(name: str, texts: Collection[str], usage: str) -> str:

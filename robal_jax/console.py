@@ -47,8 +47,10 @@ def start(arguments: Sequence[str]) -> None:
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
         print(USAGE)
+        cli.check_shown()
     elif name == "--version":
         print(__version__)
+        cli.check_shown()
     elif name in COMMANDS:
         sys.argv = [f"{cli.CONSOLE} {name}", *rest]  # for cli.as_started
         cli.add_shipped()

@@ -73,6 +73,8 @@ _MEMORY = (
 )
 _PROCESSES = "the system starts no more processes or threads ({}); raise the limit (ulimit -u), and " + AGAIN
 _FULL = "disk full ({}); completed files are intact: free some space and " + AGAIN
+_LARGE = "a file is larger than the system allows ({}); raise the limit (ulimit -f), and " + AGAIN
+_GONE = "a file or folder is gone ({}); put back what was moved or removed, and " + AGAIN
 _SHARE = (
     "a drive cannot be reached ({}); completed files are intact: check the drive or network, and " + AGAIN
 )
@@ -87,7 +89,9 @@ UNREACHABLE = frozenset((*_DRIVE, *_PERMISSION, *_LIMIT, errno.ENOMEM))
 """Numbers of an ``OSError`` that say nothing about what a file holds: it may be whole."""
 
 _BY_NUMBER = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
+    errno.EFBIG: _LARGE,
+    errno.ENOENT: _GONE,
     **dict.fromkeys(_PERMISSION, _DENIED),
     **dict.fromkeys(_LIMIT, _OPEN),
     **dict.fromkeys(_DRIVE, _SHARE),

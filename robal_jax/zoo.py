@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from robal_jax import builder, cli, pytorch
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
+from robal_jax.storage.claims import check_run
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, IMPORT
@@ -49,6 +50,7 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
     """
     if (workdir / CONFIG).exists() or (workdir / CHECKPOINTS).exists():
         raise InputError(f"workdir {workdir} holds a run already; choose another workdir")
+    check_run(workdir)
     builder.validate(config)
     num_classes, image_shape = data_shape(config)
     # The values of the class counts and the length of an epoch change neither model nor optimizer state.

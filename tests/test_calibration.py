@@ -105,7 +105,9 @@ def test_the_table_counts_by_kind_and_check(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("ROBAL_CALIBRATION" not in os.environ, reason="set ROBAL_CALIBRATION=1; it audits seven models")
+@pytest.mark.skipif(
+    "ROBAL_CALIBRATION" not in os.environ, reason="set ROBAL_CALIBRATION=1; it audits seven models"
+)
 def test_a_tenth_is_judged_rightly(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", "--tenth=1", "--sample=120", f"--out={tmp_path / 'table.md'}"]
     calibration.main(arguments)

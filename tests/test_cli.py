@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from experiments import evaluate as evaluate_script
 from robal_jax import (
     builder,
     cli,
@@ -67,6 +68,11 @@ def start(workdir, *overrides, spec=DIGITS, change=None):
         (["--wordkir=a"], "unknown flag --wordkir; use --workdir$"),
         (["--seed=3"], "unknown flag --seed; use --workdir$"),
         (["--workdir"], "Missing value for flag --workdir; write arguments as --name=value$"),
+        (["--workdir="], "--workdir is empty; give it a value, or leave it out"),
+        (["--workdir", ""], "--workdir is empty"),
+        (["--workdir=a", "--workdir=b"], "--workdir is given as 'a' and as 'b'; give it once"),
+        (["--workdir=a", "-workdir", "b"], "--workdir is given as 'a' and as 'b'; give it once"),
+        (["--workdir=a", "--workdir="], "--workdir is given as 'a' and as ''; give it once"),
     ],
 )
 def test_flags(arguments, message):
@@ -89,6 +95,28 @@ def test_a_field_in_place_of_a_flag(flag, fields):
     texts = {"workdir": "a folder", "track": "a tracker"}
     usage = "Train: [--config.KEY=VALUE]"
     refused(rf"unknown flag --{flag}; use {fields}$", cli.parse, [f"--{flag}=3"], texts, usage)
+
+
+def test_a_value_may_be_repeated():
+    assert cli.parse(["--workdir=a", "--workdir=a"], {"workdir": ""}, "") == {"workdir": "a"}
+    assert cli.split_overrides(["--config.seed=1", "x", "-config.seed=1"]) == (["x"], ["--config.seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=1", "threat.epsilon=2", "seed=2"], "config.seed is given as '1' and as '2'; give it once"),
+        (["loss.name=a", "loss.name="], "config.loss.name is given as 'a' and as ''; give it once"),
+    ],
+)
+def test_a_field_has_one_value(overrides, message):
+    refused(message, cli.split_overrides, [f"--config.{override}" for override in overrides])
+
+
+def test_a_short_flag_and_its_field_have_one_value(tmp_path):
+    flags = [f"--workdir={tmp_path}", "--audit=3", "--config.evaluation.audit.examples=4"]
+    message = "config.evaluation.audit.examples is given as '4' and as '3'; give it once"
+    refused(message, evaluate_script.main, flags)
 
 
 def test_flags_and_overrides_are_told_apart():
@@ -509,7 +537,7 @@ def test_what_is_set_before_jax_starts(only_a_cpu):
         "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=",
     }
     mine = dict(given)
-    prepare_jax(mine)
+    assert prepare_jax(mine) == []
     assert mine == given  # a user's own settings win
 
 

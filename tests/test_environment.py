@@ -8,14 +8,17 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from robal_jax import cli
+from robal_jax import cli, console
 from robal_jax.devices import cpu, hosts
 from robal_jax.devices.output import Tolerant
 from robal_jax.errors import InputError, of_environment, user_path
@@ -57,6 +60,7 @@ def raising(error):
     [
         (OSError(errno.ENOSPC, "No space left on device", "x"), "disk full (No space left on device: x)"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk full (Disk quota exceeded)"),
+        (OSError(errno.EFBIG, "File too large", "x"), "raise the limit (ulimit -f)"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "no permission (Permission denied: /x)"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "no permission (Read-only file system: /x)"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
@@ -66,7 +70,7 @@ def raising(error):
         (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "check the drive or network"),
         (OSError(errno.ENAMETOOLONG, "File name too long"), "choose a shorter one"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "No such file: x; remove the cause"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "gone (No such file: x); put back"),
         (OSError("no number"), "OSError: no number; remove the cause"),
         (OSError(errno.EIO, "{} {0} %s"), "({} {0} %s)"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
@@ -242,6 +246,31 @@ def test_stdout_ends_no_command(monkeypatch, run_main, stream):
     assert all(line.startswith("warning: stdout lost a part of the output (") for line in lines)
 
 
+@pytest.mark.parametrize("stream", STREAMS)
+def test_output_that_is_all_that_a_command_makes(monkeypatch, run_main, stream):
+    def main(arguments):
+        print("the config")
+        cli.check_shown()
+
+    monkeypatch.setattr(sys, "stdout", STREAMS[stream]())
+    status, lines = run_main(main)
+    lost = stream in ("full", "terminal", "closed")
+    assert (status, len(lines)) == ((2, 1) if lost else (0, 0))
+    assert all(line.startswith("error: cannot write to stdout (") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--help"], ["evaluate", "--help"], ["compare", "--help"], ["--help"], ["--version"], []],
+)
+def test_a_text_on_a_full_disk_is_an_error(monkeypatch, run_main, arguments):
+    monkeypatch.setattr(sys, "stdout", STREAMS["full"]())
+    status, lines = run_main(lambda _: console.start(arguments))
+    assert (status, len(lines)) == (2, 1), lines
+    monkeypatch.setattr(sys, "stdout", STREAMS["pipe"]())
+    assert run_main(lambda _: console.start(arguments)) == (0, [])
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_names_that_a_terminal_lacks(encoding):
     content = io.BytesIO()
@@ -252,13 +281,75 @@ def test_names_that_a_terminal_lacks(encoding):
 
 
 @pytest.mark.parametrize(
-    "error", [BrokenPipeError(), OSError(errno.ENOSPC, "full"), UnicodeEncodeError("a", "b", 0, 1, "c")]
+    "error",
+    [
+        BrokenPipeError(),
+        OSError(errno.ENOSPC, "full"),
+        UnicodeEncodeError("a", "b", 0, 1, "c"),
+        TypeError("say() takes 0 arguments"),
+        KeyError("x"),
+    ],
 )
 def test_a_message_that_cannot_be_said_is_lost(error):
     def say(line):
         raise error
 
     hosts.speaker(say)("resuming")
+
+
+@pytest.mark.parametrize("say", [None, "quiet", 0])
+def test_what_cannot_be_called_says_nothing(say):
+    with pytest.raises(ValueError, match="pass a function of one text, such as print"):
+        hosts.speaker(say)
+
+
+def test_what_threads_of_other_languages_print(run_main, capsys):
+    """Such an error reaches the main thread as an exception, too; others are shown."""
+
+    def main(arguments):
+        error = SimpleNamespace(
+            exc_type=RuntimeError, exc_value=RuntimeError("x"), exc_traceback=None, err_msg=None, object=None
+        )
+        thread = threading.Thread(target=sys.unraisablehook, args=(error,))
+        thread.start()
+        thread.join()
+        seen.append(len(shown))
+        sys.unraisablehook(error)
+        seen.append(len(shown))
+
+    shown, seen = [], []
+    with mock.patch.object(sys, "unraisablehook", shown.append):
+        assert run_main(main) == (0, [])
+    assert seen == [0, 1]
+
+
+# ---------------------------------------------------------------- sys.exit and threads
+
+
+@pytest.mark.parametrize("code", ["0", "", "1", "'text\\nmore'", "None"])
+@pytest.mark.parametrize("end", ["sys.exit", "exit", "raise SystemExit"])
+def test_a_config_file_that_ends_python_is_an_error(tmp_path, run_main, end, code):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import sys\n\n\ndef get_config():\n    {end}({code})\n")
+    status, lines = run_main(lambda _: cli.load_config(str(path)))
+    assert (status, len(lines)) == (2, 1)
+    assert f"ended the command ({path}:5); raise an error there" in lines[0]
+
+
+def test_signals_in_another_thread():
+    """Only the main thread can take them; elsewhere a job runs to its end."""
+    found = []
+
+    def work():
+        with hosts.stop_signals() as stop:
+            found.append(bool(stop))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -373,7 +464,7 @@ def test_a_file_that_cannot_be_completed_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("prefix", "settings", "status", "said"),
     [
-        ("exec 1>/dev/full;", {}, 0, "warning: stdout lost a part of the output (OSError: [Errno 28]"),
+        ("exec 1>/dev/full;", {}, 2, "error: cannot write to stdout (OSError: [Errno 28]"),
         ("exec 1>&-;", {}, 0, ""),
         ("exec 0<&- 1>&-;", {}, 0, ""),
         ("unset JAX_COMPILATION_CACHE_DIR;", {"XDG_CACHE_HOME": "/proc/x"}, 0, "warning: cannot write"),

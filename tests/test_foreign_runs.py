@@ -93,7 +93,7 @@ def test_a_checkpoint_by_its_number(stored, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part", ["checkpoints/5", "checkpoints/new", "checkpoints"])
 def test_no_run_is_made_inside_of_checkpoints(stored, part):
-    refused("is inside of the checkpoints of", make_workdir, stored / part)
+    refused("belongs to the", make_workdir, stored / part)
     assert not (stored / "checkpoints" / "new").exists()
 
 

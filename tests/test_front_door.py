@@ -318,3 +318,25 @@ def test_rooms_are_found_without_importing_them():
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+TRACERS = {
+    "jit": jax.jit,
+    "grad": jax.grad,
+    "vmap": lambda function: lambda weight: jax.vmap(function)(weight[None]),
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("what", ["images", "weights"])
+def test_a_call_inside_of_jax_is_one_error(tracer, what):
+    images, labels = np.random.RandomState(0).rand(6, 2, 2, 1).astype(np.float32), np.arange(6) % 2
+
+    def traced(weight):
+        shown = images * weight[0, 0] if what == "images" else images
+        model = lambda x: x.reshape(-1, 4) @ weight  # noqa: E731
+        evaluate_model(model, shown, labels, threat=ThreatModel(0.1), version="none", audit=0)
+        return weight.sum()
+
+    with pytest.raises(ValueError, match=r"(is called inside of|call this outside of) jax\.jit"):
+        TRACERS[tracer](traced)(jnp.ones((4, 2)))

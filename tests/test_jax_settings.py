@@ -1,5 +1,7 @@
-"""The outcome of an image does not depend on its batch, whatever JAX's settings are."""
+"""Neither the outcome of an image nor what a command computes depends on JAX's settings."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -9,7 +11,9 @@ import pytest
 
 from robal_jax import attacks, autoattack
 from robal_jax.attacks import ThreatModel
+from robal_jax.devices.cpu import OWNED, own_settings
 from robal_jax.keys import image_keys, key_of, numbered_keys
+from robal_jax.storage.workdir import versions
 
 SETTINGS = {
     "64 bits": {"jax_enable_x64": True},
@@ -94,3 +98,49 @@ def test_keys():
 def test_keys_of_images_are_those_of_split():
     found = image_keys(jax.random.key(3), IMAGES)
     assert (found == jax.random.split(jax.random.key(3), COUNT)).all()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_ENABLE_X64", "1"),
+        ("JAX_ENABLE_X64", "True"),
+        ("JAX_THREEFRY_PARTITIONABLE", "0"),
+        ("JAX_RANDOM_SEED_OFFSET", "1"),
+        ("JAX_DEFAULT_PRNG_IMPL", "rbg"),
+        ("JAX_NUMPY_DTYPE_PROMOTION", "strict"),
+        ("JAX_DEBUG_NANS", "yes"),
+        ("JAX_DISABLE_JIT", "on"),
+    ],
+)
+def test_a_setting_that_changes_numbers_is_ignored_with_a_word(name, value):
+    environment = {name: value, "JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
+    assert own_settings(environment) == [f"{name}={value} is ignored: results rely on JAX's defaults"]
+    assert environment == {"JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
+
+
+def test_settings_are_ignored_in_one_line_and_defaults_without_a_word():
+    (warning,) = own_settings({"JAX_ENABLE_X64": "1", "JAX_RANDOM_SEED_OFFSET": "7", "JAX_DEBUG_NANS": "0"})
+    assert warning.startswith("JAX_ENABLE_X64=1, JAX_RANDOM_SEED_OFFSET=7 are ignored: ")
+    assert own_settings({name: values[0].upper() for name, values in OWNED.items()}) == []
+
+
+def test_the_values_without_a_word_are_the_defaults_of_jax():
+    names = [name.lower() for name in OWNED]
+    code = f"import jax; print(*[jax.config.values[name] for name in {names}])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={})
+    for (name, known), value in zip(OWNED.items(), found.stdout.split(), strict=True):
+        assert value.lower() in (*known, "none"), name  # None: a guard that is not set
+
+
+def test_the_precision_of_products_is_the_networks_own_and_is_stored():
+    environment = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    (warning,) = own_settings(environment)
+    assert "does not concern the network; set config.train.precision or config.evaluation" in warning
+    assert environment == {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    assert "matmul_precision" not in versions()
+    with jax.default_matmul_precision("highest"):
+        assert versions()["matmul_precision"] == "highest"

@@ -129,6 +129,13 @@ def test_a_damaged_file_is_no_obstacle(tmp_path, content):
         pass
 
 
+@pytest.mark.parametrize("content", [b"my own", b"\xff\xfe", b"1234\n"])
+def test_a_file_of_another_program_stays(tmp_path, content):
+    (tmp_path / ".lock").write_bytes(content)
+    assert ".lock is not of a job, and would be lost; choose another folder" in refused(tmp_path)
+    assert (tmp_path / ".lock").read_bytes() == content
+
+
 def test_a_drive_without_locks(tmp_path, monkeypatch):
     """The process that the file names decides."""
 

@@ -60,7 +60,7 @@ def network_of(name):
 
 
 def predictions(model, *arguments):
-    """Operation by operation: a deep network has few kinds of layers, and takes long to compile as a whole."""
+    """One operation after the other: a deep network takes long to compile, its few kinds of layers do not."""
     with jax.disable_jit():
         return np.asarray(model.predict(*arguments))
 

@@ -654,10 +654,11 @@ def test_what_an_export_refuses(safetensors, tmp_path):
     message = "bare is for a WideResNet or .*linear head; this run has a WideResNet-10-1 with head 'cosine'"
     refused(message, export_from, run, "--naming=bare")
     refused("unknown naming 'onnx'; use --naming=released or", export_from, run, "--naming=onnx")
-    refused(r"--out is x\.pt; name a \.safetensors file", export_from, run, "--out=x.pt")
+    refused(r"--out is x\.pt; name a \.safetensors", script("export_torch"), f"--workdir={run}", "--out=x.pt")
     refused("no run in", export_from, tmp_path / "nothing")
     refused("no run or checkpoint", export_from, run, f"--checkpoint={tmp_path}/nothing")
-    refused("cannot write", export_from, run, f"--out={tmp_path}/nowhere/x.safetensors")
+    nowhere = f"--out={tmp_path}/nowhere/x.safetensors"
+    refused("cannot write", script("export_torch"), f"--workdir={run}", nowhere)
     for argument in ("--workdir=x", "--out=x.safetensors"):
         with pytest.raises(InputError, match="is missing; usage: Export: python"):
             script("export_torch")(argument)

@@ -16,8 +16,73 @@ CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type", "-individual_convolution,-ind
 KNOWN_IN = "0.10.2", "0.11.2", "0.12.0.1"
 
 
-def prepare_jax(environment: MutableMapping[str, str]) -> None:
+FALSE, TRUE = ("", "0", "false", "f", "no", "n", "off"), ("1", "true", "t", "yes", "y", "on")
+
+OWNED: dict[str, tuple[str, ...]] = {
+    # other numbers, or other types of numbers
+    "JAX_ENABLE_X64": FALSE,
+    "JAX_NUMPY_DTYPE_PROMOTION": ("standard",),
+    "JAX_NUMPY_RANK_PROMOTION": ("allow",),
+    "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
+    "JAX_ENABLE_CUSTOM_PRNG": FALSE,
+    "JAX_LEGACY_PRNG_KEY": ("allow",),
+    "JAX_RANDOM_SEED_OFFSET": ("0",),
+    "JAX_THREEFRY_PARTITIONABLE": TRUE,
+    "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": FALSE,
+    "JAX_SOFTMAX_CUSTOM_JVP": FALSE,
+    "JAX_ALLOW_F16_REDUCTIONS": TRUE,
+    "JAX_DISABLE_JIT": FALSE,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": FALSE,
+    "JAX_NO_EXECUTION": FALSE,
+    "JAX_NO_TRACING": FALSE,
+    # checks that end programs which are right
+    "JAX_DEBUG_NANS": FALSE,
+    "JAX_DEBUG_INFS": FALSE,
+    "JAX_DEBUG_KEY_REUSE": FALSE,
+    "JAX_CHECK_TRACER_LEAKS": FALSE,
+    "JAX_ENABLE_CHECKS": FALSE,
+    "JAX_CHECK_STATIC_INDICES": FALSE,
+    "JAX_ERROR_CHECKING_BEHAVIOR_DIVIDE": ("ignore",),
+    "JAX_ERROR_CHECKING_BEHAVIOR_NAN": ("ignore",),
+    "JAX_ERROR_CHECKING_BEHAVIOR_OOB": ("ignore",),
+    "JAX_TRANSFER_GUARD": ("allow",),
+    "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": ("allow",),
+    "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": ("allow",),
+    "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": ("allow",),
+}
+"""Variables of JAX whose settings the results rely on, with the values that mean JAX's default."""
+
+PRODUCTS = "JAX_DEFAULT_MATMUL_PRECISION"
+"""A variable that may be set; what it is set to belongs to the versions on which a result depends."""
+
+
+def own_settings(environment: MutableMapping[str, str]) -> list[str]:
+    """Removes the variables that would change what the command line computes: the ``OWNED``.
+
+    Args:
+      environment: ``os.environ``, or another mapping; it is changed.
+
+    Returns:
+      Warnings.
+    """
+    given = {name: environment.pop(name) for name in OWNED if name in environment}
+    changed = [f"{name}={text}" for name, text in given.items() if text.strip().lower() not in OWNED[name]]
+    warnings = []
+    if changed:
+        verb = "is" if len(changed) == 1 else "are"
+        warnings.append(f"{', '.join(changed)} {verb} ignored: results rely on JAX's defaults")
+    if environment.get(PRODUCTS):
+        warnings.append(
+            f"{PRODUCTS}={environment[PRODUCTS]} does not concern the network; set config.train.precision or "
+            "config.evaluation.precision for it"
+        )
+    return warnings
+
+
+def prepare_jax(environment: MutableMapping[str, str]) -> list[str]:
     """Sets the variables that JAX reads when it is imported and when it starts, unless they are set already.
+
+    The ``OWNED`` ones are removed.
 
     - ``JAX_COMPILATION_CACHE_DIR``: a folder of the user's for compiled programs, one per kind of processor,
       because compiled code may use all instructions of the processor it was compiled on. Set it to '' to turn
@@ -26,7 +91,11 @@ def prepare_jax(environment: MutableMapping[str, str]) -> None:
 
     Args:
       environment: ``os.environ``, or another mapping; it is changed.
+
+    Returns:
+      Warnings for the user.
     """
+    warnings = own_settings(environment)
     try:
         home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "robal_jax" / _processor()))
@@ -35,10 +104,11 @@ def prepare_jax(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if plugins or importlib.util.find_spec("libtpu"):
-        return
+        return warnings
     given, (name, value) = environment.get("XLA_FLAGS", ""), CPU_FLAG
     if name not in given and importlib.metadata.version("jaxlib") in KNOWN_IN:
         environment["XLA_FLAGS"] = f"{given} --{name}={value}".strip()
+    return warnings
 
 
 def drop_unusable_cache(environment: MutableMapping[str, str]) -> str:

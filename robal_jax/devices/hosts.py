@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -174,11 +175,16 @@ def only_first(make: Callable[[], T]) -> T | Silent:
 def speaker(say: Callable[[str], None]) -> Callable[[str], None]:
     """Returns ``say`` in the first process, and a function that does nothing in all other processes.
 
-    A message that cannot be written, such as into a closed pipe, is lost.
+    A message that cannot be said, such as into a closed pipe, is lost, and nothing else.
+
+    Raises:
+      ValueError: ``say`` is no function.
     """
+    if not callable(say):
+        raise ValueError(f"say is {say!r}; pass a function of one text, such as print")
 
     def speak(line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):
             say(line)
 
     return speak if is_first() else lambda _: None
@@ -187,9 +193,9 @@ def speaker(say: Callable[[str], None]) -> Callable[[str], None]:
 class Stop:
     """Whether the job was asked to stop at its next safe moment: by SIGTERM, Ctrl-C or a preemption notice.
 
-    A single process handles these signals itself. Several processes leave SIGTERM to JAX's preemption service
-    (which Orbax uses as well): a notice to any process makes ``bool(stop)`` true in all of them at the same
-    call, so they must all make the same number of calls.
+    A single process handles these signals itself, if this is its main thread. Several processes leave SIGTERM
+    to JAX's preemption service (which Orbax uses as well): a notice to any process makes ``bool(stop)`` true
+    in all of them at the same call, so they must all make the same number of calls.
 
     Attributes:
       asked: whether the job was asked to stop.
@@ -199,11 +205,10 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
         self._alone = jax.process_count() == 1
-        self.handlers = (
-            {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-            if self._alone
-            else {}
-        )
+        mine = self._alone and threading.current_thread() is threading.main_thread()
+        self.handlers = {
+            number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if mine
+        }
 
     def __bool__(self) -> bool:
         if not self._alone and not self.asked:

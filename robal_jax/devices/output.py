@@ -50,6 +50,11 @@ class Tolerant:
         except (OSError, ValueError):
             return False
 
+    @property
+    def lost(self) -> Exception | None:
+        """The first failure, unless it is a closed pipe: a reader such as head may have read enough."""
+        return None if isinstance(self.error, BrokenPipeError) else self.error
+
     def _keep(self, error: Exception) -> None:
         self.error = self.error or error
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
@@ -82,7 +83,7 @@ def evaluate_model(
       stopped by a signal; the same call with the same folder resumes it.
 
     Raises:
-      ValueError: images, labels or logits have a wrong shape, type or range.
+      ValueError: images, labels or logits have a wrong shape, type or range; or JAX traces the call.
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
     images, labels = _arrays(images, labels, threat)
@@ -138,10 +139,10 @@ def _attacked(
     say: Callable[[str], None],
 ) -> EvaluatedRun | None:
     """Evaluates in a folder, or in a temporary one; None if it was stopped."""
+    speak = hosts.speaker(say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
         kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        speak = hosts.speaker(say)
         try:
             done = attack_and_report(job, weights, surrogate, identity, about, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete
@@ -153,7 +154,12 @@ def _attacked(
 
 
 def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tuple[np.ndarray, np.ndarray]:
-    """Checks images and labels, and copies them to the host."""
+    """Checks images and labels, and copies them to the host; refuses a call that JAX traces."""
+    if any(isinstance(array, jax.core.Tracer) for array in (images, labels, jnp.zeros(()))):
+        raise ValueError(
+            "evaluate_model is called inside of jax.jit, or of another function that JAX traces; call it "
+            "outside, with arrays"
+        )
     images, labels = np.asarray(images), np.asarray(labels)
     check_attack(threat, images, labels)
     checks.channels_last(images)

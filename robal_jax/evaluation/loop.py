@@ -32,14 +32,16 @@ from robal_jax.evaluation.findings import is_stored, publish, store
 from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
+from robal_jax.reporting import report
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
+from robal_jax.storage.claims import check_evaluation
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.evaluated import belongs
 from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import EVALUATION, RESULTS, UNFINISHED
 from robal_jax.storage.progress import Meter, training_curve
-from robal_jax.storage.unfinished import Unfinished
+from robal_jax.storage.unfinished import PARTS, Unfinished
 from robal_jax.storage.workdir import (
     check_same_data,
     check_same_model,
@@ -133,9 +135,10 @@ def attack_and_report(
       Whether the evaluation is finished; if not, it was stopped, and the same call resumes it.
 
     Raises:
-      InputError: another process works in the folder, or it has another evaluation.
+      InputError: another process works in the folder, or it has another evaluation or other files.
       ReportError: the results are stored, but the report could not be written.
     """
+    hosts.by_first(partial(check_evaluation, folder, report.FILES))
     victim = as_victim(job, weights)
     if surrogate is not None:
         _refuse_itself(victim, surrogate)
@@ -170,9 +173,10 @@ def _attack_and_store(
         parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", identity))
         return parts[-1]
 
-    outcomes = conditions(victim, job, part("conditions"), stop)
-    found = None if outcomes is None else ensemble(victim, job, outcomes, part("ensemble"), stop)
-    sample = None if found is None else audited(victim, job, surrogate, part("audit"), stop)
+    first, second, third = PARTS
+    outcomes = conditions(victim, job, part(first), stop)
+    found = None if outcomes is None else ensemble(victim, job, outcomes, part(second), stop)
+    sample = None if found is None else audited(victim, job, surrogate, part(third), stop)
     if outcomes is None or found is None or sample is None:
         return False
     made_with = versions()

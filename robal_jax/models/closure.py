@@ -56,7 +56,10 @@ def split(
             return jax.make_jaxpr(partial(checks.called, logits_fn, name=name))(images)
 
     image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    arrays = [array for array in traced(image).consts if np.size(array) > SMALL]
+    constants = traced(image).consts
+    if any(isinstance(array, jax.core.Tracer) for array in constants):
+        raise ValueError("logits_fn has arrays that JAX traces; call this outside of jax.jit, grad and vmap")
+    arrays = [array for array in constants if np.size(array) > SMALL]
     place = {id(array): number for number, array in enumerate(arrays)}
 
     def predict(arrays: list[chex.Array], images: chex.Array) -> chex.Array:

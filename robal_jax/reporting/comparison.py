@@ -17,6 +17,8 @@ from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.names import display_name, folded, printed, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
+TITLE = "Comparison of runs"
+
 # Runs can be compared only if these are equal.
 _PROTOCOL = ("dataset", "part", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
 
@@ -224,7 +226,7 @@ def comparison_markdown(tables: Sequence[Table]) -> str:
     blocks = [
         block for title, header, rows in tables for block in (page.section(title), page.table(header, rows))
     ]
-    return page.to_markdown("Comparison of runs", blocks)
+    return page.to_markdown(TITLE, blocks)
 
 
 def _folded(rows: Mapping[str, list[tuple[str, ...]]]) -> list[tuple[str, ...]]:

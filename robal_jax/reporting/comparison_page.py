@@ -44,7 +44,7 @@ def comparison_html(runs: Sequence[EvaluatedRun]) -> str:
         blocks += [page.section(heading)] if heading else []
         blocks += [page.paragraph(f"{table.title}:")] if table.title != heading else []
         blocks.append(page.table(table.header, table.rows))
-    return page.to_html("Comparison of runs", blocks)
+    return page.to_html(comparison.TITLE, blocks)
 
 
 def _sentences(pairs: Sequence[comparison.Paired]) -> list[tuple[str, str]]:

@@ -22,6 +22,9 @@ _CAPTIONS = {
     "gallery": "Images, adversarial images and the difference between them",
 }
 
+FILES = (REPORT_HTML, REPORT_MARKDOWN, *(f"{figure}.png" for figure in _CAPTIONS))
+"""Names of all files of a report."""
+
 
 def write_report(
     folder: pathlib.Path, results: Results, *, gallery: Gallery | None = None
@@ -79,7 +82,7 @@ def write_report(
 
 def remove_report(folder: pathlib.Path) -> None:
     """Removes the files of a report, but not the results."""
-    for name in (REPORT_HTML, REPORT_MARKDOWN, *(f"{figure}.png" for figure in _CAPTIONS)):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Writing a file so that it is complete, or not there at all."""
+"""Writing a file so that it is complete, or not there at all, and so that it replaces no file of others."""
 
 import contextlib
 import errno
@@ -7,7 +7,32 @@ import pathlib
 from collections.abc import Iterator
 from typing import IO
 
-from robal_jax.errors import one_line
+from robal_jax.errors import InputError, one_line
+
+BEGINNING = 2**16  # bytes by which a file is recognised
+
+
+def check_replaceable(path: pathlib.Path, mark: str) -> None:
+    """Checks that a file that is to be written is new, empty, or an earlier output of the same command.
+
+    Args:
+      path: of the file.
+      mark: a text that the beginning of such an output contains.
+
+    Raises:
+      InputError: it is another file, which would be lost.
+    """
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                beginning = file.read(BEGINNING)
+            if beginning and mark.encode() not in beginning:
+                raise InputError(
+                    f"{path} is not an earlier output of this command, and would be lost; choose another "
+                    "file, or remove it"
+                )
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); choose another file") from error
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def _acquired(path: pathlib.Path) -> IO[str]:
     """Returns the lock's file, locked, with this process as its holder.
 
     Raises:
-      InputError: another process holds the lock.
+      InputError: another process holds the lock, or the file is of another program.
     """
     while True:
         with contextlib.ExitStack() as stack:
@@ -111,6 +111,7 @@ def _acquired(path: pathlib.Path) -> IO[str]:
                 raise InputError(_refusal(path, holder))
             if not _is_at(file, path):  # its holder has just removed it
                 continue
+            _check_replaceable(file, path)
             file.seek(0)
             file.truncate()
             json.dump(myself()._asdict(), file)
@@ -137,6 +138,17 @@ def _read(file: IO[str]) -> Holder | None:
         return Holder(**json.load(file))
     except (ValueError, TypeError):  # none, or one that was killed while it wrote
         return None
+
+
+def _check_replaceable(file: IO[str], path: pathlib.Path) -> None:
+    """Raises if a file is not a lock, whole or broken: it is a user's own."""
+    file.seek(0)
+    try:
+        beginning = file.read().lstrip("\0")[:1]
+    except UnicodeDecodeError:
+        beginning = "?"
+    if beginning not in ("", "{", "["):
+        raise InputError(f"{path} is not of a job, and would be lost; choose another folder, or move it away")
 
 
 def _at_work(holder: Holder, locked: bool | None, path: pathlib.Path) -> bool:

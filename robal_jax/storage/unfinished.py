@@ -15,6 +15,9 @@ from robal_jax.storage.files import replacing
 
 SAVE_SECONDS = 30.0  # between two saves
 
+PARTS = ("conditions", "ensemble", "audit")
+"""Names of the parts of an evaluation, each with a file of its own."""
+
 
 class Unfinished:
     """The results of a part of a job so far, in a file that only the same job reads.

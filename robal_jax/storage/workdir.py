@@ -35,6 +35,7 @@ from robal_jax.data import Dataset, Images, image_folder
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
 from robal_jax.storage import checkpoints, config_file
+from robal_jax.storage.claims import check_run
 from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, IMPORT, VERSIONS
 
@@ -47,6 +48,7 @@ def versions() -> dict[str, str]:
     """Returns what a result may depend on: versions, the commit of a checkout, device and processor."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     commit = git_commit(pathlib.Path(robal_jax.__file__).parents[1])
+    products = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return {
         "robal_jax": robal_jax.__version__,
         **({"commit": commit} if commit else {}),
@@ -54,6 +56,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "processor": processor(),
+        **({"matmul_precision": products} if products else {}),
     }
 
 
@@ -112,12 +115,9 @@ def make_workdir(workdir: pathlib.Path) -> None:
     """Makes the folder of a run, if there is none.
 
     Raises:
-      InputError: it cannot be written to, or is inside of the checkpoints of another run.
+      InputError: it cannot be written to, or what is there is not of a run.
     """
-    place = workdir.absolute()
-    run = config_file.run_around(place)
-    if run is not None and CHECKPOINTS in place.relative_to(run).parts:
-        raise InputError(f"workdir {workdir} is inside of the checkpoints of {run}; choose another folder")
+    check_run(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         writable = os.access(workdir, os.W_OK | os.X_OK)
@@ -127,6 +127,20 @@ def make_workdir(workdir: pathlib.Path) -> None:
         ) from error
     if not writable:
         raise InputError(f"workdir {workdir} is not writable; choose another workdir")
+
+
+def check_there(workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -> None:
+    """Checks that the folder of a run, and a checkpoint if one is given, are still where they were made.
+
+    Raises:
+      InputError: they are not.
+    """
+    for path in filter(None, (workdir / CONFIG, checkpoint)):
+        if not path.exists():
+            raise InputError(
+                f"{path} is gone: {workdir} was moved or removed while it was used; move it back and run the "
+                "same command again, or choose another folder"
+            )
 
 
 def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:

@@ -27,7 +27,14 @@ from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 from robal_jax.storage.progress import Meter, Scalars, announced
 from robal_jax.storage.trackers import Track
-from robal_jax.storage.workdir import data_digest, make_workdir, newest_whole, prepare_workdir, versions
+from robal_jax.storage.workdir import (
+    check_there,
+    data_digest,
+    make_workdir,
+    newest_whole,
+    prepare_workdir,
+    versions,
+)
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, compiled_chunk
 
@@ -131,6 +138,7 @@ def train(
             if state is None:
                 state = jax.device_get(jax.jit(partial(initial_state, job))())
             path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
+            hosts.by_first(partial(check_there, workdir, path))
         if stop:
             say(f"stopped at step {path.name} of {job.total_steps}; the same command resumes from there")
         say(f"checkpoint {path} sha256 {sha256}")
@@ -184,6 +192,11 @@ def _run(
     devices = parallel.devices_for(job.settings.layout)
     chunk, where = compiled_chunk(job, devices), positions(job)
     state, data, key = _on_devices(job, state, devices)
+
+    def save() -> tuple[pathlib.Path, str]:
+        hosts.by_first(partial(check_there, workdir))
+        return saver.save(step, state)
+
     with (
         contextlib.closing(chunks(job, step)) as upcoming,
         checkpoints.Saver(workdir / CHECKPOINTS, job.settings.keep_checkpoints) as saver,
@@ -209,9 +222,9 @@ def _run(
             speed = f"{row['images_per_second']:.0f} images/s"
             meter.update(step, f"epoch {row['epoch']}  loss {row['loss']:.3f}  {speed}")
             if step == total or step % (job.steps_per_epoch * job.settings.checkpoint_epochs) == 0:
-                newest = saver.save(step, state)
+                newest = save()
         if newest is None or newest[0].name != str(step):
-            newest = saver.save(step, state)
+            newest = save()
     return newest
 
 
