@@ -62,9 +62,9 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
-@pytest.mark.parametrize(("kind", "content"), [(kind, one) for kind in FILES for one in FILES[kind]])
-def test_what_it_is(tmp_path, name, kind, content):
-    (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize(("kind", "number"), [(kind, i) for kind in FILES for i in range(len(FILES[kind]))])
+def test_what_it_is(tmp_path, name, kind, number):
+    (tmp_path / name).write_bytes(FILES[kind][number])
     with pytest.raises(InputError) as raised:
         pytorch.read_weights(tmp_path / name)
     assert str(raised.value).startswith(f"{tmp_path / name} is {kind}")
