@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, betaincinv
 
-from robal_jax import checks
 from robal_jax.errors import InputError
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -92,6 +91,8 @@ def _counts(class_counts: ArrayLike) -> np.ndarray:
     Raises:
       InputError: another shape, no whole numbers, or a class without images.
     """
+    from robal_jax import checks  # here, because comparisons of runs start without JAX
+
     checks.class_counts(class_counts)
     return np.asarray(class_counts).astype(np.int64)
 
