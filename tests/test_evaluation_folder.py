@@ -88,7 +88,7 @@ def test_a_damaged_file_is_named_before_all_is_evaluated_again(copy, monkeypatch
 def test_results_of_somebody_else_are_kept(copy, no_attack, content):
     (copy / "mine").mkdir()
     (copy / "mine" / "results.json").write_text(content)
-    with pytest.raises(InputError, match=r"mine/results\.json is not of an evaluation; name another folder"):
+    with pytest.raises(InputError, match=r"mine/results\.json is not of an evaluation"):
         evaluate(copy, folder=copy / "mine")
     assert (copy / "mine" / "results.json").read_text() == content
 

@@ -457,7 +457,7 @@ def test_no_path():
                 shutil.rmtree(root / split / name) for split in ("train", "val") for name in ("bee", "cat")
             ],
             {},
-            "the data have 1 class, 'ant'; give at least two",
+            r"the data set has 1 class \(ant\); give at least two",
         ),
         (
             lambda root: shutil.rmtree(root / "val" / "cat"),

@@ -352,7 +352,7 @@ def test_other_data_are_refused(copy, monkeypatch):
 
 def test_a_folder_that_training_did_not_make_is_not_trained_on(copy):
     (copy / "versions.json").unlink()
-    with pytest.raises(InputError, match=r"was not made by training; .* --config.train.start_from="):
+    with pytest.raises(InputError, match=r"was not made by training; .* config.train.start_from="):
         run(copy)
 
 

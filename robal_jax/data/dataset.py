@@ -121,13 +121,15 @@ def check_dataset(dataset: Dataset) -> Dataset:
       The data set itself.
 
     Raises:
-      InputError: there is one class only, a dtype or shape is wrong, a label is out of range, a class has no
-        train or no test image, or a pixel of an array is above ``pixel_max``. Images in files are not read
-        for this.
+      InputError: there are fewer than two classes, a dtype or shape is wrong, a label is out of range, a
+        class has no train or no test image, or a pixel of an array is above ``pixel_max``. Images in files
+        are not read for this.
     """
     if len(dataset.class_names) < 2:
-        names = f", {dataset.class_names[0]!r}" if dataset.class_names else ""
-        raise InputError(f"the data have {len(dataset.class_names)} class{names}; give at least two")
+        named = f" ({dataset.class_names[0]})" if dataset.class_names else ""
+        raise InputError(
+            f"the data set has {len(dataset.class_names)} class{'es' * (not named)}{named}; give at least two"
+        )
     for split, images, labels in (
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
