@@ -106,9 +106,8 @@ def test_keys_of_images_are_those_of_split():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("JAX_ENABLE_X64", "1"),
-        ("JAX_ENABLE_X64", "True"),
         ("JAX_THREEFRY_PARTITIONABLE", "0"),
+        ("JAX_THREEFRY_PARTITIONABLE", "False"),
         ("JAX_RANDOM_SEED_OFFSET", "1"),
         ("JAX_DEFAULT_PRNG_IMPL", "rbg"),
         ("JAX_NUMPY_DTYPE_PROMOTION", "strict"),
@@ -123,8 +122,8 @@ def test_a_setting_that_changes_numbers_is_ignored_with_a_word(name, value):
 
 
 def test_settings_are_ignored_in_one_line_and_defaults_without_a_word():
-    (warning,) = own_settings({"JAX_ENABLE_X64": "1", "JAX_RANDOM_SEED_OFFSET": "7", "JAX_DEBUG_NANS": "0"})
-    assert warning.startswith("JAX_ENABLE_X64=1, JAX_RANDOM_SEED_OFFSET=7 are ignored: ")
+    (warning,) = own_settings({"JAX_DEBUG_INFS": "1", "JAX_RANDOM_SEED_OFFSET": "7", "JAX_DEBUG_NANS": "0"})
+    assert warning.startswith("JAX_RANDOM_SEED_OFFSET=7, JAX_DEBUG_INFS=1 are ignored: ")
     assert own_settings({name: values[0].upper() for name, values in OWNED.items()}) == []
 
 
@@ -136,11 +135,25 @@ def test_the_values_without_a_word_are_the_defaults_of_jax():
         assert value.lower() in (*known, "none"), name  # None: a guard that is not set
 
 
-def test_the_precision_of_products_is_the_networks_own_and_is_stored():
-    environment = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+@pytest.mark.parametrize(
+    ("name", "value", "words", "stored"),
+    [
+        ("JAX_DEFAULT_MATMUL_PRECISION", "highest", "does not concern the network; config.train.", "highest"),
+        ("JAX_ENABLE_X64", "1", "numbers have 64 bits, and differ from those of 32 bits", "on"),
+    ],
+)
+def test_a_setting_that_may_be_meant_is_said_and_stored(name, value, words, stored):
+    environment = {name: value}
     (warning,) = own_settings(environment)
-    assert "does not concern the network; set config.train.precision or config.evaluation" in warning
-    assert environment == {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    assert "matmul_precision" not in versions()
-    with jax.default_matmul_precision("highest"):
-        assert versions()["matmul_precision"] == "highest"
+    assert warning.startswith(f"{name}={value}: ")
+    assert words in warning
+    assert environment == {name: value}
+    key = {"JAX_ENABLE_X64": "x64", "JAX_DEFAULT_MATMUL_PRECISION": "matmul_precision"}[name]
+    assert key not in versions()
+    before = getattr(jax.config, name.lower())
+    jax.config.update(name.lower(), {"1": True}.get(value, value))
+    try:
+        assert versions()[key] == stored
+    finally:
+        jax.config.update(name.lower(), before)
+    assert own_settings({"JAX_ENABLE_X64": "0"}) == []

@@ -20,7 +20,6 @@ FALSE, TRUE = ("", "0", "false", "f", "no", "n", "off"), ("1", "true", "t", "yes
 
 OWNED: dict[str, tuple[str, ...]] = {
     # other numbers, or other types of numbers
-    "JAX_ENABLE_X64": FALSE,
     "JAX_NUMPY_DTYPE_PROMOTION": ("standard",),
     "JAX_NUMPY_RANK_PROMOTION": ("allow",),
     "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
@@ -52,12 +51,16 @@ OWNED: dict[str, tuple[str, ...]] = {
 }
 """Variables of JAX whose settings the results rely on, with the values that mean JAX's default."""
 
-PRODUCTS = "JAX_DEFAULT_MATMUL_PRECISION"
-"""A variable that may be set; what it is set to belongs to the versions on which a result depends."""
+KEPT = {
+    "JAX_ENABLE_X64": "numbers have 64 bits, and differ from those of 32 bits",
+    "JAX_DEFAULT_MATMUL_PRECISION": "it does not concern the network; config.train.precision and "
+    "config.evaluation.precision do",
+}
+"""Variables that may be meant, and what to know of each; the versions of a result name their settings."""
 
 
 def own_settings(environment: MutableMapping[str, str]) -> list[str]:
-    """Removes the variables that would change what the command line computes: the ``OWNED``.
+    """Removes the variables that would change what the command line computes, the ``OWNED``; warns of others.
 
     Args:
       environment: ``os.environ``, or another mapping; it is changed.
@@ -71,11 +74,9 @@ def own_settings(environment: MutableMapping[str, str]) -> list[str]:
     if changed:
         verb = "is" if len(changed) == 1 else "are"
         warnings.append(f"{', '.join(changed)} {verb} ignored: results rely on JAX's defaults")
-    if environment.get(PRODUCTS):
-        warnings.append(
-            f"{PRODUCTS}={environment[PRODUCTS]} does not concern the network; set config.train.precision or "
-            "config.evaluation.precision for it"
-        )
+    for name, text in KEPT.items():
+        if environment.get(name, "").strip().lower() not in FALSE:
+            warnings.append(f"{name}={environment[name]}: {text}")
     return warnings
 
 

@@ -48,7 +48,10 @@ def versions() -> dict[str, str]:
     """Returns what a result may depend on: versions, the commit of a checkout, device and processor."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     commit = git_commit(pathlib.Path(robal_jax.__file__).parents[1])
-    products = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    settings = {  # of JAX, if they are not the usual ones
+        "x64": "on" if jax.config.jax_enable_x64 else "",  # type: ignore[attr-defined]
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+    }
     return {
         "robal_jax": robal_jax.__version__,
         **({"commit": commit} if commit else {}),
@@ -56,7 +59,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "processor": processor(),
-        **({"matmul_precision": products} if products else {}),
+        **{name: value for name, value in settings.items() if value},
     }
 
 
