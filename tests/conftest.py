@@ -1,5 +1,6 @@
 """Strict JAX for every test, and the fixtures that several test files share."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -26,6 +27,12 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector a look at modules and tests, which live to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -87,6 +87,7 @@ def test_forward_operations_of_a_wide_resnet():
     assert roofline.forward_flops(roofline.traced("wrn_34_10", "robal_n")) == 2 * products
 
 
+@pytest.mark.slow
 def test_xla_analyses_what_the_formula_counts():
     # XLA leaves out the products with zeros of the padding: of the 3 n of a row 2, or 1 where it is halved.
     found = roofline.operations("digits_cnn", "robal_n", 8, "default")
@@ -151,6 +152,7 @@ def test_fresh_processes_return_json():
     assert startup.in_fresh_process("step", "shape", "digits_cnn") == [8, 1]
 
 
+@pytest.mark.slow
 def test_a_way_in_its_own_process():
     pid = measure.in_own_process(process_number)
     assert pid() == pid() != os.getpid()
@@ -230,6 +232,7 @@ def test_mutations_of_a_source():
     assert len(trees - {ast.dump(ast.parse(SOURCE))}) == len(found)
 
 
+@pytest.mark.slow
 def test_every_mutation_of_the_library_is_another_program():
     drawn = mutations.draw(seed=1, count=80)
     assert len(set(drawn)) == 80
@@ -245,6 +248,7 @@ def test_mutations_of_a_lower_count_come_first():
     assert mutations.draw(seed=0, count=8) != mutations.draw(seed=1, count=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "outcome"),
     [("pass", "survived"), ("assert 0", "killed"), ("syntax error", "killed"), ("while 1: pass", "timeout")],

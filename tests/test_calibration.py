@@ -45,6 +45,7 @@ def test_a_tenth_has_every_check_that_should_see_a_mask():
     assert sum(case.honest for case in some) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", masked.MASKS)
 def test_a_mask_shows_its_sign(name):
     """What its check looks at, on a linear model."""

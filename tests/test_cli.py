@@ -482,6 +482,7 @@ def script(name, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -502,6 +503,7 @@ def test_scripts_print_one_line(name, arguments, message):
     assert message in lines[0]
 
 
+@pytest.mark.slow
 def test_script_says_one_line_of_a_damaged_checkpoint(tmp_path):
     path = saved_run(tmp_path)
     for file in (path / "state" / "d").iterdir():

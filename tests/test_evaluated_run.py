@@ -171,6 +171,7 @@ def test_other_data_are_refused(run, monkeypatch, change):
         evaluation.load_run(run)
 
 
+@pytest.mark.slow
 def test_data_of_another_place_are_taken_and_other_data_there_are_not(tmp_path):
     labels = np.repeat(np.arange(10), 2)
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)

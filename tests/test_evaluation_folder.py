@@ -97,6 +97,7 @@ def test_the_batch_size_is_no_other_evaluation(copy, no_attack):
     assert "has this evaluation" in evaluate(copy, "evaluation.batch_size=7")[1][0]
 
 
+@pytest.mark.slow
 def test_a_report_that_is_missing_is_written_of_what_is_stored(copy, no_attack):
     folder = copy / "evaluation"
     before = content(folder)
@@ -108,6 +109,7 @@ def test_a_report_that_is_missing_is_written_of_what_is_stored(copy, no_attack):
         assert (folder / name).read_bytes() == before[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["results.json", "examples.npz"])
 @pytest.mark.parametrize("damage", ["removed", "damaged"])
 def test_results_that_are_incomplete_are_made_again(copy, name, damage):
@@ -150,6 +152,7 @@ def test_other_settings_replace_nothing(copy, no_attack, override, difference):
     assert content(copy / "evaluation") == before
 
 
+@pytest.mark.slow
 def test_another_folder_is_the_way_out(copy):
     before = content(copy / "evaluation")
     folder, _ = evaluate(copy, "evaluation.seed=3", folder=copy / "other")
@@ -224,6 +227,7 @@ def broken(*_, **__):
     raise RuntimeError("no font")
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_drawn_costs_no_result(copy, monkeypatch, capsys):
     folder = copy / "evaluation"
     before = content(folder)
@@ -251,6 +255,7 @@ def model():
     return partial(evaluate_model, logits_fn, images, labels, threat=ThreatModel(0.05), audit=0)
 
 
+@pytest.mark.slow
 def test_any_model(model, tmp_path, monkeypatch):
     """The front door: the same rules, and a report that fails is a warning."""
     said = []

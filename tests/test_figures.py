@@ -84,7 +84,7 @@ def test_classes_are_sorted_by_count():
         assert labels_of(draw(results).axes[0].xaxis) == ["1", "3", "2", "0"]
 
 
-@pytest.mark.parametrize("num_classes", [2, 10, 100])
+@pytest.mark.parametrize("num_classes", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
     meta = META | {
         "class_names": [f"very long name {k} that ends late" for k in range(num_classes)],

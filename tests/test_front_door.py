@@ -92,7 +92,9 @@ def nnx_model(images, labels):
 MODELS = {"plain": plain, "linen": linen, "nnx": nnx_model, "jitted": lambda *data: jax.jit(plain(*data))}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "plain" else pytest.mark.slow) for kind in MODELS]
+)
 def test_any_model_is_evaluated(kind, digits, tmp_path):
     images, labels = digits
     model = MODELS[kind](images, labels)
@@ -155,6 +157,7 @@ def test_a_surrogate_that_is_the_model_is_refused(digits, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(digits, tmp_path, monkeypatch):
     images, labels = digits
     model, original, updates = plain(images, labels), Meter.update, []
@@ -174,6 +177,7 @@ def test_stopped_and_resumed(digits, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.examples[name], values)
 
 
+@pytest.mark.slow
 def test_another_model_does_not_resume_it(digits, tmp_path, monkeypatch):
     images, labels = digits
     model, original, updates = plain(images, labels), Meter.update, []
@@ -261,6 +265,7 @@ def test_what_cannot_be_evaluated_is_refused(digits, change, error, message):
         evaluate_model(given.pop("logits_fn"), given.pop("images"), given.pop("labels"), **given)
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_numbers(digits, tmp_path):
     model, given = plain(*digits), SHORT | {"folder": tmp_path, "version": "none", "audit": 0}
     numpy = {"threat": ThreatModel(np.float32(0.125)), "seed": np.int64(3), "step_size": np.float32(0.03125)}

@@ -91,6 +91,7 @@ print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()
 """
 
 
+@pytest.mark.slow
 def test_what_the_first_process_does_for_all(tmp_path):
     port, log = free_port(), tmp_path / "log"
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"

@@ -56,6 +56,7 @@ def setting(request):
         jax.config.update(name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("setting")
 def test_images_in_other_batches():
     run = jax.jit(lambda *rest: {name: attack(logits_fn, *rest) for name, attack in ATTACKS.items()})
@@ -70,6 +71,7 @@ def test_images_in_other_batches():
         np.testing.assert_array_equal(some[name], shown[2:5], name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("setting")
 def test_the_ensemble_in_other_batches():
     attack = partial(autoattack, logits_fn, threat=THREAT, version="apgd_ce,square", steps=2, queries=2)

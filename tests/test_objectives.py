@@ -511,6 +511,7 @@ def check_parts_against_the_whole(parts):
             np.testing.assert_allclose(device, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_regularisers_are_those_of_the_whole_batch_on_four_devices():
     code = "import test_objectives; test_objectives.check_parts_against_the_whole(4)"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -107,6 +107,7 @@ def test_the_parts_of_a_batch_may_lie_on_any_devices():
         assert gap < BOUND, what
 
 
+@pytest.mark.slow
 def test_an_attack_by_itself():
     found = said(ATTACK)
     assert len(found) == len(parallel.LAYOUTS)

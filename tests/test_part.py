@@ -97,6 +97,7 @@ def both(tmp_path_factory):
     return attacked(workdir, folder / "all")[0], *some
 
 
+@pytest.mark.slow
 def test_outcomes_are_those_of_the_whole(both):
     """The draws of an image do not depend on the part in which it is."""
     whole, part = (dict(np.load(folder / "examples.npz")) for folder in both[:2])
@@ -109,6 +110,7 @@ def test_outcomes_are_those_of_the_whole(both):
     assert among == broken & set(part["ids"].tolist())
 
 
+@pytest.mark.slow
 def test_the_part_is_named(both):
     whole, part, said = both
     meta = json.loads((part / "results.json").read_text())["meta"]
@@ -124,6 +126,7 @@ def test_the_part_is_named(both):
     assert "test images" not in compare([read_run(whole)])[1].title
 
 
+@pytest.mark.slow
 def test_parts_are_not_compared_with_the_whole(both):
     runs = [read_run(folder) for folder in both[:2]]
     runs[1].meta["method"] = "another"

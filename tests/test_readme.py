@@ -24,6 +24,7 @@ def execute(code):
     return variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [code for code in PYTHON if "load_run" not in code])
 def test_python_examples(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -52,7 +52,7 @@ FIGURES = {"per_class.png", "attacks.png", "errors.png", "confusion.png"}
 FILES = {"results.json", "per_class.csv", "report.md", "report.html"} | FIGURES
 
 
-@pytest.mark.parametrize("num_classes", [2, 10, 100])
+@pytest.mark.parametrize("num_classes", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_report_files(tmp_path, num_classes):
     meta = META | {"class_names": [f"name {k}" for k in range(num_classes)]}
     results = fake_results(num_classes, meta)
@@ -170,6 +170,7 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
     assert results["norms"] == norms(10)
 
 
+@pytest.mark.slow
 def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
     html, markdown = full_report(tmp_path, num_classes=30)
     page = Text(html)
@@ -231,7 +232,7 @@ def test_verdict_of_the_audit(outcomes, overall, words):
 
 
 @pytest.mark.parametrize(("before", "now"), [(True, FLAGGED), (False, PASSED), (None, NOT_RUN)])
-def test_results_of_older_versions_are_read(before, now, tmp_path):
+def test_results_of_older_versions_are_read(before, now, tmp_path, undrawn):
     old = verdict("a", now)
     del old["outcome"]
     old["flagged"] = before
@@ -242,7 +243,7 @@ def test_results_of_older_versions_are_read(before, now, tmp_path):
     assert "What the checks mean" not in markdown
 
 
-def test_the_report_says_what_the_checks_mean(tmp_path):
+def test_the_report_says_what_the_checks_mean(tmp_path, undrawn):
     meaning = {"raised": "Flagged if it is so.", "means": "It is bad.", "do": "Mend it."}
     audit = {**AUDIT, "verdicts": [{**verdict("Scale", NOTE), "meaning": meaning}]}
     html, markdown = full_report(tmp_path, audit=audit)

@@ -59,6 +59,7 @@ def test_it_resumes_to_the_same_weights(stored):
     assert apart < moved / 10
 
 
+@pytest.mark.slow
 def test_its_interrupted_evaluation_resumes(stored, monkeypatch):
     """What the old version had found is not computed again, though it was stored under other words."""
     monkeypatch.setattr(loop, "eval_step", lambda *_, **__: pytest.fail("made the first attacks again"))

@@ -108,6 +108,7 @@ def test_training_says_how_many_images_each_class_has(root, streamed):
     assert said[2].startswith(f"test set: {5 * CLASSES} images of {CLASSES} classes (n0000: 5, ")
 
 
+@pytest.mark.slow
 def test_a_folder_trains_as_its_list_does(root, streamed, tmp_path):
     lists = ("data.train_list=", "data.test_list=")
     assert run(tmp_path, root, *lists) == streamed[1]
@@ -141,10 +142,12 @@ def test_two_processes_go_on_and_read_their_own_images(root, streamed, tmp_path,
     assert max(jax.tree.leaves(gaps)) < 1e-4
 
 
+@pytest.mark.slow
 def test_number_of_threads_changes_nothing(root, streamed, tmp_path):
     assert run(tmp_path, root, "train.reading_threads=1") == streamed[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
 def test_stopped_in_mid_epoch_and_continued(root, streamed, tmp_path, monkeypatch, stop_at):
     step = run_until(stop_at, tmp_path, root, monkeypatch)

@@ -75,7 +75,10 @@ def agree(found, expected):
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name.startswith("resnet") else ()) for name in NETWORKS],
+)
 def test_numpy_computes_the_same_from_names_and_shapes(name):
     model, params, stats, images = network_of(name)
     expected = predictions(model, params, stats, images)

@@ -280,6 +280,7 @@ def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     assert rows(tmp_path) == rows(finished[0])
 
 
+@pytest.mark.slow
 def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_path):
     monkeypatch.setattr(training.loop, "LONG_DISPATCH", 0.0)
     with monkeypatch.context() as patched:

@@ -164,6 +164,7 @@ for layout in parallel.LAYOUTS:
 """
 
 
+@pytest.mark.slow
 def test_four_devices_give_exactly_the_outputs_of_one():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
