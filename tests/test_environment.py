@@ -461,6 +461,7 @@ def test_a_file_that_cannot_be_completed_leaves_nothing(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- as a user sees it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "settings", "status", "said"),
     [

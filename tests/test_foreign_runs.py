@@ -285,6 +285,7 @@ def test_a_checkpoint_under_another_name(stored, tmp_path, name, how):
     same(run.params, like["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run[2]", "[a-z]", "a\\b", "run*", "what?", "x[", "]["])
 def test_a_run_in_a_folder_whose_name_is_a_pattern(tmp_path, name):
     other = tmp_path / "run2" / "checkpoints"  # which the pattern matches

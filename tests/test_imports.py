@@ -1,6 +1,7 @@
 """Who may import whom: the direction of the library, and what only one module may know."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def tree(path):
     return ast.parse(path.read_text())
 
 
+@functools.cache
 def imported(path):
     """Full names of all that a file imports, wherever in it: ``robal_jax.losses``, ``numpy``."""
     names = set()

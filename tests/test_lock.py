@@ -87,7 +87,7 @@ def test_what_a_dead_process_left(tmp_path, changes):
 @pytest.mark.parametrize("boot", ["other", ""])
 def test_a_job_of_another_machine(tmp_path, monkeypatch, capfd, boot):
     """It is at work while it touches its file; one that fell silent may be followed."""
-    monkeypatch.setattr(lock, "SILENCE", 1.0)
+    monkeypatch.setattr(lock, "SILENCE", 0.6)
     holder = left_by(tmp_path, host="node7", boot=boot)
     ended = threading.Event()
 
@@ -103,7 +103,7 @@ def test_a_job_of_another_machine(tmp_path, monkeypatch, capfd, boot):
     assert f"(process {holder.pid} on node7, since {holder.since})" in message
     with alone_in(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["host"] == lock.myself().host
-    assert f"was used by process {holder.pid} on node7; waiting up to 1 s" in capfd.readouterr().err
+    assert f"was used by process {holder.pid} on node7; waiting up to 0.6 s" in capfd.readouterr().err
 
 
 def test_a_job_of_another_machine_that_ends(tmp_path, monkeypatch):

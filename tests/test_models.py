@@ -147,7 +147,8 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("channels", [3, 5])  # of 3 and 3x3 it is one matrix product
+# Of 3 channels and 3x3 it is one matrix product.
+@pytest.mark.parametrize("channels", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("height", "width", "size", "stride"), SIZES)
 def test_convolutions(height, width, size, stride, channels):
     rng = np.random.RandomState(0)

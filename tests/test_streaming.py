@@ -99,6 +99,7 @@ def test_files_train_as_arrays_do(root, streamed, tmp_path):
     assert len(losses) == 3 * 3  # five steps an epoch, in chunks of two
 
 
+@pytest.mark.slow
 def test_training_says_how_many_images_each_class_has(root, streamed):
     said = []
     training.train(config(root), streamed[0], say=said.append)

@@ -398,7 +398,10 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, zero, lose, truncate, empty])
+SLOW_DAMAGES = (pytest.param(damage, marks=pytest.mark.slow) for damage in (zero, lose, truncate, empty))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, *SLOW_DAMAGES])
 def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     damage(newest(copy))
     _, sha256, said = run(copy)
