@@ -20,8 +20,7 @@ from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError, ReportError, shown
-from robal_jax.evaluation.loop import as_victim, attack_and_report
-from robal_jax.evaluation.victim import Victim
+from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
@@ -126,17 +125,11 @@ def evaluate_model(
     }
     about = _about(job, name, dataset, counted=class_counts is not None) | {"identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
-    return _attacked(job, weights, other_victim, identity, about, folder, say)
+    return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
 
 
 def _attacked(
-    job: builder.Evaluation,
-    weights: dict[str, Any],
-    surrogate: Victim | None,
-    identity: dict[str, Any],
-    about: dict[str, Any],
-    folder: str | pathlib.Path | None,
-    say: Callable[[str], None],
+    subject: Subject, folder: str | pathlib.Path | None, say: Callable[[str], None]
 ) -> EvaluatedRun | None:
     """Evaluates in a folder, or in a temporary one; None if it was stopped."""
     speak = hosts.speaker(say)
@@ -144,7 +137,7 @@ def _attacked(
         stop = stack.enter_context(hosts.stop_signals())
         kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         try:
-            done = attack_and_report(job, weights, surrogate, identity, about, kept, "", stop, speak)
+            done = attack_and_report(subject, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete
             done = True
             speak(f"warning: {error}")

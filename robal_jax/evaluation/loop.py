@@ -19,7 +19,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -102,30 +102,37 @@ def evaluate(
         about = {"checkpoint": str(path), "checkpoint_sha256": sha256, "training": curve}
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder
-        if not attack_and_report(job, weights, surrogate, identity, about, folder, command, stop, say):
+        subject = Subject(job, weights, surrogate, identity, about)
+        if not attack_and_report(subject, folder, command, stop, say):
             say(f"stopped; the same command resumes from {folder / UNFINISHED}")
         return folder
 
 
+class Subject(NamedTuple):
+    """A model under evaluation.
+
+    Attributes:
+      job: what is evaluated, and how.
+      weights: ``params`` and ``stats`` of the model.
+      surrogate: another model, for the audit's attack by transfer; None for none.
+      identity: JSON values that tell this evaluation from others, beside the test set.
+      about: what the report says in addition to ``job.about``.
+    """
+
+    job: builder.Evaluation
+    weights: Mapping[str, Any]
+    surrogate: Victim | None
+    identity: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+
 def attack_and_report(
-    job: builder.Evaluation,
-    weights: Mapping[str, Any],
-    surrogate: Victim | None,
-    identity: Mapping[str, Any],
-    about: Mapping[str, Any],
-    folder: pathlib.Path,
-    command: str,
-    stop: hosts.Stop,
-    say: Callable[[str], None],
+    subject: Subject, folder: pathlib.Path, command: str, stop: hosts.Stop, say: Callable[[str], None]
 ) -> bool:
     """Runs all attacks and the audit on a model, and writes the report; resumes an interrupted evaluation.
 
     Args:
-      job: what is evaluated, and how.
-      weights: ``params`` and ``stats`` of the model.
-      surrogate: another model, for the audit's attack by transfer.
-      identity: JSON values that tell this evaluation from others, beside the test set.
-      about: what the report says in addition to ``job.about``.
+      subject: the model, and how it is evaluated.
       folder: receives the results.
       command: the command line, for the report.
       stop: whether to stop at the next safe moment.
@@ -138,17 +145,18 @@ def attack_and_report(
       InputError: another process works in the folder, or it has another evaluation or other files.
       ReportError: the results are stored, but the report could not be written.
     """
+    job = subject.job
     hosts.by_first(partial(check_evaluation, folder, report.FILES))
-    victim = as_victim(job, weights)
-    if surrogate is not None:
-        _refuse_itself(victim, surrogate)
+    victim = as_victim(job, subject.weights)
+    if subject.surrogate is not None:
+        _refuse_itself(victim, subject.surrogate)
     test_set = digest_of_test_set(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
-    identity = {**identity, "test_set_sha256": test_set}
+    identity = {**subject.identity, "test_set_sha256": test_set}
     with hosts.held_by_first(partial(alone_in, folder)):
         if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder, say)):
             say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
-        elif not _attack_and_store(job, victim, weights, surrogate, identity, about, folder, command, stop):
+        elif not _attack_and_store(subject._replace(identity=identity), victim, folder, command, stop):
             return False
         hosts.by_first(partial(shutil.rmtree, folder / UNFINISHED, ignore_errors=True))
         hosts.by_first(partial(publish, victim, folder, say))
@@ -156,34 +164,27 @@ def attack_and_report(
 
 
 def _attack_and_store(
-    job: builder.Evaluation,
-    victim: Victim,
-    weights: Mapping[str, Any],
-    surrogate: Victim | None,
-    identity: Mapping[str, Any],
-    about: Mapping[str, Any],
-    folder: pathlib.Path,
-    command: str,
-    stop: hosts.Stop,
+    subject: Subject, victim: Victim, folder: pathlib.Path, command: str, stop: hosts.Stop
 ) -> bool:
     """Runs all attacks and the audit, and stores the results; returns whether it was not stopped."""
+    job = subject.job
     parts: list[Unfinished] = []
 
     def part(name: str) -> Unfinished:
-        parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", identity))
+        parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", subject.identity))
         return parts[-1]
 
     first, second, third = PARTS
     outcomes = conditions(victim, job, part(first), stop)
     found = None if outcomes is None else ensemble(victim, job, outcomes, part(second), stop)
-    sample = None if found is None else audited(victim, job, surrogate, part(third), stop)
+    sample = None if found is None else audited(victim, job, subject.surrogate, part(third), stop)
     if outcomes is None or found is None or sample is None:
         return False
     made_with = versions()
     meta = {
         **job.about,
-        **about,
-        "test_set_sha256": identity["test_set_sha256"],
+        **subject.about,
+        "test_set_sha256": subject.identity["test_set_sha256"],
         "n": len(victim.labels),
         "main_attack": MAIN_ATTACK,
         "commit": made_with.pop("commit", None),
@@ -195,7 +196,7 @@ def _attack_and_store(
         "command": command,
         "stages": autoattack.robust_after(job.ensemble, found),
     }
-    store(victim, job, weights, outcomes, found, sample, meta, folder)
+    store(victim, job, subject.weights, outcomes, found, sample, meta, folder)
     return True
 
 
