@@ -426,6 +426,20 @@ def test_a_gap_within_the_margin_is_rarely_called_one(margin, matched):
     assert counts[called].sum() / draws < 1.2 * evidence.LEVEL
 
 
+@pytest.mark.parametrize(("lost", "gained"), [(8, 2), (20, 9), (3, 30), (1, 1)])
+@pytest.mark.parametrize("margin", [0.01, 0.05])
+def test_the_p_value_is_that_at_the_likeliest_shares(lost, gained, margin):
+    """The likeliest ones found by a search in place of a formula."""
+    images = 200
+    q = np.linspace(1e-9, (1 - margin) / 2 - 1e-9, 200_001)
+    rest = images - lost - gained
+    best = q[np.argmax(lost * np.log(q + margin) + gained * np.log(q) + rest * np.log(1 - margin - 2 * q))]
+    many = np.random.default_rng(0).multinomial(images, (best + margin, best, 1 - margin - 2 * best), 200_000)
+    expected = np.mean(many[:, 0] - many[:, 1] >= lost - gained)
+    found = evidence.gap_p_value(evidence.Gap(lost, gained, images), margin)
+    assert found == pytest.approx(expected, abs=6 * np.sqrt(expected * (1 - expected) / 200_000) + 1e-5)
+
+
 def test_a_gap_beyond_the_margin_is_called_one():
     cells = np.random.default_rng(0).multinomial(300, (0.08, 0.01, 0.91), size=500)
     called = [evidence.gap_p_value(evidence.Gap(*cell[:2], 300), 0.01) < evidence.LEVEL for cell in cells]

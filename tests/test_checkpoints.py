@@ -47,6 +47,27 @@ def latest(folder, like, damaged=None):
     )
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_save_needs_room_for_all_that_it_writes(tmp_path, monkeypatch, missing):
+    """The arrays, and a bound on the files beside them."""
+    state = tree()
+    sizes = [np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)]
+    free = sum(sizes) + checkpoints.OVERHEAD + checkpoints.OVERHEAD_EACH * len(sizes) - missing
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    if missing:
+        with pytest.raises(InputError, match="disk full: a checkpoint in "):
+            save(tmp_path, state)
+        assert not checkpoints.steps(tmp_path)
+    else:
+        save(tmp_path, state)
+
+
+def test_one_process_saves_to_a_folder_whose_name_is_a_pattern(tmp_path):
+    ((path, _),) = save(tmp_path / "run [1]*", tree())
+    assert path.is_dir()
+
+
 def test_round_trip_is_exact(tmp_path):
     state = tree(7)
     ((path, sha256),) = save(tmp_path, state)

@@ -422,6 +422,17 @@ def mma(labels, threat=PGD.keywords["threat"], **keywords):
     return found, outcome.metrics, shown[0]
 
 
+def test_defaults_of_mma():
+    """1/3 of the natural loss, and ten halvings of the search."""
+    labels = predicted(IMAGES).argmax(1)
+    objective = partial(objectives.mma, attack=PGD, threat=PGD.keywords["threat"], loss=losses.cross_entropy)
+    found, expected = (
+        value(partial(objective, max_epsilon=0.5, **given), batch=with_labels(labels))[0]
+        for given in ({}, {"nat_weight": 1 / 3, "search_steps": 10})
+    )
+    assert found == expected
+
+
 def test_misclassified_images_are_trained_on_as_they_are():
     labels = predicted(IMAGES).argmin(1)
     found, metrics, shown = mma(labels)

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import empty, flip_a_bit, lose, truncate, zero
 
@@ -17,6 +18,7 @@ from robal_jax import (
     builder,
     cli,
     losses,
+    objectives,
     training,
 )
 from robal_jax.data import epoch_order, sources, to_float
@@ -185,6 +187,60 @@ def test_epoch_that_a_step_sees(steps_per_epoch, first):
     assert sums["seen"].tolist() == expected
 
 
+def test_images_and_labels_that_a_step_sees():
+    """Those of the numbers in a row, from a set on the device as from the row itself."""
+    images = jnp.arange(24, dtype=jnp.uint8).reshape(6, 2, 2, 1)
+    whole = training.Examples(images, jnp.array([5, 3, 1, 0, 2, 4]))
+    rows = jnp.array([[[4, 1]], [[0, 5]], [[3, 2]]])
+    parts = jax.tree.map(lambda x: x[rows], whole)
+
+    def see(state, batch):
+        part = jnp.stack([batch.images[:, 0, 0, 0] * 255, batch.labels.astype(float)])
+        seen = jnp.zeros((3, *part.shape)).at[state.step].set(part)
+        return state.replace(step=state.step + 1), {"loss": 0.0, "grad_norm": 0.0, "seen": seen}
+
+    for data, given in ((whole, rows), (None, parts)):
+        _, sums = training.train_chunk(
+            training.TrainState(jnp.int32(0), {}, {}, ()),
+            data,
+            given,
+            3,
+            jax.random.key(0),
+            jnp.arange(2)[None],
+            step_fn=see,
+            steps_per_epoch=3,
+            pixel_max=255,
+            augment=lambda keys, images: images,
+        )
+        expected = np.stack([parts.images[:, 0, :, 0, 0, 0], parts.labels[:, 0]], 1)
+        np.testing.assert_allclose(sums["seen"], expected, atol=1e-4)
+
+
+def test_a_batch_in_parts_has_the_mean_gradient():
+    """Of an objective whose images do not know of each other: that of the whole batch, up to rounding."""
+    weight, images = (
+        jax.random.normal(jax.random.key(0), (4, 3)),
+        jax.random.uniform(jax.random.key(1), (8, 4)),
+    )
+    batch = objectives.Batch(images, jnp.arange(8) % 3, jax.random.split(jax.random.key(2), 8), 1)
+    optimizer = optax.sgd(0.1)
+
+    def objective(model, params, stats, batch):
+        return losses.cross_entropy(batch.images @ params, batch.labels).mean(), objectives.Outcome((), {})
+
+    def step(parts):
+        state = training.TrainState(jnp.int32(0), weight, {}, optimizer.init(weight))
+        state, metrics = training_step.train_step(
+            state, batch, model=None, objective=objective, optimizer=optimizer, axis_name=None,
+            accumulation_steps=parts,
+        )  # fmt: skip
+        return state.params, metrics
+
+    whole = step(1)
+    for parts in (2, 4):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), step(parts), whole)
+
+
 def test_example_keys_are_all_different():
     key, positions = jax.random.key(0), np.arange(8)
     keys = [jax.random.key_data(example_keys(key, step, positions)) for step in range(3)]
@@ -280,7 +336,6 @@ def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     assert rows(tmp_path) == rows(finished[0])
 
 
-@pytest.mark.slow
 def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_path):
     monkeypatch.setattr(training.loop, "LONG_DISPATCH", 0.0)
     with monkeypatch.context() as patched:
