@@ -255,10 +255,16 @@ def channels_last(images: chex.Array) -> None:
       ValueError: images have shape [2, 28, 28]; they must be [n, H, W, C]: for one channel pass \
 images[..., None]
     """
-    if len(np.shape(images)) != 4:
+    shape = np.shape(images)
+    if len(shape) != 4:
         raise ValueError(
-            f"images have shape {list(np.shape(images))}; they must be [n, H, W, C]: for one channel pass "
+            f"images have shape {list(shape)}; they must be [n, H, W, C]: for one channel pass "
             "images[..., None]"
+        )
+    if shape[1] in (1, 3) and min(shape[2:]) > 4:
+        raise ValueError(
+            f"images have shape {list(shape)}; they must be [n, H, W, C], channels last: pass "
+            "images.transpose(0, 2, 3, 1), and a model that takes such images"
         )
 
 
@@ -488,6 +494,39 @@ def class_weights(weights: Any, classes: int) -> None:
         raise InputError(f"class_weights are in {known[0]:g}..{known[1]:g}; they must be finite and >= 0")
 
 
+def floats(**arrays: chex.Array) -> None:
+    """Refuses anything but arrays of floats.
+
+    Raises:
+      ValueError: names the array.
+
+    Example:
+      >>> floats(images=np.zeros((2, 8, 8, 1), np.uint8))
+      Traceback (most recent call last):
+      ValueError: images have dtype uint8; pass floats in [0, 1]
+    """
+    for name, array in arrays.items():
+        if not jnp.issubdtype(_shape_and_type(array)[1], jnp.floating):
+            raise ValueError(f"{name} have dtype {_shape_and_type(array)[1]}; pass floats in [0, 1]")
+
+
+def fraction(**arrays: chex.Array) -> None:
+    """Refuses anything but numbers in ``[0, 1]``, or arrays of them.
+
+    Raises:
+      ValueError: names the array.
+
+    Example:
+      >>> fraction(confidence=90)
+      Traceback (most recent call last):
+      ValueError: confidence is 90; it must be in [0, 1]
+    """
+    for name, array in arrays.items():
+        known = _range(array) if _is_real(_shape_and_type(array)[1]) else (np.nan, np.nan)
+        if known and not 0 <= known[0] <= known[1] <= 1:  # NaN is not
+            raise ValueError(f"{name} is {shown(array)}; it must be in [0, 1]")
+
+
 def float_logits(**arrays: chex.Array) -> None:
     """Refuses anything but float logits ``[B, K]``, all of one shape.
 
@@ -554,6 +593,8 @@ def _shape_and_type(values: Any) -> tuple[tuple[int, ...], np.dtype]:
             values = np.asarray(None)
         if not _is_real(values.dtype):
             return values.shape, values.dtype
+        if not values.dtype.isnative:
+            raise ValueError(f"an array has the byte order {values.dtype.str!r}; pass array.astype(float)")
     return values.shape, jnp.result_type(values)
 
 

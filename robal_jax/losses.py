@@ -153,6 +153,7 @@ def smoothed_cross_entropy(logits: chex.Array, labels: chex.Array, *, confidence
       [0.837  0.6931]
     """
     checks.logits_and_labels(logits, labels)
+    checks.fraction(confidence=confidence)
     sure = jnp.broadcast_to(jnp.asarray(confidence, logits.dtype), labels.shape)[:, None]
     unsure = (1.0 - sure) / (logits.shape[-1] - 1)
     return optax.losses.softmax_cross_entropy(logits, jnp.where(_is_true(logits, labels), sure, unsure))

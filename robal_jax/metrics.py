@@ -45,6 +45,17 @@ def _classes(name: str, values: ArrayLike, size: int | None = None) -> np.ndarra
     return array
 
 
+def _whole(**numbers: Any) -> None:
+    """Raises if a number is no integer.
+
+    Raises:
+      InputError: names it.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, int | np.integer):
+            raise InputError(f"{name} is {number!r}; pass an integer")
+
+
 def _hits(name: str, values: ArrayLike, size: int | None = None) -> np.ndarray:
     """Returns one boolean per image, ``[n]``, as an array.
 
@@ -116,6 +127,7 @@ def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int
        [0 2]]
     """
     labels = _classes("labels", labels)
+    _whole(num_classes=num_classes)
     pairs = np.stack([labels, _classes("predictions", predictions, len(labels))]).astype(np.int64)
     if pairs.size and (pairs.min() < 0 or pairs.max() >= num_classes):
         raise InputError(
@@ -190,6 +202,7 @@ def class_groups(
       {'all': [0, 1]}
     """
     counts = _counts(class_counts)
+    _whole(head_classes=head_classes, tail_classes=tail_classes)
     if head_classes < 0 or tail_classes < 0:
         raise InputError(f"head_classes is {head_classes}, tail_classes {tail_classes}; use 0 or more")
     order, levels = np.argsort(-counts, kind="stable"), np.unique(counts)[::-1]

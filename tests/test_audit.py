@@ -633,6 +633,23 @@ def test_arrays_are_of_the_sample(measured):
     np.testing.assert_array_equal(honest["rescaled_1"]["right"][:, 0], honest["steps"]["right"][:, main])
 
 
+@pytest.mark.parametrize("size", [BATCH, len(SAMPLE), 2 * len(SAMPLE)])
+def test_images_that_depend_on_their_batch_are_seen(size):
+    """As of batch norm in training mode, even if a batch holds the whole sample."""
+    images, labels, means = data()
+
+    def normalised(params, stats, images):
+        return nearest_mean(params, stats, images - images.mean(0, keepdims=True) + 0.5)
+
+    model = Victim(
+        normalised, {"means": means, "scale": np.float32(5)}, (), images, labels,
+        pixel_max=255, seed=0, batch_size=size, layout="jit",
+    )  # fmt: skip
+    found = plans(model)
+    gap = found["backwards"]()["logits"] - found["forward_0"]()["logits"]
+    assert np.abs(gap).max() > 0.01
+
+
 def test_an_honest_model_is_not_flagged(measured):
     found = judged_model(measured["honest"])
     assert flagged(found) == []

@@ -392,3 +392,20 @@ def test_unknown_precision():
         ValueError, match="unknown precision 'fp8'; use one of default, high, highest, bfloat16"
     ):
         models.functional(models.SmallCNN(), precision="fp8")
+
+
+def test_channels_first_are_refused():
+    with pytest.raises(ValueError, match=r"channels last: pass images\.transpose\(0, 2, 3, 1\)"):
+        checks.channels_last(np.zeros((4, 3, 32, 32)))
+    for shape in ((4, 3, 3, 1), (4, 1, 8, 1), (4, 32, 32, 3), (4, 3, 8, 3)):
+        checks.channels_last(np.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i4", ">f8"])
+def test_the_byte_order_of_another_machine(dtype):
+    if np.dtype(dtype).isnative:
+        dtype = dtype.replace(">", "<")
+    images, labels = np.full((2, 4, 4, 1), 0.5), np.array([0, 1])
+    given = (images.astype(dtype), labels) if "f" in dtype else (images, labels.astype(dtype))
+    with pytest.raises(ValueError, match="byte order"):
+        ThreatModel(0.1).check(*given)

@@ -241,3 +241,8 @@ def test_two_outputs_are_two_files(tmp_path, monkeypatch, other):
     refused(
         "--out and --html are both x; name two files", compare.main, ["a", "b", "--out=x", f"--html={other}"]
     )
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    with pytest.raises(InputError, match="is no name in UTF-8; choose another folder"):
+        claims.check_run(tmp_path / "r\udcfcn")

@@ -410,6 +410,12 @@ class KeywordTrain(nn.Module):
         return nn.Dense(8)(images.reshape(len(images), -1))
 
 
+class FixedBatch(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(8)(images.reshape(64, -1))
+
+
 class NeedsWidth(nn.Module):
     width: int
 
@@ -444,6 +450,7 @@ BACKBONES = {
     "HalfABatch": r"returns float32\[32, 8\] for images",
     "WithoutTrain": f"fails with TypeError: .*takes 2 positional arguments but 3 were given{FEATURES}",
     "KeywordTrain": f"fails with TypeError: .*{FEATURES}",
+    "FixedBatch": "fails with .*cannot reshape|fails with ScopeParamShapeError",
     "NeedsWidth": "needs 'width'; set it in the config file",
     "a_function": f"returns a function{FEATURES}",
 }

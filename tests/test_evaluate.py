@@ -175,7 +175,10 @@ def test_another_head_stands_in_for_the_trained_one(copy):
     folder = evaluation.evaluate(other, copy, folder=copy / "other", say=said.append)
     assert folder == copy / "other"
     meta = json.loads((folder / "results.json").read_text())["meta"]
-    assert (meta["method"], meta["head"]) == ("RoBal-R", "cosine, gamma 0.0, scale 3.0")
+    assert (meta["method"], meta["head"]) == (
+        "RoBal-N, with the inference of RoBal-R",
+        "cosine, gamma 0.0, scale 3.0",
+    )
     job, (weights, _, _) = builder.evaluation(other), state_of(copy)[1]
     images = jnp.asarray(np.float32(job.test.images[:20]) / np.float32(16))
     logits = job.predict(weights["params"], weights["stats"], images) / other.evaluation.logit_scale

@@ -120,6 +120,18 @@ def test_inference_of_another_method_is_taken(run):
         evaluation.evaluate(other, run, folder=run / "results", say=print)
 
 
+def test_a_run_is_not_named_after_a_training_that_it_did_not_have(run):
+    """A method of inference names it; another training does not."""
+    run = read_config(run)
+    for method in ("la_post", "tau_norm"):
+        other = cli.load_config(f"configs/{method}.py:digits_lt")
+        at = cli.load_config("configs/at.py:digits_lt")
+        assert builder.with_inference_of(at, other).method == other.method
+    trades = cli.load_config("configs/trades.py:digits_lt")
+    assert builder.with_inference_of(run, trades).method == f"{run.method}, with the inference of TRADES"
+    assert builder.with_inference_of(run, run).method == run.method
+
+
 def test_inference_for_another_data_set_is_refused(run):
     other = cli.load_config("configs/la_post.py:cifar10_lt")
     message = (
@@ -130,7 +142,7 @@ def test_inference_for_another_data_set_is_refused(run):
     own = read_config(run)
     with own.unlocked():
         own.data.name = "mine:digits"  # for which there are no constants
-    assert builder.with_inference_of(own, other).method == other.method
+    assert builder.with_inference_of(own, other).evaluation.tau_p == other.evaluation.tau_p
 
 
 def shifted(monkeypatch, change):

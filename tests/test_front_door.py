@@ -280,6 +280,8 @@ def test_a_run_predicts_integers_and_floats(run):
     logits = run.logits(images)
     np.testing.assert_array_equal(run.logits(images / np.float32(16)), logits)
     np.testing.assert_allclose(run.logits_fn(images / np.float32(16)), logits, atol=1e-5)
+    with pytest.raises(ValueError, match="images have dtype uint8; pass floats in"):
+        run.logits_fn(images)
     assert isinstance(logits, np.ndarray)
     assert logits.shape == (7, 10)
     for wrong in (images[:, :-1], images[0], images[:0], None, images.repeat(3, -1)):

@@ -168,11 +168,10 @@ def test_a_full_disk(tmp_path, capsys, env):
         _, errors = process.communicate()
         kept = checkpoints.steps(workdir / "checkpoints")
         assert process.returncode == 2
-        (error,) = [
-            line
-            for line in errors.splitlines()
-            if not line.startswith(("train ", "warning: JAX_ENABLE_X64=1"))
-        ]
+        usual = ("train ", "warning: JAX_ENABLE_X64=1")
+        said = [line for line in errors.splitlines() if not line.startswith(usual)]
+        assert len(said) == 1, said
+        (error,) = said
         assert error.startswith(f"error: disk full: a checkpoint in {workdir}/checkpoints takes ")
         assert kept
         assert kept == [5 * (i + 1) for i in range(len(kept))]

@@ -600,3 +600,9 @@ def test_class_weights_out_of_range_are_refused(weight):
     for loss in (losses.cross_entropy, losses.focal, losses.focal_softmax, losses.binary_cross_entropy):
         with pytest.raises(ValueError, match=r"class_weights are in .*; they must be finite and >= 0"):
             loss(Z, Y, class_weights=weights)
+
+
+@pytest.mark.parametrize("confidence", [90, -0.1, np.nan, [0.5, 1.5], "sure"])
+def test_a_confidence_is_a_probability(confidence):
+    with pytest.raises(ValueError, match=r"confidence is .*; it must be in \[0, 1\]"):
+        losses.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1]), confidence=confidence)

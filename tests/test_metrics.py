@@ -555,3 +555,10 @@ def test_metrics_equal_the_released_code(golden, case):
         for key, values in per_class.items():
             sums = 10 * metrics.groups_of_ten(values)
             np.testing.assert_allclose(sums, arrays[f"{case}/g_{key}"], rtol=1e-14)
+
+
+def test_numbers_of_classes_are_integers():
+    with pytest.raises(InputError, match=r"num_classes is 4\.0; pass an integer"):
+        metrics.confusion_matrix([0, 1], [0, 1], 4.0)
+    with pytest.raises(InputError, match=r"head_classes is 0\.5; pass an integer"):
+        metrics.class_groups([90, 20, 10, 1], head_classes=0.5)

@@ -340,9 +340,9 @@ def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_pat
     monkeypatch.setattr(training.loop, "LONG_DISPATCH", 0.0)
     with monkeypatch.context() as patched:
         interrupt(patched, 1, terminate)
-        _, _, said = run(tmp_path, "train.epochs=1")
+        _, _, said = run(tmp_path, "train.epochs=2")
     assert not [line for line in said if "a signal to stop waits" in line]  # the first one compiles
-    _, _, said = run(tmp_path, "train.epochs=1")
+    _, _, said = run(tmp_path, "train.epochs=2")
     assert [line.partition(" take")[0] for line in said if "a signal to stop waits" in line] == ["1 steps"]
 
 

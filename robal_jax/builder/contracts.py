@@ -248,6 +248,8 @@ def check_module(
     params, stats = variables.get("params", {}), variables.get("batch_stats", {})
     if ":" in name:  # the library's modules draw nothing at random
         checked(_program(kind, name, predict, (None, 0), variables, inputs)[1])
+        single = inputs.update(shape=(devices, 1, *inputs.shape[2:]))  # any number of examples will do
+        _program(kind, name, predict, (None, 0), variables, single)
     output = jax.ShapeDtypeStruct((devices, *found.shape), found.dtype)
     if not trained:
         return output

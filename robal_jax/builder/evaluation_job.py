@@ -26,7 +26,8 @@ from robal_jax.storage.workdir import data_digest
 def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     """Returns the config of a run with the inference of another: method, head, logit scale, prior adjustment.
 
-    The protocol of the evaluation (epsilon, steps, seed) stays that of the run.
+    The protocol of the evaluation (epsilon, steps, seed) stays that of the run. The method is that of the
+    other config if both train with the same objective and loss; otherwise the name says both.
 
     Raises:
       InputError: a field of one of the configs cannot be used, or they are for different data sets.
@@ -41,7 +42,9 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
         )
     combined = config.copy_and_resolve_references()
     with combined.unlocked(), combined.ignore_type():  # so that 1.0 may replace 1
-        combined.method = other.method
+        alike = all(config[part].name == other[part].name for part in ("objective", "loss"))
+        named = other.method in (config.method, other.method if alike else None)
+        combined.method = other.method if named else f"{config.method}, with the inference of {other.method}"
         for field in ("head", "logit_scale", "tau_p"):
             combined.evaluation[field] = other.evaluation[field]
     return combined.lock()

@@ -88,7 +88,7 @@ def long_tailed_indices(labels: np.ndarray, counts: np.ndarray, seed: int = 0) -
         if len(positions) < count:
             raise InputError(
                 f"class {label} has {len(positions)} images but the long-tailed set needs {count}; "
-                f"give the full data set or a smaller head"
+                f"give the full data set, or fewer images of the largest class"
             )
         rng.shuffle(positions)
         kept.append(positions[:count])

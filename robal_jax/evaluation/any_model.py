@@ -19,7 +19,7 @@ from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
-from robal_jax.errors import InputError, ReportError, shown
+from robal_jax.errors import InputError, ReportError, shown, user_path
 from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
@@ -135,7 +135,7 @@ def _attacked(
     speak = hosts.speaker(say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
-        kept = pathlib.Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = user_path(str(folder or stack.enter_context(tempfile.TemporaryDirectory())))
         try:
             done = attack_and_report(subject, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete
@@ -143,6 +143,8 @@ def _attacked(
             speak(f"warning: {error}")
         if not done:
             speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
+        elif not folder:
+            speak("no folder was given: the report is not kept")
         return read_run(kept) if done else None
 
 

@@ -292,8 +292,13 @@ def plan_measurements(
     plans: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         name: partial(look, ids) for name in FORWARD_NAMES
     }
-    # The same images in different batches: backwards, and every batch filled up by another image.
-    plans["backwards"] = lambda: {name: x[::-1] for name, x in look(ids[::-1]).items()}
+
+    def backwards() -> dict[str, np.ndarray]:
+        """The same images among others: backwards, and each half by itself."""
+        halves = [look(half) for half in np.array_split(ids[::-1], 2) if len(half)]
+        return {name: np.concatenate([half[name] for half in halves])[::-1] for name in halves[0]}
+
+    plans["backwards"] = backwards
     plans["inference"] = lambda: {
         "calls": np.full(len(ids), gradient_calls(victim.predict, victim.images[:1]))
     }

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import chex
@@ -44,8 +44,13 @@ class Run:
 
     @property
     def logits_fn(self) -> Callable[[chex.Array], chex.Array]:
-        """The model as an attack knows it: images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``."""
-        return partial(self.predict, self.params, self.stats)
+        """The model as an attack knows it: floats ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``."""
+
+        def logits_fn(images: chex.Array) -> chex.Array:
+            checks.floats(images=images)
+            return self.predict(self.params, self.stats, images)
+
+        return logits_fn
 
     @cached_property
     def _compiled(self) -> Callable[..., chex.Array]:

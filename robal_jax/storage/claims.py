@@ -77,9 +77,14 @@ def check_place(folder: pathlib.Path) -> None:
     """Checks that a folder is not inside of one that only another job writes to.
 
     Raises:
-      InputError: it is a checkpoint, or inside of a folder of a run or of an unfinished evaluation.
+      InputError: it is a checkpoint, or inside of a folder of a run or of an unfinished evaluation, or its
+        name is not UTF-8, which Orbax cannot save to.
     """
     place = pathlib.Path(os.path.realpath(folder))
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{os.fsencode(folder)!r} is no name in UTF-8; choose another folder") from error
     for inner, outer in itertools.pairwise((place, *place.parents)):
         of_run = inner.name in (CHECKPOINTS, DAMAGED, TENSORBOARD) and is_run(outer)
         unfinished = inner.name == UNFINISHED and is_evaluation(outer)
