@@ -595,7 +595,8 @@ def _shape_and_type(values: Any) -> tuple[tuple[int, ...], np.dtype]:
             return values.shape, values.dtype
         if not values.dtype.isnative:
             raise ValueError(
-                f"an array has the byte order {values.dtype.str!r}; convert it: array.astype(array.dtype.newbyteorder('='))"
+                f"an array has the byte order {values.dtype.str!r}; "
+                "convert it: array.astype(array.dtype.newbyteorder('='))"
             )
     return values.shape, jnp.result_type(values)
 
