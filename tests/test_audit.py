@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multinomial
 
 from robal_jax import attacks, metrics
 from robal_jax.attacks import NORMS, ThreatModel
@@ -434,10 +435,12 @@ def test_the_p_value_is_that_at_the_likeliest_shares(lost, gained, margin):
     q = np.linspace(1e-9, (1 - margin) / 2 - 1e-9, 200_001)
     rest = images - lost - gained
     best = q[np.argmax(lost * np.log(q + margin) + gained * np.log(q) + rest * np.log(1 - margin - 2 * q))]
-    many = np.random.default_rng(0).multinomial(images, (best + margin, best, 1 - margin - 2 * best), 200_000)
-    expected = np.mean(many[:, 0] - many[:, 1] >= lost - gained)
+    b, c = np.meshgrid(np.arange(images + 1), np.arange(images + 1))
+    b, c = (x[(b - c >= lost - gained) & (b + c <= images)] for x in (b, c))
+    shares = (best + margin, best, 1 - margin - 2 * best)
+    expected = multinomial.pmf(np.stack([b, c, images - b - c], -1), images, shares).sum()
     found = evidence.gap_p_value(evidence.Gap(lost, gained, images), margin)
-    assert found == pytest.approx(expected, abs=6 * np.sqrt(expected * (1 - expected) / 200_000) + 1e-5)
+    assert found == pytest.approx(expected, rel=2e-4)
 
 
 def test_a_gap_beyond_the_margin_is_called_one():
