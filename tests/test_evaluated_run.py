@@ -127,8 +127,10 @@ def test_a_run_is_not_named_after_a_training_that_it_did_not_have(run):
         other = cli.load_config(f"configs/{method}.py:digits_lt")
         at = cli.load_config("configs/at.py:digits_lt")
         assert builder.with_inference_of(at, other).method == other.method
-    trades = cli.load_config("configs/trades.py:digits_lt")
-    assert builder.with_inference_of(run, trades).method == f"{run.method}, with the inference of TRADES"
+    for name in ("trades", "robal_r"):
+        other = cli.load_config(f"configs/{name}.py:digits_lt")
+        found = builder.with_inference_of(run, other).method
+        assert found == f"{run.method}, with the inference of {other.method}"
     assert builder.with_inference_of(run, run).method == run.method
 
 

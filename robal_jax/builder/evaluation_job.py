@@ -42,7 +42,7 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
         )
     combined = config.copy_and_resolve_references()
     with combined.unlocked(), combined.ignore_type():  # so that 1.0 may replace 1
-        alike = all(config[part].name == other[part].name for part in ("objective", "loss"))
+        alike = all(config[part].to_dict() == other[part].to_dict() for part in ("objective", "loss"))
         named = other.method in (config.method, other.method if alike else None)
         combined.method = other.method if named else f"{config.method}, with the inference of {other.method}"
         for field in ("head", "logit_scale", "tau_p"):
