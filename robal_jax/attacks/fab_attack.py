@@ -18,12 +18,7 @@ import jax.numpy as jnp
 
 from robal_jax import checks
 from robal_jax.attacks.margins import ranked_class
-from robal_jax.attacks.threat import (
-    LogitsFn,
-    ThreatModel,
-    check_attack,
-    finite,
-)
+from robal_jax.attacks.threat import LogitsFn, ThreatModel, check_attack, finite
 
 
 def fab(

@@ -23,11 +23,7 @@ import numpy as np
 
 from robal_jax import checks
 from robal_jax.attacks.margins import margin
-from robal_jax.attacks.threat import (
-    LogitsFn,
-    ThreatModel,
-    check_attack,
-)
+from robal_jax.attacks.threat import LogitsFn, ThreatModel, check_attack
 from robal_jax.keys import fold_in, image_keys
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

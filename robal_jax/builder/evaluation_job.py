@@ -42,9 +42,10 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
         )
     combined = config.copy_and_resolve_references()
     with combined.unlocked(), combined.ignore_type():  # so that 1.0 may replace 1
-        alike = all(config[part].to_dict() == other[part].to_dict() for part in ("objective", "loss"))
-        named = other.method in (config.method, other.method if alike else None)
-        combined.method = other.method if named else f"{config.method}, with the inference of {other.method}"
+        combined.method = other.method
+        same = all(config[part].to_dict() == other[part].to_dict() for part in ("objective", "loss"))
+        if not same and other.method != config.method:
+            combined.method = f"{config.method}, with the inference of {other.method}"
         for field in ("head", "logit_scale", "tau_p"):
             combined.evaluation[field] = other.evaluation[field]
     return combined.lock()

@@ -22,7 +22,7 @@ from robal_jax.storage.names import EVALUATION, EXAMPLES, PER_CLASS, RESULTS
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, zipfile.BadZipFile
 )  # fmt: skip
-"""What reading a damaged JSON or .npz file raises."""
+"""Errors of reading a damaged JSON or .npz file."""
 
 FIXED_STEPS, EVERYTHING = "fixed steps", "everything"
 """Which accuracies a check of the audit casts doubt on: those under FGSM, PGD and MIM, or all of them."""

@@ -1,4 +1,4 @@
-"""What a job may write to without a loss of something that is not its own.
+"""Folders that a job may write to: nothing of anybody else is lost there.
 
 A job's folder is new, or it was made by such a job. In any other folder a file with the name of one that the
 job writes is somebody else's, and the job is refused before it starts.
