@@ -46,15 +46,31 @@ def get_config(data: str) -> ConfigDict:
 
     # L-infinity ball around images in [0, 1]: 0.031 and steps of 0.0078, not 8/255 and 2/255 (released code).
     config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
+    # Radius of each class in training: 'constant', 'by_frequency' (RobustLT), 'given', 'cfa' or 'dafa'.
+    config.threat.budget = ConfigDict({"name": "constant"})
+    config.threat.ramp = 0.0  # part of the epochs over which radii rise from 0 (RobustLT: 0.8); 0: none
     config.attack = ConfigDict()  # during training
     config.attack.loss = ConfigDict({"name": "cross_entropy"})  # is maximised, on the head's own logits
     config.attack.steps = 5
     config.attack.step_size = STEP * config.threat.get_oneway_ref("epsilon")  # it follows epsilon
-    config.attack.start = "one_sided"  # released: x + epsilon * U[0, 1); also 'uniform', 'gaussian', 'clean'
+    # 'one_sided' (released: x + epsilon * U[0, 1)), 'uniform', 'uniform_clipped', 'gaussian', 'clean'
+    config.attack.start = "one_sided"
+    config.attack.noise = 1.0  # radius of a uniform start, in epsilons (N-FGSM: 2)
+    config.attack.common_noise = False  # the start's radius is epsilon in all classes (RobustLT)
+    config.attack.reach = 1.0  # radius that the steps may not leave, in epsilons (N-FGSM: 3, never reached)
+    # Batch norm in the attack: 'running' statistics, those of the attacked 'batch', or 'batch_update', which
+    # also moves the running ones in every step of the attack (AWP's and CFA's released code).
+    config.attack.batch_norm = "running"
+    config.attack.alignment = 0.0  # weight of GradAlign's regulariser (0.2 for 8/255 in its paper); 0: none
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     config.optimizer.trainable = ""  # beginning of the trained parameters' names ('classifier'); '': all
+    # Weights at which a step's gradient is taken: 'none' (the weights themselves), or 'awp' (gamma, start).
+    config.perturbation = ConfigDict({"name": "none"})
+    # An average of the weights, kept beside them: 'none', 'ema' (decay; warmup in epochs), 'per_epoch' (CFA:
+    # decay) or 'swa' (start in epochs).
+    config.average = ConfigDict({"name": "none"})
     config.schedule = ConfigDict()
     config.schedule.name = "released"  # applies the decay again in every epoch after a milestone; or 'paper'
     config.schedule.lr = 0.1
@@ -75,6 +91,8 @@ def get_config(data: str) -> ConfigDict:
     config.train.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
     # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
     config.train.augmentation = "crop_flip"
+    config.train.mixing = "none"  # or 'cutmix': boxes of other images of the batch, each label with its share
+    config.train.batch_norm_momentum = 0.1  # weight of a batch in the running statistics
     config.train.reading_threads = 16  # threads that read image files; at most the number of cores
     # Training steps per dispatch to the devices; a signal to stop takes effect after the dispatch.
     config.train.steps_per_dispatch = 20
@@ -98,6 +116,7 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config.seed = 0  # of the attacks' random starts, and of the part that 'examples' takes
     # Test images that are evaluated, as many of each class; 0: all. A larger part holds a smaller one.
     config.examples = 0
+    config.weights = "current"  # or 'average': those of config.average
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = STEP * config.get_oneway_ref("epsilon")
     config.logit_scale = 1.0  # factor of the model's logits

@@ -17,12 +17,16 @@ IMPLEMENTATION = "threefry2x32"
 # Of a run's key, beside the numbers of its steps.
 INITIAL_WEIGHTS = 2**32 - 1
 
+# Of a run's key in a step, beside the positions of its images.
+PARTNERS = 2**32 - 1
+
 # Of an image's key in an attack, beside the numbers of its restarts.
 MODEL_NOISE = 2**32 - 3
 JUDGEMENT = 2**32 - 2
 
 # Of an image's key in a training step. The attack uses the key itself and small numbers.
 MIXING = 2**32 - 1
+ALIGNMENT = 2**32 - 4
 
 
 def key_of(seed: int) -> chex.PRNGKey:

@@ -885,6 +885,31 @@ def deferred(
     return base(logits, labels, class_weights=jnp.where(started, weights, 1.0))
 
 
+def shared(loss: Loss, *, partners: chex.Array, share: chex.Array) -> Loss:
+    """Turns a loss of one label into one of two labels per image, each with its share.
+
+    ``share_b l(z_b, y_b) + (1 - share_b) l(z_b, partner_b)``; for the cross entropy this is the cross entropy
+    to the soft label, and its gradient that of the divergence from the soft label.
+
+    Args:
+      loss: ``l``, any of one label.
+      partners: the second labels ``[B]``.
+      share: of the first ``[B]``, in [0, 1].
+
+    Returns:
+      A loss ``(logits [B, K], labels [B]) -> [B]``.
+
+    Source: Yun et al., CutMix (ICCV 2019); Zhang et al., mixup (ICLR 2018).
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+      >>> both = shared(cross_entropy, partners=jnp.array([1]), share=jnp.array([0.75]))
+      >>> print(jnp.array_str(both(logits, jnp.array([0])) / jnp.log(2.0), precision=3))
+      [1.25]
+    """
+    return lambda logits, labels: share * loss(logits, labels) + (1 - share) * loss(logits, partners)
+
+
 LOSSES: dict[str, Callable[..., chex.Array]] = {
     "cross_entropy": cross_entropy,
     "smoothed_cross_entropy": smoothed_cross_entropy,

@@ -29,15 +29,16 @@ settings, and the order of the moments in its :class:`Outcome`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from robal_jax import attacks, losses, models
 from robal_jax.attacks import Attack, LogitsFn, ThreatModel
-from robal_jax.keys import MIXING, fold_in
+from robal_jax.keys import ALIGNMENT, MIXING, fold_in
 
 
 class Batch(NamedTuple):
@@ -56,22 +57,88 @@ class Batch(NamedTuple):
     epoch: chex.Numeric
 
 
+class Partners(NamedTuple):
+    """The second label of images that are mixed from two.
+
+    Attributes:
+      labels: ``[B]``.
+      share: ``[B]`` in [0, 1], of the image's own label.
+    """
+
+    labels: chex.Array
+    share: chex.Array
+
+
+class Known(NamedTuple):
+    """What a step knows of the images of a batch, and tells the loss and the attack of its objective.
+
+    Attributes:
+      radii: ``[B]``, of the images' attacks; None for the threat model's.
+      partners: of images that are mixed from two; None for images as they are.
+      adversarial: ``[B, H, W, C]``, found before by the attack; None if it is still to run.
+    """
+
+    radii: chex.Array | None = None
+    partners: Partners | None = None
+    adversarial: chex.Array | None = None
+
+
+NOTHING_KNOWN = Known()
+
+
+class Attacked(NamedTuple):
+    """What an objective's attack found.
+
+    Attributes:
+      images: ``[B, H, W, C]``.
+      logits: ``[B, K]`` of these images in the training pass; None if there is no such pass.
+    """
+
+    images: chex.Array
+    logits: chex.Array | None
+
+
 class Outcome(NamedTuple):
     """Results of an objective besides its loss.
 
     Attributes:
       moments: of the training passes (batch norm's and the head's), in the order in which they are applied.
       metrics: named scalars, means over the batch.
+      attacked: what the attack found. If it is None, perturbed weights (AWP) are attacked anew.
+      attack_moments: of passes of the attack that move the running statistics, before ``moments``.
     """
 
     moments: tuple[chex.ArrayTree, ...]
     metrics: dict[str, chex.Array]
+    attacked: Attacked | None = None
+    attack_moments: tuple[chex.ArrayTree, ...] = ()
 
 
 Objective = Callable[[models.Model, chex.ArrayTree, chex.ArrayTree, Batch], tuple[chex.Array, Outcome]]
 
-# Order of the training passes: as in the released code, or each distinct pass once.
 BATCH_NORM_ORDERS = ("released", "each_pass_once")
+"""Order of the training passes: as in the released code, or each distinct pass once. Objectives with the
+passes nat and adv also take a list, such as 'adv,nat,nat'."""
+
+
+def in_order(
+    order: str, released: tuple[str, ...], moments: dict[str, chex.ArrayTree]
+) -> tuple[chex.ArrayTree, ...]:
+    """Returns moments in the order of ``BATCH_NORM_ORDERS``.
+
+    Args:
+      order: one of them, or a list of passes.
+      released: passes in the released order.
+      moments: of each pass, in the order of 'each_pass_once'.
+    """
+    if order == "each_pass_once":
+        return tuple(moments.values())
+    return tuple(moments[name] for name in (released if order == "released" else order.split(",")))
+
+
+# Batch norm in the attack: running statistics; those of the attacked batch; these, and every image at which a
+# gradient is taken moves the running ones; the same for the attack's result.
+ATTACK_MODES = ("running", "batch", "batch_update", "batch_update_end")
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
@@ -132,7 +199,8 @@ def pgd_at(
     adversarial = adversarial_images(attack, model, params, stats, batch)
     logits, moments = model.train(params, stats, adversarial)
     metrics = {"adv_accuracy": accuracy(logits, batch.labels)}
-    return loss(logits, batch.labels).mean(), Outcome((moments,), metrics)
+    value = loss(logits, batch.labels).mean()
+    return value, Outcome((moments,), metrics, Attacked(adversarial, logits))
 
 
 def kl_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
@@ -201,8 +269,8 @@ def regularised(
       beta_adv: weight of the adversarial term.
       beta_nat: weight of the natural cross entropy.
       beta_reg: weight of the regulariser.
-      batch_norm_order: 'released': adv, nat, and then the regulariser's passes; 'each_pass_once': adv, nat.
-        Both compute two passes.
+      batch_norm_order: 'released': adv, nat, and then the regulariser's passes; 'each_pass_once': adv, nat;
+        or a list. All compute two passes.
 
     Returns:
       The loss, and the moments in that order.
@@ -217,10 +285,10 @@ def regularised(
     nat_loss = losses.cross_entropy(nat, batch.labels).mean()
     distance = function(nat, adv, axis_name=axis_name)
     value = beta_adv * adv_loss + beta_nat * nat_loss + beta_reg * distance
-    passes = ("adv", "nat", *(more_passes if batch_norm_order == "released" else ()))
-    moments = {"adv": moments_adv, "nat": moments_nat}
+    once = {"adv": moments_adv, "nat": moments_nat}
+    moments = in_order(batch_norm_order, ("adv", "nat", *more_passes), once)
     metrics = {**_accuracies(nat, adv, batch), "adv_loss": adv_loss, "regulariser": distance}
-    return value, Outcome(tuple(moments[name] for name in passes), metrics)
+    return value, Outcome(moments, metrics, Attacked(adversarial, adv))
 
 
 def _accuracies(nat: chex.Array, adv: chex.Array, batch: Batch) -> dict[str, chex.Array]:
@@ -247,7 +315,8 @@ def trades(
 
     Args:
       beta: weight of the divergence.
-      batch_norm_order: 'released': nat, adv, nat; 'each_pass_once': nat, adv.
+      batch_norm_order: 'released': nat, adv, nat; 'each_pass_once': nat, adv; or a list: 'adv,nat,nat' is
+        that of the released TRADES-AWP.
 
     Returns:
       The loss, and the moments in that order.
@@ -261,9 +330,10 @@ def trades(
     adv, moments_adv = model.train(params, stats, adversarial)
     divergence = losses.kl_divergence(nat, adv).mean()
     value = loss(nat, batch.labels).mean() + beta * divergence
-    once = (moments_nat, moments_adv)
-    moments = (*once, moments_nat) if batch_norm_order == "released" else once
-    return value, Outcome(moments, {**_accuracies(nat, adv, batch), "regulariser": divergence})
+    once = {"nat": moments_nat, "adv": moments_adv}
+    moments = in_order(batch_norm_order, ("nat", "adv", "nat"), once)
+    metrics = {**_accuracies(nat, adv, batch), "regulariser": divergence}
+    return value, Outcome(moments, metrics, Attacked(adversarial, adv))
 
 
 def mart(
@@ -296,7 +366,7 @@ def mart(
     divergence = (losses.kl_divergence(nat, adv) * missed).mean()
     value = losses.boosted_cross_entropy(adv, batch.labels).mean() + beta * divergence
     metrics = {**_accuracies(nat, adv, batch), "regulariser": divergence}
-    return value, Outcome((moments_nat, moments_adv), metrics)
+    return value, Outcome((moments_nat, moments_adv), metrics, Attacked(adversarial, adv))
 
 
 def mixing_weights(keys: chex.PRNGKey, dtype: chex.ArrayDType) -> chex.Array:
@@ -338,7 +408,8 @@ def avmixup(
     confidence = alpha * nat_confidence + (1 - alpha) * vertex_confidence
     logits, moments = model.train(params, stats, mixed)
     value = losses.smoothed_cross_entropy(logits, batch.labels, confidence=confidence).mean()
-    return value, Outcome((moments,), {"mixed_accuracy": accuracy(logits, batch.labels)})
+    metrics = {"mixed_accuracy": accuracy(logits, batch.labels)}
+    return value, Outcome((moments,), metrics, Attacked(adversarial, None))
 
 
 def mma(
@@ -389,6 +460,117 @@ def mma(
     value = nat_weight * loss(nat, labels).mean() + (1 - nat_weight) * near_loss
     metrics = {"nat_accuracy": accuracy(nat, labels), "margin": length.mean()}
     return value, Outcome((moments_near, moments_nat), metrics)
+
+
+def known(adversarial: chex.Array, *_: Any, **__: Any) -> chex.Array:
+    """Returns images that an attack found before, in its place."""
+    return adversarial
+
+
+def attacked_by_batch_statistics(
+    model: models.Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    objective: Callable[..., tuple[chex.Array, Outcome]],
+    **late: Any,
+) -> tuple[chex.Array, Outcome]:
+    """Lets an objective attack the model with the statistics of the attacked batch, which move nothing.
+
+    The images of a batch are then coupled: what is found for one depends on the others.
+
+    Args:
+      objective: any; its attack sees training passes in place of the running statistics.
+      **late: its keyword arguments.
+
+    Source: the released code of RobustLT, and of Wang et al. (ICML 2023).
+    """
+
+    def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
+        return model.train(params, stats, images)[0]
+
+    return objective(model._replace(predict=predict), params, stats, batch, **late)
+
+
+def attack_moves_statistics(
+    model: models.Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    objective: Callable[..., tuple[chex.Array, Outcome]],
+    attack: partial,
+    end: bool = False,
+    **late: Any,
+) -> tuple[chex.Array, Outcome]:
+    """Lets an objective's attack make training passes, each of which moves the running statistics.
+
+    Args:
+      objective: one whose attack maximises the attack's own loss.
+      attack: ``attacks.pgd`` with its keyword arguments bound, or :func:`known`. Every image at which it
+        takes a gradient is a pass.
+      end: whether the attack's result is one, too, besides the objective's own.
+      **late: the objective's other keyword arguments.
+
+    Returns:
+      The loss, and the objective's outcome with the moments of the attack's passes.
+
+    Source: the released code of AWP around adversarial training, and of CFA.
+    """
+    if attack.func is known:
+        return objective(model, params, stats, batch, attack=attack, **late)
+    fixed = jax.lax.stop_gradient((params, stats))
+    path = attacks.pgd_iterates(
+        lambda images: model.train(*fixed, images)[0], batch.keys, batch.images, batch.labels,
+        **attack.keywords,
+    )  # fmt: skip
+    value, outcome = objective(model, params, stats, batch, attack=partial(known, path[-1]), **late)
+    shown = path if end else path[:-1]
+    stacked = jax.lax.map(lambda images: model.train(*fixed, images)[1], shown)
+    passes = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(shown)))
+    return value, outcome._replace(attack_moments=passes)
+
+
+def aligned_gradients(
+    model: models.Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    objective: Callable[..., tuple[chex.Array, Outcome]],
+    weight: float,
+    threat: ThreatModel,
+    **late: Any,
+) -> tuple[chex.Array, Outcome]:
+    """GradAlign: adds how far the gradients at an image and at a random point of its ball are apart.
+
+    ``weight * mean [1 - cos(grad_x CE(z(x), y), grad_x CE(z(x + u), y))]``, ``u ~ U(-epsilon, epsilon)``
+
+    It keeps single-step adversarial training from overfitting to its own attack. The passes are training
+    passes, which do not move the running statistics.
+
+    Args:
+      objective: any.
+      weight: > 0; 0.2 for epsilon 8/255 on CIFAR-10 in the paper.
+      threat: its epsilon holds for all images.
+      **late: the objective's keyword arguments.
+
+    Source: Andriushchenko and Flammarion (NeurIPS 2020), equation 5.
+    """
+
+    def total(images: chex.Array) -> chex.Array:
+        return losses.cross_entropy(model.train(params, stats, images)[0], batch.labels).sum()
+
+    draw = partial(jax.random.uniform, shape=batch.images.shape[1:], dtype=batch.images.dtype)
+    noise = jax.vmap(lambda key: draw(key, minval=-1.0, maxval=1.0))(fold_in(batch.keys, ALIGNMENT))
+    here, there = (
+        jax.grad(total)(x).reshape(len(noise), -1)
+        for x in (batch.images, batch.images + threat.epsilon * noise)
+    )
+    apart = (1 - optax.losses.cosine_similarity(here, there, epsilon=1e-12)).mean()
+    value, outcome = objective(model, params, stats, batch, **late)
+    return value + weight * apart, outcome._replace(metrics={**outcome.metrics, "misalignment": apart})
 
 
 OBJECTIVES: dict[str, Callable[..., tuple[chex.Array, Outcome]]] = {

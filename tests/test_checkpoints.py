@@ -4,6 +4,7 @@ import errno
 import json
 import pathlib
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from helpers import empty, flip_a_bit, lose, truncate, zero
 
 from robal_jax import optimizers
+from robal_jax.averages import chosen
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
 from robal_jax.training import TrainState
@@ -85,7 +87,7 @@ def test_parts_are_left_out_only_if_that_is_asked_for(tmp_path):
     state = tree(3)
     ((path, sha256),) = save(tmp_path, state)
     like = {"params": tree(0).params, "stats": tree(0).stats}
-    found, read = checkpoints.restore(path, like, partial=True)
+    found, read = checkpoints.restore(path, like, part=partial(chosen, which="current"))
     assert read == sha256
     np.testing.assert_array_equal(found["params"]["layer"]["weight"], state.params["layer"]["weight"])
     with pytest.raises(InputError, match=r"different model: .* where the config's model has nothing"):

@@ -14,6 +14,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from robal_jax import builder, cli, evaluation, training
+from robal_jax.averages import chosen
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints, config_file
 from robal_jax.storage.lock import alone_in
@@ -308,7 +309,7 @@ def test_a_run_where_a_checkpoint_is_meant(stored):
     for path in (stored, stored / "checkpoints"):
         message = r"run\S* is not a checkpoint but holds checkpoints; give one, such as \S+run/checkpoints/5$"
         refused(message, restore_weights, stored, path, like, print)
-        refused(message, checkpoints.restore, path, like, partial=True)
+        refused(message, checkpoints.restore, path, like, part=functools.partial(chosen, which="current"))
     refused(message, script("evaluate"), f"--checkpoint={stored}", "--autoattack=none", "--audit=0")
     refused(r"checkpoint but holds", checkpoints.read_latest, stored / "checkpoints")
 

@@ -97,14 +97,14 @@ def test_a_field_added_later_is_a_different_run_with_another_value(stored, added
 
 
 def test_a_field_of_a_section_that_a_run_lacks_is_left_out(stored, monkeypatch):
-    monkeypatch.setitem(config_file.NEUTRAL, "average.decay", 0.0)
-    assert "average" not in config_file.read_config(stored)
+    monkeypatch.setitem(config_file.NEUTRAL, "distillation.weight", 0.0)
+    assert "distillation" not in config_file.read_config(stored)
 
 
 def test_an_interrupted_evaluation_survives_a_field_added_later(stored, monkeypatch):
-    monkeypatch.setitem(config_file.NEUTRAL, "evaluation.weights", "last")
+    monkeypatch.setitem(config_file.NEUTRAL, "evaluation.views", 1)
     new = config_file.read_config(stored)
-    assert new.evaluation.weights == "last"
+    assert new.evaluation.views == 1
     fields = json.loads((stored / "config.json").read_text())
     assert config_file.evaluation_fields(new.to_dict()) == config_file.evaluation_fields(fields)
 

@@ -61,7 +61,7 @@ from robal_jax.attacks.margins import (
     targeted_dlr,
     targeted_margin,
 )
-from robal_jax.attacks.projected_gradient import loss_gradient, pgd, pgd_path, scaled
+from robal_jax.attacks.projected_gradient import loss_gradient, pgd, pgd_iterates, pgd_path, scaled
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
     NORMS,
@@ -75,6 +75,8 @@ from robal_jax.attacks.threat import (
     gaussian_start,
     like_images,
     one_sided_start,
+    scaled_start,
+    start_within,
     starting_points,
     uniform_start,
 )
@@ -100,11 +102,14 @@ __all__ = [
     "of_class",
     "one_sided_start",
     "pgd",
+    "pgd_iterates",
     "pgd_path",
     "ranked_class",
     "scaled",
+    "scaled_start",
     "shortest_adversarial",
     "square",
+    "start_within",
     "starting_points",
     "targeted_apgd",
     "targeted_dlr",

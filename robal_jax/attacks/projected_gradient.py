@@ -8,6 +8,7 @@ in each of its steps, which AutoPGD takes too.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -97,6 +98,51 @@ def pgd(
     more = jax.vmap(lambda restart: fold_in(keys, restart))(jnp.arange(1, restarts))
     judge = partial(mean_logits, logits_fn, fold_in(keys, JUDGEMENT), eot)
     return best_found(run, jnp.concatenate([keys[None], more]), judge, loss, images, labels)
+
+
+def pgd_iterates(
+    logits_fn: LogitsFn,
+    key: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    start: Start = uniform_start,
+    **settings: Any,
+) -> chex.Array:
+    """All points of :func:`pgd` with one start: where it starts, and where it is after each step.
+
+    Args:
+      logits_fn: the model.
+      key: one key, or one per image ``[B]``.
+      images: ``[B, H, W, C]`` within the threat model's bounds.
+      labels: ``[B]``.
+      threat: allowed images.
+      steps: number of gradient steps, at least 1.
+      start: draws the starting points.
+      **settings: ``step_size``, ``loss`` and ``momentum``, see :func:`pgd_path`.
+
+    Returns:
+      ``[steps + 1, B, H, W, C]``; the gradients are taken at all but the last.
+
+    Example:
+      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))
+      >>> images, labels = jnp.array([0.45, 0.2]).reshape(2, 1, 1, 1), jnp.array([0, 0])
+      >>> points = pgd_iterates(logits_fn, jax.random.key(0), images, labels, threat=ThreatModel(0.1),
+      ...                       steps=2, step_size=0.05, start=lambda key, image, threat: image)
+      >>> print(jnp.array_str(points.reshape(3, 2), precision=3))
+      [[0.45 0.2 ]
+       [0.5  0.25]
+       [0.55 0.3 ]]
+    """
+    check_attack(threat, images, labels)
+    checks.at_least(1, steps=steps)
+    first = starting_points(start, key, images, threat)
+    path = pgd_path(
+        logits_fn, first, images, labels, threat=threat, steps=tuple(range(1, steps + 1)), **settings
+    )
+    return jnp.concatenate([first[None], path])
 
 
 def pgd_path(

@@ -69,6 +69,10 @@ class ThreatModel:
             if not isinstance(value, jax.core.Tracer) and type(value) not in (int, float):
                 object.__setattr__(self, field, float(value))
 
+    def scaled(self, factor: chex.Numeric) -> "ThreatModel":
+        """Multiplies the radius by a factor > 0, or by one factor per image ``[B]``."""
+        return dataclasses.replace(self, epsilon=factor * self.epsilon)
+
     def check(self, images: chex.Array, labels: chex.Array) -> None:
         """Refuses images and labels that cannot be attacked, and a radius in another unit than the images.
 
@@ -276,9 +280,47 @@ def gaussian_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) ->
     return image + 0.001 * jax.random.normal(key, image.shape, image.dtype)
 
 
+def clipped_uniform_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:
+    """Starts as :func:`uniform_start` does, with pixels clipped to the bounds.
+
+    Source: the released code of AWP, RobustLT and Wang et al. (ICML 2023).
+
+    Example:
+      >>> start = clipped_uniform_start(jax.random.key(0), jnp.zeros((100, 100)), ThreatModel(0.1))
+      >>> print(f"{start.min():.2f} to {start.max():.2f}")
+      0.00 to 0.10
+    """
+    return jnp.clip(uniform_start(key, image, threat), threat.lower, threat.upper)
+
+
+def start_within(start: Start, radius: float) -> Start:
+    """Makes a start in the ball of one radius, whatever the threat model's is.
+
+    Example:
+      >>> start = start_within(uniform_start, 0.2)
+      >>> noise = start(jax.random.key(0), jnp.zeros((100, 100)), ThreatModel(0.1))
+      >>> print(f"{noise.min():.2f} to {noise.max():.2f}")
+      -0.20 to 0.20
+    """
+    return lambda key, image, threat: start(key, image, dataclasses.replace(threat, epsilon=radius))
+
+
+def scaled_start(start: Start, factor: float) -> Start:
+    """Makes a start in a ball that is larger or smaller than the threat model's by a factor > 0.
+
+    Example:
+      >>> start = scaled_start(uniform_start, 0.5)
+      >>> noise = start(jax.random.key(0), jnp.zeros((100, 100)), ThreatModel(0.1))
+      >>> print(f"{noise.min():.2f} to {noise.max():.2f}")
+      -0.05 to 0.05
+    """
+    return lambda key, image, threat: start(key, image, threat.scaled(factor))
+
+
 STARTS: dict[str, Start] = {
     "clean": clean_start,
     "uniform": uniform_start,
+    "uniform_clipped": clipped_uniform_start,
     "one_sided": one_sided_start,
     "gaussian": gaussian_start,
 }

@@ -1,7 +1,8 @@
 """From a config to plain functions and values: the only folder that reads config fields.
 
 - ``training_job``, ``evaluation_job``: all that a training or an evaluation needs, built and checked
-- ``parts``: data set, model, objective with its attack and losses, optimizer, augmentation
+- ``parts``: data set, model, optimizer, average and perturbation of the weights, budget, augmentation
+- ``minimised``: the objective with its attack and losses
 - ``instantiate``: the function that a section names, with its arguments bound
 - ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``ranges``: which fields a config must have, and which values are allowed
@@ -32,7 +33,8 @@ in its section::
 
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.parts import dataset, model, objective, optimizer
+from robal_jax.builder.minimised import objective
+from robal_jax.builder.parts import average, budget, dataset, model, optimizer, perturbation
 from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, check, training
 
@@ -40,6 +42,8 @@ __all__ = [
     "RANGES",
     "Evaluation",
     "Training",
+    "average",
+    "budget",
     "call",
     "check",
     "dataset",
@@ -49,6 +53,7 @@ __all__ = [
     "model",
     "objective",
     "optimizer",
+    "perturbation",
     "training",
     "validate",
     "with_inference_of",

@@ -35,6 +35,8 @@ CONTRACTS = {
     "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch",
+    "perturbation": "return a function of (params, gradients, epoch) that returns params",
+    "average": "return a robal_jax.averages.Average",
     "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
 }
 """The contract of each kind of function, in words that continue 'it must'."""
@@ -325,7 +327,7 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
     _, found = _program("objective", name, functools.partial(objective, model), axes, *variables, batch)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], objectives.Outcome)):
         raise broken("objective", name, f"returns {described(found)}")
-    loss, (moments, metrics) = found
+    loss, (moments, metrics, *_) = found
     if not is_float(loss, ()):
         raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar,")
     if not has_gradient("objective", name, lambda *args: objective(model, *args)[0], axes, *variables, batch):

@@ -75,6 +75,7 @@ class Evaluation:
       test: the images, and the class counts of the training set.
       ids: numbers of the images in the whole test set, ascending.
       variables: shapes of ``params`` and ``stats``, the parts of a checkpoint that the model needs.
+      weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
       predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
       features: ``(params, stats, images) -> [B, D]``, the input of the head; None if it is not known.
       threat: what the attacks may do.
@@ -94,6 +95,7 @@ class Evaluation:
     test: TestSet
     ids: np.ndarray
     variables: dict[str, Any]
+    weights: str
     predict: Callable[..., Any]
     features: Callable[..., Any] | None
     threat: ThreatModel
@@ -142,6 +144,7 @@ def evaluation(config: ConfigDict) -> Evaluation:
         test=test,
         ids=ids,
         variables=variables,
+        weights=settings.weights,
         predict=predict,
         features=network.features,
         threat=threat,

@@ -9,15 +9,17 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import attacks, classifiers, losses, models, objectives, optimizers
-from robal_jax.attacks import STARTS, ThreatModel
+from robal_jax import budgets, classifiers, models, optimizers
+from robal_jax.averages import AVERAGES, Average
+from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts
-from robal_jax.builder.contracts import calling, takes
+from robal_jax.builder.contracts import calling
 from robal_jax.builder.instantiate import call
 from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, inspection, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
+from robal_jax.perturbations import PERTURBATIONS, Perturbation
 
 
 def dataset(config: ConfigDict) -> Dataset:
@@ -87,56 +89,6 @@ def model(
     return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
 
 
-def objective(
-    config: ConfigDict, class_counts: np.ndarray, axis_name: str | None = None
-) -> objectives.Objective:
-    """Builds the function that a step minimises, with its attack and loss bound."""
-    threat = ThreatModel(config.threat.epsilon, config.threat.norm)
-    given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
-    loss = call("loss", losses.LOSSES, config.loss, **given)
-    inner_loss = call("loss", losses.LOSSES, config.attack.loss, **given)
-    attack = functools.partial(
-        attacks.pgd,
-        threat=threat,
-        steps=config.attack.steps,
-        step_size=config.attack.step_size,
-        start=STARTS[config.attack.start],
-        loss=inner_loss,
-    )
-    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
-    _check_parts(config, loss, inner_loss, function)
-    for section, bound in ((config.loss, loss), (config.attack.loss, inner_loss)):
-        contracts.check_loss(section, bound, len(class_counts))
-    if not takes(loss, "epoch"):
-        return function
-    return lambda model, params, stats, batch: function(
-        model, params, stats, batch, loss=functools.partial(loss, epoch=batch.epoch)
-    )
-
-
-def _check_parts(
-    config: ConfigDict, loss: functools.partial, inner_loss: functools.partial, function: functools.partial
-) -> None:
-    """Raises an ``InputError`` if the losses, the attack and the objective do not fit together."""
-    if not takes(function, "loss") and config.loss.name != "cross_entropy":
-        raise InputError(
-            f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
-            f"{config.loss.name!r}; set config.loss to cross_entropy"
-        )
-    base = loss.keywords.get("base")  # of a deferred loss
-    if base and loss.keywords.get("reweight", True) and not takes(base, "class_weights"):
-        raise InputError(
-            f"config.loss.base {config.loss.base.name!r} takes no class weights; "
-            "set config.loss.reweight=False"
-        )
-    if takes(inner_loss, "epoch"):
-        raise InputError("config.attack.loss depends on the epoch; use such a loss as config.loss only")
-    if config.threat.norm == "l2" and config.attack.start == "one_sided":
-        raise InputError(
-            "config.attack.start 'one_sided' is for norm linf; for l2 use 'uniform' or 'gaussian'"
-        )
-
-
 def optimizer(
     config: ConfigDict, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -149,6 +101,41 @@ def optimizer(
     make = call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
     with calling("optimizer", config.optimizer.name):
         return make(), schedule
+
+
+def perturbation(config: ConfigDict) -> Perturbation | None:
+    """Builds the perturbation of the weights; None for none."""
+    make = call("perturbation", PERTURBATIONS, config.perturbation)
+    with calling("perturbation", config.perturbation.name):
+        return make()
+
+
+def average(config: ConfigDict, steps_per_epoch: int) -> Average:
+    """Builds the average of the weights.
+
+    Raises:
+      InputError: an evaluation asks for an average, and there is none.
+    """
+    if config.evaluation.weights == "average" and config.average.name == "none":
+        raise InputError(
+            "config.evaluation.weights is 'average', but config.average.name is 'none'; choose an average"
+        )
+    make = call("average", AVERAGES, config.average, steps_per_epoch=steps_per_epoch)
+    with calling("average", config.average.name):
+        return make()
+
+
+def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:
+    """Builds the radii by class of a training; None if all classes have epsilon from the first epoch on."""
+    section, ramp, epsilon = config.threat.budget, config.threat.ramp, config.threat.epsilon
+    if section.name == "constant" and not ramp:
+        return None
+    given = {"class_counts": class_counts, "epsilon": epsilon}
+    make = call("budget", BUDGETS | LEARNED, section, **given)
+    with calling("budget", section.name):
+        made = make()
+        found = made if isinstance(made, Budget) else budgets.fixed(made)
+    return budgets.ramped(found, epochs=config.train.epochs, beta=ramp) if ramp else found
 
 
 def augmentation(name: str, data: Dataset) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import checks, classifiers, models, objectives
+from robal_jax import averages, checks, classifiers, models, objectives
 from robal_jax.attacks import NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, SAMPLERS
@@ -27,6 +27,8 @@ POSITIVE: Rule = ("> 0", lambda value: value > 0)
 NOT_NEGATIVE: Rule = (">= 0", lambda value: value >= 0)
 
 BELOW_ONE: Rule = ("in [0, 1)", lambda value: 0 <= value < 1)
+
+SHARE: Rule = ("in [0, 1]", lambda value: 0 <= value <= 1)
 
 FACTOR: Rule = (
     f"in {checks.SMALLEST:g}..{checks.LARGEST:g}",
@@ -69,6 +71,7 @@ _POSITIVE_FIELDS = (
     "train.accumulation_steps", "train.checkpoint_epochs", "train.keep_checkpoints",
     "evaluation.batch_size", "evaluation.epsilon",
     "evaluation.step_size", "objective.max_epsilon", "objective.search_steps",
+    "attack.noise", "attack.reach", "perturbation.gamma",
 )  # fmt: skip
 
 _FACTOR_FIELDS = (
@@ -78,7 +81,7 @@ _FACTOR_FIELDS = (
 
 _NOT_NEGATIVE_FIELDS = (
     "schedule.warmup", "train.max_steps", "evaluation.audit.examples", "evaluation.examples",
-    "optimizer.clip_norm", "optimizer.weight_decay",
+    "optimizer.clip_norm", "optimizer.weight_decay", "attack.alignment",
 )  # fmt: skip
 
 RANGES: dict[str, Rule] = {
@@ -87,12 +90,21 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
     "optimizer.momentum": BELOW_ONE,
+    "average.decay": BELOW_ONE,
+    "threat.ramp": SHARE,
+    "train.batch_norm_momentum": SHARE,
+    "train.mixing": _one_of(("none", "cutmix")),
+    "attack.batch_norm": _one_of(objectives.ATTACK_MODES),
+    "evaluation.weights": _one_of(averages.WEIGHTS),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
     "attack.start": _one_of(STARTS),
     "head.bias": _one_of(classifiers.BIASES),
-    "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
+    "objective.batch_norm_order": (
+        f"one of {', '.join(objectives.BATCH_NORM_ORDERS)}, or a list of nat and adv",
+        lambda value: value in objectives.BATCH_NORM_ORDERS or set(value.split(",")) <= {"nat", "adv"},
+    ),
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
     "train.augmentation": _one_of(AUGMENTATIONS),
@@ -107,6 +119,8 @@ _TEXTS = (
     "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
     "train.start_from", "train.augmentation", "train.layout", "train.precision", "evaluation.head.name",
     "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
+    "threat.budget.name", "attack.batch_norm", "perturbation.name", "average.name", "train.mixing",
+    "evaluation.weights",
 )  # fmt: skip
 
 _INTEGERS = (
@@ -119,7 +133,8 @@ _INTEGERS = (
 
 _NUMBERS = (
     "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
-    "evaluation.logit_scale", "evaluation.tau_p",
+    "evaluation.logit_scale", "evaluation.tau_p", "threat.ramp", "attack.noise", "attack.reach",
+    "attack.alignment", "train.batch_norm_momentum",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {
@@ -127,7 +142,7 @@ REQUIRED: dict[str, Rule] = {
     **dict.fromkeys(("seed", "evaluation.seed"), INTEGER),
     **dict.fromkeys(_INTEGERS, IN_32_BITS),
     **dict.fromkeys(_NUMBERS, NUMBER),
-    "train.sync_batch_norm": BOOLEAN,
+    **dict.fromkeys(("train.sync_batch_norm", "attack.common_noise"), BOOLEAN),
 }
 """Types of the fields that every config has."""
 

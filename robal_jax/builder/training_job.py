@@ -12,13 +12,17 @@ from ml_collections import ConfigDict
 
 from robal_jax import metrics, models, objectives
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.averages import Average
+from robal_jax.budgets import Budget
 from robal_jax.builder import contracts
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.parts import augmentation, dataset, model, objective, optimizer
+from robal_jax.builder.minimised import objective
+from robal_jax.builder.parts import augmentation, average, budget, dataset, model, optimizer, perturbation
 from robal_jax.builder.ranges import validate
 from robal_jax.data import Dataset, epoch_order, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
+from robal_jax.perturbations import Perturbation
 
 
 class Settings(NamedTuple):
@@ -43,6 +47,9 @@ class Training:
       model: the network.
       objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
+      perturbation: of the weights at which the gradient is taken; None for none.
+      average: of the weights.
+      budget: radii by class; None for one radius.
       schedule: ``step -> learning rate``.
       seed: of everything random.
       settings: how the loop runs.
@@ -57,6 +64,9 @@ class Training:
     model: models.Model
     objective: objectives.Objective
     optimizer: optax.GradientTransformation
+    perturbation: Perturbation | None
+    average: Average
+    budget: Budget | None
     schedule: optax.Schedule
     seed: int
     settings: Settings
@@ -112,6 +122,9 @@ def training(config: ConfigDict) -> Training:
         model=network,
         objective=minimised,
         optimizer=optimise,
+        perturbation=perturbation(config),
+        average=average(config, steps_per_epoch),
+        budget=budget(config, counts),
         schedule=schedule,
         seed=config.seed,
         settings=_settings(train, steps_per_epoch),

@@ -97,6 +97,7 @@ def evaluate_model(
         test=test,
         ids=np.arange(len(labels)),
         variables={},
+        weights="current",
         predict=predict,
         features=None,
         threat=threat,

@@ -93,7 +93,7 @@ def evaluate(
         check_same_data(job.data_sha256, workdir, say)
         for line in job.test.notes:
             say(line)
-        weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say)
+        weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say, job.weights)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
         surrogate = _surrogate(config, job, sha256, say)
@@ -248,7 +248,7 @@ def _surrogate(
     other = builder.evaluation(builder.with_part_of(read_config(workdir), config))
     if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
-    restored = restore_weights(workdir, None, other.variables, say)
+    restored = restore_weights(workdir, None, other.variables, say, other.weights)
     if restored.sha256 == sha256:
         raise InputError(SAME_MODEL)
     return as_victim(other, restored.tree)

@@ -95,6 +95,6 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | No
     job = builder.evaluation(config)
     check_same_data(job.data_sha256, workdir, print)
     chosen = None if checkpoint is None else pathlib.Path(checkpoint)
-    weights, path, sha256 = restore_weights(workdir, chosen, job.variables, print)
+    weights, path, sha256 = restore_weights(workdir, chosen, job.variables, print, job.weights)
     fields = json.loads(to_json(config))
     return Run(weights["params"], weights["stats"], fields, path, sha256, job.test, job.predict)

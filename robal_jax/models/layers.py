@@ -98,7 +98,9 @@ FOLDS = {
 """Factors ``(a, b)`` of a moment's update of a running value, ``r <- a r + b m``, by variable name."""
 
 
-def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]) -> chex.ArrayTree:
+def update_statistics(
+    stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...], momentum: chex.Numeric | None = None
+) -> chex.ArrayTree:
     """Running statistics after several training passes, in their order.
 
     ``r <- a r + b m`` for each ``m`` in ``moments``; ``(a, b)`` is (0.9, 0.1) for batch norm, see ``FOLDS``;
@@ -109,6 +111,7 @@ def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]
       moments: values ``m`` that each training pass left: batch means, unbiased variances and the state of a
         head. The same pass may occur more than once: the released RoBal step runs four passes, of which only
         two are distinct.
+      momentum: weight of each moment of batch norm in place of 0.1, in [0, 1]; may be traced.
 
     Returns:
       The new running statistics.
@@ -127,6 +130,8 @@ def update_statistics(stats: chex.ArrayTree, moments: tuple[chex.ArrayTree, ...]
     def fold(path: tuple[jax.tree_util.DictKey, ...], r: chex.Array, m: chex.Array) -> chex.Array:
         if path[-1].key not in FOLDS:
             return m
+        if momentum is not None and path[-1].key in ("mean", "var"):
+            return r + momentum * (m - r)
         keep, new = FOLDS[path[-1].key]
         return keep * r + new * m
 

@@ -31,6 +31,9 @@ from robal_jax.storage.names import CHECKPOINTS
 
 T = TypeVar("T")
 
+Part = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the arrays of a checkpoint, nested dictionaries, to some of them."""
+
 FILES = "files.json"  # digests of Orbax's own files, beside them
 
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
@@ -74,15 +77,15 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def restore(path: pathlib.Path, like: T, *, partial: bool = False) -> tuple[T, str]:
+def restore(path: pathlib.Path, like: T, *, part: Part | None = None) -> tuple[T, str]:
     """Reads one checkpoint and verifies it.
 
     Args:
       path: folder of the checkpoint.
       like: a tree of the same structure, shapes and types.
-      partial: whether ``like`` is a dictionary of only some parts of the checkpoint, such as ``params`` and
-        ``stats``. All arrays are still read, because the digest covers all of them; those of the other parts
-        (the optimiser's state) are not compared with anything.
+      part: from all arrays to those that ``like`` has, such as the parameters and statistics; None for all.
+        All arrays are still read, because the digest covers all of them; those of other parts (the
+        optimiser's state) are not compared with anything.
 
     Returns:
       The tree (NumPy arrays in the containers of ``like``), and the sha256 of the checkpoint.
@@ -93,8 +96,7 @@ def restore(path: pathlib.Path, like: T, *, partial: bool = False) -> tuple[T, s
         shape or type differs.
     """
     tree, sha256 = read(path)
-    if partial:
-        tree = {name: part for name, part in tree.items() if name in flax.serialization.to_state_dict(like)}
+    tree = tree if part is None else part(tree)
     found = _flat(tree)
     wanted = {k: v for k, v in _flat(flax.serialization.to_state_dict(like)).items() if hasattr(v, "shape")}
     for name in sorted({*wanted, *found}):
@@ -251,7 +253,7 @@ def restore_latest(
     like: T,
     *,
     on_damage: Callable[[pathlib.Path, str], None],
-    partial: bool = False,
+    part: Part | None = None,
 ) -> Found[T] | None:
     """Reads the newest undamaged checkpoint.
 
@@ -259,7 +261,7 @@ def restore_latest(
       folder: holds one folder per step.
       like: see :func:`restore`.
       on_damage: called with the path of each damaged checkpoint that was skipped, and the reason.
-      partial: see :func:`restore`.
+      part: see :func:`restore`.
 
     Returns:
       The checkpoint; None if there is none at all.
@@ -271,7 +273,7 @@ def restore_latest(
     for step in reversed(found):
         path = folder / str(step)
         try:
-            tree, sha256 = restore(path, like, partial=partial)
+            tree, sha256 = restore(path, like, part=part)
             return Found(tree, path, sha256)
         except DamagedCheckpointError as error:
             on_damage(path, str(error))

@@ -18,7 +18,21 @@ from robal_jax.errors import InputError, one_line
 from robal_jax.storage.files import broken_link
 from robal_jax.storage.names import CONFIG
 
-NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
+NEUTRAL: dict[str, Any] = {
+    "evaluation.examples": 0,
+    "evaluation.weights": "current",
+    "threat.budget": {"name": "constant"},
+    "threat.ramp": 0.0,
+    "attack.noise": 1.0,
+    "attack.common_noise": False,
+    "attack.reach": 1.0,
+    "attack.batch_norm": "running",
+    "attack.alignment": 0.0,
+    "perturbation": {"name": "none"},
+    "average": {"name": "none"},
+    "train.mixing": "none",
+    "train.batch_norm_momentum": 0.1,
+}
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
 The value of a new section is the dictionary of its fields.

@@ -31,6 +31,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import robal_jax
+from robal_jax import averages
 from robal_jax.data import Dataset, Images, image_folder
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
@@ -261,6 +262,7 @@ def restore_weights(
     checkpoint: pathlib.Path | None,
     like: dict[str, Any],
     say: Callable[[str], None],
+    which: str = "current",
 ) -> checkpoints.Found[dict[str, Any]]:
     """Reads the weights of a run's checkpoint, without the state of its optimiser.
 
@@ -269,6 +271,7 @@ def restore_weights(
       checkpoint: folder of one checkpoint; the newest undamaged one if None.
       like: ``params`` and ``stats`` of the model, arrays or their shapes.
       say: receives messages for the user.
+      which: one of ``averages.WEIGHTS``.
 
     Returns:
       ``params`` and ``stats``, with the checkpoint's folder and its sha256.
@@ -276,12 +279,13 @@ def restore_weights(
     Raises:
       InputError: there is no such checkpoint, it is damaged, or it belongs to a different model.
     """
+    part = partial(averages.chosen, which=which)
     if checkpoint is None:
         found = checkpoints.restore_latest(
             workdir / CHECKPOINTS,
             like,
             on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why}); using the previous one"),
-            partial=True,
+            part=part,
         )
         if found is None:
             raise InputError(f"no checkpoint in {workdir / CHECKPOINTS}; train first, or name a checkpoint")
@@ -294,7 +298,7 @@ def restore_weights(
         raise InputError(f"no checkpoint {checkpoint}; correct its name, or leave it out for the newest")
     else:
         try:
-            tree, sha256 = checkpoints.restore(checkpoint, like, partial=True)
+            tree, sha256 = checkpoints.restore(checkpoint, like, part=part)
         except checkpoints.DamagedCheckpointError as error:
             raise InputError(
                 f"checkpoint {checkpoint} is damaged ({error}); name another checkpoint"

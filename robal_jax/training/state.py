@@ -12,6 +12,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robal_jax import builder
+from robal_jax.averages import Weights
 from robal_jax.errors import InputError
 from robal_jax.keys import INITIAL_WEIGHTS, key_of
 from robal_jax.storage import checkpoints
@@ -28,12 +29,16 @@ class TrainState:
       params: trainable parameters.
       stats: running batch-norm statistics, and the statistics of a head.
       opt_state: state of the optimiser.
+      average: an average of the weights: ``params``, and ``stats`` if it has its own; {} for none.
+      classes: what the budgets know of the classes, see ``budgets.Budget``; {} for nothing.
     """
 
     step: chex.Array
     params: chex.ArrayTree
     stats: chex.ArrayTree
     opt_state: optax.OptState
+    average: dict[str, chex.ArrayTree] = flax.struct.field(default_factory=dict)
+    classes: dict[str, chex.Array] = flax.struct.field(default_factory=dict)
 
 
 def initial_state(job: builder.Training) -> TrainState:
@@ -43,7 +48,19 @@ def initial_state(job: builder.Training) -> TrainState:
     )  # training images have this size after augmentation
     key = jax.random.fold_in(key_of(job.seed), INITIAL_WEIGHTS)
     params, stats = job.model.init(key, images)
-    return TrainState(jnp.int32(0), params, stats, job.optimizer.init(params))
+    return _before_step_0(job, params, stats)
+
+
+def _before_step_0(job: builder.Training, params: chex.ArrayTree, stats: chex.ArrayTree) -> TrainState:
+    """Makes the state before step 0 from given weights."""
+    return TrainState(
+        jnp.int32(0),
+        params,
+        stats,
+        job.optimizer.init(params),
+        job.average.init(Weights(params, stats)),
+        job.budget.init() if job.budget else {},
+    )
 
 
 def fine_tuned_state(
@@ -69,4 +86,4 @@ def fine_tuned_state(
     kept = sorted(set(ours) - set(theirs))
     say(f"starting from {start.path} sha256 {start.sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))
     merged = unflatten_dict({**ours, **theirs}, sep="/")
-    return state.replace(params=merged["params"], stats=merged.get("stats", {}))
+    return jax.device_get(_before_step_0(job, merged["params"], merged.get("stats", {})))

@@ -1,6 +1,7 @@
 """One update as a pure function, and several updates in one compiled loop."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,11 +11,35 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from robal_jax import builder, models, objectives
+from robal_jax import averages, builder, models, objectives
+from robal_jax.averages import Average, Weights, estimation_share
+from robal_jax.budgets import Budget
 from robal_jax.data import to_float
 from robal_jax.devices import parallel
 from robal_jax.keys import example_keys
+from robal_jax.perturbations import Perturbation
 from robal_jax.training.state import TrainState
+
+NO_AVERAGE = averages.none(1)
+
+
+class Extras(NamedTuple):
+    """What a training step does besides minimising its objective.
+
+    Attributes:
+      perturbation: of the weights at which the gradient is taken; None for the weights themselves.
+      average: of the weights, kept in the state.
+      budget: gives each image its radius; None for the threat model's.
+      steps_per_epoch: to see where an epoch ends.
+    """
+
+    perturbation: Perturbation | None = None
+    average: Average = NO_AVERAGE
+    budget: Budget | None = None
+    steps_per_epoch: int = 1
+
+
+NO_EXTRAS = Extras()
 
 
 def train_step(
@@ -26,11 +51,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
     accumulation_steps: int = 1,
+    extras: Extras = NO_EXTRAS,
+    partners: objectives.Partners | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Makes one update.
 
     ``g = mean over parts and devices of grad (mean loss of the part's images on the device)``; metrics and
-    batch-norm moments are averaged in the same way.
+    batch-norm moments are averaged in the same way. With a perturbation the gradient is that of perturbed
+    weights, and the adversarial images are those of the weights themselves.
 
     Args:
       state: before the update.
@@ -41,45 +69,127 @@ def train_step(
       axis_name: mapped axis over which the batch is spread, if any.
       accumulation_steps: number of parts ``A`` in which the device takes its images, one after the other, so
         that it needs the memory of one part. Objectives and batch norm then see one part at a time.
+      extras: see :class:`Extras`.
+      partners: of images that are mixed from two; None for images as they are.
 
     Returns:
       The state after the update, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the
       metrics of the objective.
     """
+    perturbation, average, budget, steps_per_epoch = extras
+    learns = budget is not None and budget.seen is not None
+    over_parts = partial(_over_parts, parts=accumulation_steps, axis_name=axis_name)
 
-    def gradients_of(part: tuple[chex.Array, chex.Array, chex.PRNGKey]) -> tuple[chex.ArrayTree, ...]:
+    def gradients_of(params: chex.ArrayTree, part: tuple[Any, ...]) -> tuple[chex.ArrayTree, Any]:
+        images, known = part
+        images = images._replace(epoch=batch.epoch)
+        told = () if all(x is None for x in known) else (known,)
+
         def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Any]:
-            return objective(model, params, state.stats, objectives.Batch(*part, epoch=batch.epoch))
+            return objective(model, params, state.stats, images, *told)
 
-        (loss, outcome), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        return gradients, outcome.moments, {"loss": loss, **outcome.metrics}
+        (loss, outcome), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        # What nobody asks for is not stacked over the parts.
+        attacked = outcome.attacked if perturbation or average.estimates or learns else None
+        found = gradients, outcome.moments, {"loss": loss, **outcome.metrics}, outcome.attack_moments
+        return found, attacked
 
-    examples = (batch.images, batch.labels, batch.keys)
-    if accumulation_steps == 1:
-        found = gradients_of(examples)
-    else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), examples)
-        found = _mean_over(gradients_of, parts)
-    if axis_name is not None:
-        found = lax.pmean(found, axis_name)
-    gradients, moments, metrics = found
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    new_state = TrainState(
+    radii = None if budget is None else _radii(budget.radii(state.classes, batch.epoch), batch, partners)
+    examples = batch._replace(epoch=None), objectives.Known(radii, partners)
+    found, attacked = over_parts(partial(gradients_of, state.params), examples)
+    params, attack_moments = state.params, found[3]
+    if perturbation is not None:
+        params = perturbation(params, found[0], batch.epoch)
+        if attacked is not None:
+            examples = examples[0], examples[1]._replace(adversarial=attacked.images)
+        found, attacked = over_parts(partial(gradients_of, params), examples)
+    gradients, moments, metrics, _ = found
+    updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+    new_state = replace(
+        state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        stats=models.update_statistics(state.stats, moments),
+        stats=models.update_statistics(state.stats, (*attack_moments, *moments)),
         opt_state=opt_state,
     )
+    trained_on = batch.images if attacked is None else attacked.images
+    estimate = partial(_estimated, model=model, over_parts=over_parts, images=trained_on)
+    new_state = _followed(state, new_state, extras, estimate)
+    if budget is not None and budget.seen is not None:
+        seen = budget.seen(batch.labels, attacked.logits)
+        seen = seen if axis_name is None else lax.psum(seen, axis_name)
+        ends = new_state.step % steps_per_epoch == 0
+        new_state = replace(new_state, classes=budget.update(state.classes, seen, batch.epoch, ends))
     return new_state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
 
 
-def _mean_over(function: Callable[[Any], Any], parts: chex.ArrayTree) -> chex.ArrayTree:
-    """Returns the mean of ``function`` over the leading axis of ``parts``, computed one after the other."""
-    count = jax.tree.leaves(parts)[0].shape[0]
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, parts)
-    return jax.tree.map(lambda x: x / count, total)
+def _radii(of_class: chex.Array, batch: objectives.Batch, partners: objectives.Partners | None) -> chex.Array:
+    """Returns the radius of each image ``[B]``; that of a mixed image lies between those of its classes."""
+    radii = of_class[batch.labels]
+    if partners is None:
+        return radii
+    return partners.share * radii + (1 - partners.share) * of_class[partners.labels]
+
+
+def _over_parts(
+    function: Callable[[Any], tuple[Any, Any]], examples: chex.ArrayTree, *, parts: int, axis_name: str | None
+) -> tuple[Any, Any]:
+    """Computes a function of a batch part by part.
+
+    Args:
+      function: from a part to what is averaged over parts and devices, and what each image has.
+      examples: ``[A b, ...]``.
+      parts: ``A``.
+      axis_name: see :func:`train_step`.
+
+    Returns:
+      The means, and the values of the images ``[A b, ...]``.
+    """
+    if parts == 1:
+        means, values = function(examples)
+    else:
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes, _ = jax.eval_shape(function, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(sums: chex.ArrayTree, part: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+            found, values = function(part)
+            return jax.tree.map(jnp.add, sums, found), values
+
+        total, values = lax.scan(add, zeros, split)
+        means = jax.tree.map(lambda x: x / parts, total)
+        values = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), values)
+    return (means if axis_name is None else lax.pmean(means, axis_name)), values
+
+
+def _followed(
+    before: TrainState, after: TrainState, extras: Extras, moments_of: Callable[[chex.ArrayTree], Any]
+) -> TrainState:
+    """Returns the state after a step with its average moved, and the average's own statistics estimated."""
+    average, steps_per_epoch = extras.average, extras.steps_per_epoch
+    old, new = (Weights(state.params, state.stats) for state in (before, after))
+    moved = average.update(before.average, after.step, old, new)
+    if average.estimates:
+        share = estimation_share(after.step, steps_per_epoch)
+        stats = models.update_statistics(moved["stats"], (moments_of(moved),), share)
+        moved = {**moved, "stats": stats}
+    return replace(after, average=moved)
+
+
+def _estimated(
+    average: dict[str, chex.ArrayTree],
+    *,
+    model: models.Model,
+    over_parts: Callable[..., tuple[Any, Any]],
+    images: chex.Array,
+) -> chex.ArrayTree:
+    """Returns the moments of an average's training pass on the images of a step."""
+
+    def moments_of(part: chex.Array) -> tuple[chex.ArrayTree, None]:
+        return model.train(average["params"], average["stats"], part)[1], None
+
+    return over_parts(moments_of, images)[0]
 
 
 class Examples(NamedTuple):
@@ -153,6 +263,7 @@ def compiled_chunk(
         optimizer=job.optimizer,
         axis_name=parallel.AXIS,
         accumulation_steps=job.settings.accumulation_steps,
+        extras=Extras(job.perturbation, job.average, job.budget, job.steps_per_epoch),
     )
     chunk = partial(
         train_chunk,

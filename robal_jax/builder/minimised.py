@@ -1,0 +1,145 @@
+"""The objective of a training with all that it needs: losses, the attack, and what only a step knows."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import numpy as np
+from ml_collections import ConfigDict
+
+from robal_jax import attacks, losses, models, objectives
+from robal_jax.attacks import STARTS, ThreatModel
+from robal_jax.builder import contracts
+from robal_jax.builder.contracts import takes
+from robal_jax.builder.instantiate import call
+from robal_jax.errors import InputError
+
+READ_LABELS = ("mart", "avmixup", "mma")
+"""The library's objectives that read labels other than by their losses: an image cannot have two."""
+
+
+def objective(
+    config: ConfigDict, class_counts: np.ndarray, axis_name: str | None = None
+) -> objectives.Objective:
+    """Builds the function that a step minimises, with its attack and loss bound."""
+    threat, settings = ThreatModel(config.threat.epsilon, config.threat.norm), config.attack
+    given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
+    loss = call("loss", losses.LOSSES, config.loss, **given)
+    inner_loss = call("loss", losses.LOSSES, settings.loss, **given)
+    attack = functools.partial(
+        attacks.pgd,
+        threat=threat.scaled(settings.reach),
+        steps=settings.steps,
+        step_size=settings.step_size,
+        start=_start(config, threat),
+        loss=inner_loss,
+    )
+    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
+    _check_parts(config, loss, inner_loss, function)
+    for section, made in ((config.loss, loss), (settings.loss, inner_loss)):
+        contracts.check_loss(section, made, len(class_counts))
+    bound = {name: value for name, value in (("loss", loss), ("attack", attack)) if takes(function, name)}
+    wrapped = _with_attack_mode(config, function, attack, threat)
+    return functools.partial(_in_step, objective=wrapped, bound=bound, common=config.threat.epsilon)
+
+
+def _check_parts(
+    config: ConfigDict, loss: functools.partial, inner_loss: functools.partial, function: functools.partial
+) -> None:
+    """Raises an ``InputError`` if the losses, the attack and the objective do not fit together."""
+    if not takes(function, "loss") and config.loss.name != "cross_entropy":
+        raise InputError(
+            f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
+            f"{config.loss.name!r}; set config.loss to cross_entropy"
+        )
+    base = loss.keywords.get("base")  # of a deferred loss
+    if base and loss.keywords.get("reweight", True) and not takes(base, "class_weights"):
+        raise InputError(
+            f"config.loss.base {config.loss.base.name!r} takes no class weights; "
+            "set config.loss.reweight=False"
+        )
+    if takes(inner_loss, "epoch"):
+        raise InputError("config.attack.loss depends on the epoch; use such a loss as config.loss only")
+    if config.threat.norm == "l2" and config.attack.start == "one_sided":
+        raise InputError(
+            "config.attack.start 'one_sided' is for norm linf; for l2 use 'uniform' or 'gaussian'"
+        )
+
+
+def _start(config: ConfigDict, threat: ThreatModel) -> attacks.Start:
+    """Returns the start of the training's attack, whose noise is relative to epsilon or an image's radius."""
+    settings = config.attack
+    start, noise = STARTS[settings.start], settings.noise
+    if settings.common_noise:
+        return attacks.start_within(start, noise * threat.epsilon)
+    return start if noise == settings.reach else attacks.scaled_start(start, noise / settings.reach)
+
+
+def _with_attack_mode(
+    config: ConfigDict, function: functools.partial, attack: functools.partial, threat: ThreatModel
+) -> objectives.Objective:
+    """Returns an objective with batch norm's mode in the attack, and with GradAlign."""
+    mode, wrapped = config.attack.batch_norm, function
+    if mode == "batch":
+        wrapped = functools.partial(objectives.attacked_by_batch_statistics, objective=function)
+    elif mode != "running":
+        wrapped = functools.partial(
+            objectives.attack_moves_statistics,
+            objective=function,
+            attack=attack,
+            end=mode == "batch_update_end",
+        )
+    if config.attack.alignment:
+        wrapped = functools.partial(
+            objectives.aligned_gradients, objective=wrapped, weight=config.attack.alignment, threat=threat
+        )
+    return wrapped
+
+
+def _in_step(
+    model: models.Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: objectives.Batch,
+    known: objectives.Known = objectives.NOTHING_KNOWN,
+    *,
+    objective: Callable[..., tuple[chex.Array, objectives.Outcome]],
+    bound: dict[str, functools.partial],
+    common: float,
+) -> tuple[chex.Array, objectives.Outcome]:
+    """Calls an objective with its loss and attack as a step knows them.
+
+    Args:
+      model: the network.
+      params: of the model.
+      stats: its running statistics.
+      batch: of the step.
+      known: what else is known of its images.
+      objective: any; it has its loss and its attack already, which hold if nothing is known.
+      bound: these two, as far as it takes them.
+      common: radius of which the attack's radius and step size are multiples.
+    """
+    late: dict[str, Any] = {}
+    loss, attack = (bound.get(name) for name in ("loss", "attack"))
+    if loss is not None and takes(loss, "epoch"):
+        late["loss"] = loss = functools.partial(loss, epoch=batch.epoch)
+    if attack is not None and known.radii is not None:
+        late["attack"] = attack = _within(attack, known.radii / common)
+    if known.partners is not None:
+        labels, share = known.partners
+        shared = functools.partial(losses.shared, partners=labels, share=share)
+        if attack is not None:
+            inner = shared(attack.keywords["loss"])
+            late["attack"] = attack = functools.partial(attack, loss=inner)
+        if loss is not None:
+            late["loss"] = shared(loss)
+    if attack is not None and known.adversarial is not None:
+        late["attack"] = functools.partial(objectives.known, known.adversarial)
+    return objective(model, params, stats, batch, **late)
+
+
+def _within(attack: functools.partial, factors: chex.Array) -> functools.partial:
+    """Returns an attack whose radius and step size are multiples ``[B]`` of its own, one per image."""
+    threat, step_size = attack.keywords["threat"], attack.keywords["step_size"]
+    return functools.partial(attack, threat=threat.scaled(factors), step_size=factors * step_size)

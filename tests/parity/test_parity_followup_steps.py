@@ -1,0 +1,323 @@
+"""Three training steps of each follow-up method against the released code, float64: see parity.py.
+
+The networks, images and noise are rebuilt from the seeds that the numbers' README names. Some released loops
+make more passes after a step, for their logs, which move the running statistics: the test makes these too.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from parity import checksums, imported, nchw, nhwc
+from test_parity_training import KEEP_GRADIENTS, load_config
+
+from robal_jax import attacks, averages, builder, models, objectives, perturbations, pytorch, training
+from robal_jax.attacks import projected_gradient, threat
+from robal_jax.averages import Weights
+from robal_jax.data import long_tailed_counts
+from robal_jax.keys import image_keys
+from robal_jax.training import TrainState
+from robal_jax.training.step import Extras
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("float64")]
+
+FILE = "followups_f64"
+STEPS, BATCH = 3, 8
+AT = {
+    "threat": {"epsilon": 8 / 255},
+    "attack": {"steps": 10, "step_size": 2 / 255, "start": "gaussian"},
+    "optimizer": {"weight_decay": 5e-4},
+    "head": {"name": "linear", "bias": "trained"},
+}
+CLIPPED = {"attack": {"start": "uniform_clipped"}}
+MOVING = {"attack": {"batch_norm": "batch_update"}}
+BATCH_MODE = {"attack": {"start": "uniform_clipped", "batch_norm": "batch"}}
+BALANCED_SOFTMAX = {"loss": {"name": "logit_adjustment", "tau": 1.0}}
+
+
+class Mode(NamedTuple):
+    """A mode of the released code.
+
+    Attributes:
+      config: that is this mode.
+      changes: to ``AT`` in it, one after the other.
+      epoch: that its steps see.
+      logs: training passes after the step, at the new weights, that move the statistics.
+    """
+
+    config: str
+    changes: tuple[dict, ...] = ()
+    epoch: int = 1
+    logs: tuple[str, ...] = ()
+
+
+MODES = {
+    "at_bsl": Mode("at", (BALANCED_SOFTMAX,)),
+    "at_awp": Mode("at", (CLIPPED, {"perturbation": {"name": "awp", "gamma": 0.01}})),
+    "at_awp_released": Mode(
+        "at",
+        (
+            CLIPPED,
+            {"attack": {"batch_norm": "batch_update_end"}},
+            {"perturbation": {"name": "awp", "gamma": 0.01}},
+        ),
+        logs=("nat",),
+    ),
+    "trades_awp": Mode(
+        "trades",
+        (
+            {"objective": {"name": "trades", "beta": 6.0, "batch_norm_order": "adv,nat,nat"}},
+            {"perturbation": {"name": "awp", "gamma": 0.005, "start": 10}},
+        ),
+        epoch=10,
+    ),
+}
+
+
+def config_of(mode):
+    config = load_config(mode.config, {})
+    with config.unlocked(), config.ignore_type():
+        for changes in (AT, *mode.changes):
+            for section, fields in changes.items():
+                if "name" in fields:
+                    config[section] = ConfigDict(fields)
+                else:
+                    config[section].update(fields)
+    return config
+
+
+@pytest.fixture
+def numbers_are_given(monkeypatch):
+    """Where the library would draw from a key of ``batch_of`` it finds the number there."""
+    uniform, normal = jax.random.uniform, jax.random.normal
+
+    def given_uniform(key, shape=(), dtype=float, minval=0.0, maxval=1.0):
+        if not isinstance(key, dict):
+            return uniform(key, shape, dtype, minval, maxval)
+        return minval + (maxval - minval) * key["uniform"]
+
+    monkeypatch.setattr(jax.random, "uniform", given_uniform)
+    monkeypatch.setattr(
+        jax.random,
+        "normal",
+        lambda key, *args: key["normal"] if isinstance(key, dict) else normal(key, *args),
+    )
+    given = lambda key, images: key if isinstance(key, dict) else image_keys(key, images)  # noqa: E731
+    for module in (projected_gradient, threat):
+        monkeypatch.setattr(module, "image_keys", given)
+
+
+def batch_of(reference, recipe, i, epoch):
+    shape = (BATCH, 3, 32, 32)
+    images, labels = recipe.images(8100 + i, BATCH), reference(FILE, f"input/steps/y{i}")
+    noise = {"uniform": recipe.uniform(8130 + i, shape), "normal": recipe.normal(8120 + i, shape)}
+    keys = {name: nhwc(array) for name, array in noise.items()}
+    return objectives.Batch(nhwc(images), jnp.asarray(labels), keys, epoch)
+
+
+def with_passes(objective, model, params, stats, batch, *known):
+    """An objective that adds to its metrics what its training passes see, in the order of their moments."""
+    passes = []
+
+    def train_and_tell(params, stats, images):
+        logits, moments = model.train(params, stats, images)
+        passes.append((moments, (images, logits)))
+        return logits, moments
+
+    value, outcome = objective(model._replace(train=train_and_tell), params, stats, batch, *known)
+    in_order = [next(told for left, told in passes if left is moments) for moments in outcome.moments]
+    return value, outcome._replace(metrics={**outcome.metrics, "passes": in_order})
+
+
+@pytest.fixture
+def attack_of(monkeypatch):
+    """``attack_of(objective, ...)``: path, gradients, radius and step size of the attack of an objective."""
+    seen, path_fn = {}, attacks.pgd_path
+
+    def pgd_path(logits_fn, start, images, labels, *, steps, loss, threat, step_size, **settings):
+        def total(x):
+            return loss(logits_fn(x), labels).sum()
+
+        every = tuple(range(1, steps[-1] + 1))
+        settings |= {"threat": threat, "step_size": step_size, "loss": loss}
+        path = path_fn(logits_fn, start, images, labels, steps=every, **settings)
+        path = jnp.concatenate([start[None], path])
+        gradients = jax.lax.map(jax.grad(total), path[:-1])
+        seen.update(path=path, gradients=gradients, radius=threat.epsilon, step_size=step_size)
+        return path[jnp.array(steps)]
+
+    def of(objective, model, *args):
+        with monkeypatch.context() as patched:
+            patched.setattr(projected_gradient, "pgd_path", pgd_path)
+            seen.clear()
+            objective(model, *args)
+            return dict(seen)
+
+    return of
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.usefixtures("numbers_are_given")
+def test_steps(reference, recipe, attack_of, name):
+    mode = MODES[name]
+    config = config_of(mode)
+    counts = long_tailed_counts(5000, 10, 0.02, "exp")
+    np.testing.assert_array_equal(reference(FILE, "input/steps/counts"), counts)
+    model = builder.model(config, counts, platform=jax.default_backend(), precision="default")
+    objective, optimizer = (
+        builder.objective(config, counts),
+        builder.optimizer(config, steps_per_epoch=1000)[0],
+    )
+    optimizer = optax.chain(KEEP_GRADIENTS, optimizer)
+    params, stats = imported(recipe, "trainnet_pgd_at", model)
+    budget = builder.budget(config, counts)
+    step = jax.jit(
+        functools.partial(
+            training.train_step,
+            model=model,
+            objective=functools.partial(with_passes, objective),
+            optimizer=optimizer,
+            extras=Extras(builder.perturbation(config), budget=budget, steps_per_epoch=1000),
+        )
+    )
+    attack = jax.jit(functools.partial(attack_of, objective, model))
+    pass_of = jax.jit(model.train)
+    now = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
+    now = now.replace(classes=budget.init() if budget else {})
+    names, bn_names = (reference(FILE, f"input/steps/{kind}_names") for kind in ("param", "bn"))
+    to_state_dict = functools.partial(
+        pytorch.to_state_dict, prefixes=pytorch.released_prefixes(params, stats)
+    )
+    check = functools.partial(reference.check, f"follow-ups, {name}", FILE)
+    updates = 0
+    for i in range(STEPS):
+        at, before, batch = f"{name}/step{i}", now, batch_of(reference, recipe, i, mode.epoch)
+        now, seen = step(before, batch)
+        check(f"{at}/loss", seen["loss"])
+        if f"{at}/loss_robust" in reference.load(FILE):
+            check(f"{at}/loss_robust", seen["regulariser"])
+            check(f"{at}/loss_natural", seen["loss"] - config.objective.beta * seen["regulariser"])
+
+        radii = budget.radii(before.classes, batch.epoch)[batch.labels] if budget else None
+        found = attack(before.params, before.stats, batch, objectives.Known(radii))
+        adversarial = check_attack(reference, recipe, check, at, found)
+
+        moved = {"batch_update": found["path"][:-1], "batch_update_end": found["path"]}
+        in_attack = list(moved.get(config.attack.batch_norm, ()))
+        passes = [(x, pass_of(before.params, before.stats, x)[0]) for x in in_attack] + seen["passes"]
+        for what in mode.logs:
+            images = {"adv": adversarial, "nat": batch.images}[what]
+            logits, moments = pass_of(now.params, now.stats, images)
+            now = now.replace(stats=models.update_statistics(now.stats, (moments,)))
+            passes.append((images, logits))
+        updates += len(passes)
+        check(f"{at}/train_logits", np.stack([logits for _, logits in passes]))
+        kinds = [2] * len(moved.get(config.attack.batch_norm, ())[:10])
+        kinds += [1 if (x == adversarial).all() else 0 for x, _ in passes[len(kinds) :]]
+        check(f"{at}/train_input", kinds, bound=0)
+        check(f"{at}/bn_updates", updates, bound=0)
+
+        gradients = to_state_dict(now.opt_state[0], {})
+        momentum = to_state_dict(optax.tree.get(now.opt_state, "trace"), {})
+        after = to_state_dict(now.params, now.stats)
+        check(f"{at}/grad_checksum", checksums(recipe, gradients, names))
+        check(f"{at}/momentum_checksum", checksums(recipe, momentum, names))
+        check(f"{at}/param_checksum", checksums(recipe, after, names))
+        check(f"{at}/bn_checksum", checksums(recipe, after, bn_names))
+        for key in reference.load(FILE):
+            for prefix, arrays in (("full", after), ("grad", gradients), ("momentum", momentum)):
+                if key.startswith(f"{at}/{prefix}/"):
+                    check(key, arrays[key.removeprefix(f"{at}/{prefix}/")])
+        if f"{at}/awp_names" in reference.load(FILE):
+            gradient = jax.jit(jax.grad(lambda *args: objective(model, *args)[0]))
+            gradient = gradient(
+                before.params, before.stats, batch, objectives.Known(radii, adversarial=adversarial)
+            )
+            check_perturbation(reference, recipe, check, at, config, before.params, gradient, to_state_dict)
+    stored = {key for key in reference.load(FILE) if key.startswith(f"{name}/step")}
+    assert not stored - reference.files[FILE]["compared"] - reference.files[FILE]["input"]
+
+
+def check_attack(reference, recipe, check, at, found):
+    """Signs, radii and images of the attack; returns the images that are trained on."""
+    check(f"{at}/grad_sign", np.sign(nchw(found["gradients"])), bound=0)
+    adversarial = found["path"][-1]
+    check(f"{at}/x_adv_checksum", recipe.checksum(nchw(adversarial)))
+    check(f"{at}/eps", np.broadcast_to(found["radius"], (BATCH,)))
+    check(f"{at}/step_size", np.broadcast_to(found["step_size"], (BATCH,)))
+    return adversarial
+
+
+def check_perturbation(reference, recipe, check, at, config, params, gradients, to_state_dict):
+    """The perturbation by itself: its direction of the weights' length, and the perturbed weights."""
+    names, param_names = reference(FILE, f"{at}/awp_names"), reference(FILE, "input/steps/param_names")
+    direction = to_state_dict(perturbations.of_its_length(params, gradients), {})
+    assert {name for name, array in direction.items() if np.any(array)} == set(names)
+    check(f"{at}/awp_diff_checksum", checksums(recipe, direction, names))
+    for key in reference.load(FILE):
+        if key.startswith(f"{at}/awp_diff/"):
+            check(key, direction[key.removeprefix(f"{at}/awp_diff/")])
+    if f"{at}/perturbed_checksum" in reference.load(FILE):
+        perturb = perturbations.awp(config.perturbation.gamma)
+        perturbed = to_state_dict(perturb(params, gradients, 1), {})
+        check(f"{at}/perturbed_checksum", checksums(recipe, perturbed, param_names))
+
+
+@pytest.mark.usefixtures("numbers_are_given")
+def test_averages(reference, recipe):
+    config, counts = config_of(MODES["at_bsl"]), long_tailed_counts(5000, 10, 0.02, "exp")
+    model = builder.model(config, counts, platform=jax.default_backend(), precision="default")
+    optimizer = builder.optimizer(config, steps_per_epoch=1000)[0]
+    params, stats = imported(recipe, "trainnet_pgd_at", model)
+    objective = builder.objective(config, counts)
+    step = jax.jit(
+        functools.partial(training.train_step, model=model, objective=objective, optimizer=optimizer)
+    )
+    states = [TrainState(jnp.int32(0), params, stats, optimizer.init(params))]
+    for i in range(STEPS):
+        states.append(step(states[-1], batch_of(reference, recipe, i, 1))[0])
+    # Of equal weights: those of an epoch's end join in the step after it, so one more step is made.
+    of_epochs = [*states, states[-1].replace(step=jnp.int32(STEPS + 1))]
+
+    names, bn_names = (reference(FILE, f"input/steps/{kind}_names") for kind in ("param", "bn"))
+    prefixes = pytorch.released_prefixes(params, stats)
+    check = functools.partial(reference.check, "averages", FILE)
+    after = {}
+    for name, average, seen in (
+        ("ema_tau0.995_warmup0_dynamic", averages.ema(1), states),
+        ("ema_tau0.995_warmup2_dynamic", averages.ema(1, warmup=2), states),
+        ("cfa_ema0.88", averages.per_epoch(1), states),
+        ("swa", averages.swa(1), of_epochs),
+    ):
+        kept = average.init(Weights(params, stats))
+        for i, (old, new) in enumerate(itertools.pairwise(seen)):
+            before, now = (Weights(state.params, state.stats) for state in (old, new))
+            kept = average.update(kept, new.step, before, now)
+            after[name, i - (name == "swa")] = pytorch.to_state_dict(
+                kept["params"], kept.get("stats", stats), prefixes=prefixes
+            )
+    for decay in (0.995, 0.9):
+        moved = params
+        for i, state in enumerate(states[1:]):
+            moved = averages.moved(moved, state.params, 1 - decay)
+            name = f"ema_tau{decay:g}_constant"
+            after[name, i] = pytorch.to_state_dict(moved, stats, prefixes=prefixes)
+    for key in reference.load(FILE):
+        _, name, *rest = key.split("/") if key.startswith("average/") else ("", "")
+        if name == "decay_at_global_step":
+            warmup = int(rest[0].removeprefix("warmup"))
+            t = np.arange(2000)
+            check(key, averages.ema_decay(t, decay=0.995, warmup=warmup), 1e-12)
+        elif rest == ["fc_weight"]:
+            check(key, after[name, STEPS - 1]["classifier.fc.weight"])
+        elif rest:
+            wanted = bn_names if rest[1] == "bn_checksum" else names
+            check(key, checksums(recipe, after[name, int(rest[0].removeprefix("step"))], wanted))
+    stored = {key for key in reference.load(FILE) if key.startswith("average/")}
+    assert not stored - reference.files[FILE]["compared"]
