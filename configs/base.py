@@ -55,6 +55,12 @@ def get_config(data: str) -> ConfigDict:
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     config.optimizer.trainable = ""  # beginning of the trained parameters' names ('classifier'); '': all
+    # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='weights'.
+    config.optimizer.nesterov = False  # Nesterov's momentum
+    config.optimizer.decayed = "all"  # 'weights': no weight decay on batch norm and biases
+    # 'piecewise' is 'paper' with a warm-up by step. 'cosine' and 'one_cycle' have other arguments: a config
+    # file replaces the section: ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``.
+    # AT-BSL (Yue et al., CVPR 2024) is 'paper' with milestones (75, 90, 100) of 100 epochs.
     config.schedule = ConfigDict()
     config.schedule.name = "released"  # applies the decay again in every epoch after a milestone; or 'paper'
     config.schedule.lr = 0.1

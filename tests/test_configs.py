@@ -146,6 +146,14 @@ def test_a_section_that_is_added_later(monkeypatch):
     assert differences(ConfigDict(filled), ConfigDict(old)) == ["average.decay: 0.5 here, 0.0 there"]
 
 
+def test_a_user_s_own_function_gets_no_fields_of_the_library_s():
+    old = json.loads(to_json(cli.load_config("configs/at.py:digits_lt")))
+    old["optimizer"] = {"name": "my:adam", "b1": 0.9}
+    assert config_file.with_neutral(old)["optimizer"] == old["optimizer"]
+    old["optimizer"] = {"name": "sgd"}
+    assert config_file.with_neutral(old)["optimizer"]["nesterov"] is False
+
+
 @functools.cache
 def fields(method, data):
     """All fields of a config by their full names."""

@@ -680,6 +680,14 @@ named_rates = rates(lambda x: {"lr": x})
 by_step = rates(lambda x: lambda step: 0.1)
 
 
+def short_of_steps(epochs, steps_per_epoch):
+    return np.full(epochs * steps_per_epoch - 1, 0.1)
+
+
+def one_per_step(epochs, steps_per_epoch):
+    return np.linspace(0.1, 0.0, epochs * steps_per_epoch)
+
+
 def without_epochs():
     return [0.1]
 
@@ -694,6 +702,8 @@ SCHEDULES = {
     "named_rates": f"fails with TypeError.*{ONE_EACH}",
     "by_step": f"fails with TypeError.*{ONE_EACH}",
     "without_epochs": f"fails with TypeError.*{ONE_EACH}",
+    "short_of_steps": r"returns rates of shape \[(\d+)\] for \d+ steps; .*; or take steps_per_epoch, too, "
+    "and return one per step",
 }
 
 
@@ -705,6 +715,23 @@ def test_a_schedule_that_breaks_its_contract(name):
 @pytest.mark.parametrize("name", ["linear", "listed"])
 def test_schedules_that_keep_it(name):
     assert float(builder.training(config("schedule", name)).schedule(0)) == pytest.approx(0.1)
+
+
+def test_a_schedule_of_steps_that_keeps_it():
+    job = builder.training(config("schedule", "one_per_step"))
+    expected = np.linspace(0.1, 0.0, job.total_steps)
+    found = [float(job.schedule(step)) for step in range(0, job.total_steps, 7)]
+    np.testing.assert_allclose(found, expected[::7], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["cosine", "one_cycle", "piecewise"])
+def test_a_library_s_schedule_of_steps(name):
+    made = config()
+    made.schedule = ConfigDict({"name": name, "lr": 0.1})
+    job = builder.training(made)
+    rates = [float(job.schedule(step)) for step in range(job.total_steps)]
+    assert max(rates) == pytest.approx(0.1, rel=1e-3)
+    assert name == "piecewise" or len(set(rates)) > job.total_steps // 2
 
 
 def adam(schedule, *, b1=0.9):

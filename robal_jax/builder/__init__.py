@@ -18,7 +18,7 @@ in its section::
     loss        config.loss                      class_counts, axis_name, threat, epoch
     loss        config.attack.loss               class_counts, axis_name, threat
     objective   config.objective                 class_counts, axis_name, threat, loss, attack
-    schedule    config.schedule                  epochs (every schedule needs it)
+    schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
 
 - ``class_counts``: training images per class, integers ``[K]``; ``num_classes``: ``K``
@@ -27,7 +27,8 @@ in its section::
 - ``threat``: the ``ThreatModel`` of the training attack
 - ``loss``, ``attack``: the functions of ``config.loss`` and ``config.attack``, bound
 - ``epoch``: the current epoch, counted from 1, an integer array
-- ``epochs``: epochs of the whole run; ``schedule``: ``step -> learning rate``
+- ``epochs``: epochs of the whole run; ``steps_per_epoch``: with it, a schedule returns a rate per step
+- ``schedule``: ``step -> learning rate``
 """
 
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of

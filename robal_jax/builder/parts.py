@@ -142,10 +142,12 @@ def optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optimiser, and its schedule: from a step to a learning rate."""
     rates_of, epochs = call("schedule", optimizers.SCHEDULES, config.schedule), config.train.epochs
+    by_step = takes(rates_of, "steps_per_epoch")
     with calling("schedule", config.schedule.name):
-        rates = rates_of(epochs=epochs)
-    rates = contracts.check_schedule(config.schedule.name, rates, epochs)
-    schedule = optimizers.per_step(rates, steps_per_epoch)
+        rates = rates_of(epochs=epochs, **({"steps_per_epoch": steps_per_epoch} if by_step else {}))
+    count, unit = (epochs * steps_per_epoch, "step") if by_step else (epochs, "epoch")
+    rates = contracts.check_schedule(config.schedule.name, rates, count, unit)
+    schedule = optimizers.per_step(rates, 1 if by_step else steps_per_epoch)
     make = call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
     with calling("optimizer", config.optimizer.name):
         return make(), schedule

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import checks, classifiers, models, objectives
+from robal_jax import checks, classifiers, models, objectives, optimizers
 from robal_jax.attacks import NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, SAMPLERS
@@ -87,6 +87,8 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
     "optimizer.momentum": BELOW_ONE,
+    "optimizer.decayed": _one_of(optimizers.DECAYED),
+    "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),

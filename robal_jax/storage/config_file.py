@@ -18,7 +18,11 @@ from robal_jax.errors import InputError, one_line
 from robal_jax.storage.files import broken_link
 from robal_jax.storage.names import CONFIG
 
-NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
+NEUTRAL: dict[str, Any] = {
+    "evaluation.examples": 0,
+    "optimizer.nesterov": False,
+    "optimizer.decayed": "all",
+}
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
 The value of a new section is the dictionary of its fields.
@@ -49,7 +53,8 @@ def to_json(config: ConfigDict) -> str:
 def with_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the fields that an older config lacks, with their neutral values.
 
-    A field is added if its section exists: ``attack.restarts`` to a config that has a section ``attack``.
+    A field is added if its section exists: ``attack.restarts`` to a config that has a section ``attack``. A
+    section that names a function of the user's own gets none, because it would not take them.
 
     Args:
       fields: nested dictionaries, as JSON holds a config.
@@ -63,7 +68,7 @@ def with_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
         section: Any = filled
         for key in sections:
             section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict):
+        if isinstance(section, dict) and ":" not in str(section.get("name", "")):
             section.setdefault(field, copy.deepcopy(value))
     return filled
 
