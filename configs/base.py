@@ -81,6 +81,8 @@ def get_config(data: str) -> ConfigDict:
     config.train.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
     # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
     config.train.augmentation = "crop_flip"
+    # s in [0, 1): the loss becomes (1 - s) l(z, y) + s mean_k l(z, k), the loss of the attack stays as it is.
+    config.train.label_smoothing = 0.0  # 0: none; 0.1 in Wang et al. (ICML 2023)
     config.train.reading_threads = 16  # threads that read image files; at most the number of cores
     # Training steps per dispatch to the devices; a signal to stop takes effect after the dispatch.
     config.train.steps_per_dispatch = 20

@@ -1,5 +1,7 @@
 """What a user's own part takes and returns is checked before training, in the contract's words."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from robal_jax import builder, classifiers, cli, losses, models
+from robal_jax import builder, classifiers, cli, losses, models, objectives
 from robal_jax.errors import InputError
-from robal_jax.objectives import Outcome, plain
+from robal_jax.objectives import Batch, Outcome, plain
 
 
 def config(section=None, name=None, **options):
@@ -34,6 +36,51 @@ def refused(message, *arguments, **options):
 
 
 # ---------------------------------------------------------------- losses
+
+
+def of_the_epoch(logits, labels, epoch):
+    return losses.cross_entropy(logits, labels) * epoch
+
+
+@pytest.mark.parametrize("name", ["mean_of_three", "of_the_epoch"])
+def test_label_smoothing_reaches_any_loss_of_the_objective_and_not_the_attack_s(name, monkeypatch):
+    seen = {}
+
+    def objective(model, params, stats, batch, *, attack, loss):
+        logits = model[0]
+        seen.update(found=loss(logits, batch.labels), attack=attack.keywords["loss"])
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "seeing", objective)
+    made = config("loss", name)
+    made.train.label_smoothing, made.objective = 0.25, ConfigDict({"name": "seeing"})
+    logits, labels = jnp.asarray(np.random.RandomState(0).randn(6, 10)), jnp.arange(6)
+    batch = Batch(None, labels, None, jnp.int32(3))
+    builder.objective(made, np.arange(10, 0, -1))((logits,), None, None, batch)
+    own = {"mean_of_three": mean_of_three, "of_the_epoch": functools.partial(of_the_epoch, epoch=3)}[name]
+    every = np.mean([own(logits, jnp.full(6, k)) for k in range(10)], axis=0)
+    np.testing.assert_allclose(seen["found"], 0.75 * own(logits, labels) + 0.25 * every, rtol=1e-5)
+    np.testing.assert_array_equal(seen["attack"](logits, labels), losses.cross_entropy(logits, labels))
+
+
+def mean_of_three(logits, labels):
+    return losses.focal(logits, labels) / 3
+
+
+@pytest.mark.parametrize("objective", ["mart", "avmixup"])
+def test_label_smoothing_of_an_objective_with_a_loss_of_its_own_is_refused(objective):
+    made = config()
+    made.train.label_smoothing, made.objective = 0.1, ConfigDict({"name": objective})
+    message = f"objective '{objective}' has a loss of its own and would ignore config.train.label_smoothing "
+    with pytest.raises(InputError, match=f"{message}0.1; set it to 0"):
+        builder.check(made)
+
+
+@pytest.mark.parametrize("smoothing", [1.0, -0.1, float("nan")])
+def test_label_smoothing_out_of_range_is_refused(smoothing):
+    made = config()
+    made.train.label_smoothing = smoothing
+    with pytest.raises(InputError, match=r"config.train.label_smoothing is .*; it must be in \[0, 1\)"):
+        builder.check(made)
 
 
 def mean(logits, labels):

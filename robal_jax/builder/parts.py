@@ -103,15 +103,23 @@ def objective(
         start=STARTS[config.attack.start],
         loss=inner_loss,
     )
-    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
+    smoothed = functools.partial(_smoothed, config.train.label_smoothing)
+    function = call(
+        "objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=smoothed(loss), **given
+    )
     _check_parts(config, loss, inner_loss, function)
     for section, bound in ((config.loss, loss), (config.attack.loss, inner_loss)):
         contracts.check_loss(section, bound, len(class_counts))
     if not takes(loss, "epoch"):
         return function
     return lambda model, params, stats, batch: function(
-        model, params, stats, batch, loss=functools.partial(loss, epoch=batch.epoch)
+        model, params, stats, batch, loss=smoothed(functools.partial(loss, epoch=batch.epoch))
     )
+
+
+def _smoothed(smoothing: float, loss: functools.partial) -> functools.partial:
+    """Returns a loss with label smoothing; without, the loss itself."""
+    return functools.partial(losses.label_smoothed, base=loss, smoothing=smoothing) if smoothing else loss
 
 
 def _check_parts(
@@ -122,6 +130,11 @@ def _check_parts(
         raise InputError(
             f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
             f"{config.loss.name!r}; set config.loss to cross_entropy"
+        )
+    if not takes(function, "loss") and config.train.label_smoothing:
+        raise InputError(
+            f"objective {config.objective.name!r} has a loss of its own and would ignore "
+            f"config.train.label_smoothing {config.train.label_smoothing:g}; set it to 0"
         )
     base = loss.keywords.get("base")  # of a deferred loss
     if base and loss.keywords.get("reweight", True) and not takes(base, "class_weights"):

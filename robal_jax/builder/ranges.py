@@ -86,7 +86,7 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
-    "optimizer.momentum": BELOW_ONE,
+    **dict.fromkeys(("optimizer.momentum", "train.label_smoothing"), BELOW_ONE),
     "optimizer.decayed": _one_of(optimizers.DECAYED),
     "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
@@ -121,7 +121,7 @@ _INTEGERS = (
 
 _NUMBERS = (
     "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
-    "evaluation.logit_scale", "evaluation.tau_p",
+    "evaluation.logit_scale", "evaluation.tau_p", "train.label_smoothing",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {

@@ -22,6 +22,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.examples": 0,
     "optimizer.nesterov": False,
     "optimizer.decayed": "all",
+    "train.label_smoothing": 0.0,
 }
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
