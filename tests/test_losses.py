@@ -672,7 +672,7 @@ def test_label_smoothing_of_many_classes_keeps_no_more_than_a_few_logits():
     logits, labels = random_logits(0, classes=300), random_labels(1, classes=300)
 
     def mean(logits):
-        base = functools.partial(losses.logit_adjustment, class_counts=np.arange(300, 0, -1))
+        base = functools.partial(losses.ldam, class_counts=np.arange(300, 0, -1))
         return losses.label_smoothed(logits, labels, base=base, smoothing=0.1).mean()
 
     compiled = jax.jit(jax.grad(mean)).lower(logits).compile()
