@@ -38,6 +38,12 @@ def get_config(data: str) -> ConfigDict:
     if data != "digits_lt":
         config.data.path = ""  # a TFDS folder or an .npz file; '': TFDS's default folder
 
+    # Images of a generator beside them: int(share * batch size) images of each batch, drawn with replacement;
+    # Wang et al. (ICML 2023): 0.7. An epoch has as many batches as without. Losses and heads then know the
+    # class counts of the mixture. The path is an .npz file with images and labels, or a folder with one
+    # sub-folder per class.
+    config.generated = ConfigDict({"path": "", "share": 0.0})  # share in [0, 1); 0: none
+
     # WideResNet-34-10, RoBal section 5.1.
     config.model = ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
     config.head = ConfigDict({"name": "linear"})

@@ -21,7 +21,8 @@ in its section::
     schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
 
-- ``class_counts``: training images per class, integers ``[K]``; ``num_classes``: ``K``
+- ``class_counts``: training images per class ``[K]``, integers; with generated images those of the mixture,
+  floats with the same sum, see ``data.generated.mixture_counts``; ``num_classes``: ``K``
 - ``axis_name``: the mapped axis over which a batch is spread, or None
 - ``convolution``: the implementation of convolutions for the platform, see ``models.convolutions``
 - ``threat``: the ``ThreatModel`` of the training attack

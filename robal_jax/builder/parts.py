@@ -14,7 +14,7 @@ from robal_jax.attacks import STARTS, ThreatModel
 from robal_jax.builder import contracts
 from robal_jax.builder.contracts import calling, takes
 from robal_jax.builder.instantiate import call
-from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, inspection, sources
+from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, generated, inspection, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
@@ -28,6 +28,34 @@ def dataset(config: ConfigDict) -> Dataset:
     contracts.check_dataset(config.data.name, found)
     found = check_dataset(found)
     return found._replace(notes=inspection.notes(found))
+
+
+def generated_per_batch(config: ConfigDict) -> int:
+    """Returns how many images of each batch are generated; 0 if all are of the training set.
+
+    Raises:
+      InputError: ``config.generated`` has only one of its fields, or leaves no image of one source.
+    """
+    (path, share), size = (config.generated[name] for name in ("path", "share")), config.train.batch_size
+    if not path and not share:
+        return 0
+    if not path:
+        raise InputError(
+            f"config.generated.share is {share:g}, but config.generated.path is empty; name an .npz file or "
+            "a folder of generated images, or set the share to 0"
+        )
+    if not share:
+        raise InputError(
+            f"config.generated.path is {path!r}, but config.generated.share is 0; set a share in (0, 1), "
+            "such as 0.7, or leave the path empty"
+        )
+    count = generated.per_batch(share, size)
+    if not 0 < count < size:
+        raise InputError(
+            f"config.generated.share {share:g} of config.train.batch_size {size} is {count} images; set a "
+            "share that leaves at least one image of each source in a batch"
+        )
+    return count
 
 
 def model(
@@ -45,7 +73,7 @@ def model(
 
     Args:
       config: the whole config.
-      class_counts: training images per class, integers ``[K]``.
+      class_counts: training images per class ``[K]``.
       platform: of the devices: 'cpu', 'gpu' or 'tpu'; decides how convolutions are computed.
       precision: a key of ``models.PRECISIONS``.
       head: section of the head; ``config.head`` if None.
@@ -70,7 +98,7 @@ def model(
         classifiers.HEADS,
         config.head if head is None else head,
         num_classes=len(class_counts),
-        class_counts=tuple(int(count) for count in class_counts),
+        class_counts=tuple(class_counts.tolist()),
         axis_name=axis_name,
     )
     names = {"model": config.model.name, "head": (config.head if head is None else head).name}

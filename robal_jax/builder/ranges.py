@@ -86,7 +86,7 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
-    **dict.fromkeys(("optimizer.momentum", "train.label_smoothing"), BELOW_ONE),
+    **dict.fromkeys(("optimizer.momentum", "train.label_smoothing", "generated.share"), BELOW_ONE),
     "optimizer.decayed": _one_of(optimizers.DECAYED),
     "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
@@ -109,6 +109,7 @@ _TEXTS = (
     "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
     "train.start_from", "train.augmentation", "train.layout", "train.precision", "evaluation.head.name",
     "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
+    "generated.path",
 )  # fmt: skip
 
 _INTEGERS = (
@@ -121,7 +122,7 @@ _INTEGERS = (
 
 _NUMBERS = (
     "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
-    "evaluation.logit_scale", "evaluation.tau_p", "train.label_smoothing",
+    "evaluation.logit_scale", "evaluation.tau_p", "train.label_smoothing", "generated.share",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {

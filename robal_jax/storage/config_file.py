@@ -23,6 +23,7 @@ NEUTRAL: dict[str, Any] = {
     "optimizer.nesterov": False,
     "optimizer.decayed": "all",
     "train.label_smoothing": 0.0,
+    "generated": {"path": "", "share": 0.0},
 }
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
@@ -32,17 +33,17 @@ The value of a new section is the dictionary of its fields.
 LISTED = 8  # runs that a message lists
 
 NOT_TRAINED = (
-    "method", "evaluation.", "data.path",
+    "method", "evaluation.", "data.path", "generated.path",
     "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
 )  # fmt: skip
 """Beginnings of the names of the fields that do not change what is trained.
 
-They are the name of the method, the evaluation, how devices are used and fed, and the place of the data. The
+They are the name of the method, the evaluation, how devices are used and fed, and the places of the data. The
 data themselves are compared by their digest.
 """
 
 
-EVALUATED = ("method", "evaluation.", "data.path", "train.layout")
+EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""
 
 
