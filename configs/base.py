@@ -38,6 +38,12 @@ def get_config(data: str) -> ConfigDict:
     if data != "digits_lt":
         config.data.path = ""  # a TFDS folder or an .npz file; '': TFDS's default folder
 
+    # Images of a generator beside them: int(share * batch size) images of each batch, drawn with replacement;
+    # Wang et al. (ICML 2023): 0.7. An epoch has as many batches as without. Losses and heads then know the
+    # class counts of the mixture. The path is an .npz file with images and labels, or a folder with one
+    # sub-folder per class.
+    config.generated = ConfigDict({"path": "", "share": 0.0})  # share in [0, 1); 0: none
+
     # WideResNet-34-10, RoBal section 5.1.
     config.model = ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
     config.head = ConfigDict({"name": "linear"})
@@ -71,6 +77,12 @@ def get_config(data: str) -> ConfigDict:
     # An average of the weights, kept beside them: 'none', 'ema' (decay; warmup in epochs), 'per_epoch' (CFA:
     # decay) or 'swa' (start in epochs).
     config.average = ConfigDict({"name": "none"})
+    # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='weights'.
+    config.optimizer.nesterov = False  # Nesterov's momentum
+    config.optimizer.decayed = "all"  # 'weights': no weight decay on batch norm and biases
+    # 'piecewise' is 'paper' with a warm-up by step. 'cosine' and 'one_cycle' have other arguments: a config
+    # file replaces the section: ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``.
+    # AT-BSL (Yue et al., CVPR 2024) is 'paper' with milestones (75, 90, 100) of 100 epochs.
     config.schedule = ConfigDict()
     config.schedule.name = "released"  # applies the decay again in every epoch after a milestone; or 'paper'
     config.schedule.lr = 0.1
@@ -78,34 +90,41 @@ def get_config(data: str) -> ConfigDict:
     config.schedule.decay = 0.1
     config.schedule.warmup = 0  # epochs
 
-    config.train = ConfigDict()
-    config.train.epochs = 80
-    config.train.max_steps = 0  # ends the run after so many steps, for a trial; 0: no limit
-    config.train.batch_size = 64  # on all devices; the last incomplete batch of an epoch is dropped
-    # Parts of a batch that a device computes one after the other, to save memory. Batch norm then takes its
-    # statistics from each part, and without sync_batch_norm from each device's share of the part. Runs that
-    # cut their batches into the same number of parts agree, on any devices.
-    config.train.accumulation_steps = 1
-    config.train.sync_batch_norm = True  # statistics of the images of all devices
-    config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed' (alternately)
-    config.train.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
-    # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
-    config.train.augmentation = "crop_flip"
-    config.train.mixing = "none"  # or 'cutmix': boxes of other images of the batch, each label with its share
-    config.train.batch_norm_momentum = 0.1  # weight of a batch in the running statistics
-    config.train.reading_threads = 16  # threads that read image files; at most the number of cores
-    # Training steps per dispatch to the devices; a signal to stop takes effect after the dispatch.
-    config.train.steps_per_dispatch = 20
-    config.train.checkpoint_epochs = 5  # epochs between two checkpoints; there is one at the end, too
-    config.train.keep_checkpoints = 3  # number of newest checkpoints kept
-    config.train.layout = "jit"  # 'jit' over a mesh of all devices, or 'pmap'; same numbers
-    # Of matrix products: 'default' (TF32 on a GPU), 'high' or 'highest'; 'bfloat16': the backbone computes in
-    # bfloat16, while parameters, batch-norm statistics, head, softmax and the attack's images stay float32.
-    config.train.precision = "default"
-
+    config.train = _train()
     config.evaluation = _evaluation(config.threat)
     if data in _DIFFERENCES:
         _DIFFERENCES[data](config)
+    return config
+
+
+def _train() -> ConfigDict:
+    """Returns the section ``train``: length, batches, augmentation, devices and checkpoints."""
+    config = ConfigDict()
+    config.epochs = 80
+    config.max_steps = 0  # ends the run after so many steps, for a trial; 0: no limit
+    config.batch_size = 64  # on all devices; the last incomplete batch of an epoch is dropped
+    # Parts of a batch that a device computes one after the other, to save memory. Batch norm then takes its
+    # statistics from each part, and without sync_batch_norm from each device's share of the part. Runs that
+    # cut their batches into the same number of parts agree, on any devices.
+    config.accumulation_steps = 1
+    config.sync_batch_norm = True  # statistics of the images of all devices
+    config.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed' (alternately)
+    config.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
+    # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
+    config.augmentation = "crop_flip"
+    config.mixing = "none"  # or 'cutmix': boxes of other images of the batch, each label with its share
+    config.batch_norm_momentum = 0.1  # weight of a batch in the running statistics
+    # s in [0, 1): the loss becomes (1 - s) l(z, y) + s mean_k l(z, k), the loss of the attack stays as it is.
+    config.label_smoothing = 0.0  # 0: none; 0.1 in Wang et al. (ICML 2023)
+    config.reading_threads = 16  # threads that read image files; at most the number of cores
+    # Training steps per dispatch to the devices; a signal to stop takes effect after the dispatch.
+    config.steps_per_dispatch = 20
+    config.checkpoint_epochs = 5  # epochs between two checkpoints; there is one at the end, too
+    config.keep_checkpoints = 3  # number of newest checkpoints kept
+    config.layout = "jit"  # 'jit' over a mesh of all devices, or 'pmap'; same numbers
+    # Of matrix products: 'default' (TF32 on a GPU), 'high' or 'highest'; 'bfloat16': the backbone computes in
+    # bfloat16, while parameters, batch-norm statistics, head, softmax and the attack's images stay float32.
+    config.precision = "default"
     return config
 
 

@@ -447,15 +447,16 @@ def vector(name: str, values: Any, size: int | None = None, per: str = "class") 
         raise InputError(f"the shape of {name} is {list(shape)}; {must}")
 
 
-def class_counts(counts: Any, classes: int | None = None) -> None:
+def class_counts(counts: Any, classes: int | None = None, *, whole: bool = False) -> None:
     """Refuses anything but the number of training images per class, ``[K]``, each at least 1.
 
     Args:
       counts: should be ``[K]``; the values are checked if they are known.
       classes: ``K``, if it is known.
+      whole: whether they must be whole numbers; those of a mixture of two sources are not.
 
     Raises:
-      InputError: another shape, no whole numbers, or a class without images.
+      InputError: another shape, no whole numbers if they must be, or a class without images.
 
     Example:
       >>> class_counts([5000, 0])
@@ -469,7 +470,7 @@ def class_counts(counts: Any, classes: int | None = None) -> None:
         raise InputError(
             f"class_counts have the entry {wrong:g}; every class needs at least 1 training image"
         )
-    if known and np.any(np.asarray(counts) % 1):
+    if whole and known and np.any(np.asarray(counts) % 1):
         raise InputError("class_counts have fractions; give whole numbers of training images")
 
 

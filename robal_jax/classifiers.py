@@ -288,7 +288,7 @@ class LinearHead(nn.Module):
     """
 
     num_classes: int
-    class_counts: tuple[int, ...] = ()
+    class_counts: tuple[float, ...] = ()
     bias: str = "trained"
 
     def __post_init__(self) -> None:

@@ -433,7 +433,7 @@ def _comments(source: str) -> dict[str, str]:
     A comment is about the field that its line sets, the last one if there are several, or about the field
     below it. Only its first sentence is kept.
     """
-    sections = {function: f"{name}." for name, function in re.findall(r"config\.(\w+) = (\w+)\(c", source)}
+    sections = {function: f"{name}." for name, function in re.findall(r"config\.(\w+) = (_\w+)\(", source)}
     sections["get_config"] = ""  # and no other function sets a field of every config
     found: dict[str, str] = {}
     above: list[str] = []

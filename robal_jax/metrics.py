@@ -104,7 +104,7 @@ def _counts(class_counts: ArrayLike) -> np.ndarray:
     """
     from robal_jax import checks  # here, because comparisons of runs start without JAX
 
-    checks.class_counts(class_counts)
+    checks.class_counts(class_counts, whole=True)
     return np.asarray(class_counts).astype(np.int64)
 
 

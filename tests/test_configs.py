@@ -136,14 +136,22 @@ def test_start_from_names_the_run_that_the_notes_make():
 
 
 def test_a_section_that_is_added_later(monkeypatch):
-    monkeypatch.setitem(config_file.NEUTRAL, "average", {"decay": 0.0})
+    monkeypatch.setitem(config_file.NEUTRAL, "distillation", {"weight": 0.0})
     old = json.loads(to_json(cli.load_config("configs/at.py:digits_lt")))
     filled = config_file.with_neutral(old)
-    assert filled == {**old, "average": {"decay": 0.0}}
+    assert filled == {**old, "distillation": {"weight": 0.0}}
     assert config_file.without_neutral(filled) == config_file.without_neutral(old)
     assert differences(ConfigDict(filled), ConfigDict(old)) == []
-    filled["average"]["decay"] = 0.5
-    assert differences(ConfigDict(filled), ConfigDict(old)) == ["average.decay: 0.5 here, 0.0 there"]
+    filled["distillation"]["weight"] = 0.5
+    assert differences(ConfigDict(filled), ConfigDict(old)) == ["distillation.weight: 0.5 here, 0.0 there"]
+
+
+def test_a_user_s_own_function_gets_no_fields_of_the_library_s():
+    old = json.loads(to_json(cli.load_config("configs/at.py:digits_lt")))
+    old["optimizer"] = {"name": "my:adam", "b1": 0.9}
+    assert config_file.with_neutral(old)["optimizer"] == old["optimizer"]
+    old["optimizer"] = {"name": "sgd"}
+    assert config_file.with_neutral(old)["optimizer"]["nesterov"] is False
 
 
 @functools.cache

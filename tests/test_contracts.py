@@ -1,5 +1,7 @@
 """What a user's own part takes and returns is checked before training, in the contract's words."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from robal_jax import builder, classifiers, cli, losses, models
+from robal_jax import builder, classifiers, cli, losses, models, objectives
 from robal_jax.errors import InputError
-from robal_jax.objectives import Outcome, plain
+from robal_jax.objectives import Batch, Outcome, plain
 
 
 def config(section=None, name=None, **options):
@@ -34,6 +36,51 @@ def refused(message, *arguments, **options):
 
 
 # ---------------------------------------------------------------- losses
+
+
+def of_the_epoch(logits, labels, epoch):
+    return losses.cross_entropy(logits, labels) * epoch
+
+
+@pytest.mark.parametrize("name", ["mean_of_three", "of_the_epoch"])
+def test_label_smoothing_reaches_any_loss_of_the_objective_and_not_the_attack_s(name, monkeypatch):
+    seen = {}
+
+    def objective(model, params, stats, batch, *, attack, loss):
+        logits = model[0]
+        seen.update(found=loss(logits, batch.labels), attack=attack.keywords["loss"])
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "seeing", objective)
+    made = config("loss", name)
+    made.train.label_smoothing, made.objective = 0.25, ConfigDict({"name": "seeing"})
+    logits, labels = jnp.asarray(np.random.RandomState(0).randn(6, 10)), jnp.arange(6)
+    batch = Batch(None, labels, None, jnp.int32(3))
+    builder.objective(made, np.arange(10, 0, -1))((logits,), None, None, batch)
+    own = {"mean_of_three": mean_of_three, "of_the_epoch": functools.partial(of_the_epoch, epoch=3)}[name]
+    every = np.mean([own(logits, jnp.full(6, k)) for k in range(10)], axis=0)
+    np.testing.assert_allclose(seen["found"], 0.75 * own(logits, labels) + 0.25 * every, rtol=1e-5)
+    np.testing.assert_array_equal(seen["attack"](logits, labels), losses.cross_entropy(logits, labels))
+
+
+def mean_of_three(logits, labels):
+    return losses.focal(logits, labels) / 3
+
+
+@pytest.mark.parametrize("objective", ["mart", "avmixup"])
+def test_label_smoothing_of_an_objective_with_a_loss_of_its_own_is_refused(objective):
+    made = config()
+    made.train.label_smoothing, made.objective = 0.1, ConfigDict({"name": objective})
+    message = f"objective '{objective}' has a loss of its own and would ignore config.train.label_smoothing "
+    with pytest.raises(InputError, match=f"{message}0.1; set it to 0"):
+        builder.check(made)
+
+
+@pytest.mark.parametrize("smoothing", [1.0, -0.1, float("nan")])
+def test_label_smoothing_out_of_range_is_refused(smoothing):
+    made = config()
+    made.train.label_smoothing = smoothing
+    with pytest.raises(InputError, match=r"config.train.label_smoothing is .*; it must be in \[0, 1\)"):
+        builder.check(made)
 
 
 def mean(logits, labels):
@@ -680,6 +727,14 @@ named_rates = rates(lambda x: {"lr": x})
 by_step = rates(lambda x: lambda step: 0.1)
 
 
+def short_of_steps(epochs, steps_per_epoch):
+    return np.full(epochs * steps_per_epoch - 1, 0.1)
+
+
+def one_per_step(epochs, steps_per_epoch):
+    return np.linspace(0.1, 0.0, epochs * steps_per_epoch)
+
+
 def without_epochs():
     return [0.1]
 
@@ -694,6 +749,8 @@ SCHEDULES = {
     "named_rates": f"fails with TypeError.*{ONE_EACH}",
     "by_step": f"fails with TypeError.*{ONE_EACH}",
     "without_epochs": f"fails with TypeError.*{ONE_EACH}",
+    "short_of_steps": r"returns rates of shape \[(\d+)\] for \d+ steps; .*; or take steps_per_epoch, too, "
+    "and return one per step",
 }
 
 
@@ -705,6 +762,23 @@ def test_a_schedule_that_breaks_its_contract(name):
 @pytest.mark.parametrize("name", ["linear", "listed"])
 def test_schedules_that_keep_it(name):
     assert float(builder.training(config("schedule", name)).schedule(0)) == pytest.approx(0.1)
+
+
+def test_a_schedule_of_steps_that_keeps_it():
+    job = builder.training(config("schedule", "one_per_step"))
+    expected = np.linspace(0.1, 0.0, job.total_steps)
+    found = [float(job.schedule(step)) for step in range(0, job.total_steps, 7)]
+    np.testing.assert_allclose(found, expected[::7], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["cosine", "one_cycle", "piecewise"])
+def test_a_library_s_schedule_of_steps(name):
+    made = config()
+    made.schedule = ConfigDict({"name": name, "lr": 0.1})
+    job = builder.training(made)
+    rates = [float(job.schedule(step)) for step in range(job.total_steps)]
+    assert max(rates) == pytest.approx(0.1, rel=1e-3)
+    assert name == "piecewise" or len(set(rates)) > job.total_steps // 2
 
 
 def adam(schedule, *, b1=0.9):

@@ -521,7 +521,6 @@ def test_vectors_of_the_wrong_size_are_refused(keyword, values):
         (COUNTS - 2, "class_counts have the entry 0; every class needs at least 1 training image"),
         (COUNTS * np.nan, "class_counts have the entry nan"),
         (COUNTS * np.inf, "class_counts have the entry inf"),
-        (COUNTS + 0.5, "class_counts have fractions; give whole numbers"),
         (dict(enumerate(COUNTS)), r"class_counts is \{.*; it must be \[K\], one number per class"),
         ("auto", r"class_counts is 'auto'; it must be \[K\]"),
         (["5", "4"], r"class_counts is \['5', '4'\]; it must be"),
@@ -606,3 +605,80 @@ def test_class_weights_out_of_range_are_refused(weight):
 def test_a_confidence_is_a_probability(confidence):
     with pytest.raises(ValueError, match=r"confidence is .*; it must be in \[0, 1\]"):
         losses.smoothed_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1]), confidence=confidence)
+
+
+# ---------------------------------------------------------------- label smoothing
+
+SMOOTHED = {
+    name: loss
+    for name, loss in LOSSES.items()
+    if not {"class_weights", "axis_name"} & set(getattr(loss, "keywords", {}))
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_label_smoothing_mixes_a_loss_with_its_mean_over_the_classes(name, smoothing):
+    loss = SMOOTHED[name]
+    found = losses.label_smoothed(Z, Y, base=loss, smoothing=smoothing)
+    each_class = [loss(Z, jnp.full(B, k)) for k in range(K)]
+    expected = (1 - smoothing) * loss(Z, Y) + smoothing * np.mean(each_class, axis=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def numpy_label_smoothed(logits, labels, smoothing):
+    """torch.nn.CrossEntropyLoss(label_smoothing=s): the target keeps 1 - s and every class gets s / K."""
+    target = (1 - smoothing) * np.eye(logits.shape[1])[labels] + smoothing / logits.shape[1]
+    logarithms = np.log([softmax(row) for row in logits])
+    return -(target * logarithms).sum(1)
+
+
+def as_any_loss(logits, labels):
+    """The cross entropy, without being known as it."""
+    return losses.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("base", [losses.cross_entropy, as_any_loss])
+def test_label_smoothing_of_the_cross_entropy_is_pytorch_s(base):
+    """By its own way, and as any loss."""
+    found = losses.label_smoothed(Z, Y, base=base, smoothing=0.2)
+    np.testing.assert_allclose(found, numpy_label_smoothed(Z, Y, 0.2), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_both_ways_to_smooth_a_cross_entropy_agree():
+    """Value and gradient, with logits at which a softmax is 0 or 1."""
+    logits = np.float64(Z) * np.array([1.0, 10.0, 1e3, 1e-3, 1.0, 1.0])[:, None]
+
+    def mean(logits, base):
+        return losses.label_smoothed(logits, Y, base=base, smoothing=0.3).mean()
+
+    ways = [jax.value_and_grad(mean)(logits, base) for base in (losses.cross_entropy, as_any_loss)]
+    for found, expected in zip(*map(jax.tree.leaves, ways), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_weights_that_are_divided_by_their_mean_do_not_act_in_the_smoothing_term():
+    weights = np.linspace(0.5, 2.0, K)
+    weighted = functools.partial(losses.cross_entropy, class_weights=weights)
+    found = losses.label_smoothed(Z, Y, base=weighted, smoothing=0.2)
+    every = np.mean([numpy_cross_entropy(Z, np.full(B, k)) for k in range(K)], axis=0)
+    np.testing.assert_allclose(found, 0.8 * np.asarray(weighted(Z, Y)) + 0.2 * every, rtol=1e-5)
+
+
+def test_label_smoothing_of_many_classes_keeps_no_more_than_a_few_logits():
+    """The gradient of 300 losses on [B, 300] holds some arrays [B, 300], not 300 of them."""
+    logits, labels = random_logits(0, classes=300), random_labels(1, classes=300)
+
+    def mean(logits):
+        base = functools.partial(losses.ldam, class_counts=np.arange(300, 0, -1))
+        return losses.label_smoothed(logits, labels, base=base, smoothing=0.1).mean()
+
+    compiled = jax.jit(jax.grad(mean)).lower(logits).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 30 * logits.nbytes
+
+
+@pytest.mark.parametrize("smoothing", [1.0, -0.1, np.nan, "0.1"])
+def test_a_smoothing_out_of_range_is_refused(smoothing):
+    with pytest.raises(ValueError, match=r"smoothing is .*; it must be (in \[0, 1\)|a number)"):
+        losses.label_smoothed(Z, Y, base=losses.cross_entropy, smoothing=smoothing)

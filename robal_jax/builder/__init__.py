@@ -19,16 +19,18 @@ in its section::
     loss        config.loss                      class_counts, axis_name, threat, epoch
     loss        config.attack.loss               class_counts, axis_name, threat
     objective   config.objective                 class_counts, axis_name, threat, loss, attack
-    schedule    config.schedule                  epochs (every schedule needs it)
+    schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
 
-- ``class_counts``: training images per class, integers ``[K]``; ``num_classes``: ``K``
+- ``class_counts``: training images per class ``[K]``, integers; with generated images those of the mixture,
+  floats with the same sum, see ``data.generated.mixture_counts``; ``num_classes``: ``K``
 - ``axis_name``: the mapped axis over which a batch is spread, or None
 - ``convolution``: the implementation of convolutions for the platform, see ``models.convolutions``
 - ``threat``: the ``ThreatModel`` of the training attack
 - ``loss``, ``attack``: the functions of ``config.loss`` and ``config.attack``, bound
 - ``epoch``: the current epoch, counted from 1, an integer array
-- ``epochs``: epochs of the whole run; ``schedule``: ``step -> learning rate``
+- ``epochs``: epochs of the whole run; ``steps_per_epoch``: with it, a schedule returns a rate per step
+- ``schedule``: ``step -> learning rate``
 """
 
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of

@@ -34,9 +34,10 @@ CONTRACTS = {
     "head": "be a flax.linen module without dropout, from (features [B, D], train) to floats [B, K]",
     "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
-    "schedule": "take epochs and return one finite learning rate >= 0 per epoch",
     "perturbation": "return a function of (params, gradients, epoch) that returns params",
     "average": "return a robal_jax.averages.Average",
+    "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
+    "too, and return one per step",
     "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
 }
 """The contract of each kind of function, in words that continue 'it must'."""
@@ -356,17 +357,17 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
         )
 
 
-def check_schedule(name: str, rates: Any, epochs: int) -> np.ndarray:
-    """Refuses anything but one finite learning rate per epoch; returns them as an array."""
+def check_schedule(name: str, rates: Any, count: int, unit: str) -> np.ndarray:
+    """Refuses anything but ``count`` finite learning rates, one per ``unit``; returns them as an array."""
     with calling("schedule", name):
         array = np.asarray(rates, float)
-    if array.shape != (epochs,) or not np.all(np.isfinite(array) & (array >= 0)):
+    if array.shape != (count,) or not np.all(np.isfinite(array) & (array >= 0)):
         what = (
             f"rates of shape {list(array.shape)}"
-            if array.shape != (epochs,)
+            if array.shape != (count,)
             else f"{array.min()}..{array.max()}"
         )
-        raise broken("schedule", name, f"returns {what} for {epochs} epochs")
+        raise broken("schedule", name, f"returns {what} for {count} {unit}s")
     return array
 
 

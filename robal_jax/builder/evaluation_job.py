@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from robal_jax import classifiers, metrics, models
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
-from robal_jax.builder.parts import dataset, model
+from robal_jax.builder.parts import dataset, generated_per_batch, model
 from robal_jax.builder.ranges import validate
 from robal_jax.data import TestSet, balanced_part, image_folder
 from robal_jax.data.sources import SOURCES
@@ -75,7 +75,6 @@ class Evaluation:
       test: the images, and the class counts of the training set.
       ids: numbers of the images in the whole test set, ascending.
       variables: shapes of ``params`` and ``stats``, the parts of a checkpoint that the model needs.
-      weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
       predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
       features: ``(params, stats, images) -> [B, D]``, the input of the head; None if it is not known.
       threat: what the attacks may do.
@@ -90,12 +89,12 @@ class Evaluation:
       groups: classes by the name of their group, see ``metrics.class_groups``.
       about: method, data and attack in the words of the report. Nothing reads it back.
       data_sha256: of the training set and the test set; '' if there is no training set.
+      weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
     """
 
     test: TestSet
     ids: np.ndarray
     variables: dict[str, Any]
-    weights: str
     predict: Callable[..., Any]
     features: Callable[..., Any] | None
     threat: ThreatModel
@@ -110,10 +109,17 @@ class Evaluation:
     groups: dict[str, np.ndarray]
     about: dict[str, Any]
     data_sha256: str = ""
+    weights: str = "current"
 
 
-def evaluation(config: ConfigDict) -> Evaluation:
+def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> Evaluation:
     """Builds everything that an evaluation needs, and checks it.
+
+    Args:
+      config: of the run, with the evaluation's settings.
+      trained_counts: class counts that the model was trained with, ``[K]``, for its head and for the prior
+        that is subtracted from its logits; those of the training set if None. Groups of classes are always
+        those of the training set, without generated images.
 
     Raises:
       InputError: a field of the config, or the data, cannot be used.
@@ -121,8 +127,8 @@ def evaluation(config: ConfigDict) -> Evaluation:
     validate(config)
     settings, data, platform = config.evaluation, dataset(config), jax.default_backend()
     test, ids, part = _part(config, data.test_set)
-    counts = test.class_counts
-    groups = metrics.class_groups(counts, settings.head_classes, settings.tail_classes)
+    counts = test.class_counts if trained_counts is None else trained_counts
+    groups = metrics.class_groups(test.class_counts, settings.head_classes, settings.tail_classes)
     head = settings.head if settings.head.name else config.head
     images = jax.ShapeDtypeStruct((1, 2, *test.images.shape[1:]), np.float32)
     build = functools.partial(model, config, counts, platform=platform, precision=settings.precision)
@@ -186,6 +192,8 @@ def _about(
     settings, counts = config.evaluation, test.class_counts
     ratio, profile = config.data.get("ratio", 1.0), config.data.get("profile")
     options = [f"{key} {value}" for key, value in sorted(head.items()) if key != "name"]
+    label = _generated(config)
+    of_mixture = " of the mixture with generated data" if label else ""
     start = "x + U(-epsilon, epsilon)" if config.threat.norm == "linf" else "uniform in the ball"
     return {
         "method": config.method,
@@ -201,12 +209,21 @@ def _about(
         "step_size": settings.step_size,
         "start": f"{start}; FGSM: x",
         "logit_scale": settings.logit_scale,
-        "prior_adjustment": f"logits - {settings.tau_p:g} log prior" if settings.tau_p else "none",
+        "prior_adjustment": f"logits - {settings.tau_p:g} log prior{of_mixture}"
+        if settings.tau_p
+        else "none",
         "evaluation_seed": settings.seed,
         "precision": settings.precision,
+        **label,
         "autoattack": [stage.name for stage in ensemble],
         "config": json.loads(to_json(config)),
     }
+
+
+def _generated(config: ConfigDict) -> dict[str, str]:
+    """Returns the label 'generated' of a run that was trained with generated images; nothing for others."""
+    share = generated_per_batch(config) / config.train.batch_size
+    return {"generated": f"uses generated data ({100 * share:.3g} % of each batch)"} if share else {}
 
 
 def _variables(network: models.Model, test: TestSet) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from robal_jax.errors import InputError, one_line, shown
 POSITIONAL = {"loss": ("logits", "labels"), "objective": ("model", "params", "stats", "batch")}
 """Arguments that a function of a kind receives by position when it is called; those of other kinds: none."""
 
-LATE = {"loss": ("epoch",), "schedule": ("epochs",)}
+LATE = {"loss": ("epoch",), "schedule": ("epochs", "steps_per_epoch")}
 """Parameters that receive their values by name when the function is called."""
 
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

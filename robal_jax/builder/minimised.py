@@ -26,6 +26,7 @@ def objective(
     threat, settings = ThreatModel(config.threat.epsilon, config.threat.norm), config.attack
     given: dict[str, Any] = {"class_counts": class_counts, "axis_name": axis_name, "threat": threat}
     loss = call("loss", losses.LOSSES, config.loss, **given)
+    smoothed = functools.partial(_smoothed, config.train.label_smoothing)
     inner_loss = call("loss", losses.LOSSES, settings.loss, **given)
     attack = functools.partial(
         attacks.pgd,
@@ -35,13 +36,22 @@ def objective(
         start=_start(config, threat),
         loss=inner_loss,
     )
-    function = call("objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=loss, **given)
+    function = call(
+        "objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=smoothed(loss), **given
+    )
     _check_parts(config, loss, inner_loss, function)
     for section, made in ((config.loss, loss), (settings.loss, inner_loss)):
         contracts.check_loss(section, made, len(class_counts))
     bound = {name: value for name, value in (("loss", loss), ("attack", attack)) if takes(function, name)}
     wrapped = _with_attack_mode(config, function, attack, threat)
-    return functools.partial(_in_step, objective=wrapped, bound=bound, common=config.threat.epsilon)
+    return functools.partial(
+        _in_step, objective=wrapped, bound=bound, smoothed=smoothed, common=config.threat.epsilon
+    )
+
+
+def _smoothed(smoothing: float, loss: functools.partial) -> functools.partial:
+    """Returns a loss with label smoothing; without, the loss itself."""
+    return functools.partial(losses.label_smoothed, base=loss, smoothing=smoothing) if smoothing else loss
 
 
 def _check_parts(
@@ -52,6 +62,11 @@ def _check_parts(
         raise InputError(
             f"objective {config.objective.name!r} has a loss of its own and would ignore config.loss "
             f"{config.loss.name!r}; set config.loss to cross_entropy"
+        )
+    if not takes(function, "loss") and config.train.label_smoothing:
+        raise InputError(
+            f"objective {config.objective.name!r} has a loss of its own and would ignore "
+            f"config.train.label_smoothing {config.train.label_smoothing:g}; set it to 0"
         )
     base = loss.keywords.get("base")  # of a deferred loss
     if base and loss.keywords.get("reweight", True) and not takes(base, "class_weights"):
@@ -106,6 +121,7 @@ def _in_step(
     *,
     objective: Callable[..., tuple[chex.Array, objectives.Outcome]],
     bound: dict[str, functools.partial],
+    smoothed: Callable[[functools.partial], losses.Loss],
     common: float,
 ) -> tuple[chex.Array, objectives.Outcome]:
     """Calls an objective with its loss and attack as a step knows them.
@@ -118,12 +134,14 @@ def _in_step(
       known: what else is known of its images.
       objective: any; it has its loss and its attack already, which hold if nothing is known.
       bound: these two, as far as it takes them.
+      smoothed: gives a loss its label smoothing.
       common: radius of which the attack's radius and step size are multiples.
     """
     late: dict[str, Any] = {}
     loss, attack = (bound.get(name) for name in ("loss", "attack"))
     if loss is not None and takes(loss, "epoch"):
-        late["loss"] = loss = functools.partial(loss, epoch=batch.epoch)
+        loss = functools.partial(loss, epoch=batch.epoch)
+        late["loss"] = smoothed(loss)
     if attack is not None and known.radii is not None:
         late["attack"] = attack = _within(attack, known.radii / common)
     if known.partners is not None:
@@ -133,7 +151,7 @@ def _in_step(
             inner = shared(attack.keywords["loss"])
             late["attack"] = attack = functools.partial(attack, loss=inner)
         if loss is not None:
-            late["loss"] = shared(loss)
+            late["loss"] = shared(smoothed(loss))
     if attack is not None and known.adversarial is not None:
         late["attack"] = functools.partial(objectives.known, known.adversarial)
     return objective(model, params, stats, batch, **late)

@@ -13,9 +13,9 @@ from robal_jax import budgets, classifiers, models, optimizers
 from robal_jax.averages import AVERAGES, Average
 from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts
-from robal_jax.builder.contracts import calling
+from robal_jax.builder.contracts import calling, takes
 from robal_jax.builder.instantiate import call
-from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, inspection, sources
+from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, generated, inspection, sources
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
@@ -30,6 +30,34 @@ def dataset(config: ConfigDict) -> Dataset:
     contracts.check_dataset(config.data.name, found)
     found = check_dataset(found)
     return found._replace(notes=inspection.notes(found))
+
+
+def generated_per_batch(config: ConfigDict) -> int:
+    """Returns how many images of each batch are generated; 0 if all are of the training set.
+
+    Raises:
+      InputError: ``config.generated`` has only one of its fields, or leaves no image of one source.
+    """
+    (path, share), size = (config.generated[name] for name in ("path", "share")), config.train.batch_size
+    if not path and not share:
+        return 0
+    if not path:
+        raise InputError(
+            f"config.generated.share is {share:g}, but config.generated.path is empty; name an .npz file or "
+            "a folder of generated images, or set the share to 0"
+        )
+    if not share:
+        raise InputError(
+            f"config.generated.path is {path!r}, but config.generated.share is 0; set a share in (0, 1), "
+            "such as 0.7, or leave the path empty"
+        )
+    count = generated.per_batch(share, size)
+    if not 0 < count < size:
+        raise InputError(
+            f"config.generated.share {share:g} of config.train.batch_size {size} is {count} images; set a "
+            "share that leaves at least one image of each source in a batch"
+        )
+    return count
 
 
 def model(
@@ -47,7 +75,7 @@ def model(
 
     Args:
       config: the whole config.
-      class_counts: training images per class, integers ``[K]``.
+      class_counts: training images per class ``[K]``.
       platform: of the devices: 'cpu', 'gpu' or 'tpu'; decides how convolutions are computed.
       precision: a key of ``models.PRECISIONS``.
       head: section of the head; ``config.head`` if None.
@@ -72,7 +100,7 @@ def model(
         classifiers.HEADS,
         config.head if head is None else head,
         num_classes=len(class_counts),
-        class_counts=tuple(int(count) for count in class_counts),
+        class_counts=tuple(class_counts.tolist()),
         axis_name=axis_name,
     )
     names = {"model": config.model.name, "head": (config.head if head is None else head).name}
@@ -94,10 +122,12 @@ def optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds the optimiser, and its schedule: from a step to a learning rate."""
     rates_of, epochs = call("schedule", optimizers.SCHEDULES, config.schedule), config.train.epochs
+    by_step = takes(rates_of, "steps_per_epoch")
     with calling("schedule", config.schedule.name):
-        rates = rates_of(epochs=epochs)
-    rates = contracts.check_schedule(config.schedule.name, rates, epochs)
-    schedule = optimizers.per_step(rates, steps_per_epoch)
+        rates = rates_of(epochs=epochs, **({"steps_per_epoch": steps_per_epoch} if by_step else {}))
+    count, unit = (epochs * steps_per_epoch, "step") if by_step else (epochs, "epoch")
+    rates = contracts.check_schedule(config.schedule.name, rates, count, unit)
+    schedule = optimizers.per_step(rates, 1 if by_step else steps_per_epoch)
     make = call("optimizer", optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
     with calling("optimizer", config.optimizer.name):
         return make(), schedule

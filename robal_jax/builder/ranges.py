@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import averages, checks, classifiers, models, objectives
+from robal_jax import averages, checks, classifiers, models, objectives, optimizers
 from robal_jax.attacks import NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, SAMPLERS
@@ -89,13 +89,15 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
-    "optimizer.momentum": BELOW_ONE,
     "average.decay": BELOW_ONE,
     "threat.ramp": SHARE,
     "train.batch_norm_momentum": SHARE,
     "train.mixing": _one_of(("none", "cutmix")),
     "attack.batch_norm": _one_of(objectives.ATTACK_MODES),
     "evaluation.weights": _one_of(averages.WEIGHTS),
+    **dict.fromkeys(("optimizer.momentum", "train.label_smoothing", "generated.share"), BELOW_ONE),
+    "optimizer.decayed": _one_of(optimizers.DECAYED),
+    "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
@@ -121,6 +123,7 @@ _TEXTS = (
     "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
     "threat.budget.name", "attack.batch_norm", "perturbation.name", "average.name", "train.mixing",
     "evaluation.weights",
+    "generated.path",
 )  # fmt: skip
 
 _INTEGERS = (
@@ -135,6 +138,7 @@ _NUMBERS = (
     "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
     "evaluation.logit_scale", "evaluation.tau_p", "threat.ramp", "attack.noise", "attack.reach",
     "attack.alignment", "train.batch_norm_momentum",
+    "evaluation.logit_scale", "evaluation.tau_p", "train.label_smoothing", "generated.share",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {

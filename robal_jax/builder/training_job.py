@@ -17,12 +17,22 @@ from robal_jax.budgets import Budget
 from robal_jax.builder import contracts
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
-from robal_jax.builder.parts import augmentation, average, budget, dataset, model, optimizer, perturbation
+from robal_jax.builder.parts import (
+    augmentation,
+    average,
+    budget,
+    dataset,
+    generated_per_batch,
+    model,
+    optimizer,
+    perturbation,
+)
 from robal_jax.builder.ranges import validate
-from robal_jax.data import Dataset, epoch_order, sources
+from robal_jax.data import Dataset, Images, epoch_order, generated, inspection, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.perturbations import Perturbation
+from robal_jax.storage.workdir import digest_of_images
 
 
 class Settings(NamedTuple):
@@ -43,7 +53,11 @@ class Training:
     """Everything that the training loop needs.
 
     Attributes:
-      data: the images.
+      data: the data set.
+      images: what ``order`` numbers: the training set's images, then the generated ones.
+      labels: of these images, int32 ``[N]``.
+      mixture: what the run's folder says of generated images: their 'generated_sha256', and the
+        'class_counts' of the mixture; empty if there are none.
       model: the network.
       objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
@@ -61,6 +75,9 @@ class Training:
     """
 
     data: Dataset
+    images: Images
+    labels: np.ndarray
+    mixture: dict[str, Any]
     model: models.Model
     objective: objectives.Objective
     optimizer: optax.GradientTransformation
@@ -84,6 +101,7 @@ def training(config: ConfigDict) -> Training:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
+    generated_per_batch(config)  # may refuse, and reading the data takes long
     data, train = dataset(config), config.train
     counts = data.class_counts
     # An epoch's order is kept, because every step of the epoch needs it.
@@ -96,6 +114,7 @@ def training(config: ConfigDict) -> Training:
             f"config.train.batch_size is {train.batch_size}, but an epoch has only {len(order(0))} images; "
             "set a smaller one"
         )
+    source = _source(config, data, order)
     total_steps = steps_per_epoch * train.epochs
     if total_steps >= 2**31:
         raise InputError(
@@ -107,32 +126,80 @@ def training(config: ConfigDict) -> Training:
     images = _images_of_a_step(config, data)
     network = model(
         config,
-        counts,
+        source.class_counts,
         platform=jax.default_backend(),
         precision=train.precision,
         axis_name=parallel.AXIS,
         sync_batch_norm=train.sync_batch_norm,
         images=images,
     )
-    minimised = objective(config, counts, parallel.AXIS)
+    minimised = objective(config, source.class_counts, parallel.AXIS)
     _check_own(config, network, minimised, optimise, images)
     total_steps = min(total_steps, train.max_steps or total_steps)
     return Training(
         data=data,
+        images=source.images,
+        labels=source.labels,
+        mixture=source.mixture,
         model=network,
         objective=minimised,
         optimizer=optimise,
         perturbation=perturbation(config),
         average=average(config, steps_per_epoch),
-        budget=budget(config, counts),
+        budget=budget(config, source.class_counts),
         schedule=schedule,
         seed=config.seed,
         settings=_settings(train, steps_per_epoch),
-        order=order,
+        order=source.order,
         augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        about=_about(config, data, steps_per_epoch, total_steps),
+        about=_about(config, data, steps_per_epoch, total_steps) | source.about,
+    )
+
+
+class _Source(NamedTuple):
+    """The images of a training, from one source or two; the fields are those of :class:`Training`."""
+
+    images: Images
+    labels: np.ndarray
+    order: Callable[[int], np.ndarray]
+    class_counts: np.ndarray  # of what training sees, in the proportions of a batch, [K]
+    mixture: dict[str, Any]
+    about: dict[str, str]
+
+
+def _source(config: ConfigDict, data: Dataset, originals: Callable[[int], np.ndarray]) -> _Source:
+    """Returns the images that training sees: the training set in its order, and generated ones beside it."""
+    size = config.train.batch_size
+    count = generated_per_batch(config)
+    if not count:
+        return _Source(data.train_images, data.train_labels, originals, data.class_counts, {}, {})
+    more = generated.load_generated(config.generated.path, data)
+    first, number, share = len(data.train_labels), len(more.labels), count / size
+    counts = generated.mixture_counts(data.class_counts, np.bincount(more.labels), share)
+
+    def order(epoch: int) -> np.ndarray:
+        return generated.mixed_order(
+            originals(epoch), batch_size=size, generated=count, first=first, number=number, seed=config.seed,
+            epoch=epoch,
+        )  # fmt: skip
+
+    return _Source(
+        images=generated.joined(data.train_images, more.images),
+        labels=np.concatenate([data.train_labels, more.labels]),
+        order=functools.lru_cache(maxsize=2)(order),
+        class_counts=counts,
+        mixture={
+            "generated_sha256": digest_of_images(more.images, more.labels),
+            "class_counts": counts.tolist(),
+        },
+        about={
+            "mixture": f"{count} of the {size} images of each batch are generated, from "
+            f"{config.generated.path}: {inspection.per_class(more.labels, data.class_names)}",
+            "prior": f"class prior: of the mixture, {100 - 100 * share:.3g} % originals + "
+            f"{100 * share:.3g} % generated",
+        },
     )
 
 
@@ -178,6 +245,7 @@ def check(config: ConfigDict) -> None:
       InputError: a field of the config cannot be used.
     """
     validate(config)
+    generated_per_batch(config)
     call("data set", sources.SOURCES, config.data)
     counts = np.arange(10, 0, -1)  # of a data set that will do
     for head in (config.head, config.evaluation.head):

@@ -6,6 +6,7 @@
 - ``image_folder``: data sets of image files, and reading files ahead of their use
 - ``inspection``: images per class, files that are no images, images of both the train and the test set
 - ``long_tail``: images per class in a long-tailed subset, and which ones
+- ``generated``: a second source of training images, drawn at a fixed share of each batch
 - ``sampling``: the order of the train images in an epoch, and a balanced part of the test images
 - ``augmentation``: random crops and flips, one key per image
 """

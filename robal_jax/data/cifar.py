@@ -110,7 +110,7 @@ def _open_npz(name: str, path: str) -> list[_Split]:
         raise InputError(f"no file {file} with {name}; {_how_to_get(name)}")
     wanted = {f"{split}_{kind}" for split in _SPLITS for kind in ("images", "labels")}
     with (
-        _reading(f"{file} as an .npz file", "write it again with np.savez"),
+        reading_file(f"{file} as an .npz file", "write it again with np.savez"),
         file.open("rb") as stream,  # np.load leaves a damaged file that it opened itself open
         np.load(stream, allow_pickle=False) as content,
     ):
@@ -206,7 +206,7 @@ def _open_tfds(name: str, path: str) -> list[_Split]:
         )
     import tensorflow_datasets as tfds  # it takes a second, and only these data need it
 
-    reading = partial(_reading, str(folder), f"delete it and prepare {name} again: {_how_to_get(name)}")
+    reading = partial(reading_file, str(folder), f"delete it and prepare {name} again: {_how_to_get(name)}")
     with reading():
         builder = tfds.builder_from_directory(folder)
         if builder.name != name:
@@ -241,7 +241,7 @@ def decode_png(png: bytes) -> np.ndarray:
 
 
 @contextmanager
-def _reading(what: str, remedy: str) -> Iterator[None]:
+def reading_file(what: str, remedy: str) -> Iterator[None]:
     """Turns whatever a library raises for damaged files into one line for the user."""
     try:
         yield

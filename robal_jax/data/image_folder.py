@@ -158,7 +158,7 @@ def _read(path: str, resize: int, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
     """Files of one split, and the names of the classes if the folders name them."""
 
     paths: list[str]  # [N], relative to the root
@@ -223,8 +223,8 @@ def load_image_folder(
             f"ratio is {ratio}, but train_list cannot be cut to a ratio; set config.data.ratio=1"
         )
     splits = {
-        "train": _listed(root, train_list) if train_list else _foldered(root, train),
-        "test": _listed(root, test_list) if test_list else _foldered(root, test),
+        "train": _listed(root, train_list) if train_list else foldered(root, train),
+        "test": _listed(root, test_list) if test_list else foldered(root, test),
     }
     names = _class_names(splits)
     for split, found in splits.items():
@@ -251,7 +251,7 @@ def load_image_folder(
     return check_dataset(dataset)
 
 
-def _note(name: str, split: _Split, names: list[str]) -> str:
+def _note(name: str, split: Split, names: list[str]) -> str:
     """Says how many images each class of a split has, and which files are left out."""
     out = (
         f"; {len(split.left_out)} other files left out, such as {split.left_out[0]}" if split.left_out else ""
@@ -275,7 +275,7 @@ def _cut(
     return long_tailed_indices(labels, wanted, seed)
 
 
-def _foldered(root: str, split: str) -> _Split:
+def foldered(root: str, split: str) -> Split:
     """Finds the split of a folder with one sub-folder per class."""
     folder = os.path.join(root, split)
     if not os.path.isdir(folder):
@@ -305,7 +305,7 @@ def _foldered(root: str, split: str) -> _Split:
         paths += found
         left_out += sorted({*files} - {*found})
         counts.append(len(found))
-    return _Split(paths, np.repeat(np.arange(len(names)), counts), names, tuple(left_out))
+    return Split(paths, np.repeat(np.arange(len(names)), counts), names, tuple(left_out))
 
 
 def _endings(paths: list[str]) -> str:
@@ -335,7 +335,7 @@ def _no_folder(error: OSError) -> None:
     ) from error
 
 
-def _listed(root: str, list_file: str) -> _Split:
+def _listed(root: str, list_file: str) -> Split:
     """Reads the split of a list file."""
     file = pathlib.Path(root, list_file)
     expected = "write one line per image with its path and class number, such as `relative/path.JPEG 17`"
@@ -362,10 +362,10 @@ def _listed(root: str, list_file: str) -> _Split:
     folders = sorted({(label, os.path.basename(os.path.dirname(path))) for path, label in entries})
     names = [name for _, name in folders]
     named = len(set(names)) == len(folders) == len({label for label, _ in folders}) and "" not in names
-    return _Split([path for path, _ in entries], np.array([label for _, label in entries]), names * named)
+    return Split([path for path, _ in entries], np.array([label for _, label in entries]), names * named)
 
 
-def _class_names(splits: dict[str, _Split]) -> list[str]:
+def _class_names(splits: dict[str, Split]) -> list[str]:
     """Returns the names of the classes, the same in both splits; their numbers if they have no names."""
     train, test = (split.names for split in splits.values())
     if train and test and train != test:

@@ -97,7 +97,6 @@ def evaluate_model(
         test=test,
         ids=np.arange(len(labels)),
         variables={},
-        weights="current",
         predict=predict,
         features=None,
         threat=threat,
@@ -203,7 +202,7 @@ def _test_set(
     if class_counts is None:
         counts, groups = np.bincount(labels, minlength=num_classes), {"all": np.arange(num_classes)}
     else:
-        checks.class_counts(class_counts, num_classes)
+        checks.class_counts(class_counts, num_classes, whole=True)
         counts = np.asarray(class_counts).astype(np.int64)
         groups = metrics.class_groups(counts)
     return TestSet(images, labels.astype(np.int32), 1, counts, names), groups

@@ -45,7 +45,8 @@ from robal_jax.storage.unfinished import PARTS, Unfinished
 from robal_jax.storage.workdir import (
     check_same_data,
     check_same_model,
-    digest_of_test_set,
+    class_counts_in_training,
+    digest_of_images,
     restore_weights,
     versions,
 )
@@ -89,7 +90,7 @@ def evaluate(
     say = hosts.speaker(say)
     with hosts.stop_signals() as stop:
         check_same_model(config, workdir)
-        job = builder.evaluation(config)
+        job = builder.evaluation(config, class_counts_in_training(workdir))
         check_same_data(job.data_sha256, workdir, say)
         for line in job.test.notes:
             say(line)
@@ -150,7 +151,7 @@ def attack_and_report(
     victim = as_victim(job, subject.weights)
     if subject.surrogate is not None:
         _refuse_itself(victim, subject.surrogate)
-    test_set = digest_of_test_set(job.test.images, job.test.labels)
+    test_set = digest_of_images(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
     identity = {**subject.identity, "test_set_sha256": test_set}
     with hosts.held_by_first(partial(alone_in, folder)):
@@ -245,8 +246,9 @@ def _surrogate(
     if not job.surrogate:
         return None
     workdir = user_path(job.surrogate)
-    other = builder.evaluation(builder.with_part_of(read_config(workdir), config))
-    if digest_of_test_set(*other.test[:2]) != digest_of_test_set(*job.test[:2]):
+    own = builder.with_part_of(read_config(workdir), config)
+    other = builder.evaluation(own, class_counts_in_training(workdir))
+    if digest_of_images(*other.test[:2]) != digest_of_images(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
     restored = restore_weights(workdir, None, other.variables, say, other.weights)
     if restored.sha256 == sha256:

@@ -14,7 +14,7 @@ import numpy as np
 from robal_jax import builder, checks
 from robal_jax.data import TestSet, as_float
 from robal_jax.storage.config_file import read_config, to_json
-from robal_jax.storage.workdir import check_same_data, restore_weights
+from robal_jax.storage.workdir import check_same_data, class_counts_in_training, restore_weights
 
 IMAGES_AT_ONCE = 500
 
@@ -92,7 +92,7 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | No
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    job = builder.evaluation(config)
+    job = builder.evaluation(config, class_counts_in_training(workdir))
     check_same_data(job.data_sha256, workdir, print)
     chosen = None if checkpoint is None else pathlib.Path(checkpoint)
     weights, path, sha256 = restore_weights(workdir, chosen, job.variables, print, job.weights)

@@ -189,7 +189,11 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
         }
     )
     audits = [
-        (label(row, seed), audit_summary(run.audit), _left_out(run, conditions=first.conditions))
+        (
+            _with_label(label(row, seed), run),
+            audit_summary(run.audit),
+            _left_out(run, conditions=first.conditions),
+        )
         for row, members in by_method(runs).items()
         for seed, run in members.items()
     ]
@@ -260,6 +264,11 @@ def _difference(pair: Mapping[str, float]) -> str:
 def printed_p(p_value: float) -> str:
     """Returns a p-value: 'p = 0.490'."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def _with_label(name: str, run: EvaluatedRun) -> str:
+    """Returns the name of a run, and that it was trained with generated images if it was."""
+    return ", ".join(filter(None, (name, run.meta.get("generated"))))
 
 
 def _left_out(run: EvaluatedRun, *, conditions: Collection[str]) -> str:

@@ -68,7 +68,8 @@ class Results:
           'identity' (what tells an evaluation without a config from others), 'training' ({'epoch': numbers,
           name of a metric: its means}, up to the checkpoint);
         - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256', 'part' (which
-          part of the test set; missing for all of it);
+          part of the test set; missing for all of it), 'generated' (their share in training; missing
+          without);
         - the attacks: 'norm', 'epsilon', 'step_size', 'start', 'evaluation_seed', 'main_attack' (the one that
           counts if no ensemble was evaluated), 'autoattack' (names of the ensemble's attacks), 'stages'
           ({attack: accuracy after it and all attacks before it});

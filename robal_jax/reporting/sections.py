@@ -27,6 +27,7 @@ _META_LABELS = {
     "method": "Method",
     "dataset": "Data set",
     "imbalance": "Imbalance",
+    "generated": "Training",
     "n": "Test images",
     "norm": "Threat model: norm",
     "epsilon": "Threat model: radius",
@@ -54,7 +55,12 @@ _META_LABELS = {
 END_CLASSES = 5  # shown of the head and of the tail if there are many classes
 
 _META_ELSEWHERE = ("class_names", "command", "config", "identity", "stages", "training")
-_FACTS = {"imbalance": "imbalance", "n": "test images", "date": "date"}  # in the header
+_FACTS = {
+    "imbalance": "imbalance",
+    "generated": "training",
+    "n": "test images",
+    "date": "date",
+}  # in the header
 _META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of attacks
 
 

@@ -34,3 +34,5 @@ def evaluation_table(results: Results, console: Console) -> None:
         table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)
     console.print(in_words(results), highlight=False, markup=False)
+    if "generated" in results.meta:
+        console.print(f"Training {results.meta['generated']}.", highlight=False, markup=False)

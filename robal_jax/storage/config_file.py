@@ -32,6 +32,10 @@ NEUTRAL: dict[str, Any] = {
     "average": {"name": "none"},
     "train.mixing": "none",
     "train.batch_norm_momentum": 0.1,
+    "optimizer.nesterov": False,
+    "optimizer.decayed": "all",
+    "train.label_smoothing": 0.0,
+    "generated": {"path": "", "share": 0.0},
 }
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
@@ -41,17 +45,17 @@ The value of a new section is the dictionary of its fields.
 LISTED = 8  # runs that a message lists
 
 NOT_TRAINED = (
-    "method", "evaluation.", "data.path",
+    "method", "evaluation.", "data.path", "generated.path",
     "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
 )  # fmt: skip
 """Beginnings of the names of the fields that do not change what is trained.
 
-They are the name of the method, the evaluation, how devices are used and fed, and the place of the data. The
+They are the name of the method, the evaluation, how devices are used and fed, and the places of the data. The
 data themselves are compared by their digest.
 """
 
 
-EVALUATED = ("method", "evaluation.", "data.path", "train.layout")
+EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""
 
 
@@ -63,7 +67,8 @@ def to_json(config: ConfigDict) -> str:
 def with_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the fields that an older config lacks, with their neutral values.
 
-    A field is added if its section exists: ``attack.restarts`` to a config that has a section ``attack``.
+    A field is added if its section exists: ``attack.restarts`` to a config that has a section ``attack``. A
+    section that names a function of the user's own gets none, because it would not take them.
 
     Args:
       fields: nested dictionaries, as JSON holds a config.
@@ -77,7 +82,7 @@ def with_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
         section: Any = filled
         for key in sections:
             section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict):
+        if isinstance(section, dict) and ":" not in str(section.get("name", "")):
             section.setdefault(field, copy.deepcopy(value))
     return filled
 

@@ -22,7 +22,7 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -110,8 +110,8 @@ def data_digest(data: Dataset) -> str:
     return checkpoints.digest(arrays | files)
 
 
-def digest_of_test_set(images: Images, labels: np.ndarray) -> str:
-    """Returns the sha256 of a test set."""
+def digest_of_images(images: Images, labels: np.ndarray) -> str:
+    """Returns the sha256 of images and their labels, such as a test set or generated images."""
     return checkpoints.digest({"images": fingerprint(images), "labels": labels})
 
 
@@ -147,33 +147,41 @@ def check_there(workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -
             )
 
 
-def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
+def prepare_workdir(
+    config: ConfigDict, digest: str, workdir: pathlib.Path, mixture: Mapping[str, Any] | None = None
+) -> None:
     """Makes the folder of a run, or checks that it belongs to this run.
 
     Args:
       config: the resolved config.
       digest: sha256 of the data.
       workdir: folder of the run.
+      mixture: 'generated_sha256' of generated images and 'class_counts' of what training sees, if there are
+        such images. They are stored beside the digest, because an evaluation does not need the images.
 
     Raises:
       InputError: the folder cannot be written to, or was made with a different config or different data.
     """
     make_workdir(workdir)
-    path = workdir / CONFIG
+    path, data = workdir / CONFIG, {"data_sha256": digest, **(mixture or {})}
     if path.exists():
-        _check_same_run(config, digest, workdir)
+        _check_same_run(config, data, workdir)
     elif checkpoints.steps(workdir / CHECKPOINTS):
         raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another workdir")
     else:
-        content = json.dumps({**versions(), "data_sha256": digest}, indent=2) + "\n"
+        content = json.dumps({**versions(), **data}, indent=2) + "\n"
         write_whole(workdir / VERSIONS, content.encode())
     write_whole(path, config_file.to_json(config).encode())
 
 
-def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
+def _check_same_run(config: ConfigDict, data: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Raises if a workdir was made with a different config or different data."""
     try:
-        data_before = str(json.loads((workdir / VERSIONS).read_text())["data_sha256"])
+        stored = json.loads((workdir / VERSIONS).read_text())
+        before = {
+            "data": str(stored["data_sha256"]),
+            "generated data": str(stored.get("generated_sha256", "")),
+        }
     except FileNotFoundError as error:
         raise InputError(
             f"workdir {workdir} was not made by training; to fine-tune its weights, choose another workdir "
@@ -184,8 +192,13 @@ def _check_same_run(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
             f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another workdir"
         ) from error
     changed = config_file.differences(config, config_file.read_config(workdir))
-    if not changed and data_before != digest:
-        changed = [f"data: sha256 {digest[:12]}… here, {data_before[:12]}… there"]
+    now = {"data": data["data_sha256"], "generated data": data.get("generated_sha256", "")}
+    if not changed:
+        changed = [
+            f"{name}: sha256 {now[name][:12]}… here, {before[name][:12]}… there"
+            for name in now
+            if now[name] != before[name]
+        ]
     if changed:
         more = f"; and {len(changed) - MOST} more" if len(changed) > MOST else ""
         raise InputError(
@@ -234,6 +247,15 @@ def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], Non
             f"the data differ from those of the run {workdir} (sha256 {digest[:12]}… here, "
             f"{str(trained_on)[:12]}… there); restore them, or name their place in config.data.path"
         )
+
+
+def class_counts_in_training(workdir: pathlib.Path) -> np.ndarray | None:
+    """Returns the class counts of the mixture that a run was trained on; None without generated images."""
+    try:
+        counts = json.loads((workdir / VERSIONS).read_text()).get("class_counts")
+        return None if counts is None else np.array(counts, float)
+    except (OSError, ValueError, AttributeError, TypeError):  # check_same_data says that it cannot be read
+        return None
 
 
 def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> checkpoints.Found[T] | None:

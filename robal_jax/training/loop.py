@@ -65,7 +65,7 @@ def chunks(job: builder.Training, step: int) -> Generator[tuple[np.ndarray | Exa
       Rows ``[steps_per_dispatch, A, b]`` for :func:`train_chunk`, and ``count``, how many of them to use. The
       rows are numbers of images if all images are on the device, or else images, read ahead of their use.
     """
-    images, labels = job.data.train_images, job.data.train_labels
+    images, labels = job.images, job.labels
 
     def ids_of(step: int) -> np.ndarray:
         ids = step_ids(job, step)
@@ -119,14 +119,14 @@ def train(
             _check_devices(job)
             digest = data_digest(job.data)
         hosts.check_agreement("the config", to_json(config))
-        hosts.check_agreement("the data", digest)
+        hosts.check_agreement("the data", digest + str(job.mixture))
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
         like = jax.eval_shape(partial(initial_state, job))
         start = _weights_to_start_from(job, folder)
         state = fine_tuned_state(job, start, say) if start else None
         hosts.by_first(partial(make_workdir, workdir))
         with hosts.held_by_first(partial(alone_in, workdir)):
-            hosts.by_first(partial(prepare_workdir, config, digest, workdir))
+            hosts.by_first(partial(prepare_workdir, config, digest, workdir, job.mixture))
             found = newest_whole(workdir, like, say)
             if found:
                 state = found.tree
@@ -232,8 +232,7 @@ def _on_devices(
     job: builder.Training, state: TrainState, devices: list[jax.Device]
 ) -> tuple[TrainState, Examples | None, jax.Array]:
     """Copies the state, the training set (None if it is read from files) and the key to all devices."""
-    in_memory = isinstance(job.data.train_images, np.ndarray)
-    data = Examples(job.data.train_images, job.data.train_labels) if in_memory else None
+    data = Examples(job.images, job.labels) if isinstance(job.images, np.ndarray) else None
     return parallel.replicate((state, data, key_of(job.seed)), devices)
 
 
