@@ -385,11 +385,25 @@ def test_a_network_that_standardises_its_images():
     pytorch.from_state_dict(state | buffers, *like)
     reasons = pytorch.ignored(state | buffers, pytorch.torch_shapes(*like)).values()
     assert {"n_averaged", "normalize.mean (all 0)", "normalize.std (all 1)"} < {*reasons}
-    buffers["normalize.std"] = np.full(3, 0.25)
-    message = (
-        r"standardises its images \(normalize\.std\), which .* do not; give the weights of a network for"
-    )
+    buffers["normalize.std"] = np.full((3, 1, 1), 0.2471, np.float32)
+    numbers = r"\(normalize\.std = 0\.2471, 0\.2471, 0\.2471\)"
+    message = rf"images otherwise than the config {numbers}; set config\.model\.mean and config\.model\.std"
     refused(message, pytorch.from_state_dict, state | buffers, *like)
+    given = {"mean": (), "std": (0.2471,) * 3}
+    pytorch.from_state_dict(state | buffers, *like, standardisation=given)
+    reasons = pytorch.ignored(state | buffers, pytorch.torch_shapes(*like), given).values()
+    assert {"normalize.mean (all 0)", "normalize.std (as in the config)"} < {*reasons}
+    for other in ((0.2471, 0.2471, 0.2472), (0.2471,), (1.0,) * 3):
+        refused(
+            r"\(normalize\.std = 0\.2471",
+            pytorch.from_state_dict,
+            state | buffers,
+            *like,
+            standardisation={"std": other},
+        )
+    renamed = state | {"mu": np.zeros((1, 3, 1, 1)), "sigma": buffers["normalize.std"]}
+    pytorch.from_state_dict(renamed, *like, standardisation=given)
+    refused(r"\(sigma = 0\.2471", pytorch.from_state_dict, renamed, *like)
 
 
 def test_several_state_dicts(monkeypatch, tmp_path):
@@ -651,7 +665,7 @@ def test_what_an_export_refuses(safetensors, tmp_path):
     weights, _ = write_network(tmp_path, "wrn")
     run = tmp_path / "run"
     import_to(run, weights, *SMALL)
-    message = "bare is for a WideResNet or .*linear head; this run has a WideResNet-10-1 with head 'cosine'"
+    message = "bare is for a WideResNet, .* linear head; this run has a WideResNet-10-1 with head 'cosine'"
     refused(message, export_from, run, "--naming=bare")
     refused("unknown naming 'onnx'; use --naming=released or", export_from, run, "--naming=onnx")
     refused(r"--out is x\.pt; name a \.safetensors", script("export_torch"), f"--workdir={run}", "--out=x.pt")

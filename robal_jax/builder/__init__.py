@@ -32,7 +32,7 @@ in its section::
 
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.parts import dataset, model, objective, optimizer
+from robal_jax.builder.parts import dataset, model, objective, optimizer, standardisation
 from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, check, training
 
@@ -49,6 +49,7 @@ __all__ = [
     "model",
     "objective",
     "optimizer",
+    "standardisation",
     "training",
     "validate",
     "with_inference_of",

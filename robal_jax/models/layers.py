@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from robal_jax.errors import shown
+from robal_jax.errors import InputError, shown
 from robal_jax.models.convolutions import Convolution, convolution
 
 BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch: PyTorch's convention and default
@@ -70,7 +70,7 @@ def standardised(images: chex.Array, mean: Sequence[float], std: Sequence[float]
       std: ``[C]``, or () for ones. If both are (), the images are returned as they are.
 
     Raises:
-      ValueError: the images have another number of channels.
+      InputError: the images have another number of channels.
 
     Example:
       >>> print(standardised(jnp.full((1, 1, 1, 2), 0.75), mean=(0.5, 0.25), std=(0.25, 0.125)))
@@ -79,9 +79,9 @@ def standardised(images: chex.Array, mean: Sequence[float], std: Sequence[float]
     x = images.astype(jnp.promote_types(images.dtype, jnp.float32)) if mean or std else images
     for numbers in (mean, std):
         if numbers and len(numbers) != x.shape[-1]:
-            raise ValueError(
-                f"mean and std have {len(numbers)} numbers, but images have {x.shape[-1]} channels; give one "
-                "per channel"
+            raise InputError(
+                f"the model's mean or std has {len(numbers)} numbers, but images have {x.shape[-1]} "
+                "channels; give one number per channel"
             )
     x = x - last_axis(jnp.asarray(mean, x.dtype), x) if mean else x
     x = x / last_axis(jnp.asarray(std, x.dtype), x) if std else x
