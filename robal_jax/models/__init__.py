@@ -44,13 +44,22 @@ from robal_jax.models.layers import (
     update_statistics,
 )
 from robal_jax.models.network import PRECISIONS, Model, Network, functional
-from robal_jax.models.preactivation import DeepMindWideResNet, PreActResNet18, WideBlock, WideResNet
+from robal_jax.models.preactivation import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    DeepMindWideResNet,
+    PreActResNet18,
+    WideBlock,
+    WideResNet,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "BACKBONES",
     "BATCH_NORM_EPSILON",
     "BATCH_NORM_MOMENTUM",
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
     "FOLDS",
     "PRECISIONS",
     "BatchNorm",

@@ -42,7 +42,7 @@ def activation_of(kind: str | Activation) -> Activation:
     """
     if callable(kind):
         return kind
-    if kind not in ACTIVATIONS:
+    if not isinstance(kind, str) or kind not in ACTIVATIONS:
         raise ValueError(f"unknown activation {kind!r}; use one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[kind]
 
@@ -76,7 +76,9 @@ def standardised(images: chex.Array, mean: Sequence[float], std: Sequence[float]
       >>> print(standardised(jnp.full((1, 1, 1, 2), 0.75), mean=(0.5, 0.25), std=(0.25, 0.125)))
       [[[[1. 4.]]]]
     """
-    x = images.astype(jnp.promote_types(images.dtype, jnp.float32)) if mean or std else images
+    if not mean and not std:
+        return images
+    x = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     for numbers in (mean, std):
         if numbers and len(numbers) != x.shape[-1]:
             raise InputError(

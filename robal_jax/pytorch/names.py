@@ -183,7 +183,7 @@ def from_state_dict(
     standardising = sorted(name for name in unused if name.split(".")[-1] in STANDARDISES)
     if standardising:
         listed = "; ".join(
-            f"{name} = {', '.join(f'{x:.8g}' for x in np.ravel(state_dict[name]))}" for name in standardising
+            f"{name} = {', '.join(map(str, np.ravel(state_dict[name])))}" for name in standardising
         )
         raise InputError(
             f"the network standardises its images otherwise than the config ({listed}); set "
