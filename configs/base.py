@@ -44,7 +44,9 @@ def get_config(data: str) -> ConfigDict:
     # sub-folder per class.
     config.generated = ConfigDict({"path": "", "share": 0.0})  # share in [0, 1); 0: none
 
-    # WideResNet-34-10, RoBal section 5.1.
+    # WideResNet-34-10, RoBal section 5.1. Others: 'deepmind_wide_resnet' (the form of most WideResNets on
+    # RobustBench), 'preact_resnet18', 'resnet18', 'resnet20', 'resnet32', 'resnet50', 'small_cnn'; their
+    # settings are in robal_jax/models. All take mean and std, one number per channel, to standardise images.
     config.model = ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
     config.head = ConfigDict({"name": "linear"})
     config.loss = ConfigDict({"name": "cross_entropy"})

@@ -1,8 +1,10 @@
 """Export: python experiments/export_torch.py --workdir=DIR --out=FILE.safetensors [--checkpoint=DIR].
 
 Writes a checkpoint as a PyTorch state_dict, with the names of RoBal's released code (backbone., classifier.)
-or, with --naming=bare, those of a plain WideResNet (last layer fc) or ResNet-18 (last layer linear). Linear
-layers read flattened images in PyTorch's order, (c, h, w). It does not need PyTorch.
+or, with --naming=bare, those of a plain WideResNet (last layer fc), of a ResNet-18, 20 or 32 or of a
+PreActResNet-18 (linear), or of DeepMind's WideResNet (logits). Linear layers read flattened images in
+PyTorch's order, (c, h, w); a network that standardises its images has the buffers mean and std. It does not
+need PyTorch.
 """
 
 import hashlib
@@ -17,6 +19,16 @@ from robal_jax import cli
 from robal_jax.errors import InputError
 from robal_jax.storage.files import check_replaceable
 
+LAST_LAYERS = {
+    "WideResNet": "fc.",
+    "DeepMind WideResNet": "logits.",
+    "ResNet-18": "linear.",
+    "ResNet-20": "linear.",
+    "ResNet-32": "linear.",
+    "PreActResNet-18": "linear.",
+}
+"""Beginning of the last layer's names, by the beginning of the network's name."""
+
 
 def bare_prefixes(config: ConfigDict, name: str) -> dict[str, str]:
     """Returns the prefixes of a network without the parts backbone and classifier, for ``robal_jax.pytorch``.
@@ -24,12 +36,14 @@ def bare_prefixes(config: ConfigDict, name: str) -> dict[str, str]:
     Raises:
       InputError: the run's network has no such form.
     """
-    if not name.startswith(("WideResNet", "ResNet-18")) or config.head.name != "linear":
+    last = next((last for network, last in LAST_LAYERS.items() if name.startswith(network)), None)
+    if last is None or config.head.name != "linear":
+        *names, other = LAST_LAYERS
         raise InputError(
-            f"--naming=bare is for a WideResNet or ResNet-18 with a linear head; this run has a {name} with "
-            f"head {config.head.name!r}; use --naming=released"
+            f"--naming=bare is for a {', '.join(names)} or {other} with a linear head; this run has a {name} "
+            f"with head {config.head.name!r}; use --naming=released"
         )
-    return {"backbone.": "", "classifier.": "linear." if name == "ResNet-18" else "fc."}
+    return {"backbone.": "", "classifier.": last}
 
 
 def main(arguments: list[str]) -> None:
@@ -62,7 +76,7 @@ def main(arguments: list[str]) -> None:
     params, stats = arrays["params"], arrays.get("stats", {})
     network = pytorch.architecture(pytorch.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None
-    state_dict = pytorch.complete_state_dict(params, stats, prefixes)
+    state_dict = pytorch.complete_state_dict(params, stats, prefixes, builder.standardisation(config))
     resolved = to_json(config)
     metadata = {
         "format": "pt",

@@ -1,8 +1,9 @@
 """Import: python experiments/import_torch.py --weights=FILE.pt --config=configs/METHOD.py:DATA --workdir=DIR.
 
 Makes a run's folder from the weights of a PyTorch network (the released files of RoBal or AT-BSL, or any
-state_dict of a WideResNet or a CIFAR ResNet-18), which python experiments/evaluate.py then evaluates. Nothing
-in the file is executed, and the data set is not needed. --config.KEY=VALUE sets a field as in training.
+state_dict of a WideResNet, also in DeepMind's form, as RobustBench has them, or of a ResNet-18, 20 or 32,
+PreActResNet-18 or ResNet-50), which python experiments/evaluate.py then evaluates. Nothing in the file is
+executed, and the data set is not needed. --config.KEY=VALUE sets a field as in training.
 """
 
 import pathlib

@@ -65,10 +65,11 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
     network = pytorch.architecture(pytorch.shapes(state_dict))
     pytorch.check_architecture(network, pytorch.architecture(pytorch.torch_shapes(like_params, like_stats)))
     prefixes = network.prefixes(like_params, like_stats)
-    found = pytorch.from_state_dict(state_dict, like_params, like_stats, prefixes)
+    standardisation = builder.standardisation(config)
+    found = pytorch.from_state_dict(state_dict, like_params, like_stats, prefixes, standardisation)
     params, stats = jax.tree.map(lambda array, to: np.asarray(array, to.dtype, order="C"), found, like)
     wanted = pytorch.torch_shapes(like_params, like_stats, prefixes)
-    ignored = pytorch.ignored(state_dict, wanted)
+    ignored = pytorch.ignored(state_dict, wanted, standardisation)
     reasons = dict(sorted(collections.Counter(ignored.values()).items()))
     origin = {
         "weights": str(weights.absolute()),

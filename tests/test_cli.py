@@ -271,7 +271,7 @@ def keyword(section, name, value):
         ("head", "temperature", 1.0, "head 'cosine' takes no 'temperature'; use one of scale, gamma, eta"),
         ("loss", "alpha", 1.0, "loss 'robal' takes no 'alpha'; use one of scale, margin, tau_m, tau_b"),
         ("objective", "beta", 1.0, "objective 'regularised' takes no 'beta'; use one of "),
-        ("model", "depth", 34, "model 'small_cnn' takes no 'depth'; use one of channels, width$"),
+        ("model", "depth", 34, "model 'small_cnn' takes no 'depth'; use one of channels, width, mean, std$"),
         ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),
         ("schedule", "gamma", 1.0, "schedule 'paper' takes no 'gamma'"),
         ("optimizer", "dampening", 0.1, "dampening"),

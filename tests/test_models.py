@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robal_jax import classifiers, models, pytorch
-from robal_jax.models import convolutions
+from robal_jax.models import convolutions, layers
 
 
 def arrays_like(tree, seed):
@@ -19,6 +19,18 @@ def arrays_like(tree, seed):
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.RandomState(seed)
     return structure.unflatten([jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32) for x in leaves])
+
+
+def centred_like(tree, seed):
+    """Random arrays of the size that training gives them, so that no layer's output vanishes or explodes."""
+    rng = np.random.RandomState(seed)
+
+    def draw(path, leaf):
+        if path[-1].key in ("var", "scale"):
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.randn(*leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 # ---------------------------------------------------------------- batch norm
@@ -231,6 +243,37 @@ def test_cpu_convolution_of_large_batches(batch, side, channels):
         np.testing.assert_allclose(found, expected, atol=10 * 10 * 2**-24 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("height", "width", "size", "stride"), [*SIZES, (10, 11, 3, 3), (8, 11, 5, 2)])
+def test_same_padding(height, width, size, stride):
+    rng = np.random.RandomState(0)
+    x = jnp.asarray(rng.randn(2, height, width, 3), jnp.float32)
+    kernel = jnp.asarray(rng.randn(size, size, 3, 4), jnp.float32)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = convolutions.same_padding(convolutions.convolution)(x, kernel, stride)
+    # The same sums of up to 7 * 7 * 3 products near 1, perhaps in another order: 147 * 2^-24.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_standardised_images():
+    images = np.random.RandomState(0).rand(2, 4, 4, 3).astype(np.float32)
+    mean, std = np.array([0.5, 0.25, 0.75]), np.array([0.5, 0.25, 2.0])
+    expected = (np.float64(images) - mean) / std
+    found = layers.standardised(jnp.asarray(images), mean.tolist(), std.tolist())
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        layers.standardised(jnp.asarray(images), mean.tolist(), ()), images - mean, atol=1e-6
+    )
+    assert layers.standardised(images, (), ()) is images
+    half = layers.standardised(jnp.asarray(images, jnp.bfloat16), mean.tolist(), std.tolist())
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(half), expected, atol=0.02)  # 2^-8 of numbers up to 3
+
+
 # ---------------------------------------------------------------- networks
 
 
@@ -267,6 +310,26 @@ def resnet50_size(stem):
     return total
 
 
+def preact_resnet18_size():
+    total, before = 3 * 64 * 9, 64
+    for width in (64, 128, 256, 512):
+        for inputs in (before, width):
+            total += 2 * inputs + 9 * inputs * width + 2 * width + 9 * width * width
+            total += inputs * width if inputs != width else 0
+        before = width
+    return total + 2 * before
+
+
+def cifar_resnet_size(n, shortcut):
+    total, before = 3 * 16 * 9 + 2 * 16, 16
+    for width in (16, 32, 64):
+        for inputs in (before, *[width] * (n - 1)):
+            total += 9 * inputs * width + 9 * width * width + 4 * width
+            total += inputs * width + 2 * width if inputs != width and shortcut == "B" else 0
+        before = width
+    return total
+
+
 def cnn_size(pixels_left):
     convolutions = 9 * (1 * 16 + 16 * 32 + 32 * 64) + 2 * (16 + 32 + 64)
     return convolutions + 64 * pixels_left * 64 + 64
@@ -278,6 +341,12 @@ NETWORKS = [
     (models.WideResNet(10, 2), (32, 32, 3), 128, wide_resnet_size(10, 2)),
     (models.WideResNet(10, 1), (32, 32, 3), 64, wide_resnet_size(10, 1)),
     (models.ResNet18(), (32, 32, 3), 512, resnet18_size()),
+    (models.PreActResNet18(), (32, 32, 3), 512, preact_resnet18_size()),
+    (models.PreActResNet18(), (64, 64, 3), 512, preact_resnet18_size()),
+    (models.ResNet20(), (32, 32, 3), 64, cifar_resnet_size(3, "A")),
+    (models.ResNet32(), (32, 32, 3), 64, cifar_resnet_size(5, "A")),
+    (models.ResNet32(shortcut="B"), (32, 32, 3), 64, cifar_resnet_size(5, "B")),
+    (models.DeepMindWideResNet(28, 10), (32, 32, 3), 640, wide_resnet_size(28, 10)),
     (models.ResNet50(), (224, 224, 3), 2048, resnet50_size(7)),
     (models.ResNet50(stem="small"), (64, 64, 3), 2048, resnet50_size(3)),
     (models.SmallCNN(), (8, 8, 1), 64, cnn_size(2 * 2)),
@@ -286,7 +355,9 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(
-    ("backbone", "shape", "width", "size"), NETWORKS, ids=[f"{type(n[0]).__name__}-{n[3]}" for n in NETWORKS]
+    ("backbone", "shape", "width", "size"),
+    NETWORKS,
+    ids=[f"{type(n[0]).__name__}-{n[1][0]}-{n[3]}" for n in NETWORKS],
 )
 def test_networks(backbone, shape, width, size):
     """Shapes and sizes only, without computing anything."""
@@ -306,6 +377,12 @@ def test_sizes_that_are_known():
     assert wide_resnet_size(34, 10) + 640 * 10 + 10 == 46_160_474
     assert resnet18_size() + 512 * 10 + 10 == 11_173_962
     assert resnet50_size(7) + 2048 * 1000 + 1000 == 25_557_032  # torchvision's
+    # Without the batch norm before pooling, the original form for CIFAR; the form of AWP has 1024 more.
+    assert preact_resnet18_size() - 2 * 512 + 512 * 10 + 10 == 11_171_146
+    # 0.27 M and 0.46 M in He et al.
+    assert [cifar_resnet_size(n, "A") + 64 * 10 + 10 for n in (3, 5)] == [269_722, 464_154]
+    assert wide_resnet_size(28, 10) + 640 * 10 + 10 == 36_479_194
+    assert wide_resnet_size(70, 16) + 1024 * 10 + 10 == 266_796_506
 
 
 @pytest.mark.parametrize(
@@ -316,6 +393,7 @@ def test_sizes_that_are_known():
         (models.ResNet50(stem="small"), 64, (64, 64, 8, 64, 32)),
         (models.ResNet18(), 32, (32, 32, 4, 16, 16)),
         (models.ResNet18(stem="imagenet"), 224, (112, 56, 7, 28, 28)),
+        (models.ResNet20(), 32, (32, 32, 8, 16, 16)),
     ],
 )
 def test_strides_of_a_resnet(backbone, pixels, sides):
@@ -326,14 +404,109 @@ def test_strides_of_a_resnet(backbone, pixels, sides):
         return state["intermediates"]
 
     found = jax.eval_shape(intermediates, jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32))
-    last = f"layer4_{backbone.blocks[-1] - 1}"
+    last = f"layer{len(backbone.blocks)}_{backbone.blocks[-1] - 1}"
     outputs = found["conv1"], found["layer1_0"], found[last], *map(found["layer2_0"].get, ("conv1", "conv2"))
     assert tuple(output["__call__"][0].shape[1] for output in outputs) == sides
 
 
-def test_stem_of_a_resnet():
-    with pytest.raises(ValueError, match=r"unknown stem 'cifar'; use 'imagenet' or 'small'"):
-        models.ResNet50(stem="cifar")
+@pytest.mark.parametrize(
+    ("make", "setting", "value", "message"),
+    [
+        (models.ResNet50, "stem", "cifar", r"unknown stem 'cifar'; use 'imagenet' or 'small'"),
+        (models.ResNet20, "shortcut", "C", r"unknown shortcut 'C'; use 'A' or 'B'"),
+        (models.WideResNet, "activation", "gelu", r"unknown activation 'gelu'; use one of relu, silu"),
+        (models.WideResNet, "final_activation", 3, r"unknown activation 3; use one of relu, silu"),
+        (models.WideResNet, "layout", "jax", r"unknown layout 'jax'; use one of released, deepmind"),
+        (models.PreActResNet18, "activation", "", r"unknown activation ''; use one of relu, silu"),
+        (models.SmallCNN, "mean", "0.5", r"mean is '0\.5'; give finite numbers, one per channel, or \(\)"),
+        (models.ResNet18, "std", (0.5, 0), r"std is \(0\.5, 0\); give finite numbers > 0, one per channel"),
+        (models.ResNet18, "mean", (math.nan,), r"mean is \(nan,\); give finite numbers, one per channel"),
+    ],
+)
+def test_settings_that_are_refused(make, setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{setting: value})
+
+
+NEW = {
+    "preact": models.PreActResNet18,
+    "resnet20": models.ResNet20,
+    "resnet20_b": partial(models.ResNet20, shortcut="B"),
+    "deepmind": partial(models.DeepMindWideResNet, 10, 1),
+}
+
+
+SMALL = {"wide": partial(models.WideResNet, 10, 1), "small_cnn": models.SmallCNN, **NEW}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_backbone_standardises_before_its_first_convolution(name):
+    """With kernels of ones the first convolution's output tells what it received."""
+    numbers = {"mean": (0.5, 0.25, 0.75), "std": (0.5, 0.25, 2.0)}
+    images = jnp.asarray(np.random.RandomState(0).rand(1, 8, 8, 3), jnp.float32)
+
+    def stem(module, images):
+        variables = jax.eval_shape(lambda: module.init(jax.random.key(0), images, False))
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
+        with jax.disable_jit():
+            _, state = module.apply(ones, images, False, capture_intermediates=True, mutable="intermediates")
+        found = state["intermediates"]
+        return found["init__conv" if "init__conv" in found else "conv1"]["__call__"][0]
+
+    plain, standard = SMALL[name](mean=(), std=()), SMALL[name](**numbers)
+    expected = stem(plain, layers.standardised(images, **numbers))
+    np.testing.assert_allclose(stem(standard, images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "deepmind" else pytest.param(name, marks=pytest.mark.slow) for name in NEW]
+)
+def test_other_convolution_and_spread_batch(name):
+    """On a CPU, and with a batch on two devices, it is the same network; one operation after the other."""
+    with jax.enable_x64(True):
+        check_other_convolution_and_spread_batch(name)
+
+
+def check_other_convolution_and_spread_batch(name):
+    images = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 3))
+
+    def model(**options):
+        return models.functional(models.Network(NEW[name](**options), classifiers.LinearHead(3)))
+
+    whole, cpu, spread = model(), model(convolution=convolutions.cpu_convolution), model(axis_name="devices")
+    params, stats = (arrays_like(tree, 0) for tree in jax.eval_shape(whole.init, jax.random.key(0), images))
+    with jax.disable_jit():
+        logits, moments = whole.train(params, stats, images)
+        others = cpu.train(params, stats, images)
+        halves = jax.vmap(partial(spread.train, params, stats), axis_name="devices")(
+            images.reshape(2, 2, 8, 8, 3)
+        )
+        predicted = whole.predict(params, stats, images), cpu.predict(params, stats, images)
+    assert np.abs(logits).max() > 1e-3
+    together = halves[0].reshape(4, 3), jax.tree.map(lambda x: x[0], halves[1])
+    for found in (others, together):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9 * np.abs(y).max()),
+            found,
+            (logits, moments),
+        )
+    np.testing.assert_allclose(*predicted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("inside", "last"), [("silu", "relu"), ("relu", "silu")])
+def test_activations_of_a_wide_resnet(inside, last):
+    """The one before pooling is a setting of its own: the released form has ReLU there."""
+    functions = {"relu": lambda x: np.maximum(x, 0), "silu": lambda x: x / (1 + np.exp(-x))}
+    images = jnp.asarray(np.random.RandomState(0).rand(2, 8, 8, 3), jnp.float32)
+    backbone = models.WideResNet(10, 1, inside, final_activation=last)
+    like = jax.eval_shape(partial(backbone.init, train=False), jax.random.key(0), images)
+    with jax.disable_jit():
+        features, state = backbone.apply(
+            centred_like(like, 0), images, False, capture_intermediates=True, mutable="intermediates"
+        )
+    before = np.float64(state["intermediates"]["bn1"]["__call__"][0])
+    np.testing.assert_allclose(features, functions[last](before).mean((1, 2)), rtol=1e-5, atol=1e-6)
+    assert (before < -0.1).any()  # where the two differ
 
 
 @pytest.mark.parametrize("depth", [4, 9, 33, -2])
@@ -442,7 +615,11 @@ def test_precision_reaches_every_product_and_its_gradients():
     assert len(re.findall(r"precision=\(?Precision.HIGHEST", program)) == products
 
 
-@pytest.mark.parametrize("backbone", [models.WideResNet(10, 1), models.SmallCNN()], ids=["WRN", "small"])
+@pytest.mark.parametrize(
+    "backbone",
+    [make() for make in SMALL.values()],
+    ids=SMALL,
+)
 def test_bfloat16_stays_between_the_images_and_the_head(backbone):
     """Every convolution and its gradients compute in it; what a step keeps or compares does not."""
     network = models.Network(backbone, classifiers.CosineHead(10))

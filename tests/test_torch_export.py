@@ -33,7 +33,13 @@ NETWORKS = {
     "resnet18": (models.ResNet18(), (8, 8, 3)),
     "resnet50_small": (models.ResNet50(stem="small"), (8, 8, 3)),
     "resnet50": (models.ResNet50(), (32, 32, 3)),
+    "preact_resnet18": (models.PreActResNet18(), (8, 8, 3)),
+    "resnet20": (models.ResNet20(), (8, 8, 3)),
+    "resnet20_b": (models.ResNet20(shortcut="B", mean=(0.5,), std=(0.25,)), (8, 6, 1)),
+    "resnet32": (models.ResNet32(), (8, 8, 3)),
+    "deepmind_wrn10_1": (models.DeepMindWideResNet(10, 1), (8, 12, 3)),
 }
+SLOW = ("resnet18", "resnet50")  # in NumPy
 
 
 def filled(like, seed=0):
@@ -68,7 +74,14 @@ def predictions(model, *arguments):
 def prefixes_of(name, naming):
     if naming == "released":
         return None
-    return {"backbone.": "", "classifier.": "linear." if name == "resnet18" else "fc."}
+    last = {"wrn": "fc.", "resnet50": "fc.", "deepmind": "logits."}
+    return {"backbone.": "", "classifier.": last.get(name.partition("_")[0].rstrip("0126"), "linear.")}
+
+
+def exported_state(name, params, stats, naming="released"):
+    backbone, _ = NETWORKS[name]
+    numbers = {"mean": backbone.mean, "std": backbone.std}
+    return pytorch.complete_state_dict(params, stats, prefixes_of(name, naming), numbers)
 
 
 def agree(found, expected):
@@ -77,13 +90,13 @@ def agree(found, expected):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name.startswith("resnet") else ()) for name in NETWORKS],
+    [pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) else ()) for name in NETWORKS],
 )
 def test_numpy_computes_the_same_from_names_and_shapes(name):
     model, params, stats, images = network_of(name)
     expected = predictions(model, params, stats, images)
     for naming in ("released", *(["bare"] if not name.startswith("small") else [])):
-        state = pytorch.complete_state_dict(params, stats, prefixes_of(name, naming))
+        state = exported_state(name, params, stats, naming)
         found = nchw.logits(nchw.Arrays(state), pytorch.shapes(state), np.moveaxis(images, -1, 1))
         agree(found, expected)
 
@@ -103,7 +116,8 @@ class Modules:
 
     def __init__(self, torch, shapes):
         self.torch, self.root = torch, torch.nn.Module()
-        for name in sorted({name.rpartition(".")[0] for name in shapes}):
+        buffers = [name for name in shapes if name.endswith(("mean", "std")) and "running" not in name]
+        for name in sorted({name.rpartition(".")[0] for name in shapes if name not in buffers}):
             shape = shapes[f"{name}.weight"]
             if f"{name}.running_mean" in shapes:
                 made = torch.nn.BatchNorm2d(*shape)
@@ -120,6 +134,9 @@ class Modules:
                     parent.add_module(part, torch.nn.Module())
                 parent = parent.get_submodule(part)
             parent.add_module(last, made)
+        for name in buffers:
+            prefix, _, last = name.rpartition(".")
+            self.root.get_submodule(prefix).register_buffer(last, torch.empty(shapes[name]))
 
     def load(self, state):
         tensors = {name: self.torch.from_numpy(array) for name, array in state.items()}
@@ -127,9 +144,16 @@ class Modules:
         self.root.eval()
         return self
 
-    def conv(self, name, x, stride):
+    def standardise(self, prefix, x):
+        network = self.root.get_submodule(prefix.rstrip("."))
+        return (x - network.mean) / network.std
+
+    def conv(self, name, x, stride, same=False):
         module = self.root.get_submodule(name)
         module.stride = (stride, stride)
+        if same and stride == 2:
+            module.padding = (0, 0)
+            x = self.torch.nn.functional.pad(x, (0, 1, 0, 1))
         return module(x)
 
     def norm(self, name, x):
@@ -139,6 +163,12 @@ class Modules:
 
     def relu(self, x):
         return self.torch.nn.ReLU()(x)
+
+    def silu(self, x):
+        return self.torch.nn.SiLU()(x)
+
+    def more_channels(self, x, before, after):
+        return self.torch.nn.functional.pad(x, (0, 0, 0, 0, before, after))
 
     def max_pool(self, x):
         return self.torch.nn.MaxPool2d(3, 2, 1)(x)
@@ -154,12 +184,12 @@ class Modules:
 def test_pytorchs_modules_compute_the_same(name):
     torch = pytest.importorskip("torch")
     model, params, stats, images = network_of(name)
-    state = pytorch.complete_state_dict(params, stats)
+    state = exported_state(name, params, stats)
     modules = Modules(torch, pytorch.shapes(state)).load(state)
     with torch.inference_mode():
         x = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         found = nchw.logits(modules, pytorch.shapes(state), x).numpy()
-    agree(found, np.asarray(jax.jit(model.predict)(params, stats, images)))
+    agree(found, predictions(model, params, stats, images))
 
 
 # ---------------------------------------------------------------- the script's files

@@ -49,6 +49,14 @@ NETWORKS = {
     "wrn_bare": (WRN, None),
     "resnet18": (models.Network(models.ResNet18(), classifiers.LinearHead(3)), RESNET_PREFIXES),
     "small_cnn": (models.Network(models.SmallCNN(), classifiers.CosineHead(3)), None),
+    "preact": (models.Network(models.PreActResNet18(), classifiers.LinearHead(3)), RESNET_PREFIXES),
+    "resnet20": (models.Network(models.ResNet20(), classifiers.LinearHead(3)), RESNET_PREFIXES),
+    "resnet32_b": (models.Network(models.ResNet32(shortcut="B"), classifiers.LinearHead(3)), RESNET_PREFIXES),
+    "deepmind": (
+        models.Network(models.DeepMindWideResNet(10, 1), classifiers.LinearHead(3)),
+        {"backbone.": "", "classifier.": "logits."},
+    ),
+    "deepmind_cosine": (models.Network(models.DeepMindWideResNet(16, 2), classifiers.CosineHead(3)), None),
 }
 
 
@@ -101,6 +109,20 @@ def test_round_trip(name):
         ("wrn_fc", {"conv1.weight": (16, 3, 3, 3), "fc.weight": (3, 64), "fc.bias": (3,)}),
         ("wrn_bare", {"block2.layer.0.convShortcut.weight": (32, 16, 1, 1), "conv1.weight": (16, 3, 3, 3)}),
         ("resnet18", {"layer2.0.shortcut.1.weight": (128,), "linear.weight": (3, 512)}),
+        ("preact", {"layer2.0.shortcut.0.weight": (128, 64, 1, 1), "bn.running_mean": (512,)}),
+        ("resnet32_b", {"layer3.4.bn2.weight": (64,), "layer2.0.shortcut.1.bias": (32,)}),
+        (
+            "deepmind",
+            {
+                "init_conv.weight": (16, 3, 3, 3),
+                "layer.1.block.0.batchnorm_1.running_var": (32,),
+                "layer.2.block.0.conv_0.weight": (64, 32, 3, 3),
+                "layer.1.block.0.shortcut.weight": (32, 16, 1, 1),
+                "batchnorm.bias": (64,),
+                "logits.weight": (3, 64),
+            },
+        ),
+        ("deepmind_cosine", {"backbone.layer.0.block.1.conv_1.weight": (32, 32, 3, 3)}),
     ],
 )
 def test_names_and_layouts_are_pytorchs(network, names):
@@ -194,6 +216,11 @@ def test_complete_state_dict_has_what_strict_loading_wants(name):
         ("wrn_lws", ("WideResNet-10-1", "backbone.", "classifier.fc.")),
         ("wrn_fc", ("WideResNet-10-1", "", "fc.")),
         ("resnet18", ("ResNet-18", "", "linear.")),
+        ("preact", ("PreActResNet-18", "", "linear.")),
+        ("resnet20", ("ResNet-20 with shortcut A", "", "linear.")),
+        ("resnet32_b", ("ResNet-32 with shortcut B", "", "linear.")),
+        ("deepmind", ("DeepMind WideResNet-10-1", "", "logits.")),
+        ("deepmind_cosine", ("DeepMind WideResNet-16-2", "backbone.", "classifier.")),
         ("small_cnn", ("network that is neither WideResNet nor ResNet", "backbone.", "classifier.")),
     ],
 )
@@ -226,6 +253,7 @@ def named(model, num_classes=10):
 
 W28 = {"name": "wide_resnet", "depth": 28, "widen": 10}
 R50 = {"name": "resnet50", "stem": "imagenet"}
+R20 = {"name": "resnet20", "shortcut": "A"}
 
 
 @pytest.mark.parametrize(
@@ -246,6 +274,19 @@ R50 = {"name": "resnet50", "stem": "imagenet"}
             R50 | {"stem": "small"},
             R50,
             r"of a small ResNet-50, .* says ResNet-50; set config\.model\.stem=small$",
+        ),
+        (
+            R20 | {"shortcut": "B"},
+            R20,
+            r"ResNet-20 with shortcut B, .* with shortcut A; set config\.model\.shortcut=B$",
+        ),
+        (R20, R20 | {"name": "resnet32"}, r"set config\.model = ConfigDict\(\{'name': 'resnet20', 'shor"),
+        ({"name": "preact_resnet18"}, {"name": "resnet18"}, r"of a PreActResNet-18, .* says ResNet-18; set"),
+        (W28, W28 | {"name": "deepmind_wide_resnet"}, r"of a WideResNet-28-10, .* DeepMind WideResNet-28-10"),
+        (
+            W28 | {"name": "deepmind_wide_resnet", "depth": 70, "widen": 16},
+            W28 | {"name": "deepmind_wide_resnet"},
+            r"of a DeepMind WideResNet-70-16, .*; set config\.model\.depth=70 and config\.model\.widen=16$",
         ),
         (
             {"name": "small_cnn"},
@@ -385,11 +426,25 @@ def test_a_network_that_standardises_its_images():
     pytorch.from_state_dict(state | buffers, *like)
     reasons = pytorch.ignored(state | buffers, pytorch.torch_shapes(*like)).values()
     assert {"n_averaged", "normalize.mean (all 0)", "normalize.std (all 1)"} < {*reasons}
-    buffers["normalize.std"] = np.full(3, 0.25)
-    message = (
-        r"standardises its images \(normalize\.std\), which .* do not; give the weights of a network for"
-    )
+    buffers["normalize.std"] = np.full((3, 1, 1), 0.2471, np.float32)
+    numbers = r"\(normalize\.std = 0\.2471, 0\.2471, 0\.2471\)"
+    message = rf"images otherwise than the config {numbers}; set config\.model\.mean and config\.model\.std"
     refused(message, pytorch.from_state_dict, state | buffers, *like)
+    given = {"mean": (), "std": (0.2471,) * 3}
+    pytorch.from_state_dict(state | buffers, *like, standardisation=given)
+    reasons = pytorch.ignored(state | buffers, pytorch.torch_shapes(*like), given).values()
+    assert {"normalize.mean (all 0)", "normalize.std (as in the config)"} < {*reasons}
+    for other in ((0.2471, 0.2471, 0.2472), (0.2471,), (1.0,) * 3):
+        refused(
+            r"\(normalize\.std = 0\.2471",
+            pytorch.from_state_dict,
+            state | buffers,
+            *like,
+            standardisation={"std": other},
+        )
+    renamed = state | {"mu": np.zeros((1, 3, 1, 1)), "sigma": buffers["normalize.std"]}
+    pytorch.from_state_dict(renamed, *like, standardisation=given)
+    refused(r"\(sigma = 0\.2471", pytorch.from_state_dict, renamed, *like)
 
 
 def test_several_state_dicts(monkeypatch, tmp_path):
@@ -651,7 +706,7 @@ def test_what_an_export_refuses(safetensors, tmp_path):
     weights, _ = write_network(tmp_path, "wrn")
     run = tmp_path / "run"
     import_to(run, weights, *SMALL)
-    message = "bare is for a WideResNet or .*linear head; this run has a WideResNet-10-1 with head 'cosine'"
+    message = "bare is for a WideResNet, .* linear head; this run has a WideResNet-10-1 with head 'cosine'"
     refused(message, export_from, run, "--naming=bare")
     refused("unknown naming 'onnx'; use --naming=released or", export_from, run, "--naming=onnx")
     refused(r"--out is x\.pt; name a \.safetensors", script("export_torch"), f"--workdir={run}", "--out=x.pt")

@@ -36,7 +36,15 @@ in its section::
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
-from robal_jax.builder.parts import average, budget, dataset, model, optimizer, perturbation
+from robal_jax.builder.parts import (
+    average,
+    budget,
+    dataset,
+    model,
+    optimizer,
+    perturbation,
+    standardisation,
+)
 from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, check, training
 
@@ -56,6 +64,7 @@ __all__ = [
     "objective",
     "optimizer",
     "perturbation",
+    "standardisation",
     "training",
     "validate",
     "with_inference_of",

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -60,6 +61,20 @@ def generated_per_batch(config: ConfigDict) -> int:
     return count
 
 
+def _backbone(config: ConfigDict, **given: Any) -> nn.Module:
+    """Builds the module of ``config.model``."""
+    function = call("model", models.BACKBONES, config.model, **given)
+    with calling("model", config.model.name):
+        return function()
+
+
+def standardisation(config: ConfigDict) -> dict[str, tuple[float, ...]]:
+    """Returns ``mean`` and ``std`` with which the network standardises its images; () for none."""
+    backbone = _backbone(config, convolution=convolutions.convolution, axis_name=None)
+    found = {name: getattr(backbone, name, ()) for name in ("mean", "std")}
+    return {name: tuple(numbers) for name, numbers in found.items() if isinstance(numbers, tuple | list)}
+
+
 def model(
     config: ConfigDict,
     class_counts: np.ndarray,
@@ -88,10 +103,8 @@ def model(
       InputError: a section cannot be used, or a module is not what its contract wants.
     """
     on_cpu = platform == "cpu"
-    backbone = call(
-        "model",
-        models.BACKBONES,
-        config.model,
+    backbone = _backbone(
+        config,
         convolution=convolutions.cpu_convolution if on_cpu else convolutions.convolution,
         axis_name=axis_name if sync_batch_norm else None,
     )
@@ -104,8 +117,6 @@ def model(
         axis_name=axis_name,
     )
     names = {"model": config.model.name, "head": (config.head if head is None else head).name}
-    with calling("model", names["model"]):
-        backbone = backbone()
     with calling("head", names["head"]):
         classifier = classifier()
     # Of the library's own modules only batch norm's wish for more than one value is still open.

@@ -14,8 +14,9 @@ A training pass does not change the running statistics: it returns the batch's m
 :func:`update_statistics` applies them. So an objective can follow the update order of the released code
 (adversarial, natural, natural, adversarial) with two passes in place of four.
 
-- ``layers``: convolution, batch norm, and the rules by which running values change
-- ``backbones``: WideResNet, ResNet-18, ResNet-50 and a small CNN
+- ``layers``: standardisation, convolution, batch norm, and the rules by which running values change
+- ``preactivation``: WideResNet and PreActResNet-18
+- ``backbones``: ResNets, a small CNN, and the table of all
 - ``network``: networks as functions
 - ``convolutions``: XLA's convolution, and a faster one for CPUs
 - ``closure``: separates a function from images to logits into a function and its arrays
@@ -27,12 +28,13 @@ from robal_jax.models.backbones import (
     ResidualBlock,
     ResNet,
     ResNet18,
+    ResNet20,
+    ResNet32,
     ResNet50,
     SmallCNN,
-    WideBlock,
-    WideResNet,
 )
 from robal_jax.models.layers import (
+    ACTIVATIONS,
     BATCH_NORM_EPSILON,
     BATCH_NORM_MOMENTUM,
     FOLDS,
@@ -42,20 +44,35 @@ from robal_jax.models.layers import (
     update_statistics,
 )
 from robal_jax.models.network import PRECISIONS, Model, Network, functional
+from robal_jax.models.preactivation import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    DeepMindWideResNet,
+    PreActResNet18,
+    WideBlock,
+    WideResNet,
+)
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKBONES",
     "BATCH_NORM_EPSILON",
     "BATCH_NORM_MOMENTUM",
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
     "FOLDS",
     "PRECISIONS",
     "BatchNorm",
     "Conv",
+    "DeepMindWideResNet",
     "Layers",
     "Model",
     "Network",
+    "PreActResNet18",
     "ResNet",
     "ResNet18",
+    "ResNet20",
+    "ResNet32",
     "ResNet50",
     "ResidualBlock",
     "SmallCNN",

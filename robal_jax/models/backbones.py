@@ -11,82 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from robal_jax.models.convolutions import Convolution, convolution
-from robal_jax.models.layers import BatchNorm, Conv
+from robal_jax.models.layers import BatchNorm, Conv, check_standardisation, pooled, standardised
+from robal_jax.models.preactivation import DeepMindWideResNet, PreActResNet18, WideResNet
 
 Layers = tuple[tuple[int, int, int], ...]
 """Features, kernel size and stride of each convolution of a block."""
-
-
-def _pooled(x: chex.Array) -> chex.Array:
-    """Means of the channels ``[B, C]``, in float32 at least: bfloat16 computation ends here."""
-    return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-
-
-class WideBlock(nn.Module):
-    """Pre-activation block of a wide ResNet: BN, ReLU, 3x3, BN, ReLU, 3x3, and the shortcut."""
-
-    features: int
-    stride: int
-    activation: Callable[[chex.Array], chex.Array]
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
-        """``[B, H, W, C]`` to ``[B, H / stride, W / stride, features]``."""
-        y = self.activation(self.norm(name="bn1")(x, train))
-        if x.shape[-1] != self.features:
-            # The projection starts from the activated input, not from x.
-            x = self.conv(self.features, 1, self.stride, name="convShortcut")(y)
-        y = self.conv(self.features, 3, self.stride, name="conv1")(y)
-        y = self.activation(self.norm(name="bn2")(y, train))
-        return x + self.conv(self.features, 3, name="conv2")(y)
-
-
-class WideResNet(nn.Module):
-    """WideResNet-depth-widen; features ``[B, 64 * widen]``.
-
-    Source: Zagoruyko and Komodakis (BMVC 2016), as in RoBal's released code.
-
-    Attributes:
-      depth: ``6 n + 4`` for ``n`` blocks per stage.
-      widen: width factor of the three stages of 16, 32 and 64 channels.
-      activation: inside the blocks; the activation before pooling is always ReLU.
-      convolution: a function of ``convolutions``.
-      axis_name: see :class:`BatchNorm`.
-    """
-
-    depth: int = 34
-    widen: int = 10
-    activation: Callable[[chex.Array], chex.Array] = nn.relu
-    convolution: Convolution = convolution
-    axis_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.depth < 10 or (self.depth - 4) % 6:
-            raise ValueError(f"depth is {self.depth}; a WideResNet's must be 6 n + 4 with n at least 1")
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(self, x: chex.Array, train: bool) -> chex.Array:
-        """Images ``[B, H, W, C]`` to features ``[B, 64 * widen]``."""
-        blocks = (self.depth - 4) // 6
-        conv = partial(Conv, convolution=self.convolution)
-        norm = partial(BatchNorm, axis_name=self.axis_name)
-        x = conv(16, name="conv1")(x)
-        for stage, width in enumerate((16, 32, 64)):
-            for i in range(blocks):
-                stride = 2 if stage > 0 and i == 0 else 1
-                x = WideBlock(
-                    width * self.widen,
-                    stride,
-                    self.activation,
-                    conv,
-                    norm,
-                    name=f"block{stage + 1}_layer_{i}",
-                )(x, train)
-        x = nn.relu(norm(name="bn1")(x, train))
-        return _pooled(x)
 
 
 class ResidualBlock(nn.Module):
@@ -94,15 +23,18 @@ class ResidualBlock(nn.Module):
 
     Attributes:
       layers: features, kernel size and stride of each convolution.
-      shortcut: name of the projection, if the block needs one.
+      projection: name of the projection, if the block needs one.
       conv: a :class:`Conv`.
       norm: a :class:`BatchNorm`.
+      shortcut: of a block that changes the shape: 'B', a 1x1 convolution and BN; 'A', every ``stride``-th
+        pixel, with channels of zeros before and after.
     """
 
     layers: Layers
-    shortcut: str
+    projection: str
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
+    shortcut: str = "B"
 
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
@@ -113,9 +45,18 @@ class ResidualBlock(nn.Module):
             y = self.norm(name=f"bn{i}")(self.conv(*layer, name=f"conv{i}")(y), train)
         if x.shape != y.shape:
             features, stride = y.shape[-1], max(stride for _, _, stride in self.layers)
-            x = self.conv(features, 1, stride, name=f"{self.shortcut}_0")(x)
-            x = self.norm(name=f"{self.shortcut}_1")(x, train)
+            if self.shortcut == "A":
+                x = _identity(x, features, stride)
+            else:
+                x = self.conv(features, 1, stride, name=f"{self.projection}_0")(x)
+                x = self.norm(name=f"{self.projection}_1")(x, train)
         return nn.relu(x + y)
+
+
+def _identity(x: chex.Array, features: int, stride: int) -> chex.Array:
+    """Every ``stride``-th pixel; the new channels are zeros, half of them before the old ones."""
+    more = features - x.shape[-1]
+    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
 
 
 def _basic(width: int, stride: int) -> Layers:
@@ -128,32 +69,42 @@ def _bottleneck(width: int, stride: int) -> Layers:
 
 
 class ResNet(nn.Module):
-    """ResNet with four stages of post-activation blocks; ``ResNet18`` and ``ResNet50`` are instances of it.
-
-    Images in [0, 1] are not standardised, so weights that were trained on standardised images do not fit.
+    """ResNet of stages of post-activation blocks; ``ResNet18``, ``ResNet20`` and others are instances of it.
 
     Source: He et al. (CVPR 2016).
 
     Attributes:
       blocks: number of blocks in each stage.
       block: function from the width of a stage and the stride to the layers of a block.
-      shortcut: see :class:`ResidualBlock`.
+      projection: see :class:`ResidualBlock`.
+      shortcut: 'A' or 'B', see :class:`ResidualBlock`.
       stem: 'imagenet' (7x7 of stride 2, max pooling), or 'small' for images of 32 to 64 pixels (3x3 of
         stride 1, no pooling).
+      width: channels of the stem and of the first stage; each stage has twice those of the one before.
       convolution: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
+      mean: of each channel, and
+      std: of each channel: the network standardises its images, see :func:`standardised`; (): it does not,
+        so weights that were trained on standardised images do not fit.
     """
 
-    blocks: tuple[int, int, int, int]
+    blocks: tuple[int, ...]
     block: Callable[[int, int], Layers]
-    shortcut: str
+    projection: str
+    shortcut: str = "B"
     stem: str = "imagenet"
+    width: int = 64
     convolution: Convolution = convolution
     axis_name: str | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f"unknown stem {self.stem!r}; use 'imagenet' or 'small'")
+        if self.shortcut not in ("A", "B"):
+            raise ValueError(f"unknown shortcut {self.shortcut!r}; use 'A' or 'B'")
+        check_standardisation(self.mean, self.std)
         super().__post_init__()
 
     @nn.compact
@@ -162,16 +113,17 @@ class ResNet(nn.Module):
         conv = partial(Conv, convolution=self.convolution)
         norm = partial(BatchNorm, axis_name=self.axis_name)
         large = self.stem == "imagenet"
-        x = conv(64, 7, 2, name="conv1")(x) if large else conv(64, name="conv1")(x)
+        x = standardised(x, self.mean, self.std)
+        x = conv(self.width, 7, 2, name="conv1")(x) if large else conv(self.width, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x, train))
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage, (count, width) in enumerate(zip(self.blocks, (64, 128, 256, 512), strict=True)):
+        for stage, count in enumerate(self.blocks):
             for i in range(count):
-                layers = self.block(width, 2 if stage > 0 and i == 0 else 1)
+                layers = self.block(self.width * 2**stage, 2 if stage > 0 and i == 0 else 1)
                 name = f"layer{stage + 1}_{i}"
-                x = ResidualBlock(layers, self.shortcut, conv, norm, name=name)(x, train)
-        return _pooled(x)
+                x = ResidualBlock(layers, self.projection, conv, norm, self.shortcut, name=name)(x, train)
+        return pooled(x)
 
 
 # A config cannot change arguments that are bound by position.
@@ -180,6 +132,12 @@ ResNet18 = partial(ResNet, (2, 2, 2, 2), _basic, "shortcut", stem="small")
 
 ResNet50 = partial(ResNet, (3, 4, 6, 3), _bottleneck, "downsample")
 """ResNet-50 with torchvision's names; features ``[B, 2048]``."""
+
+ResNet20 = partial(ResNet, (3, 3, 3), _basic, "shortcut", shortcut="A", stem="small", width=16)
+"""ResNet-20 of He et al. for CIFAR, section 4.2: 16, 32, 64 channels, no projection; features ``[B, 64]``."""
+
+ResNet32 = partial(ResNet, (5, 5, 5), _basic, "shortcut", shortcut="A", stem="small", width=16)
+"""ResNet-32, as :data:`ResNet20`."""
 
 
 class SmallCNN(nn.Module):
@@ -193,16 +151,25 @@ class SmallCNN(nn.Module):
       width: ``D``, number of features.
       convolution: a function of ``convolutions``.
       axis_name: see :class:`BatchNorm`.
+      mean: of each channel, and
+      std: of each channel: the network standardises its images, see :func:`standardised`; (): it does not.
     """
 
     channels: tuple[int, int, int] = (16, 32, 64)
     width: int = 64
     convolution: Convolution = convolution
     axis_name: str | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_standardisation(self.mean, self.std)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """Images ``[B, H, W, C]`` to features ``[B, width]``."""
+        x = standardised(x, self.mean, self.std)
         for i, channels in enumerate(self.channels):
             conv = Conv(channels, 3, min(i + 1, 2), self.convolution, name=f"conv{i + 1}")
             x = nn.relu(BatchNorm(self.axis_name, name=f"bn{i + 1}")(conv(x), train))
@@ -214,6 +181,10 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": ResNet18,
     "small_cnn": SmallCNN,
     "resnet50": ResNet50,
+    "deepmind_wide_resnet": DeepMindWideResNet,
+    "preact_resnet18": PreActResNet18,
+    "resnet20": ResNet20,
+    "resnet32": ResNet32,
 }
 """Backbones by name. The contract of a backbone, which is checked before training if it is your own:
 

@@ -24,6 +24,31 @@ def convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
     return _nhwc(x, kernel, [(k // 2, k // 2) for k in kernel.shape[:2]], strides=stride)
 
 
+def same_padding(convolve: Convolution) -> Convolution:
+    """The convolution with the padding of 'SAME', which differs for strides above 1.
+
+    The zeros are as few as ``ceil(H / stride)`` outputs need, and the odd one comes after the image: stride 2
+    pads an even side by 0 and 1, not by 1 and 1. One more row of zeros in front shifts the other padding by
+    a stride, and the first output is dropped.
+
+    Example:
+      >>> row, ones = jnp.arange(1.0, 5).reshape(1, 1, 4, 1), jnp.ones((3, 3, 1, 1))
+      >>> print(convolution(row, ones, 2).ravel(), same_padding(convolution)(row, ones, 2).ravel())
+      [3. 9.] [6. 7.]
+    """
+
+    def convolved(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Array:
+        front = []
+        for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True):
+            zeros = max((-(-n // stride) - 1) * stride + k - n, 0)
+            front.append((zeros // 2 - k // 2) % stride)
+        x = jnp.pad(x, ((0, 0), *((rows, 0) for rows in front), (0, 0)))
+        top, left = (min(rows, 1) for rows in front)
+        return convolve(x, kernel, stride)[:, top:, left:]
+
+    return convolved
+
+
 def _nhwc(
     x: chex.Array,
     kernel: chex.Array,

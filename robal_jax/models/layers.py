@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation, and the running values that training passes update.
+"""Standardisation, convolution, activations, batch normalisation, pooling, and how running values change.
 
 Layers and heads keep running values in the collection ``batch_stats``. A training pass does not update them:
 it leaves its moments in their place, and :func:`update_statistics` folds the moments into the running values,
@@ -8,17 +8,91 @@ value, computes the next one and stores it. If a step makes several training pas
 The training step averages moments over devices and over the parts of a batch, so they must be floats.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from robal_jax.errors import InputError, shown
 from robal_jax.models.convolutions import Convolution, convolution
 
 BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch: PyTorch's convention and default
 
 BATCH_NORM_EPSILON = 1e-5
+
+Activation = Callable[[chex.Array], chex.Array]
+
+ACTIVATIONS: dict[str, Activation] = {"relu": nn.relu, "silu": nn.silu}
+"""Activations by name; 'silu' is ``x sigmoid(x)``, which DeepMind's code calls swish."""
+
+
+def activation_of(kind: str | Activation) -> Activation:
+    """Returns the function of an activation's name; a function is returned as it is.
+
+    Raises:
+      ValueError: the name is unknown.
+
+    Example:
+      >>> print(activation_of("silu")(jnp.array([-1.0, 0.0, 1.0])).round(4))
+      [-0.2689  0.      0.7311]
+    """
+    if callable(kind):
+        return kind
+    if not isinstance(kind, str) or kind not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {kind!r}; use one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[kind]
+
+
+def check_standardisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises a ``ValueError`` if they are not finite numbers, std > 0, of the same channels."""
+    for name, numbers in (("mean", mean), ("std", std)):
+        if not isinstance(numbers, Sequence) or not all(
+            isinstance(x, int | float) and math.isfinite(x) and (name == "mean" or x > 0) for x in numbers
+        ):
+            wanted = "finite numbers" if name == "mean" else "finite numbers > 0"
+            raise ValueError(f"{name} is {shown(numbers)}; give {wanted}, one per channel, or () for none")
+    if mean and std and len(mean) != len(std):
+        raise ValueError(f"mean has {len(mean)} numbers, std {len(std)}; give one per channel in each")
+
+
+def standardised(images: chex.Array, mean: Sequence[float], std: Sequence[float]) -> chex.Array:
+    """``(images - mean) / std`` per channel, inside the network: attacks still see images in [0, 1].
+
+    It computes in float32 at least, and returns the type of the images.
+
+    Args:
+      images: ``[B, H, W, C]`` in [0, 1].
+      mean: ``[C]``, or () for zeros.
+      std: ``[C]``, or () for ones. If both are (), the images are returned as they are.
+
+    Raises:
+      InputError: the images have another number of channels.
+
+    Example:
+      >>> print(standardised(jnp.full((1, 1, 1, 2), 0.75), mean=(0.5, 0.25), std=(0.25, 0.125)))
+      [[[[1. 4.]]]]
+    """
+    if not mean and not std:
+        return images
+    x = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    for numbers in (mean, std):
+        if numbers and len(numbers) != x.shape[-1]:
+            raise InputError(
+                f"the model's mean or std has {len(numbers)} numbers, but images have {x.shape[-1]} "
+                "channels; give one number per channel"
+            )
+    x = x - last_axis(jnp.asarray(mean, x.dtype), x) if mean else x
+    x = x / last_axis(jnp.asarray(std, x.dtype), x) if std else x
+    return x.astype(images.dtype)
+
+
+def pooled(x: chex.Array) -> chex.Array:
+    """Means of the channels ``[B, C]``, in float32 at least: bfloat16 computation ends here."""
+    return x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Conv(nn.Module):

@@ -9,20 +9,41 @@ import chex
 from robal_jax.errors import InputError
 from robal_jax.pytorch.names import LAST_LAYERS, Shapes, last_layer_of, released_prefixes
 
-# Name and config.model, by the number of blocks per stage, the size of the stem and the shape of the first
-# block's third convolution: basic blocks have none; in wide and grouped bottlenecks it is wider.
+# Name and config.model, by the number of blocks per stage and the shapes of ``TELLING`` arrays.
 RESNETS: dict[tuple[Any, ...], tuple[str, dict[str, str | int]]] = {
-    ((2, 2, 2, 2), (3, 3), ()): ("ResNet-18", {"name": "resnet18"}),
-    ((3, 4, 6, 3), (7, 7), (256, 64, 1, 1)): ("ResNet-50", {"name": "resnet50", "stem": "imagenet"}),
-    ((3, 4, 6, 3), (3, 3), (256, 64, 1, 1)): ("small ResNet-50", {"name": "resnet50", "stem": "small"}),
+    ((2, 2, 2, 2), (64, 3, 3), (), (128, 64, 1, 1), (64,), ()): ("ResNet-18", {"name": "resnet18"}),
+    ((2, 2, 2, 2), (64, 3, 3), (), (128, 64, 1, 1), (), (512,)): (
+        "PreActResNet-18",
+        {"name": "preact_resnet18"},
+    ),
+    **{
+        ((3, 4, 6, 3), (64, size, size), (256, 64, 1, 1), (), (64,), ()): (
+            f"{kind}ResNet-50",
+            {"name": "resnet50", "stem": stem},
+        )
+        for size, kind, stem in ((7, "", "imagenet"), (3, "small ", "small"))
+    },
+    **{
+        ((n, n, n), (16, 3, 3), (), projection, (16,), ()): (
+            f"ResNet-{6 * n + 2} with shortcut {shortcut}",
+            {"name": f"resnet{6 * n + 2}", "shortcut": shortcut},
+        )
+        for n in (3, 5)
+        for shortcut, projection in (("A", ()), ("B", (32, 16, 1, 1)))
+    },
 }
+
+# The stem without the channels of an image; a third convolution, which basic blocks lack, and which is wider
+# in wide and grouped bottlenecks; a projection; batch norm after the stem, and before pooling.
+TELLING = ("conv1", "layer1.0.conv3", "layer2.0.shortcut.0", "bn1", "bn")
 
 
 class Architecture(NamedTuple):
     """The network of a state_dict, as far as names and shapes tell.
 
     Attributes:
-      name: 'WideResNet-34-10', one of ``RESNETS``, or a description of a network that this library lacks.
+      name: 'WideResNet-34-10', 'DeepMind WideResNet-28-10', one of ``RESNETS``, or a description of a network
+        that this library lacks.
       model: the section ``config.model`` for it; empty if this library has no such network.
       num_classes: rows of the last layer.
       backbone: how the names of the backbone begin: 'backbone.' or ''.
@@ -83,26 +104,29 @@ def check_architecture(theirs: Architecture, ours: Architecture) -> None:
 
 
 def _backbone(found: Shapes) -> tuple[str, dict[str, str | int]]:
-    def blocks(name: str) -> list[int]:
+    def blocks(name: str, first: int = 1) -> list[int]:
         """Counts the blocks per stage."""
         stages: Iterator[int] = (
-            next(i for i in itertools.count() if f"{name.format(stage, i)}.conv1.weight" not in found)
-            for stage in itertools.count(1)
+            next(i for i in itertools.count() if f"{name.format(stage, i)}.weight" not in found)
+            for stage in itertools.count(first)
         )
         return list(itertools.takewhile(bool, stages))
 
-    wide, plain = blocks("block{}.layer.{}"), blocks("layer{}.{}")
-    if wide:
-        width = found["block1.layer.0.conv1.weight"][0]
-        if wide != [wide[0]] * 3 or width % 16:
-            return f"wide ResNet with stages of {wide} blocks and width {width}", {}
-        depth, widen = 6 * wide[0] + 4, width // 16
-        return f"WideResNet-{depth}-{widen}", {"name": "wide_resnet", "depth": depth, "widen": widen}
-    if plain:
-        stem = found.get("conv1.weight", ())[2:]
-        kind = "" if "bn1.weight" in found else "pre-activation "
-        known = (tuple(plain), stem, found.get("layer1.0.conv3.weight", ()))
-        if not kind and known in RESNETS:
+    for kind, name, pattern, first in (
+        ("", "wide_resnet", "block{}.layer.{}.conv1", 1),
+        ("DeepMind ", "deepmind_wide_resnet", "layer.{}.block.{}.conv_0", 0),
+    ):
+        if wide := blocks(pattern, first):
+            width = found[f"{pattern.format(first, 0)}.weight"][0]
+            if wide != [wide[0]] * 3 or width % 16:
+                return f"{kind}wide ResNet with stages of {wide} blocks and width {width}", {}
+            depth, widen = 6 * wide[0] + 4, width // 16
+            return f"{kind}WideResNet-{depth}-{widen}", {"name": name, "depth": depth, "widen": widen}
+    if plain := blocks("layer{}.{}.conv1"):
+        stem, *others = (found.get(f"{name}.weight", ()) for name in TELLING)
+        known = (tuple(plain), stem[:1] + stem[2:], *others)
+        if known in RESNETS:
             return RESNETS[known]
-        return f"{kind}ResNet with stages of {plain} blocks and stem {list(stem)}", {}
+        kind = "" if "bn1.weight" in found else "pre-activation "
+        return f"{kind}ResNet with stages of {plain} blocks and stem {list(stem[2:])}", {}
     return "network that is neither WideResNet nor ResNet", {}

@@ -1,14 +1,15 @@
 """Our variables from a PyTorch state_dict and back: names and layouts.
 
-Our module names are those of PyTorch with ``_`` in place of ``.``; the name and the layout of an array follow
-from its own name (``ARRAY_NAMES``, ``LAYOUTS``). The exceptions are prefixes: of a network that is not in two
-parts (backbone and classifier), and of a head that wraps a linear layer ``fc``; see :func:`from_state_dict`.
-A linear layer that reads a flattened image has its inputs in the order (h, w, c) here, and (c, h, w) in
-PyTorch.
+Our module names are those of PyTorch with ``_`` in place of ``.`` and ``__`` in place of ``_``; the name and
+the layout of an array follow from its own name (``ARRAY_NAMES``, ``LAYOUTS``). The exceptions are prefixes:
+of a network that is not in two parts (backbone and classifier), and of a head that wraps a linear layer
+``fc``; see :func:`from_state_dict`. A linear layer that reads a flattened image has its inputs in the order
+(h, w, c) here, and (c, h, w) in PyTorch.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import chex
@@ -44,16 +45,22 @@ IGNORED = ("num_batches_tracked", "n_averaged", "moving_ed", "sub_block1")
 # Arrays that the released heads freeze at this value: ignored if they have it and our network lacks them.
 FROZEN = {"classifier.bias": 0.0, "classifier.cla_scale": 1.0}
 
-# Last parts of the names of buffers that standardise images, and the values with which they change nothing.
-STANDARDISES = {"mean": 0.0, "std": 1.0}
+# Last parts of the names of buffers that standardise images, and the settings of a backbone that they are.
+STANDARDISES = {"mean": "mean", "std": "std", "mu": "mean", "sigma": "std"}
+
+# Values of these settings that change nothing.
+NEUTRAL = {"mean": 0.0, "std": 1.0}
 
 # Prefixes of the last layer's weight: of released linear heads, other released heads, WideResNet and
-# ResNet-50, ResNet-18.
-LAST_LAYERS = ("classifier.fc.", "classifier.", "fc.", "linear.")
+# ResNet-50, other ResNets, DeepMind's WideResNet.
+LAST_LAYERS = ("classifier.fc.", "classifier.", "fc.", "linear.", "logits.")
 
 Path = tuple[str, ...]
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+Standardisation = Mapping[str, Sequence[float]]
+"""The settings ``mean`` and ``std`` of a backbone, one number per channel; none or () for neutral ones."""
 
 
 def released_prefixes(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str, str]:
@@ -67,10 +74,18 @@ def released_prefixes(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str
 
 
 def torch_name(path: Path, prefixes: Mapping[str, str]) -> str:
-    """Maps ``('backbone', 'block1_layer_0', 'bn1', 'scale')`` to ``backbone.block1.layer.0.bn1.weight``."""
+    """Maps a path to PyTorch's name.
+
+    Example:
+      >>> torch_name(("backbone", "block1_layer_0", "bn1", "scale"), {})
+      'backbone.block1.layer.0.bn1.weight'
+      >>> torch_name(("backbone", "layer_0_block_1", "conv__0", "kernel"), {"backbone.": ""})
+      'layer.0.block.1.conv_0.weight'
+    """
     if path[-1] not in ARRAY_NAMES:
         raise InputError(f"{'/'.join(path)} has no name in PyTorch; use one of {', '.join(ARRAY_NAMES)}")
-    name = ".".join([*(module.replace("_", ".") for module in path[:-1]), ARRAY_NAMES[path[-1]]])
+    modules = [re.sub("__?", lambda found: "._"[len(found[0]) - 1], module) for module in path[:-1]]
+    name = ".".join([*modules, ARRAY_NAMES[path[-1]]])
     for ours, theirs in prefixes.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
@@ -99,9 +114,17 @@ def to_state_dict(
 
 
 def complete_state_dict(
-    params: chex.ArrayTree, stats: chex.ArrayTree, prefixes: Mapping[str, str] | None = None
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    prefixes: Mapping[str, str] | None = None,
+    standardisation: Standardisation = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
-    """Returns :func:`to_state_dict` and what strict loading needs: counters of 0, a zero bias of the head."""
+    """Returns :func:`to_state_dict` and what strict loading needs beside.
+
+    That are counters of 0, a zero bias of the head, and the buffers ``mean`` and ``std``, float32
+    ``[C, 1, 1]``, of a backbone that standardises its images.
+    """
+    prefixes = released_prefixes(params, stats) if prefixes is None else prefixes
     state = {k: np.ascontiguousarray(v) for k, v in to_state_dict(params, stats, prefixes).items()}
     for name in [name for name in state if name.endswith("running_mean")]:
         state[name.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -109,6 +132,10 @@ def complete_state_dict(
     if last is not None:
         weight = state[f"{last}weight"]
         state.setdefault(f"{last}bias", np.zeros(len(weight), weight.dtype))
+    if channels := max(map(len, standardisation.values()), default=0):
+        for name, neutral in NEUTRAL.items():
+            numbers = np.full(channels, standardisation.get(name) or neutral, np.float32)
+            state[prefixes.get("backbone.", "backbone.") + name] = numbers.reshape(channels, 1, 1)
     return state
 
 
@@ -128,6 +155,7 @@ def from_state_dict(
     like_params: chex.ArrayTree,
     like_stats: chex.ArrayTree,
     prefixes: Mapping[str, str] | None = None,
+    standardisation: Standardisation = MappingProxyType({}),
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """Converts a PyTorch state_dict into our variables.
 
@@ -139,6 +167,7 @@ def from_state_dict(
         of the released networks (:func:`released_prefixes`); for a bare ResNet-18 with its own ``linear``
         layer ``{"backbone.": "", "classifier.": "linear."}``, for torchvision's ResNet-50 the same with
         ``fc.``.
+      standardisation: ``mean`` and ``std`` of the backbone, which buffers of the state_dict must have.
 
     Returns:
       Parameters and statistics, NumPy arrays.
@@ -150,12 +179,15 @@ def from_state_dict(
     prefixes = released_prefixes(like_params, like_stats) if prefixes is None else prefixes
     wanted = torch_shapes(like_params, like_stats, prefixes)
     found = shapes(state_dict)
-    unused = found.keys() - wanted.keys() - ignored(state_dict, wanted).keys()
+    unused = found.keys() - wanted.keys() - ignored(state_dict, wanted, standardisation).keys()
     standardising = sorted(name for name in unused if name.split(".")[-1] in STANDARDISES)
     if standardising:
+        listed = "; ".join(
+            f"{name} = {', '.join(map(str, np.ravel(state_dict[name])))}" for name in standardising
+        )
         raise InputError(
-            f"the network standardises its images ({', '.join(standardising)}), which this library's "
-            "networks do not; give the weights of a network for images in [0, 1]"
+            f"the network standardises its images otherwise than the config ({listed}); set "
+            "config.model.mean and config.model.std in a config file of your own"
         )
     problems = {
         "missing": wanted.keys() - found.keys(),
@@ -180,15 +212,24 @@ def from_state_dict(
     return tree.get("params", {}), tree.get("stats", {})
 
 
-def ignored(state_dict: Mapping[str, np.ndarray], wanted: Shapes) -> dict[str, str]:
+def ignored(
+    state_dict: Mapping[str, np.ndarray],
+    wanted: Shapes,
+    standardisation: Standardisation = MappingProxyType({}),
+) -> dict[str, str]:
     """Lists the arrays that are not wanted and have no effect, with the reason."""
     reasons = {}
     for name in state_dict.keys() - wanted.keys():
         known = [part for part in name.split(".") if part in IGNORED]
-        neutral = FROZEN.get(name, STANDARDISES.get(name.split(".")[-1]))
+        setting = STANDARDISES.get(name.split(".")[-1], "")
+        numbers = tuple(standardisation.get(setting, ()))
+        neutral = FROZEN.get(name, NEUTRAL.get(setting))
         if known:
             reasons[name] = known[0]
-        elif neutral is not None and (state_dict[name] == neutral).all():
+        elif numbers and np.size(state_dict[name]) == len(numbers):
+            if np.allclose(np.ravel(state_dict[name]), numbers, rtol=1e-6, atol=0):  # float32 rounds them
+                reasons[name] = f"{name} (as in the config)"
+        elif not numbers and neutral is not None and (state_dict[name] == neutral).all():
             reasons[name] = f"{name} (all {neutral:g})"
     return reasons
 
