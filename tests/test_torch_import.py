@@ -408,6 +408,7 @@ def test_nesting_and_wrappers(monkeypatch, tmp_path, content):
             {"0.mean": np.full(3, 0.5), "0.std": np.ones(3)},
         ),  # Sequential of a normalisation and a network
         ("net.", {"mean": np.zeros((1, 3, 1, 1)), "std": np.ones((1, 3, 1, 1))}),
+        ("module.", {"module.mu": np.zeros((1, 3, 1, 1)), "module.sigma": np.ones((1, 3, 1, 1))}),
         ("module.net.", {"module.normalize.mean": np.zeros(3), "n_averaged": np.array(1)}),
     ],
 )

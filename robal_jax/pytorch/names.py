@@ -121,7 +121,7 @@ def complete_state_dict(
 ) -> dict[str, np.ndarray]:
     """Returns :func:`to_state_dict` and what strict loading needs beside.
 
-    That are counters of 0, a zero bias of the head, and the buffers ``mean`` and ``std``, float32
+    These are counters of 0, a zero bias of the head, and the buffers ``mean`` and ``std``, float32
     ``[C, 1, 1]``, of a backbone that standardises its images.
     """
     prefixes = released_prefixes(params, stats) if prefixes is None else prefixes
