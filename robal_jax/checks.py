@@ -53,13 +53,14 @@ def labels_of(batch: int, labels: chex.Array, name: str = "labels") -> None:
         raise ValueError(f"{name} have dtype {dtype}; they must be integers, the numbers of the classes")
 
 
-def labels_in(classes: int, labels: chex.Array, name: str = "labels") -> None:
+def labels_in(classes: int, labels: chex.Array, name: str = "labels", per: str = "logits") -> None:
     """Refuses labels outside ``0..K-1``.
 
     Args:
       classes: their number ``K``.
       labels: integers ``[B]``.
       name: of the argument, for the message.
+      per: what there is one of per class, for the message.
 
     Raises:
       ValueError: there is one.
@@ -72,7 +73,7 @@ def labels_in(classes: int, labels: chex.Array, name: str = "labels") -> None:
     known = _range(labels)
     if known and not 0 <= known[0] <= known[1] < classes:
         raise ValueError(
-            f"{name} are in {known[0]}..{known[1]}; with {classes} logits they must be in 0..{classes - 1}"
+            f"{name} are in {known[0]}..{known[1]}; with {classes} {per} they must be in 0..{classes - 1}"
         )
 
 
@@ -445,6 +446,35 @@ def vector(name: str, values: Any, size: int | None = None, per: str = "class") 
         raise InputError(f"{name} is {shown(values)}; {must}")
     if len(shape) != 1 or not shape[0] or size not in {None, shape[0]}:
         raise InputError(f"the shape of {name} is {list(shape)}; {must}")
+
+
+def lengths(
+    name: str, values: Any, size: int | None = None, per: str = "class", *, zero: bool = False
+) -> None:
+    """Refuses anything but one length per class, ``[K]``, or per something else: finite and above 0.
+
+    Args:
+      name: of the argument, for the message.
+      values: should be ``[K]``; they are checked if they are known.
+      size: ``K``, if it is known.
+      per: thing that each length belongs to, for the message.
+      zero: whether a length may be 0.
+
+    Raises:
+      InputError: another shape, no numbers, or a length out of range.
+
+    Example:
+      >>> lengths("epsilon", (0.1, -0.2))
+      Traceback (most recent call last):
+      robal_jax.errors.InputError: epsilon has the entry -0.2; each must be finite and > 0
+    """
+    vector(name, values, size, per)
+    known = _range(values)
+    if known and not (0 <= known[0] <= known[1] < np.inf and (zero or known[0] > 0)):  # NaN is not
+        wrong = known[1] if known[0] > 0 else known[0]
+        raise InputError(
+            f"{name} has the entry {wrong:g}; each must be finite and {'>= 0' if zero else '> 0'}"
+        )
 
 
 def class_counts(counts: Any, classes: int | None = None, *, whole: bool = False) -> None:

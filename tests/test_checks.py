@@ -252,7 +252,7 @@ def test_settings_out_of_range(name, settings, message):
         ((0.1, "l2", 0.0, np.nan), r"the bounds are \[0.0, nan\]"),
         *[
             ((epsilon,), "epsilon is .*; it must be a number")
-            for epsilon in ("8/255", None, True, [0.1], {}, 1j, np.array([0.1, 0.2]), jnp.array([0.1]))
+            for epsilon in ("8/255", None, True, [0.1], {}, 1j)
         ],
         ((1e-50,), "epsilon is 1e-50; it must be in .*, the range of float32"),
         ((0.1, ["linf"]), r"unknown norm \['linf'\]"),

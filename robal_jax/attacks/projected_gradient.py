@@ -25,6 +25,7 @@ from robal_jax.attacks.threat import (
     ThreatModel,
     check_attack,
     finite,
+    like_images,
     per_image,
     starting_points,
     uniform_start,
@@ -81,7 +82,7 @@ def pgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.at_least(1, steps=steps, restarts=restarts)
     keys = image_keys(key, images)
 
@@ -176,7 +177,8 @@ def pgd_path(
       labels: ``[B]``.
       threat: allowed images.
       steps: numbers of steps, at least 1 and in increasing order, after which the images are returned.
-      step_size: > 0, in units of the image; or a function of ``t = 0, 1, ...``, such as optax's schedules.
+      step_size: > 0, in units of the image; or one per image ``[B]``, >= 0; or a function of
+        ``t = 0, 1, ...``, such as optax's schedules.
       loss: per example; ascended.
       momentum: 0 is PGD, 1 is MIM as published.
       eot: see :func:`loss_gradient`.
@@ -200,9 +202,11 @@ def pgd_path(
        [0.5   0.25 ]
        [0.55  0.3  ]]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
-    if not callable(step_size):
+    if getattr(step_size, "ndim", 0):
+        checks.lengths("step_size", step_size, len(images), "image", zero=True)
+    elif not callable(step_size):
         checks.positive(step_size=step_size)
     checks.not_negative(momentum=momentum)
     looks = (0, *steps)
@@ -223,6 +227,7 @@ def pgd_path(
             gradient = gradient / jnp.clip(size, jnp.finfo(size.dtype).tiny, LARGEST)
             gradient = direction = momentum * direction + gradient
         length = jnp.asarray(step_size(t) if callable(step_size) else step_size, x.dtype)
+        length = like_images(length, x) if length.ndim else length
         x = threat.project(x + length * threat.ascent_direction(gradient), images)
         return x, direction
 

@@ -7,10 +7,13 @@ random starts. The attacks call these functions and know of no norm themselves.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robal_jax import checks
 from robal_jax.keys import image_keys
@@ -38,8 +41,12 @@ NORMS = {"linf": "L-infinity", "l2": "L2"}
 class ThreatModel:
     """The images that an adversary may show in place of ``x``: ``||x' - x|| <= epsilon``, within bounds.
 
+    The radius is the same for all images, or a tuple has one per class, or an array ``[B]`` has one per image
+    of a batch. Attacks look up the radii of the classes by the labels, :meth:`of`.
+
     Attributes:
-      epsilon: radius, > 0, in units of the image; inside of a compiled function it may be traced.
+      epsilon: radius, in units of the image: a number > 0, a tuple of ``K`` of these, or an array ``[B]`` of
+        numbers >= 0; inside of a compiled function a number or an array may be traced.
       norm: a key of ``NORMS``.
       lower: smallest pixel value.
       upper: largest pixel value.
@@ -48,30 +55,102 @@ class ThreatModel:
       ValueError: one of these is out of its range.
     """
 
-    epsilon: float
+    epsilon: Any
     norm: str = "linf"
     lower: float = 0.0
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.positive(epsilon=self.epsilon)
+        if isinstance(self.epsilon, tuple):
+            checks.lengths("epsilon", self.epsilon)
+            object.__setattr__(self, "epsilon", tuple(map(float, self.epsilon)))
+        elif self._per_image:
+            checks.lengths("epsilon", self.epsilon, per="image", zero=True)
+        else:
+            checks.positive(epsilon=self.epsilon)
         checks.numbers(lower=self.lower, upper=self.upper)
         if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; use one of {', '.join(NORMS)}")
         if not -math.inf < self.lower < self.upper < math.inf:
             raise ValueError(f"the bounds are [{self.lower}, {self.upper}]; use finite ones, lower < upper")
-        for field in (
-            "epsilon",
-            "lower",
-            "upper",
-        ):  # Python's numbers, so that equal models are equal as text
+        for field in ("epsilon", "lower", "upper"):
             value = getattr(self, field)
-            if not isinstance(value, jax.core.Tracer) and type(value) not in (int, float):
+            # Python's numbers, so that equal models are equal as text.
+            if not isinstance(value, jax.core.Tracer | tuple | int) and not np.ndim(value):
                 object.__setattr__(self, field, float(value))
 
     def scaled(self, factor: chex.Numeric) -> "ThreatModel":
         """Multiplies the radius by a factor > 0, or by one factor per image ``[B]``."""
+        if isinstance(self.epsilon, tuple):
+            return dataclasses.replace(self, epsilon=tuple(factor * epsilon for epsilon in self.epsilon))
         return dataclasses.replace(self, epsilon=factor * self.epsilon)
+
+    @property
+    def _per_image(self) -> bool:
+        """Whether the radii are those of the images of a batch."""
+        return getattr(self.epsilon, "ndim", 0) > 0
+
+    def of(self, labels: chex.Array, dtype: Any = None) -> "ThreatModel":
+        """The same images, with one radius per image in place of one per class.
+
+        Args:
+          labels: integers ``[B]``.
+          dtype: of the radii; None leaves them as they are.
+
+        Returns:
+          A threat model with ``epsilon [B]``; this one if all images have the same radius.
+
+        Raises:
+          ValueError: there are fewer radii than classes.
+
+        Example:
+          >>> print(ThreatModel((0.1, 0.2)).of(jnp.array([1, 0, 1])).epsilon)
+          [0.2 0.1 0.2]
+          >>> ThreatModel(0.1).of(jnp.array([1, 0, 1])).epsilon
+          0.1
+        """
+        if isinstance(self.epsilon, tuple):
+            checks.labels_in(len(self.epsilon), labels, per="radii")
+            radii = jnp.asarray(self.epsilon, dtype)[labels]
+        elif self._per_image and dtype is not None:
+            radii = jnp.asarray(self.epsilon, dtype)
+        else:
+            return self
+        return dataclasses.replace(self, epsilon=radii)
+
+    def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Vectorises a function of a threat model and of one image over a batch: each image has its radius.
+
+        Args:
+          function: ``(threat, *arrays of one image)``.
+
+        Returns:
+          A function of the arrays of a batch, ``[B, ...]``.
+
+        Example:
+          >>> ball = ThreatModel(jnp.array([0.1, 0.2])).each(lambda threat, x: x + threat.epsilon)
+          >>> print(ball(jnp.array([0.5, 0.5])))
+          [0.6 0.7]
+        """
+        if not self._per_image:
+            self._one_per_class_refused()
+            return jax.vmap(partial(function, self))
+
+        def with_radius(epsilon: chex.Array, *arrays: chex.Array) -> Any:
+            return function(dataclasses.replace(self, epsilon=epsilon), *arrays)
+
+        return partial(jax.vmap(with_radius), jnp.asarray(self.epsilon))
+
+    def _one_per_class_refused(self) -> None:
+        if isinstance(self.epsilon, tuple):
+            raise ValueError("epsilon has one radius per class; use threat.of(labels), one per image")
+
+    def _radius(self, images: chex.Array) -> chex.Numeric:
+        """The radius, to broadcast against images: a number, or ``[B, 1, ..., 1]``."""
+        self._one_per_class_refused()
+        if not self._per_image:
+            return self.epsilon
+        return like_images(jnp.asarray(self.epsilon, images.dtype), images)
 
     def check(self, images: chex.Array, labels: chex.Array) -> None:
         """Refuses images and labels that cannot be attacked, and a radius in another unit than the images.
@@ -84,11 +163,14 @@ class ThreatModel:
           ValueError: a wrong shape, type or range; ranges are looked at outside of ``jax.jit`` only.
         """
         checks.images_and_labels(images, labels, self.lower, self.upper)
+        if self._per_image:
+            checks.vector("epsilon", self.epsilon, len(images), "image (a tuple has one per class)")
         known = not isinstance(self.epsilon, jax.core.Tracer)
-        if known and self.norm == "linf" and self.epsilon > self.upper - self.lower:
+        largest = float(np.max(self.epsilon)) if known else 0.0
+        if self.norm == "linf" and largest > self.upper - self.lower:
             raise ValueError(
-                f"epsilon is {self.epsilon:g}, and the pixels are in [{self.lower:g}, {self.upper:g}]; "
-                f"use the images' unit{in_255ths(self.epsilon)}"
+                f"epsilon is {largest:g}, and the pixels are in [{self.lower:g}, {self.upper:g}]; "
+                f"use the images' unit{in_255ths(largest)}"
             )
 
     def project(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
@@ -102,12 +184,13 @@ class ThreatModel:
           >>> print(jnp.array_str(found, precision=2))
           [[0.65 0.7 ]]
         """
+        radius = self._radius(images)
         if self.norm == "l2":
             delta = candidates - images
             size = _l2(delta)
-            candidates = images + delta * jnp.minimum(1.0, self.epsilon / jnp.where(size > 0, size, 1.0))
+            candidates = images + delta * jnp.minimum(1.0, radius / jnp.where(size > 0, size, 1.0))
         else:
-            candidates = jnp.clip(candidates, images - self.epsilon, images + self.epsilon)
+            candidates = jnp.clip(candidates, images - radius, images + radius)
         # The images lie within the bounds, so clipping to the bounds brings a candidate nearer to its image.
         return jnp.clip(candidates, self.lower, self.upper)
 
@@ -143,10 +226,15 @@ class ThreatModel:
         return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
 
 
-def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) -> None:
+def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) -> ThreatModel:
     """Refuses what is no threat model, and what :meth:`ThreatModel.check` refuses.
 
+    Returns:
+      The threat model with one radius per image, if its radii differ; see :meth:`ThreatModel.of`.
+
     Example:
+      >>> print(check_attack(ThreatModel((0.1, 0.2)), jnp.zeros((2, 8, 8, 1)), jnp.array([1, 0])).epsilon)
+      [0.2 0.1]
       >>> check_attack(8 / 255, jnp.zeros((1, 8, 8, 1)), jnp.array([3]))
       Traceback (most recent call last):
       ValueError: threat is a float; pass robal_jax.ThreatModel(epsilon, norm)
@@ -154,6 +242,7 @@ def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) ->
     if not isinstance(threat, ThreatModel):
         raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
     threat.check(images, labels)
+    return threat.of(labels, jnp.result_type(images))
 
 
 def in_255ths(value: float) -> str:
@@ -227,7 +316,8 @@ def starting_points(start: Start, key: chex.PRNGKey, images: chex.Array, threat:
       >>> bool((start[0] == start[1]).any())
       False
     """
-    return jax.vmap(lambda key, image: start(key, image, threat))(image_keys(key, images), images)
+    draw = threat.each(lambda threat, key, image: start(key, image, threat))
+    return draw(image_keys(key, images), images)
 
 
 def clean_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> chex.Array:

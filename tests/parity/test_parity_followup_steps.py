@@ -38,6 +38,8 @@ AT = {
 CLIPPED = {"attack": {"start": "uniform_clipped"}}
 MOVING = {"attack": {"batch_norm": "batch_update"}}
 BATCH_MODE = {"attack": {"start": "uniform_clipped", "batch_norm": "batch"}}
+NESTEROV = {"optimizer": {"nesterov": True}}
+LOGS = ("adv", "nat")
 BALANCED_SOFTMAX = {"loss": {"name": "logit_adjustment", "tau": 1.0}}
 
 
@@ -59,6 +61,7 @@ class Mode(NamedTuple):
 
 MODES = {
     "at_bsl": Mode("at", (BALANCED_SOFTMAX,)),
+    "rlt_at": Mode("at", (BATCH_MODE, NESTEROV), epoch=90, logs=LOGS),
     "at_awp": Mode("at", (CLIPPED, {"perturbation": {"name": "awp", "gamma": 0.01}})),
     "at_awp_released": Mode(
         "at",
