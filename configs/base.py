@@ -79,9 +79,11 @@ def get_config(data: str) -> ConfigDict:
     # An average of the weights, kept beside them: 'none', 'ema' (decay; warmup in epochs), 'per_epoch' (CFA:
     # decay) or 'swa' (start in epochs).
     config.average = ConfigDict({"name": "none"})
-    # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='weights'.
+    # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='not_batch_norm'.
     config.optimizer.nesterov = False  # Nesterov's momentum
-    config.optimizer.decayed = "all"  # 'weights': no weight decay on batch norm and biases
+    config.optimizer.decayed = (
+        "all"  # by the weight decay; 'weights': no batch norm, no bias; 'not_batch_norm'
+    )
     # 'piecewise' is 'paper' with a warm-up by step. 'cosine' and 'one_cycle' have other arguments: a config
     # file replaces the section: ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``.
     # AT-BSL (Yue et al., CVPR 2024) is 'paper' with milestones (75, 90, 100) of 100 epochs.

@@ -235,7 +235,18 @@ def _weights(params: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
-DECAYED: dict[str, Callable[[chex.ArrayTree], chex.ArrayTree] | None] = {"all": None, "weights": _weights}
+def _not_batch_norm(params: chex.ArrayTree) -> chex.ArrayTree:
+    """Tells for each parameter whether it is not one of batch norm's pair, scale and bias."""
+    if set(params) == {"scale", "bias"}:
+        return dict.fromkeys(params, False)
+    return {name: _not_batch_norm(part) if isinstance(part, dict) else True for name, part in params.items()}
+
+
+DECAYED: dict[str, Callable[[chex.ArrayTree], chex.ArrayTree] | None] = {
+    "all": None,
+    "weights": _weights,
+    "not_batch_norm": _not_batch_norm,
+}
 """Which parameters the weight decay reaches, by name; None: all."""
 
 
@@ -266,7 +277,8 @@ def sgd(
         parameters that it does not match stay as they are. '' trains all.
       nesterov: whether the update looks ahead; ``momentum`` must be above 0.
       decayed: which parameters the weight decay reaches, a key of ``DECAYED``: 'all', as in the released
-        code, or 'weights', those with two axes or more: no batch norm, no bias.
+        code; 'weights', those with two axes or more: no batch norm, no bias; or 'not_batch_norm', all but
+        these, as in the code of Wang et al. (ICML 2023).
 
     Returns:
       The optimiser.

@@ -31,6 +31,7 @@ from robal_jax.builder.ranges import validate
 from robal_jax.data import Dataset, Images, epoch_order, generated, inspection, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
+from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 from robal_jax.perturbations import Perturbation
 from robal_jax.storage.workdir import digest_of_images
 
@@ -46,6 +47,7 @@ class Settings(NamedTuple):
     checkpoint_epochs: int
     keep_checkpoints: int
     layout: str
+    batch_norm_momentum: float | None  # None for the usual 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,4 +293,7 @@ def _size(value: float, *, in_255ths: bool) -> str:
 def _settings(train: ConfigDict, steps_per_epoch: int) -> Settings:
     """Copies the fields of ``Settings`` from ``config.train``; a dispatch is at most an epoch."""
     settings = Settings(**{name: train[name] for name in Settings._fields})
-    return settings._replace(steps_per_dispatch=min(settings.steps_per_dispatch, steps_per_epoch))
+    momentum = None if train.batch_norm_momentum == BATCH_NORM_MOMENTUM else train.batch_norm_momentum
+    return settings._replace(
+        steps_per_dispatch=min(settings.steps_per_dispatch, steps_per_epoch), batch_norm_momentum=momentum
+    )

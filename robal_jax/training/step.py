@@ -31,12 +31,14 @@ class Extras(NamedTuple):
       average: of the weights, kept in the state.
       budget: gives each image its radius; None for the threat model's.
       steps_per_epoch: to see where an epoch ends.
+      batch_norm_momentum: weight of a pass in the running statistics; None for the usual 0.1.
     """
 
     perturbation: Perturbation | None = None
     average: Average = NO_AVERAGE
     budget: Budget | None = None
     steps_per_epoch: int = 1
+    batch_norm_momentum: float | None = None
 
 
 NO_EXTRAS = Extras()
@@ -76,7 +78,7 @@ def train_step(
       The state after the update, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the
       metrics of the objective.
     """
-    perturbation, average, budget, steps_per_epoch = extras
+    perturbation, average, budget, steps_per_epoch, momentum = extras
     learns = budget is not None and budget.seen is not None
     over_parts = partial(_over_parts, parts=accumulation_steps, axis_name=axis_name)
 
@@ -109,7 +111,7 @@ def train_step(
         state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        stats=models.update_statistics(state.stats, (*attack_moments, *moments)),
+        stats=models.update_statistics(state.stats, (*attack_moments, *moments), momentum),
         opt_state=opt_state,
     )
     trained_on = batch.images if attacked is None else attacked.images
@@ -263,7 +265,13 @@ def compiled_chunk(
         optimizer=job.optimizer,
         axis_name=parallel.AXIS,
         accumulation_steps=job.settings.accumulation_steps,
-        extras=Extras(job.perturbation, job.average, job.budget, job.steps_per_epoch),
+        extras=Extras(
+            job.perturbation,
+            job.average,
+            job.budget,
+            job.steps_per_epoch,
+            job.settings.batch_norm_momentum,
+        ),
     )
     chunk = partial(
         train_chunk,

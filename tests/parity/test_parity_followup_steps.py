@@ -50,6 +50,8 @@ class Mode(NamedTuple):
       config: that is this mode.
       changes: to ``AT`` in it, one after the other.
       epoch: that its steps see.
+      generated: images of the batch that are.
+      momenta: of batch norm in the three steps; None for 0.1.
       logs: training passes after the step, at the new weights, that move the statistics.
     """
 
@@ -57,6 +59,8 @@ class Mode(NamedTuple):
     changes: tuple[dict, ...] = ()
     epoch: int = 1
     logs: tuple[str, ...] = ()
+    generated: int = 0
+    momenta: tuple[float | None, ...] = (None,) * STEPS
 
 
 MODES = {
@@ -71,6 +75,18 @@ MODES = {
             {"perturbation": {"name": "awp", "gamma": 0.01}},
         ),
         logs=("nat",),
+    ),
+    "dm_trades": Mode(
+        "trades",
+        (
+            BATCH_MODE,
+            NESTEROV,
+            {"optimizer": {"decayed": "not_batch_norm"}, "train": {"label_smoothing": 0.1}},
+            {"objective": {"name": "trades", "beta": 5.0, "batch_norm_order": "each_pass_once"}},
+            {"average": {"name": "ema"}},
+        ),
+        generated=5,
+        momenta=(1.0, 0.01, 0.01),
     ),
     "trades_awp": Mode(
         "trades",
@@ -116,9 +132,12 @@ def numbers_are_given(monkeypatch):
         monkeypatch.setattr(module, "image_keys", given)
 
 
-def batch_of(reference, recipe, i, epoch):
+def batch_of(reference, recipe, i, epoch, generated=0):
     shape = (BATCH, 3, 32, 32)
     images, labels = recipe.images(8100 + i, BATCH), reference(FILE, f"input/steps/y{i}")
+    if generated:
+        images = np.concatenate([images[:-generated], recipe.images(8110 + i, BATCH)[:generated]])
+        labels = np.concatenate([labels[:-generated], recipe.ints(8148 + i, 10, (generated,))])
     noise = {"uniform": recipe.uniform(8130 + i, shape), "normal": recipe.normal(8120 + i, shape)}
     keys = {name: nhwc(array) for name, array in noise.items()}
     return objectives.Batch(nhwc(images), jnp.asarray(labels), keys, epoch)
@@ -180,18 +199,23 @@ def test_steps(reference, recipe, attack_of, name):
     optimizer = optax.chain(KEEP_GRADIENTS, optimizer)
     params, stats = imported(recipe, "trainnet_pgd_at", model)
     budget = builder.budget(config, counts)
-    step = jax.jit(
-        functools.partial(
-            training.train_step,
-            model=model,
-            objective=functools.partial(with_passes, objective),
-            optimizer=optimizer,
-            extras=Extras(builder.perturbation(config), budget=budget, steps_per_epoch=1000),
+    average = builder.average(config, steps_per_epoch=1000)
+    extras = Extras(builder.perturbation(config), average, budget, steps_per_epoch=1000)
+    train_step = functools.partial(
+        training.train_step,
+        model=model,
+        objective=functools.partial(with_passes, objective),
+        optimizer=optimizer,
+    )
+    step_of = functools.cache(
+        lambda momentum: jax.jit(
+            functools.partial(train_step, extras=extras._replace(batch_norm_momentum=momentum))
         )
     )
     attack = jax.jit(functools.partial(attack_of, objective, model))
     pass_of = jax.jit(model.train)
     now = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
+    now = now.replace(average=average.init(Weights(params, stats)))
     now = now.replace(classes=budget.init() if budget else {})
     names, bn_names = (reference(FILE, f"input/steps/{kind}_names") for kind in ("param", "bn"))
     to_state_dict = functools.partial(
@@ -200,8 +224,9 @@ def test_steps(reference, recipe, attack_of, name):
     check = functools.partial(reference.check, f"follow-ups, {name}", FILE)
     updates = 0
     for i in range(STEPS):
-        at, before, batch = f"{name}/step{i}", now, batch_of(reference, recipe, i, mode.epoch)
-        now, seen = step(before, batch)
+        at, before = f"{name}/step{i}", now
+        batch = batch_of(reference, recipe, i, mode.epoch, mode.generated)
+        now, seen = step_of(mode.momenta[i])(before, batch)
         check(f"{at}/loss", seen["loss"])
         if f"{at}/loss_robust" in reference.load(FILE):
             check(f"{at}/loss_robust", seen["regulariser"])
@@ -237,6 +262,11 @@ def test_steps(reference, recipe, attack_of, name):
             for prefix, arrays in (("full", after), ("grad", gradients), ("momentum", momentum)):
                 if key.startswith(f"{at}/{prefix}/"):
                     check(key, arrays[key.removeprefix(f"{at}/{prefix}/")])
+        if average.init(Weights({}, {})):
+            averaged = to_state_dict(now.average["params"], now.stats)
+            check(f"{at}/ema_checksum", checksums(recipe, averaged, names))
+        if f"{at}/labels" in reference.load(FILE):
+            check(f"{at}/labels", batch.labels, bound=0)
         if f"{at}/awp_names" in reference.load(FILE):
             gradient = jax.jit(jax.grad(lambda *args: objective(model, *args)[0]))
             gradient = gradient(
