@@ -55,6 +55,19 @@ IN_32_BITS: Rule = ("an integer below 2^31", lambda value: INTEGER[1](value) and
 FINITE: Rule = ("finite in float32", lambda value: abs(value) <= float(np.finfo(np.float32).max))
 
 
+def _are_augmentations(value: Any) -> bool:
+    names = value.split(",") if isinstance(value, str) else [""]
+    known = all(name in AUGMENTATIONS or ":" in name for name in names)
+    return known and ("none" not in names or len(names) == 1)
+
+
+AUGMENTATION: Rule = (
+    f"'none', or a list with commas and no spaces of {', '.join(list(AUGMENTATIONS)[1:])}, or your own "
+    "'module:function'",
+    _are_augmentations,
+)
+
+
 def _one_of(names: Iterable[str]) -> Rule:
     return f"one of {', '.join(names)}", lambda value: value in names
 
@@ -95,7 +108,7 @@ RANGES: dict[str, Rule] = {
     "objective.batch_norm_order": _one_of(objectives.BATCH_NORM_ORDERS),
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
-    "train.augmentation": _one_of(AUGMENTATIONS),
+    "train.augmentation": AUGMENTATION,
     "train.layout": _one_of(parallel.LAYOUTS),
     "train.precision": _one_of(models.PRECISIONS),
     "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),

@@ -14,7 +14,7 @@ from robal_jax import metrics, models, objectives
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.builder import contracts
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.parts import augmentation, dataset, model, objective, optimizer
+from robal_jax.builder.parts import augmentation, augmentations, dataset, model, objective, optimizer
 from robal_jax.builder.ranges import validate
 from robal_jax.data import Dataset, epoch_order, sources
 from robal_jax.devices import parallel
@@ -172,6 +172,7 @@ def check(config: ConfigDict) -> None:
             model(config, counts, platform="cpu", precision=config.train.precision, head=head)
     objective(config, counts)
     optimizer(config, 1)
+    augmentations(config.train.augmentation, pixel_max=255)
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
 
 
