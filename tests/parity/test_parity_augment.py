@@ -44,7 +44,7 @@ def test_operations_of_randaugment(reference):
     compare(reference, RANDAUGMENT, dict(zip(names, ours, strict=True)))
 
 
-def test_policy_of_autoaugment(reference):
+def test_operations_of_autoaugment(reference):
     names, odds, numbers = (np.array(part) for part in zip(*sum(policies.CIFAR10, ()), strict=True))
     theirs = reference(FILE, f"{AUTOAUGMENT}/names")
     assert names.reshape(25, 2).tolist() == theirs.tolist()
@@ -55,9 +55,6 @@ def test_policy_of_autoaugment(reference):
     reference.check(
         "augmentation: policies", FILE, f"{AUTOAUGMENT}/magnitude_index", numbers.reshape(25, 2), 0
     )
-
-
-def test_operations_of_autoaugment(reference):
     stored = [str(name) for name in reference(FILE, f"{AUTOAUGMENT}/op_names")]
     choices = {(name, number) for pair in policies.CIFAR10 for name, _, number in pair}
     assert sorted(stored) == sorted(name if name in NONE else f"{name}_{number}" for name, number in choices)
@@ -78,6 +75,7 @@ def compare(reference, group, magnitudes):
             if key in reference.load(FILE):
                 operation = pil.operation(text.partition("_")[0], sign * magnitude, SIZE)
                 reference.check("augmentation: operations", FILE, key, apply(images, operation), 0)
+    assert_all_seen(reference, f"{group}/")
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "autoaugment"])
@@ -89,6 +87,7 @@ def test_whole_calls(reference, policy, i):
     for name, magnitude in drawn:
         image = apply(image, pil.operation(str(name) or "Identity", float(magnitude), SIZE))
     reference.check("augmentation: whole calls", FILE, f"{key}/out", image[0], 0)
+    assert_all_seen(reference, f"{key}/")
 
 
 def test_crop_and_flip(reference):
@@ -99,6 +98,7 @@ def test_crop_and_flip(reference):
             "augmentation: crop, flip", FILE, f"augment/crop/{i}/out", padded_crop(image, corner), 0
         )
     reference.check("augmentation: crop, flip", FILE, "augment/flip", image[:, ::-1], 0)
+    assert_all_seen(reference, "augment/crop/")
 
 
 @pytest.mark.parametrize("side", [8, 16, 18])
@@ -128,9 +128,17 @@ def test_cutmix(reference, recipe, i):
     check(f"dm_cutmix/step{i}/mixed_labels", share * own + (1 - share) * partner, 1e-15)
 
 
-def test_every_array_was_looked_at(reference):
-    """Runs last; 'versions' is a text, and the losses and gradients of CutMix belong to training."""
-    reference(FILE, "augment/versions")
+def assert_all_seen(reference, prefix):
+    """No array of these names is forgotten."""
     seen = reference.files[FILE]["compared"] | reference.files[FILE]["input"]
-    stored = {key for key in reference.load(FILE) if key.startswith(("augment/", "cutout/"))}
-    assert stored - seen == set()
+    assert not {key for key in reference.load(FILE) if key.startswith(prefix)} - seen
+
+
+def test_no_group_is_forgotten(reference):
+    parts = [key.split("/") for key in reference.load(FILE)]
+    assert {path[1] for path in parts if path[0] == "augment"} == {
+        "images", "versions", "tables", "randaugment_m8", "autoaugment_cifar10", "sample_randaugment",
+        "sample_autoaugment", "crop", "flip",
+    }  # fmt: skip
+    assert {path[2] for path in parts if path[1].startswith("sample_")} == {str(i) for i in range(12)}
+    assert {path[1] for path in parts if path[0] == "cutout"} == {"length8", "length16", "length18"}
