@@ -73,10 +73,10 @@ def get_config(data: str) -> ConfigDict:
     config.train.sync_batch_norm = True  # statistics of the images of all devices
     config.train.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed' (alternately)
     config.train.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
-    # 'none', or names in the order of their use, such as 'randaugment,crop_flip,cutout': 'crop_flip' (random
-    # crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'randaugment' (2 operations of
-    # magnitude 8), 'autoaugment' (policy of CIFAR-10), 'cutout', 'random_erasing'; or your own, as
-    # 'module:function' from (keys, images, size) to images. AT-BSL: 'randaugment,crop_flip'.
+    # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'cutout',
+    # 'random_erasing', 'randaugment' (two operations of magnitude 8), 'autoaugment' (the policy of CIFAR-10),
+    # your own 'module:function', from (keys, images, size) to images, or a list that is applied in its order:
+    # 'randaugment,crop_flip' is AT-BSL's; 'none'
     config.train.augmentation = "crop_flip"
     config.train.reading_threads = 16  # threads that read image files; at most the number of cores
     # Training steps per dispatch to the devices; a signal to stop takes effect after the dispatch.
