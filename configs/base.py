@@ -114,7 +114,10 @@ def _train() -> ConfigDict:
     config.sync_batch_norm = True  # statistics of the images of all devices
     config.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed' (alternately)
     config.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
-    # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'none'
+    # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'cutout',
+    # 'random_erasing', 'randaugment' (two operations of magnitude 8), 'autoaugment' (the policy of CIFAR-10),
+    # your own 'module:function', from (keys, images, size) to images, or a list that is applied in its order:
+    # 'randaugment,crop_flip' is AT-BSL's; 'none'
     config.augmentation = "crop_flip"
     config.mixing = "none"  # or 'cutmix': boxes of other images of the batch, each label with its share
     config.batch_norm_momentum = 0.1  # weight of a batch in the running statistics

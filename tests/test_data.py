@@ -1,4 +1,4 @@
-"""Long-tailed subsets, samplers and augmentation (robal_jax.data)."""
+"""Long-tailed subsets, samplers, pixels and checks of data sets (robal_jax.data)."""
 
 import random
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from robal_jax.data import (
-    AUGMENTATIONS,
     PROFILES,
     SAMPLERS,
     Dataset,
@@ -17,11 +16,9 @@ from robal_jax.data import (
     epoch_order,
     long_tailed_counts,
     long_tailed_indices,
-    random_crop_flip,
     to_float,
     uniform_order,
 )
-from robal_jax.data.augmentation import _resized_part
 from robal_jax.errors import InputError
 
 CASES = [
@@ -29,9 +26,6 @@ CASES = [
     for name in ("cifar10", "cifar100")
     for profile, ratio in (("exp", 0.1), ("exp", 0.02), ("exp", 0.01), ("step", 0.02))
 ]
-
-
-crop_flip = jax.jit(random_crop_flip, static_argnums=2)
 
 
 def n_max_and_classes(name):
@@ -217,148 +211,6 @@ def test_to_float_in_double_precision():
         floats = to_float(pixels, 255)
     assert floats.dtype == jnp.float64
     assert np.array_equal(floats, pixels / 255)
-
-
-def all_crops(image, padding):
-    """Every possible result of the augmentation, by plain slicing."""
-    height, width, _ = image.shape
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    for top in range(2 * padding + 1):
-        for left in range(2 * padding + 1):
-            crop = padded[top : top + height, left : left + width]
-            yield (top, left, False), crop
-            yield (top, left, True), crop[:, ::-1]
-
-
-def test_crop_and_flip_draws_every_case_evenly():
-    image = np.random.default_rng(0).integers(1, 256, (6, 5, 2), dtype=np.uint8)
-    draws = 1800
-    keys = jax.random.split(jax.random.key(0), draws)
-    out = np.asarray(crop_flip(keys, np.tile(image, (draws, 1, 1, 1)), 1))
-    assert out.dtype == np.uint8
-    assert out.shape == (draws, 6, 5, 2)
-    cases = {crop.tobytes(): case for case, crop in all_crops(image, 1)}
-    assert len(cases) == 18
-    found = [cases[one.tobytes()] for one in out]  # KeyError: not a crop of the padded image
-    times = [found.count(case) for case in cases.values()]
-    assert min(times) > 65  # 100 expected, standard deviation 9.7
-    assert max(times) < 135
-
-
-def test_default_padding_is_four():
-    images = np.full((400, 8, 8, 1), 9, np.uint8)
-    out = np.asarray(crop_flip(jax.random.split(jax.random.key(1), 400), images))
-    empty_rows = (out == 0).all(axis=(2, 3)).sum(axis=1)
-    assert set(empty_rows.tolist()) == {0, 1, 2, 3, 4}
-
-
-def test_crop_and_flip_depends_on_the_own_key_only():
-    images = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
-    keys = jax.random.split(jax.random.key(7), 6)
-    whole = crop_flip(keys, images)
-    assert whole.dtype == jnp.float32
-    assert np.array_equal(whole[4:], crop_flip(keys[4:], images[4:]))
-    assert np.array_equal(whole[::-1], crop_flip(keys[::-1], images[::-1]))
-
-
-def test_without_padding_only_flips_are_left():
-    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), dtype=np.uint8)
-    out = np.asarray(crop_flip(jax.random.split(jax.random.key(0), 40), images, 0))
-    kept = (out == images).all(axis=(1, 2, 3))
-    assert np.array_equal(out[~kept], images[~kept][:, :, ::-1])
-    assert 0 < kept.sum() < 40
-
-
-# ---------------------------------------------------------------- the table of augmentations
-
-SIDE, OUT = 240, 16
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """What 1500 resized crops of one image show of their boxes, from pixels that tell their own position."""
-    rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.uint8)
-    image = np.stack([rows, columns], axis=-1)
-    augment = jax.jit(AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
-    keys = jax.random.split(jax.random.key(5), 1500).reshape(15, 100)
-    images = np.tile(image, (100, 1, 1, 1))
-    out = np.concatenate([augment(some, images, (OUT, OUT)) for some in keys])
-    assert out.dtype == np.uint8
-    assert out.shape == (1500, OUT, OUT, 2)
-    # Away from the image's edge the antialiasing filter gives a pixel's centre exactly, before rounding.
-    first, last = 2, OUT - 3
-    down = out[:, :, OUT // 2, 0].astype(float)
-    across = out[:, OUT // 2, :, 1].astype(float)
-    height = (down[:, last] - down[:, first]) * OUT / (last - first)
-    width = (across[:, last] - across[:, first]) * OUT / (last - first)
-    top = down[:, first] + 0.5 - (first + 0.5) * height / OUT
-    left = np.minimum(across[:, first], across[:, last]) + 0.5 - (first + 0.5) * abs(width) / OUT
-    return {"top": top, "left": left, "height": height, "width": abs(width), "flipped": width < 0}
-
-
-def test_resized_crops_have_the_area_and_the_ratio_of_the_definition(parts):
-    area = parts["height"] * parts["width"] / SIDE**2
-    assert 0.06 < area.min() < 0.11
-    assert area.max() > 0.97
-    # Up to 3/4 nothing is clipped, so areas are uniform: three standard deviations are 0.04.
-    for bound in (0.2, 0.4, 0.6, 0.75):
-        assert abs((area < bound).mean() - (bound - 0.08) / 0.92) < 0.04, bound
-    ratio = np.log(parts["width"] / parts["height"])[(area > 0.3) & (area < 0.75)] / np.log(4 / 3)
-    assert abs(ratio).max() < 1.06
-    for bound in (-0.5, 0, 0.5):
-        assert abs((ratio < bound).mean() - (bound + 1) / 2) < 0.07, bound
-
-
-def test_resized_crops_lie_anywhere_in_the_image_and_half_are_flipped(parts):
-    assert 0.44 < parts["flipped"].mean() < 0.56
-    room = SIDE - np.stack([parts["height"], parts["width"]])
-    corner = np.stack([parts["top"], parts["left"]])
-    assert corner.min() > -2
-    assert (corner - room).max() < 2
-    wide = (room > 60).all(axis=0)  # elsewhere the rounding to grey levels hides the place
-    place = corner[:, wide] / room[:, wide]
-    for bound in (0.25, 0.5, 0.75):
-        assert (abs((place < bound).mean(axis=1) - bound) < 0.06).all(), bound
-    assert abs(np.corrcoef(place)[0, 1]) < 0.1
-
-
-def test_resized_crop_depends_on_the_own_key_only():
-    augment = jax.jit(AUGMENTATIONS["resized_crop_flip"], static_argnums=2)
-    images = np.random.default_rng(0).integers(0, 256, (6, 9, 8, 3), dtype=np.uint8)
-    keys = jax.random.split(jax.random.key(7), 6)
-    whole = augment(keys, images, (5, 7))
-    assert whole.shape == (6, 5, 7, 3)
-    assert np.array_equal(whole[::-1], augment(keys[::-1], images[::-1], (5, 7)))
-    twins = augment(keys, np.tile(images[:1], (6, 1, 1, 1)), (5, 7))
-    assert len({one.tobytes() for one in np.asarray(twins)}) == 6
-
-
-def test_the_whole_image_as_part_is_the_image_itself():
-    image = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
-    same = _resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
-    assert same.dtype == np.uint8
-    assert np.array_equal(same, image)
-    corner = _resized_part(image, jnp.array([2.0, 5.0]), jnp.array([4.0, 6.0]), (4, 6))
-    assert np.array_equal(corner, image[2:6, 5:11])
-
-
-@pytest.mark.parametrize("value", [0, 16, 255])
-def test_resizing_keeps_a_flat_image_flat(value):
-    image = np.full((9, 9, 1), value, np.uint8)
-    for corner, extent in (((0, 0), (9, 9)), ((0.3, 2.9), (8.7, 3.1)), ((6.5, 0), (2.5, 9))):
-        out = _resized_part(image, jnp.array(corner, float), jnp.array(extent, float), (4, 13))
-        assert np.array_equal(out, np.full((4, 13, 1), value, np.uint8))
-
-
-def test_augmentations_that_keep_the_size():
-    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    keys = jax.random.split(jax.random.key(7), 6)
-    assert np.array_equal(AUGMENTATIONS["none"](keys, images, (8, 8)), images)
-    cropped = AUGMENTATIONS["crop_flip"](keys, images, (8, 8))
-    assert np.array_equal(cropped, crop_flip(keys, images))
-    for name in ("none", "crop_flip"):
-        with pytest.raises(ValueError, match=r"cannot resize \(8, 8\) to \(8, 4\); use"):
-            AUGMENTATIONS[name](keys, images, (8, 4))
 
 
 # ---------------------------------------------------------------- check_dataset

@@ -31,7 +31,14 @@ def shape(network: str) -> tuple[int, int]:
     return (8, 1) if network == "digits_cnn" else (32, 3)
 
 
-def job_of(network: str, method: str, batch: int, steps: int, precision: str = "default") -> Any:
+def job_of(
+    network: str,
+    method: str,
+    batch: int,
+    steps: int,
+    precision: str = "default",
+    augmentation: str = "crop_flip",
+) -> Any:
     """Builds training from the method's config on CIFAR-10-LT, with noise for images."""
     import importlib
 
@@ -52,11 +59,13 @@ def job_of(network: str, method: str, batch: int, steps: int, precision: str = "
         )  # fmt: skip
         config.model = ConfigDict(NETWORKS[network])
         config.train.batch_size, config.train.steps_per_dispatch = batch, steps
-        config.train.precision = precision
+        config.train.precision, config.train.augmentation = precision, augmentation
     return builder.training(config)
 
 
-def ours(network: str, method: str, batch: int, steps: int, precision: str) -> Callable[[], None]:
+def ours(
+    network: str, method: str, batch: int, steps: int, precision: str, augmentation: str = "crop_flip"
+) -> Callable[[], None]:
     """Returns a chunk of steps as in training."""
     import jax
 
@@ -64,7 +73,7 @@ def ours(network: str, method: str, batch: int, steps: int, precision: str) -> C
     from robal_jax.devices import parallel
     from robal_jax.training import initial_state
 
-    job = job_of(network, method, batch, steps, precision)
+    job = job_of(network, method, batch, steps, precision, augmentation)
     devices = parallel.devices_for(job.settings.layout)
     chunk, where = training.compiled_chunk(job, devices), training.positions(job)
     data = training.Examples(job.data.train_images, job.data.train_labels)

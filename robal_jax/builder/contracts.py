@@ -2,7 +2,7 @@
 
 ``CONTRACTS`` has the words of the messages. In full, the contract of a kind is written above its table:
 ``models.BACKBONES``, ``classifiers.HEADS``, ``losses.LOSSES``, ``objectives.OBJECTIVES``,
-``optimizers.SCHEDULES`` and ``OPTIMIZERS``, ``data.sources.SOURCES``.
+``optimizers.SCHEDULES`` and ``OPTIMIZERS``, ``data.sources.SOURCES``, ``data.AUGMENTATIONS``.
 
 Functions are traced for shapes as they will be called, with one part of a batch on each device; nothing is
 computed. :func:`calling` turns any error of a user's own function into one line.
@@ -38,6 +38,7 @@ CONTRACTS = {
     "average": "return a robal_jax.averages.Average",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
     "too, and return one per step",
+    "augmentation": "take (keys [B], uint8 images [B, H, W, C], size) and return uint8 images [B, *size, C]",
     "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
 }
 """The contract of each kind of function, in words that continue 'it must'."""
@@ -355,6 +356,27 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
         raise InputError(
             f"objective {name!r} returns a metric {taken[0]!r}, which the training adds; rename it"
         )
+
+
+def check_augmentation(
+    name: str, function: Callable[..., Any], images: jax.ShapeDtypeStruct, size: tuple[int, ...]
+) -> jax.ShapeDtypeStruct:
+    """Refuses an augmentation that does not return uint8 images of a size; returns their shape.
+
+    Args:
+      name: in the config.
+      function: ``(keys, images, size) -> images``.
+      images: shape of what it receives, ``[B, H, W, C]``.
+      size: ``(height, width)`` of what it must return.
+    """
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(images)))
+    with calling("augmentation", name):
+        found = jax.eval_shape(lambda keys, images: function(keys, images, size), keys, images)
+    wanted = images.update(shape=(len(images), *size, images.shape[3]))
+    if not (hasattr(found, "dtype") and (found.shape, found.dtype) == (wanted.shape, wanted.dtype)):
+        what = f"returns {described(found)} for images {list(images.shape)} and size {size}"
+        raise broken("augmentation", name, what)
+    return wanted
 
 
 def check_schedule(name: str, rates: Any, count: int, unit: str) -> np.ndarray:

@@ -12,7 +12,11 @@ from robal_jax.builder.contracts import broken, described
 from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule
 from robal_jax.errors import InputError, one_line, shown
 
-POSITIONAL = {"loss": ("logits", "labels"), "objective": ("model", "params", "stats", "batch")}
+POSITIONAL = {
+    "loss": ("logits", "labels"),
+    "objective": ("model", "params", "stats", "batch"),
+    "augmentation": ("keys", "images", "size"),
+}
 """Arguments that a function of a kind receives by position when it is called; those of other kinds: none."""
 
 LATE = {"loss": ("epoch",), "schedule": ("epochs", "steps_per_epoch")}

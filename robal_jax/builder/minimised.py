@@ -74,6 +74,12 @@ def _check_parts(
             f"config.loss.base {config.loss.base.name!r} takes no class weights; "
             "set config.loss.reweight=False"
         )
+    reads_labels = config.objective.name in READ_LABELS or config.objective.get("beta_nat", 0)
+    if config.train.mixing != "none" and reads_labels:
+        raise InputError(
+            f"objective {config.objective.name!r} needs one label per image, and config.train.mixing "
+            f"{config.train.mixing!r} gives two; set it to 'none'"
+        )
     if takes(inner_loss, "epoch"):
         raise InputError("config.attack.loss depends on the epoch; use such a loss as config.loss only")
     if config.threat.norm == "l2" and config.attack.start == "one_sided":

@@ -16,9 +16,18 @@ from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts
 from robal_jax.builder.contracts import calling, takes
 from robal_jax.builder.instantiate import call
-from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, generated, inspection, sources
+from robal_jax.data import (
+    AUGMENTATIONS,
+    RESIZING,
+    Dataset,
+    check_dataset,
+    generated,
+    inspection,
+    sources,
+)
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
+from robal_jax.keys import fold_in
 from robal_jax.models import convolutions
 from robal_jax.perturbations import PERTURBATIONS, Perturbation
 
@@ -179,14 +188,39 @@ def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:
     return budgets.ramped(found, epochs=config.train.epochs, beta=ramp) if ramp else found
 
 
-def augmentation(name: str, data: Dataset) -> Callable[..., Any]:
-    """Returns one of ``AUGMENTATIONS``, from the size of stored training images to that of test images."""
-    stored, (_, height, width, _) = data.train_images.shape[1:3], data.test_images.shape
-    if stored != (height, width) and name != "resized_crop_flip":
+def augmentations(names: str, pixel_max: int) -> list[tuple[str, functools.partial]]:
+    """Returns the augmentations of a list, names and functions ``(keys, images, size) -> images``."""
+    sections = [ConfigDict({"name": name}) for name in names.split(",")]
+    return [(each.name, call("augmentation", AUGMENTATIONS, each, pixel_max=pixel_max)) for each in sections]
+
+
+def augmentation(names: str, data: Dataset) -> Callable[..., Any]:
+    """Builds a list of augmentations as one, from the size of stored training images to that of test images.
+
+    They are applied in their order. The first of ``RESIZING`` resizes, or else the first function of the
+    user's own. One augmentation alone gets the images' keys, several get a stream of them each.
+
+    Raises:
+      InputError: a name is unknown, none resizes where that is needed, or a function of the user's own does
+        not return what its contract wants.
+    """
+    stored, size = data.train_images.shape[1:3], data.test_images.shape[1:3]
+    functions = augmentations(names, data.pixel_max)
+    able = [i for i, (name, _) in enumerate(functions) if name in RESIZING]
+    able += [i for i, (name, _) in enumerate(functions) if ":" in name]
+    if stored != size and not able:
         raise InputError(
-            f"config.train.augmentation {name!r} leaves the training images at {stored}, but the test images "
-            f"are {(height, width)}; use 'resized_crop_flip', or set config.data.resize to "
-            "config.data.image_size"
+            f"config.train.augmentation {names!r} leaves the training images at {stored}, but the test "
+            f"images are {size}; use 'resized_crop_flip', or set config.data.resize to config.data.image_size"
         )
-    augmentation = AUGMENTATIONS[name]
-    return lambda keys, images: augmentation(keys, images, (height, width))
+    sizes = [stored if able and i < able[0] else size for i in range(len(functions))]
+    images = jax.ShapeDtypeStruct((1 + max(stored + size), *data.train_images.shape[1:]), np.uint8)
+    for (name, function), each in zip(functions, sizes, strict=True):
+        images = contracts.check_augmentation(name, function, images, each)
+
+    def augment(keys: jax.Array, images: jax.Array) -> jax.Array:
+        for i, ((_, function), each) in enumerate(zip(functions, sizes, strict=True)):
+            images = function(keys if len(functions) == 1 else fold_in(keys, i), images, each)
+        return images
+
+    return augment

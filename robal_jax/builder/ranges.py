@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from robal_jax import averages, checks, classifiers, models, objectives, optimizers
 from robal_jax.attacks import NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
-from robal_jax.data import AUGMENTATIONS, SAMPLERS
+from robal_jax.data import AUGMENTATIONS, MIXINGS, SAMPLERS
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError, shown
 from robal_jax.storage.config_file import flatten
@@ -57,6 +57,19 @@ IN_32_BITS: Rule = ("an integer below 2^31", lambda value: INTEGER[1](value) and
 FINITE: Rule = ("finite in float32", lambda value: abs(value) <= float(np.finfo(np.float32).max))
 
 
+def _are_augmentations(value: Any) -> bool:
+    names = value.split(",") if isinstance(value, str) else [""]
+    known = all(name in AUGMENTATIONS or ":" in name for name in names)
+    return known and ("none" not in names or len(names) == 1)
+
+
+AUGMENTATION: Rule = (
+    f"'none', or a list with commas and no spaces of {', '.join(list(AUGMENTATIONS)[1:])}, or your own "
+    "'module:function'",
+    _are_augmentations,
+)
+
+
 def _one_of(names: Iterable[str]) -> Rule:
     return f"one of {', '.join(names)}", lambda value: value in names
 
@@ -92,7 +105,7 @@ RANGES: dict[str, Rule] = {
     "average.decay": BELOW_ONE,
     "threat.ramp": SHARE,
     "train.batch_norm_momentum": SHARE,
-    "train.mixing": _one_of(("none", "cutmix")),
+    "train.mixing": _one_of(MIXINGS),
     "attack.batch_norm": _one_of(objectives.ATTACK_MODES),
     "evaluation.weights": _one_of(averages.WEIGHTS),
     **dict.fromkeys(("optimizer.momentum", "train.label_smoothing", "generated.share"), BELOW_ONE),
@@ -109,7 +122,7 @@ RANGES: dict[str, Rule] = {
     ),
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
-    "train.augmentation": _one_of(AUGMENTATIONS),
+    "train.augmentation": AUGMENTATION,
     "train.layout": _one_of(parallel.LAYOUTS),
     "train.precision": _one_of(models.PRECISIONS),
     "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),

@@ -19,6 +19,7 @@ from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
 from robal_jax.builder.parts import (
     augmentation,
+    augmentations,
     average,
     budget,
     dataset,
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     keep_checkpoints: int
     layout: str
     batch_norm_momentum: float | None  # None for the usual 0.1
+    mixing: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +257,7 @@ def check(config: ConfigDict) -> None:
             model(config, counts, platform="cpu", precision=config.train.precision, head=head)
     objective(config, counts)
     optimizer(config, 1)
+    augmentations(config.train.augmentation, pixel_max=255)
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
 
 

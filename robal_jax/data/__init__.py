@@ -8,30 +8,50 @@
 - ``long_tail``: images per class in a long-tailed subset, and which ones
 - ``generated``: a second source of training images, drawn at a fixed share of each batch
 - ``sampling``: the order of the train images in an epoch, and a balanced part of the test images
-- ``augmentation``: random crops and flips, one key per image
+- ``augmentation``: random crops, flips and erased boxes, one key per image, and the table of augmentations
+- ``policies``: RandAugment and AutoAugment, one key per image
+- ``pil``: Pillow's operations, equal to Pillow's in every pixel
+- ``cutmix``: boxes exchanged between the images of a batch
 """
 
-from robal_jax.data.augmentation import AUGMENTATIONS, random_crop_flip, random_resized_crop_flip
+from robal_jax.data.augmentation import (
+    AUGMENTATIONS,
+    RESIZING,
+    cutout,
+    random_crop_flip,
+    random_erasing,
+    random_resized_crop_flip,
+)
+from robal_jax.data.cutmix import MIXINGS, cutmix, draw_cutmix
 from robal_jax.data.dataset import Dataset, Images, TestSet, as_float, check_dataset, check_labels, to_float
 from robal_jax.data.long_tail import PROFILES, long_tailed_counts, long_tailed_indices
+from robal_jax.data.policies import autoaugment, randaugment
 from robal_jax.data.sampling import SAMPLERS, balanced_part, class_aware_order, epoch_order, uniform_order
 
 __all__ = [
     "AUGMENTATIONS",
+    "MIXINGS",
     "PROFILES",
+    "RESIZING",
     "SAMPLERS",
     "Dataset",
     "Images",
     "TestSet",
     "as_float",
+    "autoaugment",
     "balanced_part",
     "check_dataset",
     "check_labels",
     "class_aware_order",
+    "cutmix",
+    "cutout",
+    "draw_cutmix",
     "epoch_order",
     "long_tailed_counts",
     "long_tailed_indices",
+    "randaugment",
     "random_crop_flip",
+    "random_erasing",
     "random_resized_crop_flip",
     "to_float",
     "uniform_order",

@@ -14,9 +14,9 @@ from jax import lax
 from robal_jax import averages, builder, models, objectives
 from robal_jax.averages import Average, Weights, estimation_share
 from robal_jax.budgets import Budget
-from robal_jax.data import to_float
+from robal_jax.data import cutmix, draw_cutmix, to_float
 from robal_jax.devices import parallel
-from robal_jax.keys import example_keys
+from robal_jax.keys import PARTNERS, example_keys
 from robal_jax.perturbations import Perturbation
 from robal_jax.training.state import TrainState
 
@@ -213,6 +213,8 @@ def train_chunk(
     steps_per_epoch: int,
     pixel_max: int,
     augment: Callable[[chex.PRNGKey, chex.Array], chex.Array],
+    mixing: str = "none",
+    axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Makes several steps in one compiled loop, which ends early after a step that is not finite.
 
@@ -228,6 +230,8 @@ def train_chunk(
       steps_per_epoch: to count the epochs.
       pixel_max: the pixel value that becomes 1.
       augment: ``(keys [n], images [n, H, W, C]) -> images``, integers to integers.
+      mixing: one of ``data.MIXINGS``.
+      axis_name: mapped axis over which the batch is spread, if any; an image's partner may be anywhere.
 
     Returns:
       The state, and the metrics summed over the steps made (their number is the increase of ``state.step``).
@@ -239,8 +243,13 @@ def train_chunk(
         row = jax.tree.map(lambda x: x[i].reshape(-1, *x.shape[3:]), rows)
         images, labels = row if data is None else (data.images[row], data.labels[row])
         images = augment(keys[:, 0], images)
+        told = {}
+        if mixing != "none":
+            of_step = jax.random.fold_in(jax.random.fold_in(key, state.step), PARTNERS)
+            images, told["partners"] = _mixed(of_step, images, labels, positions.reshape(-1), axis_name)
         epoch = state.step // steps_per_epoch + 1
-        return step_fn(state, objectives.Batch(to_float(images, pixel_max), labels, keys[:, 1], epoch))
+        batch = objectives.Batch(to_float(images, pixel_max), labels, keys[:, 1], epoch)
+        return step_fn(state, batch, **told)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, state, sums, _ = carry
@@ -252,6 +261,36 @@ def train_chunk(
     first = (jnp.int32(0), state, zeros, jnp.bool_(True))
     _, state, sums, _ = lax.while_loop(lambda carry: (carry[0] < count) & carry[3], body, first)
     return state, sums
+
+
+def _mixed(
+    key: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    positions: chex.Array,
+    axis_name: str | None,
+) -> tuple[chex.Array, objectives.Partners]:
+    """Mixes this device's images with partners of the whole batch, in the same way on any devices.
+
+    Args:
+      key: of the step.
+      images: uint8 ``[b, H, W, C]``.
+      labels: ``[b]``.
+      positions: ``[b]`` in the whole batch.
+      axis_name: see :func:`train_chunk`.
+
+    Returns:
+      The mixed images, and their partners.
+    """
+    everyone = positions, images, labels
+    if axis_name is not None:
+        everyone = lax.all_gather(everyone, axis_name, tiled=True)
+    order = jnp.argsort(everyone[0])
+    of_batch, their_labels = (values[order] for values in everyone[1:])
+    box, partners = draw_cutmix(key, len(order), images.shape[1:3])
+    mixed, share = cutmix(of_batch, box, partners)
+    shares = jnp.broadcast_to(share, labels.shape)
+    return mixed[positions], objectives.Partners(their_labels[partners[positions]], shares)
 
 
 def compiled_chunk(
@@ -279,5 +318,7 @@ def compiled_chunk(
         steps_per_epoch=job.steps_per_epoch,
         pixel_max=job.data.pixel_max,
         augment=job.augment,
+        mixing=job.settings.mixing,
+        axis_name=parallel.AXIS,
     )
     return parallel.LAYOUTS[job.settings.layout](chunk, devices)
