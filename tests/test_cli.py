@@ -274,7 +274,7 @@ def keyword(section, name, value):
         ("model", "depth", 34, "model 'small_cnn' takes no 'depth'; use one of channels, width$"),
         ("data", "path", "x", "data set 'digits_lt' takes no 'path'"),
         ("schedule", "gamma", 1.0, "schedule 'paper' takes no 'gamma'"),
-        ("optimizer", "nesterov", True, "nesterov"),
+        ("optimizer", "dampening", 0.1, "dampening"),
     ],
 )
 def test_keywords_that_a_function_does_not_take(tmp_path, section, name, value, message):
