@@ -143,7 +143,7 @@ def test_the_printed_config_of_an_evaluation(capsys):
         ("loss.name=hinge", "unknown loss 'hinge'"),
         ("objective.name=trade", "unknown objective 'trade'"),
         ("data.name=mnist", "unknown data set 'mnist'"),
-        ("schedule.name=cosine", "unknown schedule 'cosine'"),
+        ("schedule.name=triangle", "unknown schedule 'triangle'"),
         ("evaluation.autoattack=pgd", "'pgd'"),
         ("evaluation.examples=-3", "config.evaluation.examples is -3; it must be >= 0"),
     ],
