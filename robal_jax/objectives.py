@@ -305,6 +305,7 @@ def trades(
     loss: losses.Loss,
     beta: float = 6.0,
     batch_norm_order: str = "released",
+    attack_divergence: bool = True,
 ) -> tuple[chex.Array, Outcome]:
     """TRADES: a natural loss and the divergence between both predictions.
 
@@ -317,6 +318,8 @@ def trades(
       beta: weight of the divergence.
       batch_norm_order: 'released': nat, adv, nat; 'each_pass_once': nat, adv; or a list: 'adv,nat,nat' is
         that of the released TRADES-AWP.
+      attack_divergence: whether the attack maximises the divergence; if not, its own loss, as the code of
+        Wang et al. (ICML 2023) does for mixed images.
 
     Returns:
       The loss, and the moments in that order.
@@ -324,8 +327,9 @@ def trades(
     Source: Zhang et al. (ICML 2019), equation 5 and algorithm 1.
     """
     expected = as_attacked(model, params, stats)(batch.images)
-    diverging = partial(attack, loss=lambda z, _: losses.kl_divergence(expected, z))
-    adversarial = adversarial_images(diverging, model, params, stats, batch)
+    if attack_divergence:
+        attack = partial(attack, loss=lambda z, _: losses.kl_divergence(expected, z))
+    adversarial = adversarial_images(attack, model, params, stats, batch)
     nat, moments_nat = model.train(params, stats, batch.images)
     adv, moments_adv = model.train(params, stats, adversarial)
     divergence = losses.kl_divergence(nat, adv).mean()

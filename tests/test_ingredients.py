@@ -1,6 +1,5 @@
 """What makes robust training strong, by itself and all at once: averages, AWP, budgets, mixing, modes."""
 
-
 import ingredients
 import jax
 import numpy as np

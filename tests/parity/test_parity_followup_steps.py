@@ -20,7 +20,8 @@ from test_parity_training import KEEP_GRADIENTS, load_config
 from robal_jax import attacks, averages, builder, models, objectives, perturbations, pytorch, training
 from robal_jax.attacks import projected_gradient, threat
 from robal_jax.averages import Weights
-from robal_jax.data import long_tailed_counts
+from robal_jax.data import cutmix, long_tailed_counts
+from robal_jax.data.cutmix import cutmix_box
 from robal_jax.keys import image_keys
 from robal_jax.training import TrainState
 from robal_jax.training.step import Extras
@@ -83,6 +84,25 @@ MODES = {
             NESTEROV,
             {"optimizer": {"decayed": "not_batch_norm"}, "train": {"label_smoothing": 0.1}},
             {"objective": {"name": "trades", "beta": 5.0, "batch_norm_order": "each_pass_once"}},
+            {"average": {"name": "ema"}},
+        ),
+        generated=5,
+        momenta=(1.0, 0.01, 0.01),
+    ),
+    "dm_cutmix": Mode(
+        "trades",
+        (
+            BATCH_MODE,
+            NESTEROV,
+            {"optimizer": {"decayed": "not_batch_norm"}, "train": {"mixing": "cutmix"}},
+            {
+                "objective": {
+                    "name": "trades",
+                    "beta": 5.0,
+                    "batch_norm_order": "each_pass_once",
+                    "attack_divergence": False,
+                }
+            },
             {"average": {"name": "ema"}},
         ),
         generated=5,
@@ -226,14 +246,15 @@ def test_steps(reference, recipe, attack_of, name):
     for i in range(STEPS):
         at, before = f"{name}/step{i}", now
         batch = batch_of(reference, recipe, i, mode.epoch, mode.generated)
-        now, seen = step_of(mode.momenta[i])(before, batch)
-        check(f"{at}/loss", seen["loss"])
+        batch, partners = mixed(reference, recipe, check, at, batch)
+        now, seen = step_of(mode.momenta[i])(before, batch, partners=partners)
+        check(f"{at}/loss", seen["loss"] - entropy(partners, batch.labels))
         if f"{at}/loss_robust" in reference.load(FILE):
             check(f"{at}/loss_robust", seen["regulariser"])
             check(f"{at}/loss_natural", seen["loss"] - config.objective.beta * seen["regulariser"])
 
         radii = budget.radii(before.classes, batch.epoch)[batch.labels] if budget else None
-        found = attack(before.params, before.stats, batch, objectives.Known(radii))
+        found = attack(before.params, before.stats, batch, objectives.Known(radii, partners))
         adversarial = check_attack(reference, recipe, check, at, found)
 
         moved = {"batch_update": found["path"][:-1], "batch_update_end": found["path"]}
@@ -266,7 +287,7 @@ def test_steps(reference, recipe, attack_of, name):
             averaged = to_state_dict(now.average["params"], now.stats)
             check(f"{at}/ema_checksum", checksums(recipe, averaged, names))
         if f"{at}/labels" in reference.load(FILE):
-            check(f"{at}/labels", batch.labels, bound=0)
+            check(f"{at}/labels", batch.labels if partners is None else soft_labels(partners, batch.labels))
         if f"{at}/awp_names" in reference.load(FILE):
             gradient = jax.jit(jax.grad(lambda *args: objective(model, *args)[0]))
             gradient = gradient(
@@ -275,6 +296,34 @@ def test_steps(reference, recipe, attack_of, name):
             check_perturbation(reference, recipe, check, at, config, before.params, gradient, to_state_dict)
     stored = {key for key in reference.load(FILE) if key.startswith(f"{name}/step")}
     assert not stored - reference.files[FILE]["compared"] - reference.files[FILE]["input"]
+
+
+def mixed(reference, recipe, check, at, batch):
+    """The images of a batch with the released box and partners; unchanged, and None, in other modes."""
+    if f"{at}/permutation" not in reference.load(FILE):
+        return batch, None
+    box, order = (
+        jnp.asarray(reference(FILE, f"{at}/{name}")) for name in ("box_top_left_height_width", "permutation")
+    )
+    images, share = cutmix(batch.images, box, order)
+    partners = objectives.Partners(batch.labels[order], jnp.full(BATCH, share))
+    check(f"{at}/mixed_images_checksum", recipe.checksum(nchw(images)))
+    drawn, centre = reference(FILE, f"{at}/lambda_drawn"), reference(FILE, f"{at}/centre_row_col")
+    np.testing.assert_array_equal(cutmix_box(jnp.asarray(drawn), jnp.asarray(centre), (32, 32)), box)
+    check(f"{at}/mixed_labels", soft_labels(partners, batch.labels))
+    return batch._replace(images=images), partners
+
+
+def soft_labels(partners, labels):
+    own, other = (jax.nn.one_hot(y, 10) for y in (labels, partners.labels))
+    return partners.share[:, None] * own + (1 - partners.share[:, None]) * other
+
+
+def entropy(partners, labels):
+    """What the released divergence from soft labels lacks of their cross entropy: a constant."""
+    if partners is None:
+        return 0.0
+    return jax.scipy.special.entr(soft_labels(partners, labels)).sum(-1).mean()
 
 
 def check_attack(reference, recipe, check, at, found):
