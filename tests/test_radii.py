@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robal_jax.attacks import STARTS, ThreatModel, pgd, starting_points
+import robal_jax
+from robal_jax import attacks
+from robal_jax.attacks import STARTS, ThreatModel, autoattack, pgd, starting_points
 
 NORMS = ("linf", "l2")
 each_norm = pytest.mark.parametrize("norm", NORMS)
@@ -124,3 +126,92 @@ def test_radii_of_classes_are_not_those_of_images():
     _, images, _ = batch()
     with pytest.raises(ValueError, match=r"one radius per class; use threat.of\(labels\)"):
         ThreatModel(RADII).project(images, images)
+
+
+# ---------------------------------------------------------------- every attack
+
+
+def curved_model(images):
+    """Four classes whose logits are no linear function, so that searches take several steps."""
+    weight = jnp.asarray(np.random.RandomState(3).randn(int(np.prod(SHAPE)), 4), jnp.float32)
+    score = (images.reshape(len(images), -1) - 0.5) @ weight
+    return jnp.tanh(score) + 0.1 * score
+
+
+ATTACKS = {
+    "apgd": partial(attacks.apgd, steps=6),
+    "apgd, dlr": partial(attacks.apgd, steps=6, loss=attacks.dlr),
+    "apgd, targeted": partial(attacks.targeted_apgd, steps=6),
+    "square": partial(attacks.square, queries=40),
+}
+RADIUS = {"linf": 0.01, "l2": 0.08}
+FACTORS = np.array([0.5, 1.0, 1.5, 2.0])
+NAMES = ["apgd_ce", "fab", "apgd_t", "square"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_take_each_image_s_own_radius(name, norm):
+    """Equal radii are one radius; an image's result does not depend on the radii of others."""
+    keys, images, _ = batch(12)
+    labels = curved_model(images).argmax(-1)
+    attack = partial(ATTACKS[name], curved_model, keys, images, labels)
+    attacked = jax.jit(lambda radii: attack(threat=ThreatModel(radii, norm)))
+    radii = jnp.asarray(RADIUS[norm] * FACTORS, jnp.float32)[labels]
+    own = attacked(radii)
+    assert (lengths(norm, own, images) <= radii + ROUNDING[norm]).all()
+    assert (lengths(norm, own, images) > radii / 2).any()
+    for factor in FACTORS:
+        members = np.isclose(radii, RADIUS[norm] * factor)
+        alone = attacked(jnp.full_like(radii, RADIUS[norm] * factor))
+        np.testing.assert_array_equal(own[members], alone[members])
+    number = jax.jit(partial(attack, threat=ThreatModel(RADIUS[norm], norm)))()
+    same = attacked(jnp.full_like(radii, RADIUS[norm]))
+    np.testing.assert_array_equal(*(curved_model(x).argmax(-1) for x in (number, same)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_autoattack_with_equal_radii_is_autoattack_with_one(norm):
+    keys, images, _ = batch(24)
+    labels = curved_model(images).argmax(-1)
+    run = partial(robal_jax.autoattack, curved_model, keys, images, labels, batch_size=9, steps=5, queries=30)
+    one = run(threat=ThreatModel(RADIUS[norm], norm), version=NAMES)
+    same = run(threat=ThreatModel((RADIUS[norm],) * 4, norm), version=NAMES)
+    own = run(threat=ThreatModel(tuple(RADIUS[norm] * FACTORS), norm), version=NAMES)
+    assert list(one.robust) == list(same.robust) == ["clean", *NAMES]
+    for name, right in one.robust.items():
+        np.testing.assert_array_equal(same.robust[name], right, err_msg=name)
+    np.testing.assert_array_equal(same.predictions, one.predictions)
+    assert 0 < one.robust["square"].mean() < 1
+    assert (own.robust["square"] != one.robust["square"]).any()
+    allowed = RADIUS[norm] * FACTORS[labels] + ROUNDING[norm]
+    assert (lengths(norm, own.images, images) <= allowed).all()
+
+
+def test_fab_counts_within_the_image_s_own_radius():
+    """FAB finds the nearest misclassified image of all; the ensemble takes those within each radius."""
+    keys, images, labels = batch()
+    logits_fn = linear_model()
+    labels = logits_fn(images).argmax(-1)
+    found = attacks.fab(logits_fn, None, images, labels, threat=ThreatModel(0.1), rank=2, n_iter=5)
+    nearest = lengths("linf", found, images)
+    broken = logits_fn(found).argmax(-1) != labels
+    radii = np.array([np.median(nearest[np.asarray(labels) == k]) if k in labels else 0.1 for k in range(3)])
+    (stage,) = autoattack.stages("fab_t", 3, threat=ThreatModel(tuple(radii.tolist())), steps=5)
+    kept = stage.attack(logits_fn, keys, images, labels, jnp.int32(0))
+    moved = lengths("linf", kept, images) > 0
+    np.testing.assert_array_equal(moved, broken & (nearest <= np.float32(radii)[labels]))
+    assert 0 < moved.mean() < 1
+
+
+def test_ensembles_refuse_radii_that_do_not_fit():
+    keys, images, labels = batch()
+    run = partial(robal_jax.autoattack, linear_model(), keys, images, labels, version="apgd_ce", steps=2)
+    with pytest.raises(
+        ValueError, match=r"the shape of epsilon is \[4\]; it must be \[3\], one number per class"
+    ):
+        run(threat=ThreatModel((0.1, 0.1, 0.1, 0.1)))
+    with pytest.raises(ValueError, match="one radius, or one per class; pass a tuple of 3 radii as epsilon"):
+        run(threat=ThreatModel(np.full(9, 0.1)))

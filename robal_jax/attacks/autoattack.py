@@ -97,7 +97,7 @@ def autoattack(
       key: one key, or one per image ``[n]``.
       images: ``[n, H, W, C]``, floats within the bounds of the threat model.
       labels: integers ``[n]`` in ``0..K-1``.
-      threat: allowed images.
+      threat: allowed images; one radius, or one per class.
       version: 'standard', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), 'none', or a list such as
         'apgd_ce,square' or ['apgd_ce', 'square'].
       batch_size: number of images in each call.
@@ -286,18 +286,25 @@ def stages(
     Args:
       version: see :func:`autoattack`.
       num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes.
-      threat: allowed images.
+      threat: allowed images; one radius, or one per class.
       steps: of each run of APGD and FAB; AutoAttack's is 100.
       queries: of Square; AutoAttack's is 5000.
 
     Raises:
-      InputError: the version is unknown, or there are too few classes for the losses of its attacks.
+      InputError: the version is unknown, there are too few classes for the losses of its attacks, or not one
+        radius per class.
 
     Example:
       >>> [(stage.name, stage.rounds) for stage in stages("standard", 10, threat=ThreatModel(8 / 255))]
       [('apgd_ce', 1), ('apgd_t', 9), ('fab_t', 9), ('square', 1)]
     """
     names = attack_names(version)
+    if isinstance(threat.epsilon, tuple):
+        checks.vector("epsilon", threat.epsilon, num_classes)
+    elif jnp.ndim(threat.epsilon):
+        raise InputError(
+            f"an ensemble takes one radius, or one per class; pass a tuple of {num_classes} radii as epsilon"
+        )
     for name, needed in (("apgd_dlr", 3), ("apgd_t", 4)):
         if name in names and num_classes < needed:
             raise InputError(
@@ -360,7 +367,7 @@ def _fab(
     settings: _Settings,
     targeted: bool,
 ) -> chex.Array:
-    threat, rank, start = settings.threat, None, images
+    threat, rank, start = check_attack(settings.threat, images, labels), None, images
     if targeted:
         rank = number + 2
     else:  # the first run starts at the image, each restart at a random point

@@ -77,7 +77,7 @@ def apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.at_least(1, steps=steps)
     keys = image_keys(key, images)
     start = starting_points(boundary_start, keys, images, threat)
@@ -134,7 +134,7 @@ def targeted_apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [2 0]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     logits = checks.logits_of(len(images), logits_fn(images))
     checks.rank(rank, logits.shape[-1], least=2)
     targets = ranked_class(logits, rank)
@@ -226,7 +226,7 @@ def search(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
     checks.at_least(1, steps=steps)
     checks.not_negative(rho=rho)

@@ -129,7 +129,7 @@ def shortest_adversarial(
       >>> print(jnp.array_str(lengths, precision=3))
       [0.05 0.2 ]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.at_least(0, search_steps=search_steps)
     checks.positive(max_epsilon=max_epsilon)
     delta = attack(logits_fn, key, images, labels) - images

@@ -80,7 +80,7 @@ def fab(
     """
     del key
     start = images if start is None else start
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
     checks.at_least(1, n_iter=n_iter)
     checks.not_negative(alpha_max=alpha_max, eta=eta, beta=beta)

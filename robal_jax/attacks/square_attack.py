@@ -81,7 +81,7 @@ def square(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     keys = image_keys(key, images)
     return square_search(
         logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
@@ -142,21 +142,26 @@ def square_search(
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, in the form of AutoAttack's released code.
     The released code draws one square for a whole batch; here each image has its own.
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.channels_last(images)
     checks.at_least(1, queries=queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init is {p_init}; it must be in (0, 1]")
     images = jax.lax.stop_gradient(images)
-    moves = MOVES[threat.norm](threat, images.shape[1:], p_init)
+
+    def moves(threat: ThreatModel) -> Moves:
+        return MOVES[threat.norm](threat, images.shape[1:], p_init)
+
+    start_draws, _, draws, _ = moves(threat)
 
     def start(_: Search) -> chex.Array:
-        return jax.vmap(moves.start)(draw(keys, 0, moves.start_draws), images)
+        first = threat.each(lambda threat, *of_image: moves(threat).start(*of_image))
+        return first(draw(keys, 0, start_draws), images)
 
     def propose(search: Search) -> chex.Array:
         halvings = jnp.sum(search.number - 1 > jnp.array(HALVINGS))
-        uniforms = draw(keys, search.number, moves.draws)
-        return jax.vmap(moves.propose, (0, None, 0, 0))(uniforms, halvings, search.best, images)
+        following = threat.each(lambda threat, u, *of_image: moves(threat).propose(u, halvings, *of_image))
+        return following(draw(keys, search.number, draws), search.best, images)
 
     def ask(search: Search) -> Search:
         # The start is a query like all later ones, so that the model is compiled once.
