@@ -56,6 +56,7 @@ def get_config(data: str) -> ConfigDict:
     config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
     # Radius of each class in training: 'constant', 'by_frequency' (RobustLT), 'given', 'cfa' or 'dafa'.
     config.threat.budget = ConfigDict({"name": "constant"})
+    config.threat.scaled_steps = True  # a class's step size is as large a part of its radius as in 'constant'
     config.threat.ramp = 0.0  # part of the epochs over which radii rise from 0 (RobustLT: 0.8); 0: none
     config.attack = ConfigDict()  # during training
     config.attack.loss = ConfigDict({"name": "cross_entropy"})  # is maximised, on the head's own logits

@@ -159,7 +159,7 @@ REQUIRED: dict[str, Rule] = {
     **dict.fromkeys(("seed", "evaluation.seed"), INTEGER),
     **dict.fromkeys(_INTEGERS, IN_32_BITS),
     **dict.fromkeys(_NUMBERS, NUMBER),
-    **dict.fromkeys(("train.sync_batch_norm", "attack.common_noise"), BOOLEAN),
+    **dict.fromkeys(("train.sync_batch_norm", "attack.common_noise", "threat.scaled_steps"), BOOLEAN),
 }
 """Types of the fields that every config has."""
 

@@ -23,6 +23,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.weights": "current",
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
+    "threat.scaled_steps": True,
     "attack.noise": 1.0,
     "attack.common_noise": False,
     "attack.reach": 1.0,
