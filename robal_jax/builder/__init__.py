@@ -33,11 +33,12 @@ in its section::
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, model, objective, optimizer
-from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
+from robal_jax.builder.ranges import RANGES, SELECTIONS, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, check, training
 
 __all__ = [
     "RANGES",
+    "SELECTIONS",
     "Evaluation",
     "Training",
     "call",

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,16 @@ from robal_jax.attacks import STARTS, ThreatModel
 from robal_jax.builder import contracts
 from robal_jax.builder.contracts import calling, takes
 from robal_jax.builder.instantiate import call
-from robal_jax.data import AUGMENTATIONS, Dataset, check_dataset, inspection, sources
+from robal_jax.data import (
+    AUGMENTATIONS,
+    Dataset,
+    TestSet,
+    check_dataset,
+    held_out_part,
+    inspection,
+    sources,
+    without,
+)
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.models import convolutions
@@ -28,6 +37,31 @@ def dataset(config: ConfigDict) -> Dataset:
     contracts.check_dataset(config.data.name, found)
     found = check_dataset(found)
     return found._replace(notes=inspection.notes(found))
+
+
+class HeldOut(NamedTuple):
+    """Training images that are held out."""
+
+    test: TestSet  # the images, and the class counts of those that are trained on
+    ids: np.ndarray  # their positions in the training set, ascending [n]
+    text: str  # how many, in words
+
+
+def hold_out(config: ConfigDict, data: Dataset) -> tuple[Dataset, HeldOut | None]:
+    """Holds out the share ``config.train.held_out`` of the training set.
+
+    Returns:
+      The data set without these images, and these images; the data set as it is and None for a share of 0.
+
+    Raises:
+      InputError: the share leaves no image of a class.
+    """
+    ids = held_out_part(data.train_labels, config.train.held_out, config.data.get("seed", 0))
+    if not len(ids):
+        return data, None
+    trained, test = without(data, ids)
+    text = f"{len(ids):,} of {len(data.train_labels):,} training images, at least one per class"
+    return trained, HeldOut(test, ids, text)
 
 
 def model(

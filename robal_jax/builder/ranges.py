@@ -63,6 +63,9 @@ def _are_epochs(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(epoch, int) for epoch in value)
 
 
+SELECTIONS = ("last", "best", "best_on_test")
+"""Which checkpoint an evaluation takes: the newest, the best on held-out images, the best on the test set."""
+
 _POSITIVE_FIELDS = (
     "threat.epsilon", "attack.steps", "attack.step_size",
     "schedule.lr", "schedule.decay", "train.batch_size", "train.steps_per_dispatch",
@@ -77,8 +80,8 @@ _FACTOR_FIELDS = (
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
-    "schedule.warmup", "train.max_steps", "evaluation.audit.examples", "evaluation.examples",
-    "optimizer.clip_norm", "optimizer.weight_decay",
+    "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
+    "evaluation.audit.examples", "evaluation.examples", "optimizer.clip_norm", "optimizer.weight_decay",
 )  # fmt: skip
 
 RANGES: dict[str, Rule] = {
@@ -86,7 +89,7 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
-    "optimizer.momentum": BELOW_ONE,
+    **dict.fromkeys(("optimizer.momentum", "train.held_out"), BELOW_ONE),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
@@ -96,6 +99,7 @@ RANGES: dict[str, Rule] = {
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
     "train.augmentation": _one_of(AUGMENTATIONS),
+    "train.select": _one_of(SELECTIONS),
     "train.layout": _one_of(parallel.LAYOUTS),
     "train.precision": _one_of(models.PRECISIONS),
     "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),
@@ -105,21 +109,21 @@ RANGES: dict[str, Rule] = {
 _TEXTS = (
     "method", "data.name", "model.name", "head.name", "loss.name", "objective.name", "threat.norm",
     "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
-    "train.start_from", "train.augmentation", "train.layout", "train.precision", "evaluation.head.name",
-    "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
+    "train.start_from", "train.select", "train.augmentation", "train.layout", "train.precision",
+    "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
 )  # fmt: skip
 
 _INTEGERS = (
     "attack.steps", "train.epochs", "train.max_steps", "train.batch_size",
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
-    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size",
+    "train.checkpoint_epochs", "train.keep_checkpoints", "train.evaluate_epochs", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
     "evaluation.examples",
 )  # fmt: skip
 
 _NUMBERS = (
     "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
-    "evaluation.logit_scale", "evaluation.tau_p",
+    "evaluation.logit_scale", "evaluation.tau_p", "train.held_out",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {
@@ -177,6 +181,25 @@ def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
+def check_selection(config: ConfigDict) -> None:
+    """Checks that a training can choose the checkpoint that its config asks for.
+
+    Raises:
+      InputError: nothing would be judged during the training, or there are no images to judge.
+    """
+    train = config.train
+    if train.select != "last" and not train.evaluate_epochs:
+        raise InputError(
+            f"config.train.select is {train.select!r}, but config.train.evaluate_epochs is 0, so that no "
+            "checkpoint is judged; set a number of epochs, such as 1"
+        )
+    if train.evaluate_epochs and train.select != "best_on_test" and not train.held_out:
+        raise InputError(
+            f"config.train.evaluate_epochs is {train.evaluate_epochs}, but no images are held out; set "
+            "config.train.held_out to a share of the training set, such as 0.02"
+        )
+
+
 EVALUATION_STEPS = 20
 """Steps of PGD-20, MIM-20 and CW-20 in every evaluation."""
 
@@ -196,6 +219,11 @@ def doubts(config: ConfigDict) -> list[str]:
     milestones = list(schedule.get("milestones", ()))
     if milestones != sorted({max(milestone, 1) for milestone in milestones}):
         found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")
+    if config.train.held_out and config.train.start_from:
+        found.append(
+            "config.train.start_from names a run that may have been trained on the held-out images: give it "
+            "the same config.train.held_out and config.data.seed"
+        )
     if schedule.get("warmup", 0) > epochs:
         found.append(
             f"config.schedule.warmup is {schedule.warmup} epochs, but the run has {epochs}; "

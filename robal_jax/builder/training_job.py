@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 from robal_jax import metrics, models, objectives
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.builder import contracts
+from robal_jax.builder.evaluation_job import Evaluation, evaluation_on
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.parts import augmentation, dataset, model, objective, optimizer
-from robal_jax.builder.ranges import validate
+from robal_jax.builder.parts import HeldOut, augmentation, dataset, hold_out, model, objective, optimizer
+from robal_jax.builder.ranges import check_selection, validate
 from robal_jax.data import Dataset, epoch_order, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
+from robal_jax.storage.workdir import data_digest
 
 
 class Settings(NamedTuple):
@@ -32,6 +34,7 @@ class Settings(NamedTuple):
     checkpoint_epochs: int
     keep_checkpoints: int
     layout: str
+    evaluate_epochs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Training:
     """Everything that the training loop needs.
 
     Attributes:
-      data: the images.
+      data: the images, without those that are held out.
       model: the network.
       objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
@@ -51,6 +54,9 @@ class Training:
       steps_per_epoch: without the last incomplete batch.
       total_steps: of the whole run.
       about: method, network, data, attack and length in words, by the first word of their line.
+      data_sha256: of the whole training set and the test set.
+      judged: the images on which the weights are judged during the training, and how; None for none.
+      judged_on: which images these are: 'held-out' or 'test'.
     """
 
     data: Dataset
@@ -65,6 +71,9 @@ class Training:
     steps_per_epoch: int
     total_steps: int
     about: dict[str, str]
+    data_sha256: str
+    judged: Evaluation | None
+    judged_on: str
 
 
 def training(config: ConfigDict) -> Training:
@@ -74,7 +83,9 @@ def training(config: ConfigDict) -> Training:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    data, train = dataset(config), config.train
+    check_selection(config)
+    whole, train = dataset(config), config.train
+    data, held = hold_out(config, whole)
     counts = data.class_counts
     # An epoch's order is kept, because every step of the epoch needs it.
     order = functools.lru_cache(maxsize=2)(
@@ -119,8 +130,18 @@ def training(config: ConfigDict) -> Training:
         augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        about=_about(config, data, steps_per_epoch, total_steps),
+        about=_about(config, data, steps_per_epoch, total_steps) | ({"held out": held.text} if held else {}),
+        data_sha256=data_digest(whole),
+        judged=_judged(config, data, held) if train.evaluate_epochs else None,
+        judged_on="test" if train.select == "best_on_test" else "held-out",
     )
+
+
+def _judged(config: ConfigDict, data: Dataset, held: HeldOut | None) -> Evaluation:
+    """Builds the evaluation of the images on which weights are judged during the training."""
+    if config.train.select == "best_on_test" or held is None:
+        return evaluation_on(config, data.test_set, np.arange(len(data.test_labels)))
+    return evaluation_on(config, held.test, held.ids)
 
 
 def _check_own(

@@ -6,14 +6,23 @@
 - ``image_folder``: data sets of image files, and reading files ahead of their use
 - ``inspection``: images per class, files that are no images, images of both the train and the test set
 - ``long_tail``: images per class in a long-tailed subset, and which ones
-- ``sampling``: the order of the train images in an epoch, and a balanced part of the test images
+- ``sampling``: the order of the train images in an epoch, a balanced part of the test images, held-out images
+- ``held_out``: a data set without the images that are held out, and these images like test images
 - ``augmentation``: random crops and flips, one key per image
 """
 
 from robal_jax.data.augmentation import AUGMENTATIONS, random_crop_flip, random_resized_crop_flip
 from robal_jax.data.dataset import Dataset, Images, TestSet, as_float, check_dataset, check_labels, to_float
+from robal_jax.data.held_out import part_of, without
 from robal_jax.data.long_tail import PROFILES, long_tailed_counts, long_tailed_indices
-from robal_jax.data.sampling import SAMPLERS, balanced_part, class_aware_order, epoch_order, uniform_order
+from robal_jax.data.sampling import (
+    SAMPLERS,
+    balanced_part,
+    class_aware_order,
+    epoch_order,
+    held_out_part,
+    uniform_order,
+)
 
 __all__ = [
     "AUGMENTATIONS",
@@ -28,10 +37,13 @@ __all__ = [
     "check_labels",
     "class_aware_order",
     "epoch_order",
+    "held_out_part",
     "long_tailed_counts",
     "long_tailed_indices",
+    "part_of",
     "random_crop_flip",
     "random_resized_crop_flip",
     "to_float",
     "uniform_order",
+    "without",
 ]

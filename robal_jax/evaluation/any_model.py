@@ -24,6 +24,7 @@ from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
+from robal_jax.storage.best import stated
 
 LogitsFn = Callable[[chex.Array], chex.Array]
 
@@ -46,6 +47,7 @@ def evaluate_model(
     batch_size: int = 500,
     name: str = "model",
     dataset: str = "images",
+    select: str = "last",
     folder: str | pathlib.Path | None = None,
     say: Callable[[str], None] = print,
 ) -> EvaluatedRun | None:
@@ -73,6 +75,8 @@ def evaluate_model(
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
       dataset: for the report.
+      select: how the checkpoint was chosen: 'last', which also stands for not known, 'best' (on held-out
+        images), or 'best_on_test', which the audit flags.
       folder: receives the report and all results. If None, only what is returned is kept.
       say: receives messages for the user, line by line.
 
@@ -88,6 +92,7 @@ def evaluate_model(
     images, labels = _arrays(images, labels, threat)
     step_size = threat.epsilon / 4 if step_size is None else step_size
     step_size, batch_size, audit, seed = _numbers(step_size, batch_size, audit, seed)
+    checks.one_of(builder.SELECTIONS, select=select)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
@@ -121,9 +126,11 @@ def evaluate_model(
             "version": version,
             "audit": audit,
             "seed": seed,
+            **({} if select == "last" else {"select": select}),
         },
     }
-    about = _about(job, name, dataset, counted=class_counts is not None) | {"identity": identity}
+    about = _about(job, name, dataset, counted=class_counts is not None)
+    about |= {"identity": identity, **stated(select)}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
 

@@ -21,7 +21,7 @@ from robal_jax.errors import AGAIN, InputError, ReportError, one_line
 from robal_jax.evaluation.measurements import Sample
 from robal_jax.evaluation.outcomes import Verdict
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
-from robal_jax.evaluation.verdicts import give_verdicts, stored_images
+from robal_jax.evaluation.verdicts import give_verdicts, selected_on_test, stored_images
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.report import remove_report, write_report
 from robal_jax.reporting.results import (
@@ -70,6 +70,8 @@ def store(
 
     verdicts, curves = _judge(job, found, sample, predictions, labels)
     verdicts += _store(victim, job, found, folder)
+    if meta.get("selected_on_test"):
+        verdicts.append(selected_on_test(meta["selection"]))
 
     results = Results(
         meta,

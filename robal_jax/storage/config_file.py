@@ -18,7 +18,12 @@ from robal_jax.errors import InputError, one_line
 from robal_jax.storage.files import broken_link
 from robal_jax.storage.names import CONFIG
 
-NEUTRAL: dict[str, Any] = {"evaluation.examples": 0}
+NEUTRAL: dict[str, Any] = {
+    "evaluation.examples": 0,
+    "train.held_out": 0.0,
+    "train.evaluate_epochs": 0,
+    "train.select": "last",
+}
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
 The value of a new section is the dictionary of its fields.
@@ -37,7 +42,7 @@ data themselves are compared by their digest.
 """
 
 
-EVALUATED = ("method", "evaluation.", "data.path", "train.layout")
+EVALUATED = ("method", "evaluation.", "data.path", "train.layout", "train.select")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""
 
 
@@ -158,7 +163,7 @@ def evaluation_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The fields, without neutral values.
     """
-    read = ("data.", "model.", "head.", "threat.norm", "evaluation.")
+    read = ("data.", "model.", "head.", "threat.norm", "train.held_out", "train.select", "evaluation.")
     return {
         name: value
         for name, value in without_neutral(fields).items()

@@ -10,6 +10,7 @@
       tensorboard/        the same for TensorBoard
       tracked.txt         with --track: name of the run at the tracker
       checkpoints/STEP/   the newest checkpoints
+      best/STEP/          the best checkpoint on held-out images, if the training looked at them; best.json
       damaged/            checkpoints that could not be read
       evaluation/         results.json, examples.npz, adversarial.npz, per_class.csv, report.html, report.md
         unfinished/       the state of an interrupted evaluation
@@ -146,13 +147,14 @@ def check_there(workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -
             )
 
 
-def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> None:
+def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path, held_out: str = "") -> None:
     """Makes the folder of a run, or checks that it belongs to this run.
 
     Args:
       config: the resolved config.
       digest: sha256 of the data.
       workdir: folder of the run.
+      held_out: which training images are held out, in words; '' for none.
 
     Raises:
       InputError: the folder cannot be written to, or was made with a different config or different data.
@@ -164,8 +166,8 @@ def prepare_workdir(config: ConfigDict, digest: str, workdir: pathlib.Path) -> N
     elif checkpoints.steps(workdir / CHECKPOINTS):
         raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another workdir")
     else:
-        content = json.dumps({**versions(), "data_sha256": digest}, indent=2) + "\n"
-        write_whole(workdir / VERSIONS, content.encode())
+        about = {**versions(), "data_sha256": digest, **({"held_out": held_out} if held_out else {})}
+        write_whole(workdir / VERSIONS, (json.dumps(about, indent=2) + "\n").encode())
     write_whole(path, config_file.to_json(config).encode())
 
 
