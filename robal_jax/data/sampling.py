@@ -74,12 +74,12 @@ def held_out_part(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
         return np.arange(0)
     order = np.random.RandomState(np.random.Philox(seed)).permutation(len(labels))
     parts = []
-    for k, count in enumerate(np.bincount(labels)):
+    for k, count in enumerate(np.bincount(labels).tolist()):
         size = max(1, round(share * count))
         if size >= count:
             raise InputError(
-                f"held out: class {k} has {count} training image{'s' * (count != 1)}, and a share of "
-                f"{share:g} leaves none to train on; set a smaller config.train.held_out, or 0"
+                f"config.train.held_out is {share:g}, but class {k} has {count} training "
+                f"image{'s' * (count != 1)}, of which none is left to train on; set a smaller share, or 0"
             )
         parts.append(order[labels[order] == k][:size])
     return np.sort(np.concatenate(parts))

@@ -92,7 +92,8 @@ def evaluate_model(
     images, labels = _arrays(images, labels, threat)
     step_size = threat.epsilon / 4 if step_size is None else step_size
     step_size, batch_size, audit, seed = _numbers(step_size, batch_size, audit, seed)
-    checks.one_of(builder.SELECTIONS, select=select)
+    if select not in builder.SELECTIONS:
+        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)

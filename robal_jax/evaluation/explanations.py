@@ -183,9 +183,9 @@ ON_OCCASION = {
         "(config.train.select=best_on_test). Without such a choice the check is not listed.",
         "The highest of many accuracies on the same images is higher than the accuracy of that checkpoint on "
         "new images, clean and under attack, and most of all in small classes. The attacks are not in doubt.",
-        "Compare such numbers only with numbers that were chosen in the same way. Otherwise evaluate the last "
-        "checkpoint (config.train.select=last), or choose on held-out training images (config.train.held_out "
-        "and config.train.select=best).",
+        "Compare such numbers only with numbers that were chosen in the same way. Otherwise evaluate the "
+        "last checkpoint (config.train.select=last), or choose on held-out training images "
+        "(config.train.held_out and config.train.select=best).",
     ),
 }
 """Checks of facts that hold for few evaluations, which are listed only if they are flagged."""

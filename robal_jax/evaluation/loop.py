@@ -108,7 +108,7 @@ def evaluate(
             "checkpoint_sha256": sha256,
             **how_chosen(workdir, path, job.select),
             "training": curve,
-            "judged": judged_course(workdir),
+            **({"judged": course} if (course := judged_course(workdir)) else {}),
         }
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder

@@ -53,21 +53,19 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     left_out = [f"{count - done} not run"] * (done < count) + others[1:]
     remark = f" ({', '.join(left_out)})" if left_out else ""
     doubts = {verdict.get("doubts", EVERYTHING) for verdict in flagged}
-    advice = []
+    lines = []
     if EVERYTHING in doubts:
-        advice.append("do not trust any robust accuracy in this report")
+        lines.append("do not trust any robust accuracy in this report")
     elif FIXED_STEPS in doubts:
-        advice.append(
+        lines.append(
             "do not trust the fixed-step attacks (FGSM, PGD, MIM); "
             + ("use the ensemble's accuracy" if ensemble else "evaluate with AutoAttack")
         )
     if CHOICE in doubts:
-        advice.append(
-            "the checkpoint was selected on test images, so all accuracies are too high for new images"
-        )
+        lines.append("the checkpoint was selected on test images, so that every accuracy is optimistic")
     return FLAGGED, (
         f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{remark}: "
-        + "; ".join(advice)
+        + "; ".join(lines)
     )
 
 

@@ -81,10 +81,10 @@ class Results:
       summary: what :func:`metrics.summarize` returns.
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
-        'doubts' (``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``), 'statement', 'evidence' (a dict), 'meaning' ({'raised',
-        'means', 'do'}, sentences on the check)}, of which older files lack 'doubts' and 'meaning'; 'curves',
-        any of 'scale', 'steps', 'restarts' and 'epsilon' (x: radii), each {'x': m numbers, 'series': {name:
-        m FIGUREs}}.
+        'doubts' (``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``), 'statement', 'evidence' (a dict),
+        'meaning' ({'raised', 'means', 'do'}, sentences on the check)}, of which older files lack 'doubts' and
+        'meaning'; 'curves', any of 'scale', 'steps', 'restarts' and 'epsilon' (x: radii), each
+        {'x': m numbers, 'series': {name: m FIGUREs}}.
       norms: None if the features are not known. 'features', the mean norm of each class's features, [K];
         'weights', the norm of each class's weight vector, [K], or None if the head has no such vectors.
     """
@@ -128,7 +128,7 @@ class Results:
 
     @property
     def judged(self) -> Mapping[str, Any]:
-        """Accuracies on held-out or test images during the training, see ``meta``; empty if there are none."""
+        """Accuracies on held-out or test images during the training, see ``meta``; empty without them."""
         return self.meta.get("judged") or {}
 
     @property
