@@ -1,4 +1,4 @@
-"""The best checkpoint of a run (robal_jax.storage.best): which one, after kills too, and whose the folder is."""
+"""The best checkpoint of a run (robal_jax.storage.best): which one, after kills too, and whose folder."""
 
 import json
 import os

@@ -15,7 +15,7 @@ from robal_jax import ThreatModel, builder, cli, evaluate_model, evaluation, loa
 from robal_jax.data import Dataset, held_out_part, image_folder, sources, without
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
-from robal_jax.evaluation.verdicts import selected_on_test
+from robal_jax.evaluation.outcomes import selected_on_test
 from robal_jax.reporting import curves, page, sections
 from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.results import CHOICE, EVERYTHING, FIXED_STEPS, FLAGGED

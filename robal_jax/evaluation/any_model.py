@@ -121,14 +121,7 @@ def evaluate_model(
     identity = {
         "model": _fingerprint(predict, weights, images),
         "surrogate": other and _fingerprint(*other[:2], images),
-        "settings": {
-            "threat": str(threat),
-            "step_size": job.step_size,
-            "version": version,
-            "audit": audit,
-            "seed": seed,
-            **({} if select == "last" else {"select": select}),
-        },
+        "settings": _settings(job, audit, select),
     }
     about = _about(job, name, dataset, counted=class_counts is not None)
     about |= {"identity": identity, **stated(select)}
@@ -214,6 +207,18 @@ def _test_set(
         counts = np.asarray(class_counts).astype(np.int64)
         groups = metrics.class_groups(counts)
     return TestSet(images, labels.astype(np.int32), 1, counts, names), groups
+
+
+def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any]:
+    """Returns what tells evaluations of one model from each other."""
+    return {
+        "threat": str(job.threat),
+        "step_size": job.step_size,
+        "version": job.version,
+        "audit": audit,
+        "seed": job.seed,
+        **({} if select == "last" else {"select": select}),
+    }
 
 
 def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -> dict[str, Any]:

@@ -102,3 +102,14 @@ def floats(values: Mapping[Any, Any]) -> dict[str, float]:
 def json_float(value: Any) -> float:
     """Returns a number that JSON can hold."""
     return float(value) if np.isfinite(value) else LARGEST
+
+
+def selected_on_test(selection: str) -> Verdict:
+    """Flags a checkpoint that was chosen on test images.
+
+    Args:
+      selection: how it was chosen, for people.
+    """
+    conclusions = {FLAGGED: "the accuracies are those of the best of many looks at the test images."}
+    figures = f"The checkpoint is the {selection}"
+    return make_verdict("selected_on_test", FLAGGED, figures, conclusions, {})

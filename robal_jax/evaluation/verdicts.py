@@ -446,14 +446,3 @@ def stored_images(
     conclusions = {PASSED: f"{differ}.", FLAGGED: f"{differ}."}
     evidence = {"accuracy": float(np.mean(~computed)), "differ": differ, "distance": float(distance.max())}
     return make_verdict("stored_images", decide(red=differ > 0), figures, conclusions, evidence)
-
-
-def selected_on_test(selection: str) -> Verdict:
-    """Flags a checkpoint that was chosen on test images.
-
-    Args:
-      selection: how it was chosen, for people.
-    """
-    conclusions = {FLAGGED: "the accuracies are those of the best of many looks at the test images."}
-    figures = f"The checkpoint is the {selection}"
-    return make_verdict("selected_on_test", FLAGGED, figures, conclusions, {})
