@@ -102,7 +102,7 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
-    "average.decay": BELOW_ONE,
+    **dict.fromkeys(("average.decay", "threat.budget.alpha", "evaluation.budget.alpha"), BELOW_ONE),
     "threat.ramp": SHARE,
     "train.batch_norm_momentum": SHARE,
     "train.mixing": _one_of(MIXINGS),
@@ -135,7 +135,7 @@ _TEXTS = (
     "train.start_from", "train.augmentation", "train.layout", "train.precision", "evaluation.head.name",
     "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
     "threat.budget.name", "attack.batch_norm", "perturbation.name", "average.name", "train.mixing",
-    "evaluation.weights",
+    "evaluation.weights", "evaluation.budget.name",
     "generated.path",
 )  # fmt: skip
 
