@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> None:
         "config": "another config; its head, logit scale and prior adjustment at inference are used",
         "folder": "folder of the results; WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD, "
         "with --budget WORKDIR/evaluation-BUDGET, with --examples WORKDIR/evaluation-N-images",
-        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; the newest one by default",
+        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the newest one, or with "
+        "config.train.select=best the best one",
         "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",
         "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -153,9 +154,6 @@ BUDGETS: dict[str, Callable[..., np.ndarray]] = {
 }
 """Budgets that class counts and settings decide, by name: ``(class_counts, epsilon) -> radii [K]``."""
 
-LEARNED: dict[str, Callable[..., Budget]] = {}
-"""Budgets that learn from the training, by name."""
-
 
 def class_accuracy(right: chex.Array, counts: chex.Array) -> chex.Array:
     """Accuracy of each class, ``a_c = right_c / n_c``; 0 for a class of which no image was seen.
@@ -271,3 +269,82 @@ def dafa_weights(similarity: chex.Array, scale: chex.Numeric = 1.0) -> chex.Arra
     taken = jnp.where(harder, similarity * own[None, :], -similarity.T * own[:, None])
     taken = taken - jnp.diag(jnp.diagonal(taken))
     return jnp.maximum(1 + scale * taken.sum(1), 0.0)
+
+
+def cfa(class_counts: np.ndarray, epsilon: float, lambda1: float = 0.5, start: int = 11) -> Budget:
+    """Radii that follow the robust accuracy of each class in the last epoch: ``(lambda1 + a_c) epsilon``.
+
+    Args:
+      class_counts: training images per class ``[K]``; only ``K`` is used.
+      epsilon: the common radius, until the end of epoch ``start``.
+      lambda1: at least 0.
+      start: first epoch, counted from 1, whose accuracies count.
+
+    Returns:
+      A budget that keeps ``radii [K]``, and ``right`` and ``shown [K]``, the adversarial images of the epoch
+      so far that were classified correctly, and all of them.
+
+    Source: Wei et al. (CVPR 2023), with accuracies per class. The released code divides by N / K in place of
+    the class's images.
+    """
+    checks.not_negative(lambda1=lambda1)
+    checks.at_least(1, start=start)
+    zeros = jnp.zeros(len(class_counts))
+
+    def seen(labels: chex.Array, logits: chex.Array) -> dict[str, chex.Array]:
+        own = jax.nn.one_hot(labels, len(class_counts))
+        right = jnp.argmax(logits, axis=-1) == labels
+        return {"right": own.T @ right.astype(own.dtype), "shown": own.sum(0)}
+
+    def update(
+        classes: dict[str, chex.Array], sums: dict[str, chex.Array], epoch: chex.Numeric, ends: chex.Array
+    ) -> dict[str, chex.Array]:
+        right, shown = (classes[name] + sums[name] for name in ("right", "shown"))
+        radii = cfa_epsilon(class_accuracy(right, shown), epsilon, lambda1)
+        radii = jnp.where(ends & (epoch >= start), radii, classes["radii"])
+        return {"right": jnp.where(ends, 0, right), "shown": jnp.where(ends, 0, shown), "radii": radii}
+
+    first = {"radii": jnp.full_like(zeros, epsilon), "right": zeros, "shown": zeros}
+    return Budget(lambda: first, lambda classes, epoch: classes["radii"], seen, update)
+
+
+def dafa(class_counts: np.ndarray, epsilon: float, scale: float = 1.0, epoch: int = 70) -> Budget:
+    """Radii from the classes that adversarial images of each class are taken for, measured in one epoch.
+
+    See :func:`dafa_weights`. After the epoch the radii are ``w_c epsilon``.
+
+    Args:
+      class_counts: training images per class ``[K]``; only ``K`` is used.
+      epsilon: the common radius, until the end of the epoch.
+      scale: ``lambda``, at least 0; 1 on CIFAR-10 and 1.5 on CIFAR-100 in the paper.
+      epoch: in which the probabilities are averaged, counted from 1.
+
+    Returns:
+      A budget that keeps ``radii [K]``, and ``probabilities [K, K]`` and ``shown [K]``, sums over the images
+      of each class.
+
+    Source: Lee et al. (ICLR 2024) and their code.
+    """
+    checks.not_negative(scale=scale)
+    checks.at_least(1, epoch=epoch)
+    size = len(class_counts)
+
+    def seen(labels: chex.Array, logits: chex.Array) -> dict[str, chex.Array]:
+        own = jax.nn.one_hot(labels, size)
+        return {"probabilities": own.T @ jax.nn.softmax(logits), "shown": own.sum(0)}
+
+    def update(
+        classes: dict[str, chex.Array], sums: dict[str, chex.Array], now: chex.Numeric, ends: chex.Array
+    ) -> dict[str, chex.Array]:
+        counts = now == epoch
+        found = {name: classes[name] + jnp.where(counts, sums[name], 0) for name in sums}
+        radii = epsilon * dafa_weights(dafa_similarity(found["probabilities"], found["shown"]), scale)
+        return {**found, "radii": jnp.where(ends & counts, radii, classes["radii"])}
+
+    zeros = jnp.zeros(size)
+    first = {"radii": jnp.full_like(zeros, epsilon), "probabilities": jnp.zeros((size, size)), "shown": zeros}
+    return Budget(lambda: first, lambda classes, now: classes["radii"], seen, update)
+
+
+LEARNED: dict[str, Callable[..., Budget]] = {"cfa": cfa, "dafa": dafa}
+"""Budgets that learn from the training, by name."""

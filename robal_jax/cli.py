@@ -35,7 +35,7 @@ from robal_jax.errors import (
     user_path,
 )
 from robal_jax.storage.config_file import run_around
-from robal_jax.storage.names import CHECKPOINTS
+from robal_jax.storage.names import BEST, CHECKPOINTS
 
 PROCESSES = {
     "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
@@ -325,9 +325,9 @@ def run_and_checkpoint(values: Mapping[str, str]) -> tuple[pathlib.Path | None, 
     )
     place = (run or checkpoint or pathlib.Path()).absolute()
     around = run_around(place)
-    if run is not None and place.parent.name == CHECKPOINTS and around == place.parents[1]:
+    if run is not None and place.parent.name in (CHECKPOINTS, BEST) and around == place.parents[1]:
         whole = run.parents[1] if len(run.parts) > 1 else around
-        path = whole / CHECKPOINTS / place.name
+        path = whole / place.parent.name / place.name
         raise InputError(f"--workdir={run} is a checkpoint; write --workdir={whole} --checkpoint={path}")
     if checkpoint is not None and run is None and around is None:
         raise InputError(f"{checkpoint} is not inside of a run; name the run it is of with --workdir")

@@ -140,7 +140,7 @@ def test_without_a_share_all_is_as_before():
     job = builder.training(digits())
     assert job.images is job.data.train_images
     assert job.labels is job.data.train_labels
-    assert job.mixture == {}
+    assert job.stored == {}
     assert not {"mixture", "prior"} & set(job.about)
     np.testing.assert_array_equal(job.order(1), epoch_order("uniform", job.data.train_labels, job.seed, 1))
 

@@ -46,11 +46,12 @@ from robal_jax.builder.parts import (
     perturbation,
     standardisation,
 )
-from robal_jax.builder.ranges import RANGES, doubts, evaluation_doubts, validate
+from robal_jax.builder.ranges import RANGES, SELECTIONS, doubts, evaluation_doubts, validate
 from robal_jax.builder.training_job import Training, check, training
 
 __all__ = [
     "RANGES",
+    "SELECTIONS",
     "Evaluation",
     "Training",
     "average",

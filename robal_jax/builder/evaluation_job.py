@@ -18,9 +18,9 @@ from robal_jax.attacks.threat import in_255ths
 from robal_jax.budgets import BUDGETS
 from robal_jax.builder.contracts import calling
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.parts import dataset, generated_per_batch, model
+from robal_jax.builder.parts import dataset, generated_per_batch, hold_out, model
 from robal_jax.builder.ranges import validate
-from robal_jax.data import TestSet, balanced_part, image_folder
+from robal_jax.data import TestSet, balanced_part, part_of
 from robal_jax.data.sources import SOURCES
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
@@ -95,6 +95,7 @@ class Evaluation:
       about: method, data and attack in the words of the report. Nothing reads it back.
       data_sha256: of the training set and the test set; '' if there is no training set.
       weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
+      select: which checkpoint of a run is meant if none is named: 'last', 'best' or 'best_on_test'.
     """
 
     test: TestSet
@@ -115,6 +116,7 @@ class Evaluation:
     about: dict[str, Any]
     data_sha256: str = ""
     weights: str = "current"
+    select: str = "last"
 
 
 def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> Evaluation:
@@ -130,8 +132,29 @@ def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> 
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    settings, data, platform = config.evaluation, dataset(config), jax.default_backend()
-    test, ids, part = _part(config, data.test_set)
+    data = dataset(config)
+    trained, held = hold_out(config, data)
+    test, ids, part = _part(config, trained.test_set)
+    job = evaluation_on(config, test, ids, trained_counts)
+    held_out = {"held_out": held.text} if held else {}
+    return dataclasses.replace(job, about=job.about | part | held_out, data_sha256=data_digest(data))
+
+
+def evaluation_on(
+    config: ConfigDict, test: TestSet, ids: np.ndarray, trained_counts: np.ndarray | None = None
+) -> Evaluation:
+    """Builds an evaluation on given images.
+
+    Args:
+      config: a valid one.
+      test: the images, and the class counts of the training set.
+      ids: numbers of the images, ascending; their noise follows from them.
+      trained_counts: see :func:`evaluation`.
+
+    Raises:
+      InputError: a field of the config cannot be used.
+    """
+    settings, platform = config.evaluation, jax.default_backend()
     counts = test.class_counts if trained_counts is None else trained_counts
     groups = metrics.class_groups(test.class_counts, settings.head_classes, settings.tail_classes)
     head = settings.head if settings.head.name else config.head
@@ -169,8 +192,8 @@ def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> 
         seed=settings.seed,
         layout=config.train.layout,
         groups=groups,
-        about=_about(config, test, head, ensemble) | by_class | part,
-        data_sha256=data_digest(data),
+        about=_about(config, test, head, ensemble) | by_class,
+        select=config.train.select,
     )
 
 
@@ -212,10 +235,8 @@ def _part(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[
             f"config.evaluation.examples is {size}; give {classes} (one image per class) to {everything} "
             "(the whole test set), or 0 for all"
         )
-    ids, images = balanced_part(test.labels, size, config.evaluation.seed), test.images
-    # Files stay unread until an attack needs them.
-    images = images.part(ids) if isinstance(images, image_folder.ImageFiles) else images[ids]
-    part = test._replace(images=images, labels=test.labels[ids])
+    ids = balanced_part(test.labels, size, config.evaluation.seed)
+    part = test._replace(images=part_of(test.images, ids), labels=test.labels[ids])
     return part, ids, {"part": f"{size} of {everything} test images"}
 
 

@@ -44,9 +44,8 @@ def objective(
         contracts.check_loss(section, made, len(class_counts))
     bound = {name: value for name, value in (("loss", loss), ("attack", attack)) if takes(function, name)}
     wrapped = _with_attack_mode(config, function, attack, threat)
-    return functools.partial(
-        _in_step, objective=wrapped, bound=bound, smoothed=smoothed, common=config.threat.epsilon
-    )
+    within = functools.partial(_within, common=config.threat.epsilon, scaled_steps=config.threat.scaled_steps)
+    return functools.partial(_in_step, objective=wrapped, bound=bound, smoothed=smoothed, within=within)
 
 
 def _smoothed(smoothing: float, loss: functools.partial) -> functools.partial:
@@ -128,7 +127,7 @@ def _in_step(
     objective: Callable[..., tuple[chex.Array, objectives.Outcome]],
     bound: dict[str, functools.partial],
     smoothed: Callable[[functools.partial], losses.Loss],
-    common: float,
+    within: Callable[[functools.partial, chex.Array], functools.partial],
 ) -> tuple[chex.Array, objectives.Outcome]:
     """Calls an objective with its loss and attack as a step knows them.
 
@@ -141,7 +140,7 @@ def _in_step(
       objective: any; it has its loss and its attack already, which hold if nothing is known.
       bound: these two, as far as it takes them.
       smoothed: gives a loss its label smoothing.
-      common: radius of which the attack's radius and step size are multiples.
+      within: gives an attack one radius per image.
     """
     late: dict[str, Any] = {}
     loss, attack = (bound.get(name) for name in ("loss", "attack"))
@@ -149,7 +148,7 @@ def _in_step(
         loss = functools.partial(loss, epoch=batch.epoch)
         late["loss"] = smoothed(loss)
     if attack is not None and known.radii is not None:
-        late["attack"] = attack = _within(attack, known.radii / common)
+        late["attack"] = attack = within(attack, known.radii)
     if known.partners is not None:
         labels, share = known.partners
         shared = functools.partial(losses.shared, partners=labels, share=share)
@@ -163,7 +162,20 @@ def _in_step(
     return objective(model, params, stats, batch, **late)
 
 
-def _within(attack: functools.partial, factors: chex.Array) -> functools.partial:
-    """Returns an attack whose radius and step size are multiples ``[B]`` of its own, one per image."""
-    threat, step_size = attack.keywords["threat"], attack.keywords["step_size"]
-    return functools.partial(attack, threat=threat.scaled(factors), step_size=factors * step_size)
+def _within(
+    attack: functools.partial, radii: chex.Array, *, common: float, scaled_steps: bool
+) -> functools.partial:
+    """Returns an attack with one radius per image ``[B]`` in place of a common one.
+
+    Args:
+      attack: its threat model's radius is a multiple of the common one.
+      radii: ``[B]``.
+      common: radius.
+      scaled_steps: whether step sizes are scaled as the radii are.
+    """
+    factors, step_size = radii / common, attack.keywords["step_size"]
+    return functools.partial(
+        attack,
+        threat=attack.keywords["threat"].scaled(factors),
+        step_size=factors * step_size if scaled_steps else step_size,
+    )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,10 +20,13 @@ from robal_jax.data import (
     AUGMENTATIONS,
     RESIZING,
     Dataset,
+    TestSet,
     check_dataset,
     generated,
+    held_out_part,
     inspection,
     sources,
+    without,
 )
 from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
@@ -82,6 +85,31 @@ def standardisation(config: ConfigDict) -> dict[str, tuple[float, ...]]:
     backbone = _backbone(config, convolution=convolutions.convolution, axis_name=None)
     found = {name: getattr(backbone, name, ()) for name in ("mean", "std")}
     return {name: tuple(numbers) for name, numbers in found.items() if isinstance(numbers, tuple | list)}
+
+
+class HeldOut(NamedTuple):
+    """Training images that are held out."""
+
+    test: TestSet  # the images, and the class counts of those that are trained on
+    ids: np.ndarray  # their positions in the training set, ascending [n]
+    text: str  # how many, in words
+
+
+def hold_out(config: ConfigDict, data: Dataset) -> tuple[Dataset, HeldOut | None]:
+    """Holds out the share ``config.train.held_out`` of the training set.
+
+    Returns:
+      The data set without these images, and these images; the data set as it is and None for a share of 0.
+
+    Raises:
+      InputError: the share leaves no image of a class.
+    """
+    ids = held_out_part(data.train_labels, config.train.held_out, config.data.get("seed", 0))
+    if not len(ids):
+        return data, None
+    trained, test = without(data, ids)
+    text = f"{len(ids):,} of {len(data.train_labels):,} training images, at least one per class"
+    return trained, HeldOut(test, ids, text)
 
 
 def model(

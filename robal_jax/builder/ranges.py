@@ -78,6 +78,9 @@ def _are_epochs(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(epoch, int) for epoch in value)
 
 
+SELECTIONS = ("last", "best", "best_on_test")
+"""Which checkpoint an evaluation takes: the newest, the best on held-out images, the best on the test set."""
+
 _POSITIVE_FIELDS = (
     "threat.epsilon", "attack.steps", "attack.step_size",
     "schedule.lr", "schedule.decay", "train.batch_size", "train.steps_per_dispatch",
@@ -93,8 +96,13 @@ _FACTOR_FIELDS = (
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
-    "schedule.warmup", "train.max_steps", "evaluation.audit.examples", "evaluation.examples",
-    "optimizer.clip_norm", "optimizer.weight_decay", "attack.alignment",
+    "attack.alignment", "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
+    "evaluation.audit.examples", "evaluation.examples", "optimizer.clip_norm", "optimizer.weight_decay",
+)  # fmt: skip
+
+_BELOW_ONE_FIELDS = (
+    "optimizer.momentum", "train.label_smoothing", "train.held_out", "generated.share", "average.decay",
+    "threat.budget.alpha", "evaluation.budget.alpha",
 )  # fmt: skip
 
 RANGES: dict[str, Rule] = {
@@ -102,15 +110,14 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_POSITIVE_FIELDS, POSITIVE),
     **dict.fromkeys(_NOT_NEGATIVE_FIELDS, NOT_NEGATIVE),
     **dict.fromkeys(_FACTOR_FIELDS, FACTOR),
-    **dict.fromkeys(("average.decay", "threat.budget.alpha", "evaluation.budget.alpha"), BELOW_ONE),
     "threat.ramp": SHARE,
     "train.batch_norm_momentum": SHARE,
     "train.mixing": _one_of(MIXINGS),
     "attack.batch_norm": _one_of(objectives.ATTACK_MODES),
     "evaluation.weights": _one_of(averages.WEIGHTS),
-    **dict.fromkeys(("optimizer.momentum", "train.label_smoothing", "generated.share"), BELOW_ONE),
     "optimizer.decayed": _one_of(optimizers.DECAYED),
     "schedule.by": _one_of(optimizers.BY),
+    **dict.fromkeys(_BELOW_ONE_FIELDS, BELOW_ONE),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
     "threat.norm": _one_of(NORMS),
@@ -123,6 +130,7 @@ RANGES: dict[str, Rule] = {
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
     "train.augmentation": AUGMENTATION,
+    "train.select": _one_of(SELECTIONS),
     "train.layout": _one_of(parallel.LAYOUTS),
     "train.precision": _one_of(models.PRECISIONS),
     "evaluation.precision": _one_of([name for name in models.PRECISIONS if name != "bfloat16"]),
@@ -132,17 +140,16 @@ RANGES: dict[str, Rule] = {
 _TEXTS = (
     "method", "data.name", "model.name", "head.name", "loss.name", "objective.name", "threat.norm",
     "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
-    "train.start_from", "train.augmentation", "train.layout", "train.precision", "evaluation.head.name",
-    "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
     "threat.budget.name", "attack.batch_norm", "perturbation.name", "average.name", "train.mixing",
-    "evaluation.weights", "evaluation.budget.name",
-    "generated.path",
+    "evaluation.weights", "evaluation.budget.name", "generated.path",
+    "train.start_from", "train.select", "train.augmentation", "train.layout", "train.precision",
+    "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
 )  # fmt: skip
 
 _INTEGERS = (
     "attack.steps", "train.epochs", "train.max_steps", "train.batch_size",
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
-    "train.checkpoint_epochs", "train.keep_checkpoints", "evaluation.batch_size",
+    "train.checkpoint_epochs", "train.keep_checkpoints", "train.evaluate_epochs", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
     "evaluation.examples",
 )  # fmt: skip
@@ -150,8 +157,8 @@ _INTEGERS = (
 _NUMBERS = (
     "threat.epsilon", "attack.step_size", "evaluation.epsilon", "evaluation.step_size",
     "evaluation.logit_scale", "evaluation.tau_p", "threat.ramp", "attack.noise", "attack.reach",
-    "attack.alignment", "train.batch_norm_momentum",
-    "evaluation.logit_scale", "evaluation.tau_p", "train.label_smoothing", "generated.share",
+    "attack.alignment", "train.batch_norm_momentum", "train.label_smoothing", "train.held_out",
+    "generated.share",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {
@@ -159,7 +166,7 @@ REQUIRED: dict[str, Rule] = {
     **dict.fromkeys(("seed", "evaluation.seed"), INTEGER),
     **dict.fromkeys(_INTEGERS, IN_32_BITS),
     **dict.fromkeys(_NUMBERS, NUMBER),
-    **dict.fromkeys(("train.sync_batch_norm", "attack.common_noise"), BOOLEAN),
+    **dict.fromkeys(("train.sync_batch_norm", "attack.common_noise", "threat.scaled_steps"), BOOLEAN),
 }
 """Types of the fields that every config has."""
 
@@ -209,6 +216,25 @@ def _holds(holds: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
+def check_selection(config: ConfigDict) -> None:
+    """Checks that a training can choose the checkpoint that its config asks for.
+
+    Raises:
+      InputError: nothing would be judged during the training, or there are no images to judge.
+    """
+    train = config.train
+    if train.select != "last" and not train.evaluate_epochs:
+        raise InputError(
+            f"config.train.select is {train.select!r}, but config.train.evaluate_epochs is 0, so that no "
+            "checkpoint is judged; set a number of epochs, such as 1"
+        )
+    if train.evaluate_epochs and train.select != "best_on_test" and not train.held_out:
+        raise InputError(
+            f"config.train.evaluate_epochs is {train.evaluate_epochs}, but no images are held out; set "
+            "config.train.held_out to a share of the training set, such as 0.02"
+        )
+
+
 EVALUATION_STEPS = 20
 """Steps of PGD-20, MIM-20 and CW-20 in every evaluation."""
 
@@ -228,6 +254,11 @@ def doubts(config: ConfigDict) -> list[str]:
     milestones = list(schedule.get("milestones", ()))
     if milestones != sorted({max(milestone, 1) for milestone in milestones}):
         found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")
+    if config.train.held_out and config.train.start_from:
+        found.append(
+            "config.train.start_from names a run that may have been trained on the held-out images: give it "
+            "the same config.train.held_out and config.data.seed"
+        )
     if schedule.get("warmup", 0) > epochs:
         found.append(
             f"config.schedule.warmup is {schedule.warmup} epochs, but the run has {epochs}; "

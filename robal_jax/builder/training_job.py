@@ -15,26 +15,29 @@ from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.averages import Average
 from robal_jax.budgets import Budget
 from robal_jax.builder import contracts
+from robal_jax.builder.evaluation_job import Evaluation, evaluation_on
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
 from robal_jax.builder.parts import (
+    HeldOut,
     augmentation,
     augmentations,
     average,
     budget,
     dataset,
     generated_per_batch,
+    hold_out,
     model,
     optimizer,
     perturbation,
 )
-from robal_jax.builder.ranges import validate
+from robal_jax.builder.ranges import check_selection, validate
 from robal_jax.data import Dataset, Images, epoch_order, generated, inspection, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 from robal_jax.perturbations import Perturbation
-from robal_jax.storage.workdir import digest_of_images
+from robal_jax.storage.workdir import data_digest, digest_of_images
 
 
 class Settings(NamedTuple):
@@ -50,6 +53,7 @@ class Settings(NamedTuple):
     layout: str
     batch_norm_momentum: float | None  # None for the usual 0.1
     mixing: str
+    evaluate_epochs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,9 @@ class Training:
       data: the data set.
       images: what ``order`` numbers: the training set's images, then the generated ones.
       labels: of these images, int32 ``[N]``.
-      mixture: what the run's folder says of generated images: their 'generated_sha256', and the
-        'class_counts' of the mixture; empty if there are none.
+      stored: what the run's folder says of the data beside their digest: 'held_out', how many images are,
+        in words; 'generated_sha256' of generated images, and the 'class_counts' of the mixture with them.
+      data: the images, without those that are held out.
       model: the network.
       objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
@@ -76,12 +81,15 @@ class Training:
       steps_per_epoch: without the last incomplete batch.
       total_steps: of the whole run.
       about: method, network, data, attack and length in words, by the first word of their line.
+      data_sha256: of the whole training set and the test set.
+      judged: the images on which the weights are judged during the training, and how; None for none.
+      judged_on: which images these are: 'held-out' or 'test'.
     """
 
     data: Dataset
     images: Images
     labels: np.ndarray
-    mixture: dict[str, Any]
+    stored: dict[str, Any]
     model: models.Model
     objective: objectives.Objective
     optimizer: optax.GradientTransformation
@@ -96,6 +104,9 @@ class Training:
     steps_per_epoch: int
     total_steps: int
     about: dict[str, str]
+    data_sha256: str
+    judged: Evaluation | None
+    judged_on: str
 
 
 def training(config: ConfigDict) -> Training:
@@ -106,7 +117,9 @@ def training(config: ConfigDict) -> Training:
     """
     validate(config)
     generated_per_batch(config)  # may refuse, and reading the data takes long
-    data, train = dataset(config), config.train
+    check_selection(config)
+    whole, train = dataset(config), config.train
+    data, held = hold_out(config, whole)
     counts = data.class_counts
     # An epoch's order is kept, because every step of the epoch needs it.
     order = functools.lru_cache(maxsize=2)(
@@ -144,7 +157,7 @@ def training(config: ConfigDict) -> Training:
         data=data,
         images=source.images,
         labels=source.labels,
-        mixture=source.mixture,
+        stored=source.stored | ({"held_out": held.text} if held else {}),
         model=network,
         objective=minimised,
         optimizer=optimise,
@@ -158,7 +171,12 @@ def training(config: ConfigDict) -> Training:
         augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        about=_about(config, data, steps_per_epoch, total_steps) | source.about,
+        about=_about(config, data, steps_per_epoch, total_steps)
+        | ({"held out": held.text} if held else {})
+        | source.about,
+        data_sha256=data_digest(whole),
+        judged=_judged(config, data, held, source.class_counts) if train.evaluate_epochs else None,
+        judged_on="test" if train.select == "best_on_test" else "held-out",
     )
 
 
@@ -169,7 +187,7 @@ class _Source(NamedTuple):
     labels: np.ndarray
     order: Callable[[int], np.ndarray]
     class_counts: np.ndarray  # of what training sees, in the proportions of a batch, [K]
-    mixture: dict[str, Any]
+    stored: dict[str, Any]
     about: dict[str, str]
 
 
@@ -194,7 +212,7 @@ def _source(config: ConfigDict, data: Dataset, originals: Callable[[int], np.nda
         labels=np.concatenate([data.train_labels, more.labels]),
         order=functools.lru_cache(maxsize=2)(order),
         class_counts=counts,
-        mixture={
+        stored={
             "generated_sha256": digest_of_images(more.images, more.labels),
             "class_counts": counts.tolist(),
         },
@@ -205,6 +223,15 @@ def _source(config: ConfigDict, data: Dataset, originals: Callable[[int], np.nda
             f"{100 * share:.3g} % generated",
         },
     )
+
+
+def _judged(
+    config: ConfigDict, data: Dataset, held: HeldOut | None, trained_counts: np.ndarray
+) -> Evaluation:
+    """Builds the evaluation of the images on which weights are judged during the training."""
+    if config.train.select == "best_on_test" or held is None:
+        return evaluation_on(config, data.test_set, np.arange(len(data.test_labels)), trained_counts)
+    return evaluation_on(config, held.test, held.ids, trained_counts)
 
 
 def _check_own(

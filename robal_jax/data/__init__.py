@@ -7,11 +7,12 @@
 - ``inspection``: images per class, files that are no images, images of both the train and the test set
 - ``long_tail``: images per class in a long-tailed subset, and which ones
 - ``generated``: a second source of training images, drawn at a fixed share of each batch
-- ``sampling``: the order of the train images in an epoch, and a balanced part of the test images
 - ``augmentation``: random crops, flips and erased boxes, one key per image, and the table of augmentations
 - ``policies``: RandAugment and AutoAugment, one key per image
 - ``pil``: Pillow's operations, equal to Pillow's in every pixel
 - ``cutmix``: boxes exchanged between the images of a batch
+- ``sampling``: the order of the train images in an epoch, a balanced part of the test images, held-out images
+- ``held_out``: a data set without the images that are held out, and these images like test images
 """
 
 from robal_jax.data.augmentation import (
@@ -24,9 +25,17 @@ from robal_jax.data.augmentation import (
 )
 from robal_jax.data.cutmix import MIXINGS, cutmix, draw_cutmix
 from robal_jax.data.dataset import Dataset, Images, TestSet, as_float, check_dataset, check_labels, to_float
+from robal_jax.data.held_out import part_of, without
 from robal_jax.data.long_tail import PROFILES, long_tailed_counts, long_tailed_indices
 from robal_jax.data.policies import autoaugment, randaugment
-from robal_jax.data.sampling import SAMPLERS, balanced_part, class_aware_order, epoch_order, uniform_order
+from robal_jax.data.sampling import (
+    SAMPLERS,
+    balanced_part,
+    class_aware_order,
+    epoch_order,
+    held_out_part,
+    uniform_order,
+)
 
 __all__ = [
     "AUGMENTATIONS",
@@ -47,12 +56,15 @@ __all__ = [
     "cutout",
     "draw_cutmix",
     "epoch_order",
+    "held_out_part",
     "long_tailed_counts",
     "long_tailed_indices",
+    "part_of",
     "randaugment",
     "random_crop_flip",
     "random_erasing",
     "random_resized_crop_flip",
     "to_float",
     "uniform_order",
+    "without",
 ]

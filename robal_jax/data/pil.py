@@ -26,8 +26,8 @@ CURVES = ("table", "autocontrast", "equalize")
 BACKDROPS = ("black", "mean", "gray", "smooth")
 """What an image is blended with: black, the mean of its gray values, its gray values, its local means."""
 
-
 Array = np.ndarray | jax.Array
+"""Operations are made on the host and applied on the device."""
 
 
 class Operation(NamedTuple):

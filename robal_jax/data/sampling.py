@@ -1,4 +1,4 @@
-"""The order of the train images in an epoch, and a part of a test set: functions of their arguments only."""
+"""The order of the train images in an epoch, and parts of a data set: functions of their arguments only."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -48,6 +48,41 @@ def balanced_part(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
         members = order[labels[order] == k]
         round_of[members] = np.arange(len(members))
     return np.sort(np.lexsort((np.argsort(classes)[labels], round_of))[:size])
+
+
+def held_out_part(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Draws the training images that are held out: of class c, ``max(1, round(share n_c))``.
+
+    With the same seed, a larger share holds the images of a smaller one.
+
+    Args:
+      labels: integers ``[N]``, every class 0..K-1 present.
+      share: of every class, in [0, 1); 0 holds out nothing.
+      seed: of the draw, >= 0.
+
+    Returns:
+      int64 ``[n]``, positions in 0..N-1, ascending.
+
+    Raises:
+      InputError: no image of a class is left to train on.
+
+    >>> labels = np.repeat([0, 1, 2], [50, 12, 2])
+    >>> np.bincount(labels[held_out_part(labels, 0.1, seed=0)])
+    array([5, 1, 1])
+    """
+    if not share:
+        return np.arange(0)
+    order = np.random.RandomState(np.random.Philox(seed)).permutation(len(labels))
+    parts = []
+    for k, count in enumerate(np.bincount(labels).tolist()):
+        size = max(1, round(share * count))
+        if size >= count:
+            raise InputError(
+                f"config.train.held_out is {share:g}, but class {k} has {count} training "
+                f"image{'s' * (count != 1)}, of which none is left to train on; set a smaller share, or 0"
+            )
+        parts.append(order[labels[order] == k][:size])
+    return np.sort(np.concatenate(parts))
 
 
 def _shuffled_rounds(items: list[int], rng: random.Random) -> Iterator[int]:

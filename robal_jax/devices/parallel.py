@@ -14,7 +14,7 @@ no communication (:func:`spread`, :func:`attack`).
 With several processes, each passes its own share of a batch to a compiled chunk (:func:`share`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -180,6 +180,29 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
     if alone:
         return compiled
     return lambda parts, shared: everyone(compiled(_global(mesh, part, parts), shared))
+
+
+def in_batches(
+    compiled: Callable[..., chex.ArrayTree], parts: Sequence[np.ndarray], size: int
+) -> chex.ArrayTree:
+    """Calls compiled work with one batch after another.
+
+    Args:
+      compiled: takes this process's share of ``size`` entries of each part, and returns ``size`` outputs.
+      parts: arrays ``[m, ...]``, any m > 0.
+      size: entries in each call, on all devices together. The last batch is filled up with its last entry.
+
+    Returns:
+      The outputs ``[m, ...]`` in order, NumPy arrays.
+    """
+    outputs = []
+    for start in range(0, len(parts[0]), size):
+        batch = [np.asarray(part[start : start + size]) for part in parts]
+        count = len(batch[0])
+        full = (np.take(part, range(size), 0, mode="clip") for part in batch)
+        judged = jax.device_get(compiled(*(part[share(size)] for part in full)))
+        outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
+    return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)
 
 
 def attack(

@@ -25,6 +25,7 @@ from robal_jax.evaluation.measurements import StepSize
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
+from robal_jax.storage.best import stated
 
 LogitsFn = Callable[[chex.Array], chex.Array]
 
@@ -47,6 +48,7 @@ def evaluate_model(
     batch_size: int = 500,
     name: str = "model",
     dataset: str = "images",
+    select: str = "last",
     folder: str | pathlib.Path | None = None,
     say: Callable[[str], None] = print,
 ) -> EvaluatedRun | None:
@@ -74,6 +76,8 @@ def evaluate_model(
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
       dataset: for the report.
+      select: how the checkpoint was chosen: 'last', which also stands for not known, 'best' (on held-out
+        images), or 'best_on_test', which the audit flags.
       folder: receives the report and all results. If None, only what is returned is kept.
       say: receives messages for the user, line by line.
 
@@ -88,6 +92,8 @@ def evaluate_model(
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
+    if select not in builder.SELECTIONS:
+        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
@@ -115,15 +121,10 @@ def evaluate_model(
     identity = {
         "model": _fingerprint(predict, weights, images),
         "surrogate": other and _fingerprint(*other[:2], images),
-        "settings": {
-            "threat": str(threat),
-            "step_size": job.step_size,
-            "version": version,
-            "audit": audit,
-            "seed": seed,
-        },
+        "settings": _settings(job, audit, select),
     }
-    about = _about(job, name, dataset, counted=class_counts is not None) | {"identity": identity}
+    about = _about(job, name, dataset, counted=class_counts is not None)
+    about |= {"identity": identity, **stated(select)}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
 
@@ -212,6 +213,18 @@ def _test_set(
         counts = np.asarray(class_counts).astype(np.int64)
         groups = metrics.class_groups(counts)
     return TestSet(images, labels.astype(np.int32), 1, counts, names), groups
+
+
+def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any]:
+    """Returns what tells evaluations of one model from each other."""
+    return {
+        "threat": str(job.threat),
+        "step_size": job.step_size,
+        "version": job.version,
+        "audit": audit,
+        "seed": job.seed,
+        **({} if select == "last" else {"select": select}),
+    }
 
 
 def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -> dict[str, Any]:

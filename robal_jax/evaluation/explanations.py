@@ -6,7 +6,7 @@ The report prints these sentences, from ``results.json``; the thresholds in them
 from typing import NamedTuple
 
 from robal_jax.evaluation.evidence import CHECKS, FAMILY_LEVEL
-from robal_jax.reporting.results import EVERYTHING, FIXED_STEPS
+from robal_jax.reporting.results import CHOICE, EVERYTHING, FIXED_STEPS
 
 GAP = 0.01
 """A fixed-step number that is optimistic by more than this is noted."""
@@ -38,7 +38,7 @@ class Explanation(NamedTuple):
 
     Attributes:
       title: for people.
-      doubts: which accuracies not to trust if it is flagged: ``FIXED_STEPS`` or ``EVERYTHING``.
+      doubts: what not to trust if it is flagged: ``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``.
       raised: when it is flagged, or noted.
       means: what that means.
       do: what to do.
@@ -174,3 +174,18 @@ EXPLANATIONS = {
     ),
 }
 """All checks of an audit by name, in the order of the report."""
+
+ON_OCCASION = {
+    "selected_on_test": Explanation(
+        "Selected on test images",
+        CHOICE,
+        "Flagged if the checkpoint was chosen by its accuracy on the test images, or on some of them "
+        "(config.train.select=best_on_test). Without such a choice the check is not listed.",
+        "The highest of many accuracies on the same images is higher than the accuracy of that checkpoint on "
+        "new images, clean and under attack, and most of all in small classes. The attacks are not in doubt.",
+        "Compare such numbers only with numbers that were chosen in the same way. Otherwise evaluate the "
+        "last checkpoint (config.train.select=last), or choose on held-out training images "
+        "(config.train.held_out and config.train.select=best).",
+    ),
+}
+"""Checks of facts that hold for few evaluations, which are listed only if they are flagged."""

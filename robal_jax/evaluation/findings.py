@@ -19,7 +19,7 @@ from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
 from robal_jax.evaluation.measurements import Sample, radius_unit
-from robal_jax.evaluation.outcomes import Verdict
+from robal_jax.evaluation.outcomes import Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
@@ -70,6 +70,8 @@ def store(
 
     verdicts, curves = _judge(job, found, sample, predictions, labels)
     verdicts += _store(victim, job, found, folder)
+    if meta.get("selected_on_test"):
+        verdicts.append(selected_on_test(meta["selection"]))
 
     results = Results(
         meta,

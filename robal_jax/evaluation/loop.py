@@ -36,12 +36,13 @@ from robal_jax.reporting import report
 from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
+from robal_jax.storage.best import default_checkpoint, how_chosen
 from robal_jax.storage.claims import check_evaluation
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.evaluated import belongs
 from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import EVALUATION, RESULTS, UNFINISHED
-from robal_jax.storage.progress import Meter, training_curve
+from robal_jax.storage.progress import Meter, judged_course, training_curve
 from robal_jax.storage.unfinished import PARTS, Unfinished
 from robal_jax.storage.workdir import (
     check_same_data,
@@ -75,7 +76,8 @@ def evaluate(
     Args:
       config: of the run, with the evaluation's settings.
       workdir: of the run.
-      checkpoint: folder of one checkpoint; the newest undamaged one if None.
+      checkpoint: folder of one checkpoint; if None, the one that the config selects: the newest undamaged one
+        or the best.
       folder: receives the results; ``workdir/evaluation`` if None.
       command: the command line, for the report.
       say: receives messages for the user, line by line.
@@ -95,13 +97,21 @@ def evaluate(
         check_same_data(job.data_sha256, workdir, say)
         for line in job.test.notes:
             say(line)
+        if checkpoint is None:
+            checkpoint = default_checkpoint(workdir, job.select)
         weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say, job.weights)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
         surrogate = _surrogate(config, job, sha256, say)
         hosts.check_agreement("the config", to_json(config))
         curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
-        about = {"checkpoint": str(path), "checkpoint_sha256": sha256, "training": curve}
+        about = {
+            "checkpoint": str(path),
+            "checkpoint_sha256": sha256,
+            **how_chosen(workdir, path, job.select),
+            "training": curve,
+            **({"judged": course} if (course := judged_course(workdir)) else {}),
+        }
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder
         beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
@@ -238,7 +248,7 @@ def _refuse_itself(victim: Victim, surrogate: Victim) -> None:
 def _surrogate(
     config: ConfigDict, job: builder.Evaluation, sha256: str, say: Callable[[str], None]
 ) -> Victim | None:
-    """Restores the newest checkpoint of the run that the config names, with that run's own config.
+    """Restores the checkpoint of the run that the config names, with that run's own config.
 
     Args:
       config: of the evaluation.
@@ -256,7 +266,8 @@ def _surrogate(
     other = builder.evaluation(own, class_counts_in_training(workdir))
     if digest_of_images(*other.test[:2]) != digest_of_images(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
-    restored = restore_weights(workdir, None, other.variables, say, other.weights)
+    checkpoint = default_checkpoint(workdir, other.select)
+    restored = restore_weights(workdir, checkpoint, other.variables, say, other.weights)
     if restored.sha256 == sha256:
         raise InputError(SAME_MODEL)
     return as_victim(other, restored.tree)

@@ -247,7 +247,6 @@ def crafted(
     step_size: StepSize,
 ) -> dict[str, chex.Array]:
     """Returns images of PGD on the margin, ``[B, H, W, C]``: made on a surrogate, shown to the victim."""
-    step_size = of_class(step_size, labels)
     attack = partial(attacks.pgd, threat=threat, steps=MAIN_STEPS, step_size=step_size)
     return {"images": attack(logits_fn, keys, images, labels, loss=attacks.negative_margin)}
 

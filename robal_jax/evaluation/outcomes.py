@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robal_jax.evaluation.evidence import SHOWN, Gap
-from robal_jax.evaluation.explanations import EXPLANATIONS
+from robal_jax.evaluation.explanations import EXPLANATIONS, ON_OCCASION
 from robal_jax.reporting.results import FLAGGED, NOTE, PASSED, TOO_FEW
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -17,9 +17,9 @@ class Verdict(NamedTuple):
     """The outcome of a check.
 
     Attributes:
-      name: of the check, a key of ``EXPLANATIONS``.
+      name: of the check, a key of ``EXPLANATIONS`` or ``ON_OCCASION``.
       title: for people.
-      doubts: which accuracies not to trust if the check is flagged: ``FIXED_STEPS`` or ``EVERYTHING``.
+      doubts: what not to trust if the check is flagged: ``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``.
       outcome: one of ``OUTCOMES``.
       statement: the figures and what follows from them.
       evidence: figures, ready for JSON.
@@ -53,7 +53,7 @@ def make_verdict(
       evidence: figures, ready for JSON.
       shown: the smallest gap that the sample can show.
     """
-    title, doubts, *meaning = EXPLANATIONS[name]
+    title, doubts, *meaning = (EXPLANATIONS | ON_OCCASION)[name]
     few = f"too few images are right when clean to tell; the smallest gap they can show is {points(shown)}."
     conclusion = {TOO_FEW: few, **conclusions}[outcome]
     meanings = dict(zip(("raised", "means", "do"), meaning, strict=True))
@@ -102,3 +102,14 @@ def floats(values: Mapping[Any, Any]) -> dict[str, float]:
 def json_float(value: Any) -> float:
     """Returns a number that JSON can hold."""
     return float(value) if np.isfinite(value) else LARGEST
+
+
+def selected_on_test(selection: str) -> Verdict:
+    """Flags a checkpoint that was chosen on test images.
+
+    Args:
+      selection: how it was chosen, for people.
+    """
+    conclusions = {FLAGGED: "the accuracies are those of the best of many looks at the test images."}
+    figures = f"The checkpoint is the {selection}"
+    return make_verdict("selected_on_test", FLAGGED, figures, conclusions, {})

@@ -13,6 +13,7 @@ import numpy as np
 
 from robal_jax import builder, checks
 from robal_jax.data import TestSet, as_float
+from robal_jax.storage.best import default_checkpoint
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.workdir import check_same_data, class_counts_in_training, restore_weights
 
@@ -82,7 +83,8 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | No
 
     Args:
       workdir: folder of the run.
-      checkpoint: folder of one checkpoint; the newest undamaged one if None.
+      checkpoint: folder of one checkpoint; if None, the one that the config selects: the newest undamaged one
+        or the best.
 
     Returns:
       The run.
@@ -94,7 +96,7 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | No
     config = read_config(workdir)
     job = builder.evaluation(config, class_counts_in_training(workdir))
     check_same_data(job.data_sha256, workdir, print)
-    chosen = None if checkpoint is None else pathlib.Path(checkpoint)
+    chosen = default_checkpoint(workdir, job.select) if checkpoint is None else pathlib.Path(checkpoint)
     weights, path, sha256 = restore_weights(workdir, chosen, job.variables, print, job.weights)
     fields = json.loads(to_json(config))
     return Run(weights["params"], weights["stats"], fields, path, sha256, job.test, job.predict)

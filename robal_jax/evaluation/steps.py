@@ -14,7 +14,6 @@ import numpy as np
 
 from robal_jax import attacks, checks
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack, starting_points, uniform_start
-from robal_jax.attacks.threat import of_class
 from robal_jax.keys import fold_in
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
@@ -64,7 +63,7 @@ def eval_step(
 
     Source: the attacks and their starts as in RoBal's released evaluation.
     """
-    threat, step_size = threat.of(labels), of_class(step_size, labels)
+    threat = threat.of(labels)
     keys = jax.vmap(partial(jax.random.split, num=3))(keys)
     start = [starting_points(uniform_start, keys[:, i], images, threat) for i in range(3)]
     run = partial(attacks.pgd_path, logits_fn, images=images, labels=labels, threat=threat)

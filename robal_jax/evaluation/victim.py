@@ -99,15 +99,10 @@ class Victim:
         compiled = parallel.spread(on_batch, self._layout, self._devices)
 
         def run(ids: np.ndarray, *parts: np.ndarray, **shared: np.ndarray) -> chex.ArrayTree:
-            outputs = []
-            for start in range(0, len(ids), self.size):
-                batch = [np.asarray(part[start : start + self.size]) for part in (ids, *parts)]
-                count = len(batch[0])
-                full = (np.take(part, range(self.size), 0, mode="clip") for part in batch)
-                mine, *more = (part[parallel.share(self.size)] for part in full)
+            def on_devices(mine: np.ndarray, *more: np.ndarray) -> chex.ArrayTree:
                 examples = (self.ids[mine], self.images[mine], self.labels[mine], *more)
-                judged = jax.device_get(compiled(examples, (self._shared, shared)))
-                outputs.append(jax.tree.map(lambda x, count=count: x[:count], judged))
-            return jax.tree.map(lambda *batches: np.concatenate(batches), *outputs)
+                return compiled(examples, (self._shared, shared))
+
+            return parallel.in_batches(on_devices, (ids, *parts), self.size)
 
         return run

@@ -5,6 +5,7 @@ from typing import Any
 
 from robal_jax.reporting import page
 from robal_jax.reporting.results import (
+    CHOICE,
     EVERYTHING,
     FIXED_STEPS,
     FLAGGED,
@@ -51,15 +52,20 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     flagged = [verdict for verdict in verdicts if outcome_of(verdict) == FLAGGED]
     left_out = [f"{count - done} not run"] * (done < count) + others[1:]
     remark = f" ({', '.join(left_out)})" if left_out else ""
-    fixed_steps_only = all(verdict.get("doubts", EVERYTHING) == FIXED_STEPS for verdict in flagged)
-    return FLAGGED, (
-        f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{remark}: "
-        + (
+    doubts = {verdict.get("doubts", EVERYTHING) for verdict in flagged}
+    lines = []
+    if EVERYTHING in doubts:
+        lines.append("do not trust any robust accuracy in this report")
+    elif FIXED_STEPS in doubts:
+        lines.append(
             "do not trust the fixed-step attacks (FGSM, PGD, MIM); "
             + ("use the ensemble's accuracy" if ensemble else "evaluate with AutoAttack")
-            if fixed_steps_only
-            else "do not trust any robust accuracy in this report"
         )
+    if CHOICE in doubts:
+        lines.append("the checkpoint was selected on test images, so that every accuracy is optimistic")
+    return FLAGGED, (
+        f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{remark}: "
+        + "; ".join(lines)
     )
 
 

@@ -133,6 +133,41 @@ def training_figure(results: Results) -> Figure:
     return figure
 
 
+def judged_figure(results: Results) -> Figure:
+    """Draws the accuracy on held-out or test images by epoch, clean and under PGD-10, in all and in the tail.
+
+    The mean of the classes under PGD-10, by which the best checkpoint is chosen, has a mark where it is
+    highest.
+    """
+    course = results.judged
+    epochs = course["epoch"]
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    (clean, _), (attacked, marker), *_ = STYLES
+    lines = {
+        "clean": (clean, "-", "Clean, all images"),
+        "clean_tail": (clean, ":", "Clean, tail classes"),
+        "pgd": (attacked, "-", "PGD-10, all images"),
+        "pgd_balanced": (attacked, "--", "PGD-10, mean of the classes"),
+        "pgd_tail": (attacked, ":", "PGD-10, tail classes"),
+    }
+    dot = "o" if len(epochs) == 1 else ""
+    for name, (color, line, label) in lines.items():
+        if name in course:
+            axes.plot(epochs, 100 * np.asarray(course[name]), line, color=color, marker=dot, label=label)
+    score = 100 * np.asarray(course["pgd_balanced"])
+    best = int(score.argmax())  # the first of equal ones
+    label = f"Highest mean of the classes (epoch {epochs[best]})"
+    axes.plot(epochs[best], score[best], marker, color=attacked, markersize=9, label=label)
+    accuracy_axis(axes, f"Accuracy (% of {course['images']} images)")
+    axes.set_ylim(-2, 102)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("Epoch")
+    axes.set_title(f"{title(results)}: {course['images']} images during the training")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
 def training_panels(curve: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Returns the panels of a course of training, each with its label and the metrics to draw."""
     kinds = {

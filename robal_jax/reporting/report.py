@@ -19,6 +19,7 @@ _CAPTIONS = {
     "confusion": "Classes that the attack confuses, in percent of the true class",
     "norms": "Training images, weight norms and feature norms by class",
     "training": "Loss, accuracy and learning rate by epoch of the training",
+    "judged": "Clean and robust accuracy on images that are not trained on, by epoch of the training",
     "gallery": "Images, adversarial images and the difference between them",
 }
 
@@ -119,6 +120,8 @@ def _draw(results: Results, gallery: Gallery | None) -> dict[str, figures.Figure
         drawn["norms"] = figures.norms_figure(results)
     if curves.training_panels(results.training):
         drawn["training"] = curves.training_figure(results)
+    if results.judged:
+        drawn["judged"] = curves.judged_figure(results)
     if gallery:
         drawn["gallery"] = figures.gallery_figure(gallery, results)
     return drawn

@@ -24,8 +24,9 @@ _DAMAGE = (
 )  # fmt: skip
 """Errors of reading a damaged JSON or .npz file."""
 
-FIXED_STEPS, EVERYTHING = "fixed steps", "everything"
-"""Which accuracies a check of the audit casts doubt on: those under FGSM, PGD and MIM, or all of them."""
+FIXED_STEPS, EVERYTHING, CHOICE = "fixed steps", "everything", "choice of the checkpoint"
+"""What a check of the audit casts doubt on: the accuracies under FGSM, PGD and MIM; all of them; or, because
+the checkpoint was chosen on the test images, that they hold for new images."""
 
 MANY_CLASSES = 20
 """With more classes a report names some of them only."""
@@ -66,7 +67,10 @@ class Results:
         - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
           'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested),
           'identity' (what tells an evaluation without a config from others), 'training' ({'epoch': numbers,
-          name of a metric: its means}, up to the checkpoint);
+          name of a metric: its means}, up to the checkpoint), 'selection' (how the checkpoint was chosen, for
+          people), 'selected_on_test' (True, if it was chosen on test images), 'held_out' (how many training
+          images were held out, for people), 'judged' (accuracies on held-out or test images during the whole
+          training, see :func:`storage.progress.judged_course`);
         - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256', 'part' (which
           part of the test set; missing for all of it), 'generated' (their share in training; missing
           without);
@@ -81,10 +85,10 @@ class Results:
       summary: what :func:`metrics.summarize` returns.
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
-        'doubts' (``FIXED_STEPS`` or ``EVERYTHING``), 'statement', 'evidence' (a dict), 'meaning' ({'raised',
-        'means', 'do'}, sentences on the check)}, of which older files lack 'doubts' and 'meaning'; 'curves',
-        any of 'scale', 'steps', 'restarts' and 'epsilon' (x: radii), each {'x': m numbers, 'series': {name:
-        m FIGUREs}}.
+        'doubts' (``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``), 'statement', 'evidence' (a dict),
+        'meaning' ({'raised', 'means', 'do'}, sentences on the check)}, of which older files lack 'doubts' and
+        'meaning'; 'curves', any of 'scale', 'steps', 'restarts' and 'epsilon' (x: radii), each
+        {'x': m numbers, 'series': {name: m FIGUREs}}.
       norms: None if the features are not known. 'features', the mean norm of each class's features, [K];
         'weights', the norm of each class's weight vector, [K], or None if the head has no such vectors.
     """
@@ -126,6 +130,11 @@ class Results:
     def training(self) -> Mapping[str, Any]:
         """The course of the training by epoch, see ``meta``; empty if it is not known."""
         return self.meta.get("training") or {}
+
+    @property
+    def judged(self) -> Mapping[str, Any]:
+        """Accuracies on held-out or test images during the training, see ``meta``; empty without them."""
+        return self.meta.get("judged") or {}
 
     @property
     def curves(self) -> Mapping[str, Any]:

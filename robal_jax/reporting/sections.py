@@ -41,7 +41,9 @@ _META_LABELS = {
     "main_attack": "Main attack",
     "autoattack": "Attacks of the ensemble",
     "checkpoint": "Checkpoint",
+    "selection": "Checkpoint chosen",
     "checkpoint_sha256": "Checkpoint SHA-256",
+    "held_out": "Held out",
     "seed": "Seed",
     "evaluation_seed": "Seed of the attacks",
     "precision": "Precision of matrix products",
@@ -57,19 +59,14 @@ _META_LABELS = {
 END_CLASSES = 5  # shown of the head and of the tail if there are many classes
 
 _META_ELSEWHERE = (
-    "class_epsilon",
-    "common_epsilon",
-    "class_names",
-    "command",
-    "config",
-    "identity",
-    "stages",
-    "training",
-)
+    "class_names", "command", "config", "identity", "stages", "training", "judged",
+    "selected_on_test", "class_epsilon", "common_epsilon",
+)  # fmt: skip
 _FACTS = {
     "imbalance": "imbalance",
     "generated": "training",
     "n": "test images",
+    "selection": "checkpoint",
     "date": "date",
 }  # in the header
 _META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of attacks
@@ -244,17 +241,43 @@ def gallery_section(gallery: Gallery | None, pictures: Mapping[str, page.Block])
 
 def training_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the course of the training."""
+    blocks = []
+    for name, text in (("training", _trained), ("judged", _judged)):
+        if name in pictures:
+            blocks += [page.paragraph(text(results)), pictures[name]]
+    return [page.section("Training"), *blocks] if blocks else []
+
+
+def _trained(results: Results) -> str:
+    """Describes the curves of the training."""
     curve = results.training
-    if "training" not in pictures:
-        return []
     accuracies = [name for name in curve if name.endswith("accuracy")]
     last = ", ".join(f"{training_name(name)} {100 * curve[name][-1]:.1f} %" for name in accuracies)
-    text = (
+    return (
         f"The {len(curve['epoch'])} epochs up to the checkpoint: means over the steps of each epoch, on "
         "training images, augmented, and under the attack of the training."
         + (f" Last epoch: {last}." if last else "")
     )
-    return [page.section("Training"), page.paragraph(text), *_pictures(pictures, "training")]
+
+
+def _judged(results: Results) -> str:
+    """Says when the robust accuracy was highest during the training, and what was lost afterwards."""
+    course = results.judged
+    images, epochs, scores = course["images"], course["epoch"], course["pgd_balanced"]
+    best = scores.index(max(scores))  # the first of equal ones
+    highest, last = (round(100 * scores[index], 1) for index in (best, -1))
+    held_out = f" Held out: {results.meta['held_out']}." if "held_out" in results.meta else ""
+    place = f"Robust accuracy on {images} images (PGD-10, the mean of the classes) was highest in epoch"
+    if best == len(scores) - 1:
+        return f"{place} {epochs[best]}, the last ({highest:.1f} %).{held_out}"
+    if highest == last:
+        equal = f"and as high in epoch {epochs[-1]}, the last"
+        return f"{place} {epochs[best]} ({highest:.1f} %), {equal}.{held_out}"
+    return (
+        f"{place} {epochs[best]} ({highest:.1f} %), and {last:.1f} % in epoch {epochs[-1]}, the last: "
+        f"{highest - last:.1f} points lost to robust overfitting, or to chance if there are few images."
+        f"{held_out}"
+    )
 
 
 def settings_section(results: Results) -> list[page.Block]:

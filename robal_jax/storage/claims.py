@@ -17,6 +17,7 @@ from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
 from robal_jax.storage.names import (
     ADVERSARIAL,
+    BEST,
     CHECKPOINTS,
     CONFIG,
     DAMAGED,
@@ -33,7 +34,7 @@ from robal_jax.storage.names import (
 )
 from robal_jax.storage.unfinished import PARTS, read_identity
 
-OF_A_RUN = (CONFIG, VERSIONS, IMPORT, METRICS, TENSORBOARD, TRACKED, CHECKPOINTS, DAMAGED)
+OF_A_RUN = (CONFIG, VERSIONS, IMPORT, METRICS, TENSORBOARD, TRACKED, CHECKPOINTS, BEST, DAMAGED)
 OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, PER_CLASS)
 
 
@@ -86,7 +87,7 @@ def check_place(folder: pathlib.Path) -> None:
     except UnicodeEncodeError as error:
         raise InputError(f"{os.fsencode(folder)!r} is no name in UTF-8; choose another folder") from error
     for inner, outer in itertools.pairwise((place, *place.parents)):
-        of_run = inner.name in (CHECKPOINTS, DAMAGED, TENSORBOARD) and is_run(outer)
+        of_run = inner.name in (CHECKPOINTS, BEST, DAMAGED, TENSORBOARD) and is_run(outer)
         unfinished = inner.name == UNFINISHED and is_evaluation(outer)
         if of_run or unfinished or os.path.isfile(inner / checkpoints.METADATA):
             what = "run" if of_run else "evaluation" if unfinished else "checkpoint"

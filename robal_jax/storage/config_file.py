@@ -24,6 +24,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.weights": "current",
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
+    "threat.scaled_steps": True,
     "attack.noise": 1.0,
     "attack.common_noise": False,
     "attack.reach": 1.0,
@@ -37,6 +38,9 @@ NEUTRAL: dict[str, Any] = {
     "optimizer.decayed": "all",
     "train.label_smoothing": 0.0,
     "generated": {"path": "", "share": 0.0},
+    "train.held_out": 0.0,
+    "train.evaluate_epochs": 0,
+    "train.select": "last",
 }
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 
@@ -56,7 +60,7 @@ data themselves are compared by their digest.
 """
 
 
-EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout")
+EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout", "train.select")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""
 
 
@@ -178,7 +182,7 @@ def evaluation_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The fields, without neutral values.
     """
-    read = ("data.", "model.", "head.", "threat.norm", "evaluation.")
+    read = ("data.", "model.", "head.", "threat.norm", "train.held_out", "train.select", "evaluation.")
     return {
         name: value
         for name, value in without_neutral(fields).items()

@@ -7,6 +7,8 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TRACKED = "tracked.txt"  # name of the run at Weights & Biases or trackio
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # the checkpoint that was best during the training
+RECORD = "best.json"  # in BEST
 DAMAGED = "damaged"
 
 EVALUATION = "evaluation"

@@ -183,6 +183,38 @@ def _lines(path: pathlib.Path) -> list[str]:
     return [f"{line}\n" for line in text.split("\n")[:-1]] + [line for line in text.split("\n")[-1:] if line]
 
 
+JUDGED = {"held-out": "held_out_", "test": "test_"}
+"""Beginnings of the names of accuracies that were measured during the training, by the images they are of."""
+
+
+def judged_course(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns how weights were judged during a training, to its end.
+
+    Args:
+      workdir: folder of the run.
+
+    Returns:
+      'images' (a key of ``JUDGED``), 'epoch', and by name ('clean', 'pgd_tail', ...) the accuracy after each
+      of these epochs. Empty if there are none.
+    """
+    for images, beginning in JUDGED.items():
+        rows = [row for row in _rows(workdir) if f"{beginning}pgd_balanced" in row]
+        if rows:
+            names = [name for name in rows[0] if name.startswith(beginning)]
+            values = {name.removeprefix(beginning): [row.get(name) for row in rows] for name in names}
+            return {"images": images, "epoch": [row["epoch"] for row in rows], **values}
+    return {}
+
+
+def _rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads the rows of the metrics that are whole."""
+    try:
+        found = [_row(line) for line in _lines(workdir / METRICS)]
+    except OSError:  # not ours to read
+        return []
+    return [row for row in found if row and type(row.get("epoch")) is int]
+
+
 def training_curve(workdir: pathlib.Path, last: float = math.inf) -> dict[str, list[float]]:
     """Returns the course of a training by epoch.
 
@@ -194,17 +226,14 @@ def training_curve(workdir: pathlib.Path, last: float = math.inf) -> dict[str, l
       'epoch', and every metric that is finite in all rows of the run: its mean over the steps of each epoch.
       Empty if there are no metrics.
     """
-    try:
-        found = [_row(line) for line in _lines(workdir / METRICS)]
-    except OSError:  # not ours to read
-        found = []
-    rows = [row for row in found if row and row["step"] <= last and type(row.get("epoch")) is int]
+    rows = [row for row in _rows(workdir) if row["step"] <= last]
     if not rows:
         return {}
     names = [
         name
         for name in rows[0]
         if name not in ("step", "epoch", "images_per_second")
+        and not name.startswith(tuple(JUDGED.values()))
         and all(type(row.get(name)) in (int, float) and math.isfinite(row[name]) for row in rows)
     ]
     steps = np.maximum(np.diff([0, *(row["step"] for row in rows)]), 1)

@@ -10,6 +10,7 @@
       tensorboard/        the same for TensorBoard
       tracked.txt         with --track: name of the run at the tracker
       checkpoints/STEP/   the newest checkpoints
+      best/STEP/          the best checkpoint on held-out images, if the training looked at them; best.json
       damaged/            checkpoints that could not be read
       evaluation/         results.json, examples.npz, adversarial.npz, per_class.csv, report.html, report.md
         unfinished/       the state of an interrupted evaluation
@@ -148,7 +149,7 @@ def check_there(workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -
 
 
 def prepare_workdir(
-    config: ConfigDict, digest: str, workdir: pathlib.Path, mixture: Mapping[str, Any] | None = None
+    config: ConfigDict, digest: str, workdir: pathlib.Path, more: Mapping[str, Any] | None = None
 ) -> None:
     """Makes the folder of a run, or checks that it belongs to this run.
 
@@ -156,14 +157,15 @@ def prepare_workdir(
       config: the resolved config.
       digest: sha256 of the data.
       workdir: folder of the run.
-      mixture: 'generated_sha256' of generated images and 'class_counts' of what training sees, if there are
-        such images. They are stored beside the digest, because an evaluation does not need the images.
+      more: what is stored beside the digest, because an evaluation cannot find it out: 'held_out', which
+        training images are held out, in words; 'generated_sha256' of generated images, and 'class_counts' of
+        what training sees with them.
 
     Raises:
       InputError: the folder cannot be written to, or was made with a different config or different data.
     """
     make_workdir(workdir)
-    path, data = workdir / CONFIG, {"data_sha256": digest, **(mixture or {})}
+    path, data = workdir / CONFIG, {"data_sha256": digest, **(more or {})}
     if path.exists():
         _check_same_run(config, data, workdir)
     elif checkpoints.steps(workdir / CHECKPOINTS):

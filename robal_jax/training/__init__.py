@@ -2,6 +2,7 @@
 
 - ``loop``: the run: chunks of steps, metrics, checkpoints, stopping and resuming
 - ``step``: one update as a pure function, and the compiled loop over a chunk of steps
+- ``judging``: accuracy on held-out images during the training, and the best checkpoint
 - ``state``: the arrays of a run, at its start or from another run's weights
 """
 

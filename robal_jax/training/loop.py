@@ -29,12 +29,12 @@ from robal_jax.storage.progress import Meter, Scalars, announced
 from robal_jax.storage.trackers import Track
 from robal_jax.storage.workdir import (
     check_there,
-    data_digest,
     make_workdir,
     newest_whole,
     prepare_workdir,
     versions,
 )
+from robal_jax.training.judging import watch
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, compiled_chunk
 
@@ -117,16 +117,15 @@ def train(
         with hosts.only_first(lambda: announced("reading the data")):
             job = builder.training(config)
             _check_devices(job)
-            digest = data_digest(job.data)
         hosts.check_agreement("the config", to_json(config))
-        hosts.check_agreement("the data", digest + str(job.mixture))
+        hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
         like = jax.eval_shape(partial(initial_state, job))
         start = _weights_to_start_from(job, folder)
         state = fine_tuned_state(job, start, say) if start else None
         hosts.by_first(partial(make_workdir, workdir))
         with hosts.held_by_first(partial(alone_in, workdir)):
-            hosts.by_first(partial(prepare_workdir, config, digest, workdir, job.mixture))
+            hosts.by_first(partial(prepare_workdir, config, job.data_sha256, workdir, job.stored))
             found = newest_whole(workdir, like, say)
             if found:
                 state = found.tree
@@ -192,6 +191,7 @@ def _run(
     devices = parallel.devices_for(job.settings.layout)
     chunk, where = compiled_chunk(job, devices), positions(job)
     state, data, key = _on_devices(job, state, devices)
+    look = watch(job, workdir, devices, say)
 
     def save() -> tuple[pathlib.Path, str]:
         hosts.by_first(partial(check_there, workdir))
@@ -218,6 +218,7 @@ def _run(
             if step > first and not warned:  # the first dispatch waits for the compilation
                 warned = _warn_if_long(count, seconds, say)
             step += count
+            row |= look(step, state)  # before the checkpoint: what a resumed run has passed is looked at
             scalars.write(step, row)
             speed = f"{row['images_per_second']:.0f} images/s"
             meter.update(step, f"epoch {row['epoch']}  loss {row['loss']:.3f}  {speed}")

@@ -6,6 +6,7 @@ make more passes after a step, for their logs, which move the running statistics
 
 import functools
 import itertools
+import json
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,15 @@ MOVING = {"attack": {"batch_norm": "batch_update"}}
 BATCH_MODE = {"attack": {"start": "uniform_clipped", "batch_norm": "batch"}}
 NESTEROV = {"optimizer": {"nesterov": True}}
 LOGS = ("adv", "nat")
+ROBUSTLT = {
+    "threat": {"budget": {"name": "by_frequency", "alpha": 0.3}, "ramp": 0.8},
+    "attack": {"common_noise": True},
+    "train": {"epochs": 100},
+}
+CFA = {
+    "threat": {"budget": {"name": "given"}, "scaled_steps": False},
+    "attack": {"batch_norm": "batch_update"},
+}
 BALANCED_SOFTMAX = {"loss": {"name": "logit_adjustment", "tau": 1.0}}
 
 
@@ -53,6 +63,7 @@ class Mode(NamedTuple):
       epoch: that its steps see.
       generated: images of the batch that are.
       momenta: of batch norm in the three steps; None for 0.1.
+      unused: training passes after the step's own, at the weights of before, that no loss reads.
       logs: training passes after the step, at the new weights, that move the statistics.
     """
 
@@ -60,6 +71,7 @@ class Mode(NamedTuple):
     changes: tuple[dict, ...] = ()
     epoch: int = 1
     logs: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     generated: int = 0
     momenta: tuple[float | None, ...] = (None,) * STEPS
 
@@ -67,6 +79,16 @@ class Mode(NamedTuple):
 MODES = {
     "at_bsl": Mode("at", (BALANCED_SOFTMAX,)),
     "rlt_at": Mode("at", (BATCH_MODE, NESTEROV), epoch=90, logs=LOGS),
+    **{
+        f"robustlt_{name}_ep{epoch}": Mode("at", (BATCH_MODE, NESTEROV, loss, ROBUSTLT), epoch, LOGS, unused)
+        for name, loss, unused in (("at", {}, ()), ("atbsl", BALANCED_SOFTMAX, ("nat",)))
+        for epoch in (1, 41, 90)
+    },
+    **{
+        f"robustlt_{name}_evalmode_ep41": Mode("at", (CLIPPED, NESTEROV, loss, ROBUSTLT), 41)
+        for name, loss in (("at", {}), ("atbsl", BALANCED_SOFTMAX))
+    },
+    "cfa_at": Mode("at", (CFA, {"attack": {"start": "uniform_clipped"}}), logs=("nat",)),
     "at_awp": Mode("at", (CLIPPED, {"perturbation": {"name": "awp", "gamma": 0.01}})),
     "at_awp_released": Mode(
         "at",
@@ -177,8 +199,8 @@ def with_passes(objective, model, params, stats, batch, *known):
     return value, outcome._replace(metrics={**outcome.metrics, "passes": in_order})
 
 
-@pytest.fixture
-def attack_of(monkeypatch):
+@pytest.fixture(scope="module")
+def attack_of():
     """``attack_of(objective, ...)``: path, gradients, radius and step size of the attack of an objective."""
     seen, path_fn = {}, attacks.pgd_path
 
@@ -195,7 +217,7 @@ def attack_of(monkeypatch):
         return path[jnp.array(steps)]
 
     def of(objective, model, *args):
-        with monkeypatch.context() as patched:
+        with pytest.MonkeyPatch.context() as patched:
             patched.setattr(projected_gradient, "pgd_path", pgd_path)
             seen.clear()
             objective(model, *args)
@@ -204,36 +226,52 @@ def attack_of(monkeypatch):
     return of
 
 
+COUNTS = long_tailed_counts(5000, 10, 0.02, "exp")
+
+
+@functools.cache
+def built(text, attack_of):
+    """The parts of a config, given as JSON: modes that differ in what is traced share their compilations."""
+    config = ConfigDict(json.loads(text))
+    model = builder.model(config, COUNTS, platform=jax.default_backend(), precision="default")
+    objective = builder.objective(config, COUNTS)
+    optimizer = optax.chain(KEEP_GRADIENTS, builder.optimizer(config, steps_per_epoch=1000)[0])
+    average, budget = builder.average(config, steps_per_epoch=1000), builder.budget(config, COUNTS)
+    extras = Extras(builder.perturbation(config), average, budget, steps_per_epoch=1000)
+
+    @jax.jit
+    def step(state, batch, partners, momentum):
+        return training.train_step(
+            state,
+            batch,
+            model=model,
+            objective=functools.partial(with_passes, objective),
+            optimizer=optimizer,
+            extras=extras._replace(batch_norm_momentum=momentum),
+            partners=partners,
+        )
+
+    gradient = jax.jit(jax.grad(lambda params, *args: objective(model, params, *args)[0]))
+    attack = jax.jit(functools.partial(attack_of, objective, model))
+    return config, model, optimizer, average, budget, step, attack, gradient
+
+
+PASS = {}
+
+
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.usefixtures("numbers_are_given")
 def test_steps(reference, recipe, attack_of, name):
     mode = MODES[name]
     config = config_of(mode)
-    counts = long_tailed_counts(5000, 10, 0.02, "exp")
-    np.testing.assert_array_equal(reference(FILE, "input/steps/counts"), counts)
-    model = builder.model(config, counts, platform=jax.default_backend(), precision="default")
-    objective, optimizer = (
-        builder.objective(config, counts),
-        builder.optimizer(config, steps_per_epoch=1000)[0],
-    )
-    optimizer = optax.chain(KEEP_GRADIENTS, optimizer)
+    if config.threat.budget.name == "given":
+        with config.unlocked():
+            config.threat.budget.epsilons = tuple(reference(FILE, "cfa/state/class_eps").tolist())
+    np.testing.assert_array_equal(reference(FILE, "input/steps/counts"), COUNTS)
+    parts = built(config.to_json(), attack_of)
+    config, model, optimizer, average, budget, step, attack, gradient = parts
+    pass_of = PASS.setdefault("of", jax.jit(model.train))
     params, stats = imported(recipe, "trainnet_pgd_at", model)
-    budget = builder.budget(config, counts)
-    average = builder.average(config, steps_per_epoch=1000)
-    extras = Extras(builder.perturbation(config), average, budget, steps_per_epoch=1000)
-    train_step = functools.partial(
-        training.train_step,
-        model=model,
-        objective=functools.partial(with_passes, objective),
-        optimizer=optimizer,
-    )
-    step_of = functools.cache(
-        lambda momentum: jax.jit(
-            functools.partial(train_step, extras=extras._replace(batch_norm_momentum=momentum))
-        )
-    )
-    attack = jax.jit(functools.partial(attack_of, objective, model))
-    pass_of = jax.jit(model.train)
     now = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
     now = now.replace(average=average.init(Weights(params, stats)))
     now = now.replace(classes=budget.init() if budget else {})
@@ -247,7 +285,7 @@ def test_steps(reference, recipe, attack_of, name):
         at, before = f"{name}/step{i}", now
         batch = batch_of(reference, recipe, i, mode.epoch, mode.generated)
         batch, partners = mixed(reference, recipe, check, at, batch)
-        now, seen = step_of(mode.momenta[i])(before, batch, partners=partners)
+        now, seen = step(before, batch, partners, mode.momenta[i])
         check(f"{at}/loss", seen["loss"] - entropy(partners, batch.labels))
         if f"{at}/loss_robust" in reference.load(FILE):
             check(f"{at}/loss_robust", seen["regulariser"])
@@ -260,15 +298,17 @@ def test_steps(reference, recipe, attack_of, name):
         moved = {"batch_update": found["path"][:-1], "batch_update_end": found["path"]}
         in_attack = list(moved.get(config.attack.batch_norm, ()))
         passes = [(x, pass_of(before.params, before.stats, x)[0]) for x in in_attack] + seen["passes"]
-        for what in mode.logs:
+        kinds = [2] * len(in_attack[:10])
+        kinds += [int((x != batch.images).any()) for x, _ in passes[len(kinds) :]]
+        extra = [(what, before.params) for what in mode.unused] + [(what, now.params) for what in mode.logs]
+        for what, weights in extra:
             images = {"adv": adversarial, "nat": batch.images}[what]
-            logits, moments = pass_of(now.params, now.stats, images)
+            logits, moments = pass_of(weights, now.stats, images)
             now = now.replace(stats=models.update_statistics(now.stats, (moments,)))
             passes.append((images, logits))
+            kinds.append(int((images != batch.images).any()))
         updates += len(passes)
         check(f"{at}/train_logits", np.stack([logits for _, logits in passes]))
-        kinds = [2] * len(moved.get(config.attack.batch_norm, ())[:10])
-        kinds += [1 if (x == adversarial).all() else 0 for x, _ in passes[len(kinds) :]]
         check(f"{at}/train_input", kinds, bound=0)
         check(f"{at}/bn_updates", updates, bound=0)
 
@@ -283,17 +323,18 @@ def test_steps(reference, recipe, attack_of, name):
             for prefix, arrays in (("full", after), ("grad", gradients), ("momentum", momentum)):
                 if key.startswith(f"{at}/{prefix}/"):
                     check(key, arrays[key.removeprefix(f"{at}/{prefix}/")])
+        if f"{at}/class_eps" in reference.load(FILE):
+            check(f"{at}/class_eps", budget.radii(before.classes, batch.epoch))
         if average.init(Weights({}, {})):
             averaged = to_state_dict(now.average["params"], now.stats)
             check(f"{at}/ema_checksum", checksums(recipe, averaged, names))
         if f"{at}/labels" in reference.load(FILE):
             check(f"{at}/labels", batch.labels if partners is None else soft_labels(partners, batch.labels))
         if f"{at}/awp_names" in reference.load(FILE):
-            gradient = jax.jit(jax.grad(lambda *args: objective(model, *args)[0]))
-            gradient = gradient(
+            of_batch = gradient(
                 before.params, before.stats, batch, objectives.Known(radii, adversarial=adversarial)
             )
-            check_perturbation(reference, recipe, check, at, config, before.params, gradient, to_state_dict)
+            check_perturbation(reference, recipe, check, at, config, before.params, of_batch, to_state_dict)
     stored = {key for key in reference.load(FILE) if key.startswith(f"{name}/step")}
     assert not stored - reference.files[FILE]["compared"] - reference.files[FILE]["input"]
 
