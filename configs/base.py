@@ -156,6 +156,8 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config.weights = "current"  # or 'average': those of config.average
     config.epsilon = threat.get_oneway_ref("epsilon")
     config.step_size = STEP * config.get_oneway_ref("epsilon")
+    # Radius of each class: 'constant', the standard; 'by_frequency' (alpha; RobustLT) or 'given' (epsilons).
+    config.budget = ConfigDict({"name": "constant"})
     config.logit_scale = 1.0  # factor of the model's logits
     config.tau_p = 0.0  # tau_p * log prior is subtracted from them (logit adjustment after training)
     config.head = ConfigDict({"name": ""})  # used in place of the trained head; '': the trained head

@@ -17,6 +17,7 @@ SHORT = {
     "examples": "examples",
     "autoattack": "autoattack",
     "audit": "audit.examples",
+    "budget": "budget.name",
     "surrogate": "audit.surrogate",
 }
 
@@ -27,12 +28,13 @@ def main(arguments: list[str]) -> None:
         "workdir": "folder of the run; its config is used",
         "config": "another config; its head, logit scale and prior adjustment at inference are used",
         "folder": "folder of the results; WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD, "
-        "with --examples WORKDIR/evaluation-N-images",
+        "with --budget WORKDIR/evaluation-BUDGET, with --examples WORKDIR/evaluation-N-images",
         "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the newest one, or with "
         "config.train.select=best the best one",
         "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",
         "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
+        "budget": "radii by class: constant (the standard) or by_frequency: config.evaluation.budget.name",
         "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
     }
     flags, overrides = cli.split_overrides(arguments)
@@ -75,6 +77,8 @@ def main(arguments: list[str]) -> None:
         print(to_json(config), end="")
         cli.check_shown()
         return
+    if config.evaluation.budget.name != "constant":
+        name += f"-{config.evaluation.budget.name.rpartition(':')[2]}"
     if config.evaluation.examples:
         name += f"-{config.evaluation.examples}-images"
     folder = pathlib.Path(values["folder"]) if values["folder"] else workdir / name

@@ -26,6 +26,7 @@ from robal_jax.attacks.threat import (
     check_attack,
     finite,
     like_images,
+    of_class,
     per_image,
     starting_points,
     uniform_start,
@@ -41,7 +42,7 @@ def pgd(
     *,
     threat: ThreatModel,
     steps: int,
-    step_size: chex.Numeric | optax.Schedule,
+    step_size: chex.Numeric | tuple[float, ...] | optax.Schedule,
     loss: losses.Loss = losses.cross_entropy,
     start: Start = uniform_start,
     momentum: float = 0.0,
@@ -137,7 +138,7 @@ def pgd_iterates(
        [0.5  0.25]
        [0.55 0.3 ]]
     """
-    check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels)
     checks.at_least(1, steps=steps)
     first = starting_points(start, key, images, threat)
     path = pgd_path(
@@ -154,7 +155,7 @@ def pgd_path(
     *,
     threat: ThreatModel,
     steps: tuple[int, ...],
-    step_size: chex.Numeric | optax.Schedule,
+    step_size: chex.Numeric | tuple[float, ...] | optax.Schedule,
     loss: losses.Loss = losses.cross_entropy,
     momentum: float = 0.0,
     eot: int = 0,
@@ -177,8 +178,8 @@ def pgd_path(
       labels: ``[B]``.
       threat: allowed images.
       steps: numbers of steps, at least 1 and in increasing order, after which the images are returned.
-      step_size: > 0, in units of the image; or one per image ``[B]``, >= 0; or a function of
-        ``t = 0, 1, ...``, such as optax's schedules.
+      step_size: > 0, in units of the image; or a tuple with one per class, or an array ``[B]`` with one per
+        image, >= 0; or a function of ``t = 0, 1, ...``, such as optax's schedules.
       loss: per example; ascended.
       momentum: 0 is PGD, 1 is MIM as published.
       eot: see :func:`loss_gradient`.
@@ -204,6 +205,7 @@ def pgd_path(
     """
     threat = check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
+    step_size = of_class(step_size, labels)
     if getattr(step_size, "ndim", 0):
         checks.lengths("step_size", step_size, len(images), "image", zero=True)
     elif not callable(step_size):

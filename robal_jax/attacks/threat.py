@@ -111,7 +111,7 @@ class ThreatModel:
         """
         if isinstance(self.epsilon, tuple):
             checks.labels_in(len(self.epsilon), labels, per="radii")
-            radii = jnp.asarray(self.epsilon, dtype)[labels]
+            radii = of_class(self.epsilon, labels, dtype)
         elif self._per_image and dtype is not None:
             radii = jnp.asarray(self.epsilon, dtype)
         else:
@@ -243,6 +243,16 @@ def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) ->
         raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
     threat.check(images, labels)
     return threat.of(labels, jnp.result_type(images))
+
+
+def of_class(values: Any, labels: chex.Array, dtype: Any = None) -> Any:
+    """Looks up the value of each image's class in a tuple of ``K``; anything else belongs to all images.
+
+    Example:
+      >>> print(of_class((0.1, 0.2), jnp.array([1, 0, 1])), of_class(0.1, jnp.array([1, 0, 1])))
+      [0.2 0.1 0.2] 0.1
+    """
+    return jnp.asarray(values, dtype)[labels] if isinstance(values, tuple) else values
 
 
 def in_255ths(value: float) -> str:

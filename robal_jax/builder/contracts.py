@@ -35,6 +35,7 @@ CONTRACTS = {
     "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
     "perturbation": "return a function of (params, gradients, epoch) that returns params",
+    "budget": "return one radius per class, [K] numbers > 0",
     "average": "return a robal_jax.averages.Average",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
     "too, and return one per step",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -11,8 +12,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import classifiers, metrics, models
+from robal_jax import checks, classifiers, metrics, models
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks.threat import in_255ths
+from robal_jax.budgets import BUDGETS
+from robal_jax.builder.contracts import calling
+from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, generated_per_batch, hold_out, model
 from robal_jax.builder.ranges import validate
 from robal_jax.data import TestSet, balanced_part, part_of
@@ -78,7 +83,7 @@ class Evaluation:
       predict: ``(params, stats, images) -> logits``, scaled and adjusted as the config says.
       features: ``(params, stats, images) -> [B, D]``, the input of the head; None if it is not known.
       threat: what the attacks may do.
-      step_size: of the iterated attacks.
+      step_size: of the iterated attacks; one per class if the radii are.
       version: of the ensemble of attacks: a key of ``autoattack.VERSIONS``, a list, or 'none'.
       ensemble: its stages; empty for 'none'.
       audit_examples: test images in the audit's sample; 0 for no audit.
@@ -99,7 +104,7 @@ class Evaluation:
     predict: Callable[..., Any]
     features: Callable[..., Any] | None
     threat: ThreatModel
-    step_size: float
+    step_size: float | tuple[float, ...]
     version: str
     ensemble: tuple[autoattack.Stage, ...]
     audit_examples: int
@@ -165,7 +170,8 @@ def evaluation_on(
         logits = settings.logit_scale * network.predict(params, stats, images)
         return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
 
-    threat, version = ThreatModel(settings.epsilon, config.threat.norm), settings.autoattack
+    threat, step_size, by_class = _radii(config, test.class_counts)
+    version = settings.autoattack
     pixels = math.prod(test.images.shape[1:3])
     ensemble = autoattack.stages(version, len(counts), threat=threat)
     batch_size = at_once(settings.batch_size, pixels, platform)
@@ -177,7 +183,7 @@ def evaluation_on(
         predict=predict,
         features=network.features,
         threat=threat,
-        step_size=settings.step_size,
+        step_size=step_size,
         version=version,
         ensemble=ensemble,
         audit_examples=min(settings.audit.examples, len(test.labels)),
@@ -186,9 +192,37 @@ def evaluation_on(
         seed=settings.seed,
         layout=config.train.layout,
         groups=groups,
-        about=_about(config, test, head, ensemble),
+        about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
     )
+
+
+def _radii(
+    config: ConfigDict, class_counts: np.ndarray
+) -> tuple[ThreatModel, float | tuple[float, ...], dict[str, Any]]:
+    """Returns the threat model, the step size, and what the report says of radii that differ by class.
+
+    Steps are in proportion to the radius of the class.
+    """
+    settings, section = config.evaluation, config.evaluation.budget
+    given = {"class_counts": class_counts, "epsilon": settings.epsilon}
+    rule = call("budget", BUDGETS, section, **given)
+    with calling("budget", section.name):
+        radii = rule()
+        checks.lengths("the radii", radii, len(class_counts))
+    if (np.asarray(radii) == settings.epsilon).all():
+        return ThreatModel(settings.epsilon, config.threat.norm), settings.step_size, {}
+    radii = tuple(map(float, radii))
+    if config.threat.norm == "linf" and max(radii) > 1:
+        raise InputError(
+            f"config.evaluation.budget gives class {int(np.argmax(radii))} the radius {max(radii):g}; in "
+            "L-infinity it must be at most 1, the range of a pixel" + in_255ths(max(radii))
+        )
+    settled = {name: option.default for name, option in inspect.signature(rule).parameters.items()}
+    options = [f"{name} {value}" for name, value in settled.items() if name not in (*given, "epsilons")]
+    about = {"class_epsilon": list(radii), "budget": ", ".join([section.name, *options])}
+    steps = tuple(settings.step_size * radius / settings.epsilon for radius in radii)
+    return ThreatModel(radii, config.threat.norm), steps, about
 
 
 def _part(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[str, str]]:

@@ -102,6 +102,7 @@ _NOT_NEGATIVE_FIELDS = (
 
 _BELOW_ONE_FIELDS = (
     "optimizer.momentum", "train.label_smoothing", "train.held_out", "generated.share", "average.decay",
+    "threat.budget.alpha", "evaluation.budget.alpha",
 )  # fmt: skip
 
 RANGES: dict[str, Rule] = {
@@ -143,7 +144,7 @@ _TEXTS = (
     "generated.path", "train.start_from", "train.select", "train.augmentation", "train.layout",
     "train.precision",
     "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
-    "evaluation.weights",
+    "evaluation.weights", "evaluation.budget.name",
 )  # fmt: skip
 
 _INTEGERS = (

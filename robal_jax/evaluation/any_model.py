@@ -21,6 +21,7 @@ from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError, ReportError, shown, user_path
 from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
+from robal_jax.evaluation.measurements import StepSize
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
@@ -62,10 +63,10 @@ def evaluate_model(
         ``nnx.jit`` its weights become constants of every program.
       images: test images ``[n, H, W, C]``, floats in [0, 1].
       labels: their classes, integers ``[n]``; every class must occur.
-      threat: what the attacks may do.
+      threat: what the attacks may do; with one radius, or one per class, ``ThreatModel((0.1, 0.2, ...))``.
       version: of the ensemble: 'standard' (AutoAttack), 'robal_aa', 'plus', 'none', or a list such as
         'apgd_ce,square' or ['apgd_ce', 'square'].
-      step_size: of PGD, MIM and CW; epsilon / 4 if None.
+      step_size: of PGD, MIM and CW; epsilon / 4, of each class its own, if None.
       class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
         Without them the report has no such groups.
       class_names: of the ``K`` classes; their numbers if None.
@@ -90,8 +91,7 @@ def evaluate_model(
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
     """
     images, labels = _arrays(images, labels, threat)
-    step_size = threat.epsilon / 4 if step_size is None else step_size
-    step_size, batch_size, audit, seed = _numbers(step_size, batch_size, audit, seed)
+    length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
     if select not in builder.SELECTIONS:
         raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
     version = autoattack.version_name(version)
@@ -106,7 +106,7 @@ def evaluate_model(
         predict=predict,
         features=None,
         threat=threat,
-        step_size=step_size,
+        step_size=length,
         version=version,
         ensemble=ensemble,
         audit_examples=min(audit, len(labels)),
@@ -162,14 +162,20 @@ def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tupl
     return images, labels
 
 
-def _numbers(step_size: float, batch_size: int, audit: int, seed: int) -> tuple[float, int, int, int]:
+def _numbers(
+    threat: ThreatModel, step_size: float | None, batch_size: int, audit: int, seed: int
+) -> tuple[StepSize, int, int, int]:
     """Checks the settings of an evaluation, and makes them Python's own numbers, which JSON can hold."""
-    checks.positive(step_size=step_size)
+    if step_size is not None:
+        checks.positive(step_size=step_size)
+        length: StepSize = float(step_size)
+    else:
+        length = threat.scaled(0.25).epsilon
     checks.at_least(1, batch_size=batch_size)
     checks.at_least(0, audit=audit, seed=seed)
     if int(seed) >= 2**32:
         raise ValueError(f"seed is {seed}; it must be in 0..2^32-1")
-    return float(step_size), int(batch_size), int(audit), int(seed)
+    return length, int(batch_size), int(audit), int(seed)
 
 
 def _parted(
@@ -223,7 +229,8 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
 
 def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -> dict[str, Any]:
     """Describes model, data and attack for the report."""
-    counts = job.test.class_counts
+    counts, epsilon = job.test.class_counts, job.threat.epsilon
+    by_class = isinstance(epsilon, tuple)
     return {
         "method": name,
         "dataset": dataset,
@@ -232,7 +239,7 @@ def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -
         else "not given; the report counts the test images instead of the training images of a class",
         "class_names": list(job.test.class_names),
         "norm": NORMS[job.threat.norm],
-        "epsilon": job.threat.epsilon,
+        **({"class_epsilon": list(epsilon), "budget": "given"} if by_class else {"epsilon": epsilon}),
         "step_size": job.step_size,
         "start": "uniform in the ball; FGSM: x",
         "evaluation_seed": job.seed,

@@ -18,7 +18,7 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
-from robal_jax.evaluation.measurements import Sample
+from robal_jax.evaluation.measurements import Sample, radius_unit
 from robal_jax.evaluation.outcomes import Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import give_verdicts, stored_images
@@ -111,7 +111,7 @@ def is_stored(job: builder.Evaluation, folder: pathlib.Path, say: Callable[[str]
 
 
 def read_adversarial(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads ``adversarial.npz``: 'ids', 'images', 'predictions' and 'epsilon'.
+    """Reads ``adversarial.npz``: 'ids', 'images', 'predictions' and 'epsilon', a number or one per class.
 
     Raises:
       InputError: the file is missing or damaged.
@@ -158,7 +158,7 @@ def _judge(
     if not sample.measured:
         return [], {}
     survived, by_square = _after_gradients(job, found, sample, predictions, labels)
-    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, job.threat.epsilon)
+    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, radius_unit(job.threat))
 
 
 def _after_gradients(
@@ -206,10 +206,13 @@ def _store(
             np.savez(file, **kept, epsilon=np.array(job.threat.epsilon))
 
     hosts.by_first(write)
-    judged = recompute(victim, path, job.threat)
-    check("stored", judged, job.threat, victim.pixels)
+    judged, threat = recompute(victim, path, job.threat), job.threat.of(victim.labels)
+    check("stored", judged, threat, victim.pixels)
     reported, computed = found.predictions != victim.labels, judged["pred"] != victim.labels
-    return [stored_images(reported, computed, judged["distance"], job.threat.epsilon)]
+    distance = judged["distance"]
+    if isinstance(job.threat.epsilon, tuple):  # in multiples of each image's own radius
+        distance = distance / np.asarray(threat.epsilon)
+    return [stored_images(reported, computed, distance, radius_unit(job.threat))]
 
 
 def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged:

@@ -33,6 +33,7 @@ from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_me
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting import report
+from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
 from robal_jax.storage.best import default_checkpoint, how_chosen
@@ -113,7 +114,8 @@ def evaluate(
         }
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
         folder = workdir / EVALUATION if folder is None else folder
-        subject = Subject(job, weights, surrogate, identity, about)
+        beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
+        subject = Subject(job, weights, surrogate, identity, about, beside)
         if not attack_and_report(subject, folder, command, stop, say):
             say(f"stopped; the same command resumes from {folder / UNFINISHED}")
         return folder
@@ -128,6 +130,7 @@ class Subject(NamedTuple):
       surrogate: another model, for the audit's attack by transfer; None for none.
       identity: JSON values that tell this evaluation from others, beside the test set.
       about: what the report says in addition to ``job.about``.
+      beside: folder of the evaluation at a common radius, if this one has radii by class.
     """
 
     job: builder.Evaluation
@@ -135,6 +138,7 @@ class Subject(NamedTuple):
     surrogate: Victim | None
     identity: Mapping[str, Any]
     about: Mapping[str, Any]
+    beside: pathlib.Path | None = None
 
 
 def attack_and_report(
@@ -207,6 +211,8 @@ def _attack_and_store(
         "command": command,
         "stages": autoattack.robust_after(job.ensemble, found),
     }
+    if subject.beside is not None:
+        meta |= hosts.by_first(partial(at_common_radius, subject.beside, meta))
     store(victim, job, subject.weights, outcomes, found, sample, meta, folder)
     return True
 
@@ -290,7 +296,7 @@ def conditions(
     if done < total:
         return None
     for condition in CONDITIONS:
-        check(condition, outcomes[condition], job.threat, victim.pixels)
+        check(condition, outcomes[condition], job.threat.of(labels), victim.pixels)
     return outcomes
 
 
@@ -312,7 +318,7 @@ def ensemble(
 
         def attack(ids: np.ndarray, number: int, step: Callable = step, name: str = stage.name) -> Any:
             found = step(ids, number=np.int32(number))
-            check(name, found, job.threat, victim.pixels)
+            check(name, found, job.threat.of(labels[ids]), victim.pixels)
             return found["images"], found["pred"]
 
         total = stage.rounds * int(np.sum(~autoattack.broken_by(progress, stage.first - 1)))

@@ -4,7 +4,6 @@ Nothing is judged here: :func:`plan_measurements` names all measurements, each a
 that they can be saved one by one; ``verdicts.py`` judges the arrays.
 """
 
-import dataclasses
 import inspect
 import sys
 import types
@@ -19,7 +18,7 @@ import numpy as np
 
 from robal_jax import attacks, losses
 from robal_jax.attacks import LogitsFn, ThreatModel, starting_points, uniform_start
-from robal_jax.attacks.threat import finite
+from robal_jax.attacks.threat import finite, like_images, of_class
 from robal_jax.evaluation.victim import Victim
 from robal_jax.keys import fold_in
 
@@ -46,6 +45,9 @@ RESTART_NAMES = {restart: f"restart_{restart}" for restart in range(1, RESTARTS)
 RADIUS_NAME = "radius_{:g}"  # by factor of the threat model's radius; 0 is clean, and 1 is in "steps"
 
 _DERIVATIVES = ("vjp", "_vjp", "_jvp", "linearize")  # in JAX's file of jax.grad; all others call one of these
+
+StepSize = float | tuple[float, ...]
+"""Of PGD; or one per class."""
 
 Measured = Mapping[str, Mapping[str, np.ndarray]]
 """Name of a measurement to its arrays by field, each of all images of the sample."""
@@ -78,7 +80,7 @@ def gradients(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    step_size: float,
+    step_size: StepSize,
 ) -> dict[str, chex.Array]:
     """Looks at the gradient of the cross-entropy where an attack meets it.
 
@@ -90,8 +92,10 @@ def gradients(
     def gradient(x: chex.Array) -> chex.Array:
         return jax.grad(lambda x: losses.cross_entropy(logits_fn(x), labels).sum())(x)
 
+    threat, length = threat.of(labels), of_class(step_size, labels)
+    length = like_images(length, images) if jnp.ndim(length) else length
     start = threat.project(starting_points(uniform_start, keys, images, threat), images)
-    first = threat.project(start + step_size * threat.ascent_direction(finite(gradient(start))), images)
+    first = threat.project(start + length * threat.ascent_direction(finite(gradient(start))), images)
     found = jax.lax.map(gradient, jnp.stack([images, start, first]))
     is_finite = jnp.isfinite(found)
     size = jnp.abs(jnp.where(is_finite[0], found[0], 0.0)).sum(range(1, images.ndim))
@@ -109,7 +113,7 @@ def probe(
     restart: chex.Array,
     factor: chex.Array,
     threat: ThreatModel,
-    step_size: float,
+    step_size: StepSize,
 ) -> dict[str, chex.Array]:
     """Returns whether images are still classified correctly after several numbers of steps of PGD.
 
@@ -129,7 +133,7 @@ def probe(
       ``right`` bool ``[B, L]``; ``margin`` ``[B, L]``, by how much the true class's logit exceeds all others.
     """
     keys = fold_in(keys, restart)
-    threat = dataclasses.replace(threat, epsilon=threat.epsilon * factor)
+    threat = threat.of(labels).scaled(factor)
     start = starting_points(uniform_start, keys, images, threat)
     path = attacks.pgd_path(
         attacks.scaled(logits_fn, scale),
@@ -138,7 +142,7 @@ def probe(
         labels,
         threat=threat,
         steps=steps,
-        step_size=step_size * factor,
+        step_size=of_class(step_size, labels) * factor,
     )
     seen = jax.lax.map(logits_fn, path)
     margins = jax.vmap(lambda logits: attacks.margin(logits, labels))(seen)
@@ -177,6 +181,18 @@ def largest_radius(norm: str, pixels: int) -> float:
     return 1.0 if norm == "linf" else float(np.sqrt(pixels))
 
 
+def radius_unit(threat: ThreatModel) -> float:
+    """Returns the threat model's own radius in the curve of the accuracy.
+
+    It is 1 if classes have their own radii: the curve then counts in multiples of each image's own.
+
+    Example:
+      >>> radius_unit(ThreatModel(0.1)), radius_unit(ThreatModel((0.1, 0.2)))
+      (0.1, 1.0)
+    """
+    return 1.0 if isinstance(threat.epsilon, tuple) else float(threat.epsilon)
+
+
 def radius_factors(threat: ThreatModel, pixels: int) -> tuple[float, ...]:
     """Returns the factors of the radius in the curve of the accuracy, without 0 and 1; the last has no bound.
 
@@ -184,7 +200,7 @@ def radius_factors(threat: ThreatModel, pixels: int) -> tuple[float, ...]:
       >>> radius_factors(ThreatModel(0.1), 64)
       (0.25, 0.5, 2.0, 4.0, 8.0, 10.0)
     """
-    last = largest_radius(threat.norm, pixels) / threat.epsilon
+    last = largest_radius(threat.norm, pixels) / float(np.min(threat.epsilon))
     doubled = (float(2**power) for power in (-2, -1, *range(1, 1 + LARGEST_FACTOR.bit_length())))
     return (*(factor for factor in doubled if factor < last), *([last] if last > 1 else []))
 
@@ -196,7 +212,7 @@ def margin(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    step_size: float,
+    step_size: StepSize,
 ) -> dict[str, chex.Array]:
     """Returns ``right`` and ``margin`` as :func:`probe` does, both ``[B]``, under PGD-20 on the margin.
 
@@ -228,7 +244,7 @@ def crafted(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    step_size: float,
+    step_size: StepSize,
 ) -> dict[str, chex.Array]:
     """Returns images of PGD on the margin, ``[B, H, W, C]``: made on a surrogate, shown to the victim."""
     attack = partial(attacks.pgd, threat=threat, steps=MAIN_STEPS, step_size=step_size)
@@ -272,7 +288,7 @@ def plan_measurements(
     ids: np.ndarray,
     *,
     threat: ThreatModel,
-    step_size: float,
+    step_size: StepSize,
     surrogate: Victim | None = None,
 ) -> dict[str, Callable[[], dict[str, np.ndarray]]]:
     """Returns all measurements on a sample, in order; each is computed when it is called.
@@ -311,7 +327,7 @@ def plan_measurements(
         return pgd(ids, steps=steps, **shared)
 
     def within(factor: float) -> dict[str, np.ndarray]:
-        return {**attack(factor=factor), "radius": np.full(len(ids), factor * threat.epsilon)}
+        return {**attack(factor=factor), "radius": np.full(len(ids), factor * radius_unit(threat))}
 
     plans["steps"] = partial(attack, np.array(STEPS))
     for scale, name in SCALE_NAMES.items():

@@ -46,7 +46,7 @@ def eval_step(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    step_size: float,
+    step_size: float | tuple[float, ...],
 ) -> dict[str, Judged]:
     """Makes all conditions of RoBal's tables for one batch.
 
@@ -56,13 +56,14 @@ def eval_step(
       images: ``[B, H, W, C]`` in [0, 1].
       labels: ``[B]``.
       threat: what the attacks may do.
-      step_size: of the iterated attacks.
+      step_size: of the iterated attacks; or one per class.
 
     Returns:
       How the model classifies the images of each of ``CONDITIONS``.
 
     Source: the attacks and their starts as in RoBal's released evaluation.
     """
+    threat = threat.of(labels)
     keys = jax.vmap(partial(jax.random.split, num=3))(keys)
     start = [starting_points(uniform_start, keys[:, i], images, threat) for i in range(3)]
     run = partial(attacks.pgd_path, logits_fn, images=images, labels=labels, threat=threat)
@@ -127,7 +128,7 @@ def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel,
     Args:
       condition: name of the condition or of the attack.
       judged: its outcomes, see ``Judged``.
-      threat: what the attacks may do.
+      threat: what the attacks may do; with one radius, or one per image.
       pixels: numbers per image.
 
     Raises:
@@ -136,6 +137,6 @@ def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel,
     """
     autoattack.require_finite(judged["finite"], condition)
     tolerance = DISTANCE_TOLERANCE * (pixels**0.5 if threat.norm == "l2" else 1.0)
-    for field, largest in ("distance", threat.epsilon + tolerance), ("outside", 0):
-        if not judged[field].max() <= largest:  # NaN is not
+    for field, largest in ("distance", np.asarray(threat.epsilon) + tolerance), ("outside", 0):
+        if not (judged[field] <= largest).all():  # NaN is not
             raise RuntimeError(f"attack {condition} left the threat model: {field} {judged[field].max()}")

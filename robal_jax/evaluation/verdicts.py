@@ -115,7 +115,7 @@ def give_verdicts(
       survived: of the images that are right when clean, those that survive every gradient attack of the
         evaluation, bool ``[m]``.
       by_square: whether Square breaks them, bool ``[m]``; None if it did not run after such attacks.
-      epsilon: radius of the threat model.
+      epsilon: the threat model's own radius, as :func:`measurements.radius_unit` counts it.
 
     Returns:
       The verdicts, and the curves of the accuracy by logit scale, steps, restarts and radius.
@@ -435,7 +435,7 @@ def stored_images(
       reported: whether images count as broken, bool ``[n]``.
       computed: whether the model misclassifies the stored images, bool ``[n]``.
       distance: of the stored images, ``[n]``.
-      epsilon: radius of the threat model.
+      epsilon: the threat model's own radius, in the unit of the distances.
     """
     differ = int(np.sum(reported != computed))
     figures = (

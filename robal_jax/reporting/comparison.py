@@ -14,13 +14,16 @@ from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
 from robal_jax.reporting.audit import audit_summary
-from robal_jax.reporting.names import display_name, folded, printed, with_interval
+from robal_jax.reporting.names import BY_CLASS, display_name, folded, printed, threat, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
 TITLE = "Comparison of runs"
 
 # Runs can be compared only if these are equal.
-_PROTOCOL = ("dataset", "part", "test_set_sha256", "norm", "epsilon", "step_size", "start", "evaluation_seed")
+_PROTOCOL = (
+    "dataset", "part", "test_set_sha256", "norm", "epsilon", "class_epsilon", "step_size", "start",
+    "evaluation_seed",
+)  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -96,7 +99,10 @@ def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
         )
     for key in _PROTOCOL:
         if reference.meta.get(key) != run.meta.get(key):
-            values = f"{printed(run.meta.get(key))} and {printed(reference.meta.get(key))}"
+            both = (run.meta, reference.meta)
+            values = " and ".join(
+                threat(meta) if key == "class_epsilon" else printed(meta.get(key)) for meta in both
+            )
             raise InputError(f"{names} differ in {key}: {values}; evaluate both in the same way")
 
 
@@ -199,6 +205,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
     ]
     header = ("Condition", "Run", *map(str.capitalize, groups))
     parts = "".join(sorted({f" ({run.meta['part']})" for run in runs if "part" in run.meta}))
+    parts += f" ({BY_CLASS})" * ("class_epsilon" in first.meta)
     spread = " (mean ± standard deviation over seeds)" if by_seed else ""
     tables = [
         Table("Runs", ("Run", "Audit", "Conditions left out"), audits),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from robal_jax.reporting import comparison, figures, page
-from robal_jax.reporting.names import display_name, threat, with_interval
+from robal_jax.reporting.names import BY_CLASS, display_name, threat, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
 
@@ -22,7 +22,8 @@ def comparison_html(runs: Sequence[EvaluatedRun]) -> str:
     first = comparison.shared_conditions(runs)[0]
     reference = next(iter(comparison.by_method(runs)))
     facts = [f"{len(runs)} runs on {first.meta['dataset']}", f"{len(first.examples['labels'])} test images"]
-    blocks = [page.paragraph(" · ".join(filter(None, (*facts, threat(first.meta)))))]
+    facts += [threat(first.meta), BY_CLASS if "class_epsilon" in first.meta else ""]
+    blocks = [page.paragraph(" · ".join(filter(None, facts)))]
     if pairs:
         attack = first.headline_attack if first.headline_attack in first.conditions else "worst"
         blocks += [

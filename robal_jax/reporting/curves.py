@@ -68,6 +68,8 @@ def curves_figure(results: Results) -> Figure:
 def radius_figure(results: Results) -> Figure:
     """Draws the accuracy by radius of the attack, from 0, with a mark at the threat model's radius.
 
+    If classes have their own radii, the curve is over multiples of each image's own.
+
     A model without defence falls to 0 soon, and every model falls to 0 in the end: a curve that does not is a
     sign that the attack fails (Carlini et al., 2019).
     """
@@ -79,8 +81,9 @@ def radius_figure(results: Results) -> Figure:
         value, low, high = percents(values)
         axes.plot(x, value, color=color, marker=marker, markersize=4, label=plain(name))
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    if "epsilon" in results.meta:
-        own = results.meta["epsilon"]
+    by_class = "class_epsilon" in results.meta
+    if by_class or "epsilon" in results.meta:
+        own = 1.0 if by_class else results.meta["epsilon"]
         axes.axvline(
             own, color="black", linestyle="--", linewidth=1, label=f"Threat model ({threat(results.meta)})"
         )
@@ -91,7 +94,7 @@ def radius_figure(results: Results) -> Figure:
     accuracy_axis(axes, "Accuracy (% of images)")
     axes.set_ylim(-2, 102)
     axes.set_xlim(left=0 - 0.02 * x.max())
-    axes.set_xlabel("Radius of the attack")
+    axes.set_xlabel("Radius of the attack" + (" in multiples of each image's own" if by_class else ""))
     axes.set_title(f"{title(results)}: accuracy by radius, 95 % intervals")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from robal_jax.reporting.names import AUTOATTACK, display_name, percent, threat, with_interval
+from robal_jax.reporting.names import AUTOATTACK, BY_CLASS, display_name, percent, threat, with_interval
 from robal_jax.reporting.results import Results
 
 
@@ -33,6 +33,8 @@ def in_words(results: Results) -> str:
     )
     if attack not in AUTOATTACK:
         sentence += " AutoAttack was not run; it may find a lower number."
+    if "class_epsilon" in results.meta:
+        sentence += f" {BY_CLASS.capitalize()}."
     return sentence
 
 

@@ -90,9 +90,24 @@ def radius(epsilon: float) -> str:
 
 
 def threat(meta: Mapping[str, Any]) -> str:
-    """Returns norm and radius of the threat model, as far as they are known: 'L∞ 8/255'."""
+    """Returns norm and radius of the threat model, as far as they are known: 'L∞ 8/255'.
+
+    Example:
+      >>> threat({"norm": "L-infinity", "epsilon": 8 / 255}), threat({"norm": "L2", "epsilon": 0.5})
+      ('L∞ 8/255', 'L2 0.5')
+      >>> threat({"norm": "L-infinity", "epsilon": 0.1, "class_epsilon": [0.07, 0.1476391]})
+      'L∞ 0.07 to 0.148 by class'
+    """
     norm = str(meta.get("norm", "")).replace("L-infinity", "L∞")
+    if "class_epsilon" in meta:
+        ends = (radius(of(meta["class_epsilon"])) for of in (min, max))
+        lowest, highest = (end if "/" in end else f"{float(end):.3g}" for end in ends)
+        return f"{norm} {lowest} to {highest} by class".strip()
     return " ".join(part for part in (norm, "epsilon" in meta and radius(meta["epsilon"])) if part)
+
+
+BY_CLASS = "budgets by class: not the standard threat model"
+"""Label of every result at radii that differ by class."""
 
 
 def training_name(metric: str) -> str:

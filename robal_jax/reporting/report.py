@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 
 from robal_jax.errors import InputError
-from robal_jax.reporting import audit, curves, figures, page, sections
+from robal_jax.reporting import audit, budgets, curves, figures, page, sections
 from robal_jax.reporting.results import Gallery, Results
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import REPORT_HTML, REPORT_MARKDOWN
@@ -58,6 +58,7 @@ def write_report(
     pictures = {name: figures.block(figure, f"{name}.png", _CAPTIONS[name]) for name, figure in drawn.items()}
     blocks = [
         *sections.summary_section(results, pictures),
+        *budgets.budget_section(results),
         *audit.audit_section(results, pictures),
         *sections.condition_section(results, pictures),
         *sections.group_section(results),

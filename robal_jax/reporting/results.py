@@ -74,9 +74,12 @@ class Results:
         - the images: 'dataset', 'imbalance', 'class_names' (list of K), 'n', 'test_set_sha256', 'part' (which
           part of the test set; missing for all of it), 'generated' (their share in training; missing
           without);
-        - the attacks: 'norm', 'epsilon', 'step_size', 'start', 'evaluation_seed', 'main_attack' (the one that
-          counts if no ensemble was evaluated), 'autoattack' (names of the ensemble's attacks), 'stages'
-          ({attack: accuracy after it and all attacks before it});
+        - the attacks: 'norm', 'epsilon', 'class_epsilon' (radii by class [K], and 'epsilon' is the common one
+          that they are made of; missing if all are equal), 'budget' (the rule of these radii),
+          'common_epsilon' (the evaluation of the same weights at the common radius, if there is one:
+          'folder', and 'accuracy' and 'tail', {condition: FIGURE}), 'step_size', 'start', 'evaluation_seed',
+          'main_attack' (the one that counts if no ensemble was evaluated), 'autoattack' (names of the
+          ensemble's attacks), 'stages' ({attack: accuracy after it and all attacks before it});
         - the evaluation: 'versions' ({package: version}), 'commit' (of the checkout), 'device', 'processor',
           'date', 'seconds', 'command'.
       summary: what :func:`metrics.summarize` returns.
@@ -102,9 +105,10 @@ class Results:
 
     @property
     def title(self) -> str:
-        """The model, the data set and the part of it in a few words."""
+        """The model, the data set, the part of it and budgets by class in a few words."""
         part = f" ({self.meta['part']})" if "part" in self.meta else ""
-        return f"{self.meta['method']} on {self.meta['dataset']}{part}"
+        by_class = " (budgets by class)" if "class_epsilon" in self.meta else ""
+        return f"{self.meta['method']} on {self.meta['dataset']}{part}{by_class}"
 
     @property
     def headline_attack(self) -> str:
@@ -336,11 +340,13 @@ def _json_text(content: Mapping[str, Any]) -> str:
 
 
 def _per_class_csv(results: Results) -> str:
+    radii = results.meta.get("class_epsilon")
     rows = [
         {
             "class": index,
             "name": results.class_name(index),
             "train_count": count,
+            **({"epsilon": radii[index]} if radii else {}),
             "support": row["support"][index],
             "condition": name,
             "recall": row["recall"][index]["value"],

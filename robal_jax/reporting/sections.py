@@ -9,6 +9,7 @@ from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.headline import in_words, tail_notes
 from robal_jax.reporting.names import (
     AUTOATTACK,
+    BY_CLASS,
     ENSEMBLES,
     display_name,
     folded,
@@ -31,6 +32,7 @@ _META_LABELS = {
     "n": "Test images",
     "norm": "Threat model: norm",
     "epsilon": "Threat model: radius",
+    "budget": f"Radii by class ({BY_CLASS})",
     "step_size": "Attack step size",
     "start": "Attack start",
     "head": "Head under attack",
@@ -58,7 +60,7 @@ END_CLASSES = 5  # shown of the head and of the tail if there are many classes
 
 _META_ELSEWHERE = (
     "class_names", "command", "config", "identity", "stages", "training", "judged",
-    "selected_on_test",
+    "selected_on_test", "class_epsilon", "common_epsilon",
 )  # fmt: skip
 _FACTS = {
     "imbalance": "imbalance",
@@ -103,6 +105,8 @@ def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> lis
             "The larger the radius, the more the attack may change the images of the audit's sample; at 0 "
             "they are clean. The accuracy falls to 0 as the radius grows, if the attack works."
         )
+        if "class_epsilon" in meta:
+            text += " The radius is given in multiples of each image's own."
         blocks += [page.paragraph(text), pictures["epsilon"]]
     return blocks
 

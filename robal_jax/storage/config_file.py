@@ -20,6 +20,7 @@ from robal_jax.storage.names import CONFIG
 
 NEUTRAL: dict[str, Any] = {
     "evaluation.examples": 0,
+    "evaluation.budget": {"name": "constant"},
     "evaluation.weights": "current",
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,

@@ -38,7 +38,7 @@ def judge_step(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    step_size: float,
+    step_size: float | tuple[float, ...],
 ) -> dict[str, chex.Array]:
     """Returns which images of a batch are right when clean and under PGD-10, bool ``[B]`` each.
 
@@ -48,10 +48,10 @@ def judge_step(
       images: ``[B, H, W, C]`` in [0, 1].
       labels: ``[B]``.
       threat: what the attack may do.
-      step_size: of the attack.
+      step_size: of the attack; or one per class.
     """
     first = jax.vmap(partial(jax.random.split, num=3))(keys)[:, 0]  # the start of the evaluation's PGD
-    start = starting_points(uniform_start, first, images, threat)
+    start = starting_points(uniform_start, first, images, threat.of(labels))
     (attacked,) = attacks.pgd_path(
         logits_fn, start, images, labels, threat=threat, steps=(STEPS,), step_size=step_size
     )

@@ -1,0 +1,81 @@
+"""Radii that differ by class: what a report says of them, and the accuracy at the common radius beside it."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from robal_jax.errors import InputError
+from robal_jax.reporting import page
+from robal_jax.reporting.names import BY_CLASS, display_name, folded, radius, with_interval
+from robal_jax.reporting.results import MANY_CLASSES, Results
+from robal_jax.storage.config_file import evaluation_fields
+
+# What may differ between an evaluation at the common radius and one at radii by class.
+_MAY_DIFFER = ("evaluation.budget.", "evaluation.autoattack", "evaluation.audit.")
+
+
+def at_common_radius(folder: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the accuracies of the same weights at the common radius, as ``meta`` holds them.
+
+    Args:
+      folder: of an evaluation, if there is one.
+      meta: of the evaluation at radii by class.
+
+    Returns:
+      'common_epsilon'; {} if there is no such evaluation.
+    """
+    try:
+        common = Results.read(folder)
+    except InputError:
+        return {}
+    if "class_epsilon" in common.meta or _settled(common.meta) != _settled(meta):
+        return {}
+    groups = ["accuracy", *(["tail"] if "tail" in common.groups else [])]
+    figures = {group: {name: row[group] for name, row in common.conditions.items()} for group in groups}
+    return {"common_epsilon": {"folder": str(folder), **figures}}
+
+
+def _settled(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what two evaluations of the same weights on the same images agree in."""
+    fields = evaluation_fields(meta.get("config", {}))
+    kept = {name: value for name, value in fields.items() if not name.startswith(_MAY_DIFFER)}
+    return kept | {key: meta.get(key) for key in ("checkpoint_sha256", "test_set_sha256")}
+
+
+def budget_section(results: Results) -> list[page.Block]:
+    """Returns the radii of the classes, and the accuracies at the common radius; nothing for one radius."""
+    meta, counts = results.meta, results.summary["class_counts"]
+    if "class_epsilon" not in meta:
+        return []
+    radii = zip(map(results.class_name, range(len(counts))), counts, meta["class_epsilon"], strict=True)
+    rows = [(name, count, f"{value:.6g}") for name, count, value in radii]
+    table = page.table(("Class", "Training images", "Radius"), rows)
+    common = f"; the common radius is {radius(meta['epsilon'])}" if "epsilon" in meta else ""
+    return [
+        page.section("Budgets by class"),
+        page.paragraph(
+            f"{BY_CLASS.capitalize()}. Each class has its own radius, by the rule {meta['budget']}{common}. "
+            "Do not compare these accuracies with others, which are at one radius for all classes."
+        ),
+        table if len(rows) <= MANY_CLASSES else page.folded(f"Radii of all {len(rows)} classes", table),
+        *_beside(results),
+    ]
+
+
+def _beside(results: Results) -> list[page.Block]:
+    """Returns the accuracies at radii by class and at the common radius in one table."""
+    common = results.meta.get("common_epsilon")
+    if common is None:
+        return []
+    groups = {key: name for key, name in (("accuracy", "all"), ("tail", "tail")) if key in common}
+    header = [f"{name.capitalize()}, {where}" for name in groups.values() for where in ("by class", "common")]
+    rows = folded(
+        (display_name(name), [with_interval(of) for key in groups for of in (row[key], common[key][name])])
+        for name, row in results.conditions.items()
+        if name in common["accuracy"]
+    )
+    text = f"The same weights at the common radius, from {common['folder']}, in percent with 95 % intervals:"
+    return [
+        page.paragraph(text),
+        page.table(("Condition", *header), ((name, *cells) for name, cells in rows)),
+    ]
