@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robal_jax.errors import InputError
-from robal_jax.storage.config_file import flatten
+from robal_jax.storage.config_file import NEUTRAL, flatten
 from robal_jax.storage.names import RESULTS, UNFINISHED
 from robal_jax.storage.unfinished import compared, read_identity
 
@@ -67,7 +67,8 @@ def _differences(identity: Mapping[str, Any], there: Mapping[str, Any]) -> list[
     """Lists the values that differ, as lines ``field: this, there``."""
     fields = [flatten(compared(json.loads(json.dumps(one)), identity)) for one in (identity, there)]
     names = sorted({name for each in fields for name in each})
-    pairs = {name.removeprefix("config."): [each.get(name) for each in fields] for name in names}
+    filled = [flatten({"config": flatten(NEUTRAL)}) | each for each in fields]
+    pairs = {name.removeprefix("config."): [each.get(name) for each in filled] for name in names}
     return [
         f"{name}: {_short(here)} here, {_short(other)} there"
         for name, (here, other) in pairs.items()
