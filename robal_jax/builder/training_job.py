@@ -135,7 +135,8 @@ def training(config: ConfigDict) -> Training:
         images=images,
     )
     minimised = objective(config, source.class_counts, parallel.AXIS)
-    _check_own(config, network, minimised, optimise, images)
+    perturb, radii = perturbation(config), budget(config, source.class_counts)
+    _check_own(config, network, minimised, optimise, images, perturb, radii)
     total_steps = min(total_steps, train.max_steps or total_steps)
     return Training(
         data=data,
@@ -145,9 +146,9 @@ def training(config: ConfigDict) -> Training:
         model=network,
         objective=minimised,
         optimizer=optimise,
-        perturbation=perturbation(config),
         average=average(config, steps_per_epoch),
-        budget=budget(config, source.class_counts),
+        perturbation=perturb,
+        budget=radii,
         schedule=schedule,
         seed=config.seed,
         settings=_settings(train, steps_per_epoch),
@@ -176,12 +177,35 @@ def _check_own(
     minimised: objectives.Objective,
     optimise: optax.GradientTransformation,
     images: jax.ShapeDtypeStruct,
+    perturbation: Perturbation | None,
+    budget: Budget | None,
 ) -> None:
-    """Checks parts of the user's own together: the network under attack, the objective, the optimizer."""
+    """Checks parts together: those of the user's own, and a budget that learns from an objective's attack."""
     names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
-    if not any(":" in name for name in names):
+    own = any(":" in name for name in (*names, config.perturbation.name))
+    learns = budget is not None and budget.seen is not None
+    if not (own or learns):
         return
     variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
+    if own:
+        _check_functions(config, names, network, minimised, optimise, images, variables)
+    if perturbation is not None:
+        contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
+    if learns:
+        name = config.threat.budget.name
+        contracts.check_shows_attacks(name, names[0], minimised, network, variables, images)
+
+
+def _check_functions(
+    config: ConfigDict,
+    names: tuple[str, ...],
+    network: models.Model,
+    minimised: objectives.Objective,
+    optimise: optax.GradientTransformation,
+    images: jax.ShapeDtypeStruct,
+    variables: Any,
+) -> None:
+    """Checks functions of the user's own together: the network under attack, the objective, the optimizer."""
 
     def logits(images: Any, params: Any, stats: Any) -> Any:
         return network.predict(params, stats, images)
@@ -220,6 +244,9 @@ def check(config: ConfigDict) -> None:
             model(config, counts, platform="cpu", precision=config.train.precision, head=head)
     objective(config, counts)
     optimizer(config, 1)
+    perturbation(config)
+    average(config, 1)
+    budget(config, counts)
     augmentations(config.train.augmentation, pixel_max=255)
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
 
