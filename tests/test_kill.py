@@ -1,6 +1,7 @@
 """A run that is killed or stopped, and started again, loses nothing.
 
-``ROBAL_KILLS`` and ``ROBAL_STOPS`` say how many times, by default a few.
+``ROBAL_KILLS`` and ``ROBAL_STOPS`` say how many times, by default a few; ``ROBAL_KILLED`` may be 'everything'
+for the run with all ingredients in place of RoBal-N's on the digits.
 """
 
 import os
@@ -25,6 +26,9 @@ ONE, TWO = Layout("jit", 1), Layout("jit", 2)
 
 
 def arguments(workdir, epochs=EPOCHS):
+    if os.environ.get("ROBAL_KILLED") == "everything":
+        config, steps = f"{ROOT}/tests/ingredients.py:trades", f"--config.train.epochs={epochs}"
+        return [f"--config={config}", f"--workdir={workdir}", steps]
     return [
         f"--config={ROOT}/configs/robal_n.py:digits_lt",
         f"--workdir={workdir}",
@@ -42,7 +46,11 @@ def env(tmp_path_factory):
     In float64, because on two devices a sign of a gradient that is 0 but for its rounding may flip: that was
     seen to move parameters by 3e-3 in float32.
     """
-    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilations")), "JAX_ENABLE_X64": "1"}
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilations")),
+        "JAX_ENABLE_X64": "1",
+        "PYTHONPATH": f"{ROOT}/tests",  # of the config with everything
+    }
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,35 @@ for layout in parallel.LAYOUTS:
 """
 
 
+EVERYTHING = """
+import dataclasses, json, sys
+sys.path.insert(0, f"{sys.argv[1]}/tests")
+import ingredients, jax, numpy as np
+from robal_jax import builder, training
+from robal_jax.devices import parallel
+
+job = builder.training(ingredients.get_config())
+
+def seven_steps(layout, count):
+    devices = jax.devices()[:count]
+    data = training.Examples(job.images, job.labels)
+    state, data, key = parallel.replicate((training.initial_state(job), data, jax.random.key(0)), devices)
+    own = dataclasses.replace(job, settings=job.settings._replace(layout=layout))
+    chunk, chunks, losses = training.compiled_chunk(own, devices), training.chunks(job, 0), []
+    for ids, made in [next(chunks) for _ in range(4)]:
+        state, sums = jax.device_get(chunk(state, data, ids, made, key, training.positions(job)))
+        losses.append(sums["loss"])
+    return {**vars(state), "opt_state": (), "losses": losses}
+
+def gap(one, other):
+    differences = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one, other)
+    return max(jax.tree.leaves(differences))
+
+one = seven_steps("jit", 1)
+print(json.dumps({layout: gap(one, seven_steps(layout, 4)) for layout in parallel.LAYOUTS}))
+"""
+
+
 def said(script):
     # Each program runs once, so that XLA's optimisation takes longer than it saves.
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -105,6 +134,14 @@ def test_the_parts_of_a_batch_may_lie_on_any_devices():
     assert len(gaps) == 6
     for what, gap in gaps.items():
         assert gap < BOUND, what
+
+
+@pytest.mark.slow
+def test_everything_at_once_on_any_devices():
+    """Averages, AWP, radii that are learned, mixed images: seven steps, into the second epoch."""
+    (gaps,) = said(EVERYTHING)
+    for layout, gap in gaps.items():
+        assert gap < BOUND, layout
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """One run on many layouts: python experiments/benchmarks/layouts.py [--steps=20] [--out=FILE.md].
 
-Trains RoBal-N on the digits with experiments/train.py and augmentation, on fake CPU devices: with jit and
+Trains RoBal-N on the digits with augmentation, or another config, on fake CPU devices: with jit and
 with pmap on 1, 2, 4 and 8 of them, and in two processes with two each; in float64 and in float32. Prints the
 largest differences from one device: of the parameters and of the batch-norm statistics after the last step,
 and of the loss at any step, relative to it.
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The result of a run: arrays by name, and the loss of every step."""
+    """The result of a run: parameters with their average, statistics, and the loss of every step."""
 
     params: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
@@ -100,21 +100,28 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     return ["".join(line for line in out if line.strip(" \n0123456789")) for out in kept]
 
 
-def train(layout: Layout, workdir: pathlib.Path, steps: int, *overrides: str, **env: str) -> Trained:
+CONFIG = f"{ROOT / 'configs/robal_n.py'}:digits_lt"
+
+
+def train(
+    layout: Layout, workdir: pathlib.Path, steps: int, *overrides: str, config: str = CONFIG, **env: str
+) -> Trained:
     """Trains for a number of steps on a layout."""
     arguments = [
-        f"--config={ROOT / 'configs/robal_n.py'}:digits_lt",
+        f"--config={config}",
         f"--workdir={workdir}",
         f"--config.train.max_steps={steps}",
         "--config.train.steps_per_dispatch=1",
-        "--config.train.augmentation=crop_flip",
+        *(["--config.train.augmentation=crop_flip"] if config == CONFIG else []),
         *(f"--config.{override}" for override in (f"train.layout={layout.name}", *overrides)),
     ]
     finish(start(layout, arguments, **env))
     found = checkpoints.read_latest(workdir)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     losses = np.array([json.loads(line)["loss"] for line in lines])
-    params, stats = (flatten_dict(found.tree[name], sep="/") for name in ("params", "stats"))
+    tree = found.tree
+    params = flatten_dict({name: tree.get(name, {}) for name in ("params", "average", "classes")}, sep="/")
+    stats = flatten_dict(tree["stats"], sep="/")
     return Trained(params, stats, losses)
 
 
@@ -135,14 +142,14 @@ def differences(one: Trained, other: Trained) -> tuple[float, float, float]:
     )
 
 
-def table(folder: pathlib.Path, steps: int) -> str:
+def table(folder: pathlib.Path, steps: int, config: str = CONFIG) -> str:
     """Returns the table of all layouts in both precisions."""
     rows = {layout: f"| {layout} |" for layout in LAYOUTS}
     for precision, x64 in (("float64", "1"), ("float32", "0")):
         first: Trained | None = None
         for layout in LAYOUTS:
             workdir = folder / precision / str(layout).replace(" ", "_")
-            found = train(layout, workdir, steps, JAX_ENABLE_X64=x64)
+            found = train(layout, workdir, steps, config=config, JAX_ENABLE_X64=x64)
             first = first or found
             rows[layout] += "".join(f" {x:.1e} |" for x in differences(first, found))
             print(precision, layout, "done", file=sys.stderr, flush=True)
@@ -153,14 +160,18 @@ def table(folder: pathlib.Path, steps: int) -> str:
 
 def main(arguments: list[str]) -> None:
     """Prints the table and writes it to a file if one is named."""
-    texts = {"steps": "of each run, 20 if not given", "out": "file that also receives the table"}
+    texts = {
+        "steps": "of each run, 20 if not given",
+        "config": "of the run, RoBal-N on the digits if not given; 8 devices must divide its batch",
+        "out": "file that also receives the table",
+    }
     values = cli.parse(arguments, texts, __doc__)
     try:
         steps = int(values["steps"] or 20)
     except ValueError as error:
         raise InputError(f"--steps is {values['steps']!r}; give a number") from error
     with tempfile.TemporaryDirectory() as folder:
-        text = table(pathlib.Path(folder), steps)
+        text = table(pathlib.Path(folder), steps, values["config"] or CONFIG)
     print(text, end="")
     if values["out"]:
         pathlib.Path(values["out"]).write_text(text)
