@@ -28,6 +28,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore = ["twins.py"]  # needs PyTorch, and has no doctest
+
 
 def pytest_collection_finish():
     """Spares the garbage collector a look at modules and tests, which live to the end."""

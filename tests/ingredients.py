@@ -35,7 +35,7 @@ def get_config(method="trades"):
         config.attack.update({"steps": 2, "start": "uniform_clipped", "batch_norm": "batch"})
         config.perturbation = {"name": "awp", "gamma": 0.01, "start": 2}
         config.average = {"name": "ema", "decay": 0.9, "warmup": 0.5}
-        config.threat.budget = {"name": "constant"}
+        config.threat.budget = {"name": "cfa", "start": 2}
         config.threat.ramp = 0.5
         config.optimizer.update({"nesterov": True, "decayed": "weights"})
         config.schedule = {"name": "cosine", "lr": 0.05, "warmup": 1}

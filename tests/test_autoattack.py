@@ -112,7 +112,9 @@ def asked(monkeypatch):
             s for s in autoattack.stages(version, 10, threat=THREAT, steps=7, queries=11) if s.name == name
         ]
         images = jnp.full((2, 2, 2, 1), value)
-        found = stage.attack(lambda x: x, jax.random.split(jax.random.key(0), 2), images, None, number)
+        found = stage.attack(
+            lambda x: x, jax.random.split(jax.random.key(0), 2), images, jnp.zeros(2, int), number
+        )
         return *calls[-1], np.asarray(found)
 
     return ask

@@ -154,7 +154,7 @@ def numpy_sgd(params, gradients, rates, momentum, weight_decay, clip_norm, neste
         norm = np.sqrt(sum((np.float64(g) ** 2).sum() for g in gradient.values()))
         shrink = clip_norm / norm if clip_norm and norm > clip_norm else 1.0
         for name, p in params.items():
-            decay = weight_decay if decayed == "all" or p.ndim > 1 else 0.0
+            decay = weight_decay if decayed != "weights" or p.ndim > 1 else 0.0
             g = shrink * np.float64(gradient[name]) + decay * p
             velocity[name] = momentum * velocity[name] + g
             params[name] = p - lr * (g + momentum * velocity[name] if nesterov else velocity[name])
@@ -190,6 +190,16 @@ def assert_pytorch_s(**settings):
     expected = numpy_sgd(start, gradients, rates, **settings)
     for name, value in params.items():  # 5 updates of numbers near 1 in float32
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_that_spares_batch_norm_only():
+    params = {"bn": {"scale": jnp.ones(2), "bias": jnp.ones(2)}, "fc": {"kernel": jnp.ones((2, 2))}}
+    params["fc"]["bias"] = jnp.ones(2)
+    optimizer = optimizers.sgd(lambda step: 1.0, weight_decay=0.1, decayed="not_batch_norm")
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    moved = {name: bool(np.any(x)) for name, x in jax.tree_util.tree_leaves_with_path(updates)}
+    assert [moved[path] for path, _ in jax.tree_util.tree_leaves_with_path(params)] == [0, 0, 1, 1]
 
 
 def test_weight_decay_reaches_biases():

@@ -3,6 +3,7 @@
 - ``training_job``, ``evaluation_job``: all that a training or an evaluation needs, built and checked
 - ``parts``: data set, model, optimizer, average and perturbation of the weights, budget, augmentation
 - ``minimised``: the objective with its attack and losses
+- ``training_images``: the images of a training: without those held out, with generated ones
 - ``instantiate``: the function that a section names, with its arguments bound
 - ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``ranges``: which fields a config must have, and which values are allowed

@@ -314,6 +314,19 @@ def _is_copy(made: Any, moment: Any, running: Any) -> bool:
     return any(copied is value for value in running.values())
 
 
+def _batch_of(images: Any) -> tuple[objectives.Batch, Any]:
+    """Returns the shapes of a batch on the devices, and the axes over which it and the weights are mapped."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images.shape[:2]))
+    batch = objectives.Batch(images, _struct(images.shape[:2], jnp.int32), keys, _struct((), jnp.int32))
+    return batch, (None, None, objectives.Batch(0, 0, 0, None))
+
+
+def _program_of(name: str, objective: Any, model: models.Model, variables: Any, images: Any) -> Any:
+    """Returns the shapes of what an objective returns on one device."""
+    batch, axes = _batch_of(images)
+    return _program("objective", name, functools.partial(objective, model), axes, *variables, batch)[1]
+
+
 def check_objective(name: str, objective: Any, model: models.Model, variables: Any, images: Any) -> None:
     """Refuses an objective that does not return ``(loss, Outcome)`` as a training step needs it.
 
@@ -324,10 +337,8 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
       variables: shapes of ``params`` and ``stats``.
       images: shape of the images of a training step, ``[devices, B, H, W, C]``.
     """
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images.shape[:2]))
-    batch = objectives.Batch(images, _struct(images.shape[:2], jnp.int32), keys, _struct((), jnp.int32))
-    axes = (None, None, objectives.Batch(0, 0, 0, None))
-    _, found = _program("objective", name, functools.partial(objective, model), axes, *variables, batch)
+    batch, axes = _batch_of(images)
+    found = _program_of(name, objective, model, variables, images)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], objectives.Outcome)):
         raise broken("objective", name, f"returns {described(found)}")
     loss, (moments, metrics, *_) = found
@@ -378,6 +389,38 @@ def check_augmentation(
         what = f"returns {described(found)} for images {list(images.shape)} and size {size}"
         raise broken("augmentation", name, what)
     return wanted
+
+
+def check_shows_attacks(
+    budget: str, name: str, objective: Any, model: models.Model, variables: Any, images: Any
+) -> None:
+    """Refuses an objective that shows no adversarial images to a budget that learns from them.
+
+    Args:
+      budget: its name in the config.
+      name: of the objective.
+      objective: bound.
+      model: the network.
+      variables: shapes of ``params`` and ``stats``.
+      images: shape of the images of a training step, ``[devices, B, H, W, C]``.
+    """
+    _, outcome = _program_of(name, objective, model, variables, images)
+    if outcome.attacked is None or outcome.attacked.logits is None:
+        raise InputError(
+            f"budget {budget!r} learns from adversarial images, and objective {name!r} shows none; choose "
+            "another budget or objective"
+        )
+
+
+def check_perturbation(name: str, perturbation: Any, params: Any) -> None:
+    """Refuses anything but a perturbation that returns params."""
+    if not callable(perturbation):
+        raise broken("perturbation", name, f"returns {described(perturbation)}")
+    with calling("perturbation", name):
+        found = jax.eval_shape(perturbation, params, params, _struct((), jnp.int32))
+    problem = _unlike(found, params)
+    if problem:
+        raise broken("perturbation", name, f"gives params with {problem}")
 
 
 def check_schedule(name: str, rates: Any, count: int, unit: str) -> np.ndarray:

@@ -73,6 +73,12 @@ def _check_parts(
             f"config.loss.base {config.loss.base.name!r} takes no class weights; "
             "set config.loss.reweight=False"
         )
+    moves, diverging = config.attack.batch_norm.startswith("batch_update"), function.func is objectives.trades
+    if moves and diverging and function.keywords.get("attack_divergence", True):
+        raise InputError(
+            f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack on config.attack.loss, "
+            "and objective 'trades' has another; use 'batch', or set config.objective.attack_divergence=False"
+        )
     reads_labels = config.objective.name in READ_LABELS or config.objective.get("beta_nat", 0)
     if config.train.mixing != "none" and reads_labels:
         raise InputError(
@@ -101,7 +107,9 @@ def _with_attack_mode(
 ) -> objectives.Objective:
     """Returns an objective with batch norm's mode in the attack, and with GradAlign."""
     mode, wrapped = config.attack.batch_norm, function
-    if mode == "batch":
+    if not takes(function, "attack"):
+        pass
+    elif mode == "batch":
         wrapped = functools.partial(objectives.attacked_by_batch_statistics, objective=function)
     elif mode != "running":
         wrapped = functools.partial(

@@ -200,7 +200,10 @@ def average(config: ConfigDict, steps_per_epoch: int) -> Average:
         )
     make = call("average", AVERAGES, config.average, steps_per_epoch=steps_per_epoch)
     with calling("average", config.average.name):
-        return make()
+        found = make()
+    if not isinstance(found, Average):
+        raise contracts.broken("average", config.average.name, f"returns {contracts.described(found)}")
+    return found
 
 
 def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:

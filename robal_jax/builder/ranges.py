@@ -141,9 +141,10 @@ _TEXTS = (
     "method", "data.name", "model.name", "head.name", "loss.name", "objective.name", "threat.norm",
     "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
     "threat.budget.name", "attack.batch_norm", "perturbation.name", "average.name", "train.mixing",
-    "evaluation.weights", "evaluation.budget.name", "generated.path",
-    "train.start_from", "train.select", "train.augmentation", "train.layout", "train.precision",
+    "generated.path", "train.start_from", "train.select", "train.augmentation", "train.layout",
+    "train.precision",
     "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
+    "evaluation.weights", "evaluation.budget.name",
 )  # fmt: skip
 
 _INTEGERS = (

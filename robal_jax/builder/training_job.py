@@ -19,25 +19,22 @@ from robal_jax.builder.evaluation_job import Evaluation, evaluation_on
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
 from robal_jax.builder.parts import (
-    HeldOut,
     augmentation,
     augmentations,
     average,
     budget,
-    dataset,
     generated_per_batch,
-    hold_out,
     model,
     optimizer,
     perturbation,
 )
 from robal_jax.builder.ranges import check_selection, validate
-from robal_jax.data import Dataset, Images, epoch_order, generated, inspection, sources
+from robal_jax.builder.training_images import TrainingImages, training_images
+from robal_jax.data import Dataset, Images, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 from robal_jax.perturbations import Perturbation
-from robal_jax.storage.workdir import data_digest, digest_of_images
 
 
 class Settings(NamedTuple):
@@ -116,29 +113,16 @@ def training(config: ConfigDict) -> Training:
       InputError: a field of the config, or the data, cannot be used.
     """
     validate(config)
-    generated_per_batch(config)  # may refuse, and reading the data takes long
     check_selection(config)
-    whole, train = dataset(config), config.train
-    data, held = hold_out(config, whole)
-    counts = data.class_counts
-    # An epoch's order is kept, because every step of the epoch needs it.
-    order = functools.lru_cache(maxsize=2)(
-        functools.partial(epoch_order, train.sampler, data.train_labels, config.seed)
-    )
-    steps_per_epoch = len(order(0)) // train.batch_size
-    if not steps_per_epoch:
-        raise InputError(
-            f"config.train.batch_size is {train.batch_size}, but an epoch has only {len(order(0))} images; "
-            "set a smaller one"
-        )
-    source = _source(config, data, order)
+    source, train = training_images(config), config.train
+    data, steps_per_epoch = source.data, source.steps_per_epoch
     total_steps = steps_per_epoch * train.epochs
     if total_steps >= 2**31:
         raise InputError(
             f"config.train.epochs makes {total_steps} steps; set fewer, so that they are below 2^31"
         )
     # Training does not need the groups, but an evaluation that is sure to fail should fail now.
-    metrics.class_groups(counts, config.evaluation.head_classes, config.evaluation.tail_classes)
+    metrics.class_groups(data.class_counts, config.evaluation.head_classes, config.evaluation.tail_classes)
     optimise, schedule = optimizer(config, steps_per_epoch)
     images = _images_of_a_step(config, data)
     network = model(
@@ -151,19 +135,20 @@ def training(config: ConfigDict) -> Training:
         images=images,
     )
     minimised = objective(config, source.class_counts, parallel.AXIS)
-    _check_own(config, network, minimised, optimise, images)
+    perturb, radii = perturbation(config), budget(config, source.class_counts)
+    _check_own(config, network, minimised, optimise, images, perturb, radii)
     total_steps = min(total_steps, train.max_steps or total_steps)
     return Training(
         data=data,
         images=source.images,
         labels=source.labels,
-        stored=source.stored | ({"held_out": held.text} if held else {}),
+        stored=source.stored,
         model=network,
         objective=minimised,
         optimizer=optimise,
-        perturbation=perturbation(config),
         average=average(config, steps_per_epoch),
-        budget=budget(config, source.class_counts),
+        perturbation=perturb,
+        budget=radii,
         schedule=schedule,
         seed=config.seed,
         settings=_settings(train, steps_per_epoch),
@@ -171,67 +156,19 @@ def training(config: ConfigDict) -> Training:
         augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        about=_about(config, data, steps_per_epoch, total_steps)
-        | ({"held out": held.text} if held else {})
-        | source.about,
-        data_sha256=data_digest(whole),
-        judged=_judged(config, data, held, source.class_counts) if train.evaluate_epochs else None,
+        about=_about(config, data, steps_per_epoch, total_steps) | source.about,
+        data_sha256=source.data_sha256,
+        judged=_judged(config, source) if train.evaluate_epochs else None,
         judged_on="test" if train.select == "best_on_test" else "held-out",
     )
 
 
-class _Source(NamedTuple):
-    """The images of a training, from one source or two; the fields are those of :class:`Training`."""
-
-    images: Images
-    labels: np.ndarray
-    order: Callable[[int], np.ndarray]
-    class_counts: np.ndarray  # of what training sees, in the proportions of a batch, [K]
-    stored: dict[str, Any]
-    about: dict[str, str]
-
-
-def _source(config: ConfigDict, data: Dataset, originals: Callable[[int], np.ndarray]) -> _Source:
-    """Returns the images that training sees: the training set in its order, and generated ones beside it."""
-    size = config.train.batch_size
-    count = generated_per_batch(config)
-    if not count:
-        return _Source(data.train_images, data.train_labels, originals, data.class_counts, {}, {})
-    more = generated.load_generated(config.generated.path, data)
-    first, number, share = len(data.train_labels), len(more.labels), count / size
-    counts = generated.mixture_counts(data.class_counts, np.bincount(more.labels), share)
-
-    def order(epoch: int) -> np.ndarray:
-        return generated.mixed_order(
-            originals(epoch), batch_size=size, generated=count, first=first, number=number, seed=config.seed,
-            epoch=epoch,
-        )  # fmt: skip
-
-    return _Source(
-        images=generated.joined(data.train_images, more.images),
-        labels=np.concatenate([data.train_labels, more.labels]),
-        order=functools.lru_cache(maxsize=2)(order),
-        class_counts=counts,
-        stored={
-            "generated_sha256": digest_of_images(more.images, more.labels),
-            "class_counts": counts.tolist(),
-        },
-        about={
-            "mixture": f"{count} of the {size} images of each batch are generated, from "
-            f"{config.generated.path}: {inspection.per_class(more.labels, data.class_names)}",
-            "prior": f"class prior: of the mixture, {100 - 100 * share:.3g} % originals + "
-            f"{100 * share:.3g} % generated",
-        },
-    )
-
-
-def _judged(
-    config: ConfigDict, data: Dataset, held: HeldOut | None, trained_counts: np.ndarray
-) -> Evaluation:
+def _judged(config: ConfigDict, source: TrainingImages) -> Evaluation:
     """Builds the evaluation of the images on which weights are judged during the training."""
+    data, held = source.data, source.held
     if config.train.select == "best_on_test" or held is None:
-        return evaluation_on(config, data.test_set, np.arange(len(data.test_labels)), trained_counts)
-    return evaluation_on(config, held.test, held.ids, trained_counts)
+        return evaluation_on(config, data.test_set, np.arange(len(data.test_labels)), source.class_counts)
+    return evaluation_on(config, held.test, held.ids, source.class_counts)
 
 
 def _check_own(
@@ -240,12 +177,35 @@ def _check_own(
     minimised: objectives.Objective,
     optimise: optax.GradientTransformation,
     images: jax.ShapeDtypeStruct,
+    perturbation: Perturbation | None,
+    budget: Budget | None,
 ) -> None:
-    """Checks parts of the user's own together: the network under attack, the objective, the optimizer."""
+    """Checks parts together: those of the user's own, and a budget that learns from an objective's attack."""
     names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
-    if not any(":" in name for name in names):
+    own = any(":" in name for name in (*names, config.perturbation.name))
+    learns = budget is not None and budget.seen is not None
+    if not (own or learns):
         return
     variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
+    if own:
+        _check_functions(config, names, network, minimised, optimise, images, variables)
+    if perturbation is not None:
+        contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
+    if learns:
+        name = config.threat.budget.name
+        contracts.check_shows_attacks(name, names[0], minimised, network, variables, images)
+
+
+def _check_functions(
+    config: ConfigDict,
+    names: tuple[str, ...],
+    network: models.Model,
+    minimised: objectives.Objective,
+    optimise: optax.GradientTransformation,
+    images: jax.ShapeDtypeStruct,
+    variables: Any,
+) -> None:
+    """Checks functions of the user's own together: the network under attack, the objective, the optimizer."""
 
     def logits(images: Any, params: Any, stats: Any) -> Any:
         return network.predict(params, stats, images)
@@ -284,6 +244,9 @@ def check(config: ConfigDict) -> None:
             model(config, counts, platform="cpu", precision=config.train.precision, head=head)
     objective(config, counts)
     optimizer(config, 1)
+    perturbation(config)
+    average(config, 1)
+    budget(config, counts)
     augmentations(config.train.augmentation, pixel_max=255)
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
 
