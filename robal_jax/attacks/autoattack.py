@@ -367,7 +367,7 @@ def _fab(
     settings: _Settings,
     targeted: bool,
 ) -> chex.Array:
-    threat, rank, start = check_attack(settings.threat, images, labels), None, images
+    threat, rank, start = settings.threat.of(labels, images.dtype), None, images
     if targeted:
         rank = number + 2
     else:  # the first run starts at the image, each restart at a random point

@@ -22,7 +22,7 @@ in its section::
     objective   config.objective                 class_counts, axis_name, threat, loss, attack
     schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
-    budget      config.evaluation.budget         class_counts, epsilon
+    budget      config.threat, .evaluation       class_counts, epsilon
 
 - ``class_counts``: training images per class ``[K]``, integers; with generated images those of the mixture,
   floats with the same sum, see ``data.generated.mixture_counts``; ``num_classes``: ``K``

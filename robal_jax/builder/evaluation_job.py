@@ -202,7 +202,8 @@ def _radii(
 ) -> tuple[ThreatModel, float | tuple[float, ...], dict[str, Any]]:
     """Returns the threat model, the step size, and what the report says of radii that differ by class.
 
-    Steps are in proportion to the radius of the class.
+    Steps are in proportion to the radius of the class. The counts are those of the training set, without
+    generated images, so that models trained with other images are evaluated at the same radii.
     """
     settings, section = config.evaluation, config.evaluation.budget
     given = {"class_counts": class_counts, "epsilon": settings.epsilon}
