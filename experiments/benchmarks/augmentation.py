@@ -77,7 +77,12 @@ def main(arguments: list[str]) -> None:
     rows = table("augmentation", measure.interleaved(ways, repeats), batch)
     if values["network"]:
         steps = 2
-        ways = {name: step.ours(values["network"], "at", batch, steps, "default", name) for name in LISTS}
+        ways = {
+            name: step.ours(
+                values["network"], "at", batch, steps, "default", {"train": {"augmentation": name}}
+            )
+            for name in LISTS
+        }
         times = measure.interleaved(ways, repeats)
         rows += table(f"step of AT, {values['network']}", times, steps * batch)
     measure.record(values["json"], rows)

@@ -9,7 +9,7 @@ Needs PyTorch.
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -20,10 +20,13 @@ from robal_jax import cli
 NETWORKS: dict[str, dict[str, Any]] = {
     "digits_cnn": {"name": "small_cnn"},
     "wrn_16_2": {"name": "wide_resnet", "depth": 16, "widen": 2},
+    "resnet20": {"name": "resnet20"},
     "resnet18": {"name": "resnet18"},
     "wrn_34_10": {"name": "wide_resnet", "depth": 34, "widen": 10},
 }
 METHODS = ("robal_n", "at")
+Changes = Mapping[str, Mapping[str, Any]]
+NO_CHANGES: Changes = {}
 
 
 def shape(network: str) -> tuple[int, int]:
@@ -37,9 +40,18 @@ def job_of(
     batch: int,
     steps: int,
     precision: str = "default",
-    augmentation: str = "crop_flip",
+    changes: Changes = NO_CHANGES,
 ) -> Any:
-    """Builds training from the method's config on CIFAR-10-LT, with noise for images."""
+    """Builds training from the method's config on CIFAR-10-LT, with noise for images.
+
+    Args:
+      network: a key of ``NETWORKS``.
+      method: name of a config.
+      batch: images per step.
+      steps: of a dispatch.
+      precision: ``config.train.precision``.
+      changes: fields of sections of the config; a section with a name is replaced.
+    """
     import importlib
 
     from ml_collections import ConfigDict
@@ -59,12 +71,17 @@ def job_of(
         )  # fmt: skip
         config.model = ConfigDict(NETWORKS[network])
         config.train.batch_size, config.train.steps_per_dispatch = batch, steps
-        config.train.precision, config.train.augmentation = precision, augmentation
+        config.train.precision = precision
+        for section, fields in changes.items():
+            if "name" in fields:
+                config[section] = ConfigDict(fields)
+            else:
+                config[section].update(fields)
     return builder.training(config)
 
 
 def ours(
-    network: str, method: str, batch: int, steps: int, precision: str, augmentation: str = "crop_flip"
+    network: str, method: str, batch: int, steps: int, precision: str, changes: Changes = NO_CHANGES
 ) -> Callable[[], None]:
     """Returns a chunk of steps as in training."""
     import jax
@@ -73,10 +90,10 @@ def ours(
     from robal_jax.devices import parallel
     from robal_jax.training import initial_state
 
-    job = job_of(network, method, batch, steps, precision, augmentation)
+    job = job_of(network, method, batch, steps, precision, changes)
     devices = parallel.devices_for(job.settings.layout)
     chunk, where = training.compiled_chunk(job, devices), training.positions(job)
-    data = training.Examples(job.data.train_images, job.data.train_labels)
+    data = training.Examples(job.images, job.labels)
     state = jax.jit(lambda: initial_state(job))()
     state, data, key = parallel.replicate((state, data, jax.random.key(0)), devices)
     rows, count = next(training.chunks(job, 0))
