@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from robal_jax import checks, classifiers, metrics, models
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
-from robal_jax.attacks.threat import in_255ths
 from robal_jax.budgets import BUDGETS
 from robal_jax.builder.contracts import calling
 from robal_jax.builder.instantiate import call
@@ -217,7 +216,7 @@ def _radii(
     if config.threat.norm == "linf" and max(radii) > 1:
         raise InputError(
             f"config.evaluation.budget gives class {int(np.argmax(radii))} the radius {max(radii):g}; in "
-            "L-infinity it must be at most 1, the range of a pixel" + in_255ths(max(radii))
+            "L-infinity it must be at most 1, the range of a pixel: lower epsilon, or correct the budget"
         )
     settled = {name: option.default for name, option in inspect.signature(rule).parameters.items()}
     options = [f"{name} {value}" for name, value in settled.items() if name not in (*given, "epsilons")]
