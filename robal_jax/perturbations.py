@@ -1,6 +1,7 @@
 """Perturbations of the weights: a step's gradient is taken at weights that are worse for its batch."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -8,8 +9,21 @@ import jax.numpy as jnp
 
 from robal_jax import checks
 
-Perturbation = Callable[[chex.ArrayTree, chex.ArrayTree, chex.Numeric], chex.ArrayTree]
-"""``(params, gradients, epoch)`` to the perturbed params; gradients of the loss of the whole batch."""
+
+class Perturbation(NamedTuple):
+    """A perturbation of the weights.
+
+    Attributes:
+      perturb: ``(params, direction, epoch) -> params``; the epoch is counted from 1.
+      of_optimizer: whether the direction is a step of the run's optimiser up the loss, with its momentum and
+        weight decay, in place of the gradient of the loss of the whole batch.
+    """
+
+    perturb: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Numeric], chex.ArrayTree]
+    of_optimizer: bool = False
+
+
+DIRECTIONS = ("gradient", "optimizer")
 
 TINY = 1e-20
 
@@ -43,7 +57,7 @@ def of_its_length(params: chex.ArrayTree, direction: chex.ArrayTree) -> chex.Arr
     return jax.tree.map(scale, params, direction)
 
 
-def awp(gamma: float = 0.005, start: int = 1) -> Perturbation:
+def awp(gamma: float = 0.005, start: int = 1, direction: str = "gradient") -> Perturbation:
     """Adversarial weight perturbation: ``w + gamma ||w|| g / ||g||``, tensor by tensor.
 
     The step's gradient, weight decay and momentum are those of the perturbed weights; the update is applied
@@ -54,28 +68,32 @@ def awp(gamma: float = 0.005, start: int = 1) -> Perturbation:
       gamma: length of the perturbation as a part of the weights', > 0; 0.01 around adversarial training and
         0.005 around TRADES in the paper.
       start: first epoch with a perturbation, counted from 1; the released TRADES-AWP takes 10.
+      direction: ``g``, one of ``DIRECTIONS``: the gradient; or a step of the optimiser up the loss, from the
+        momentum that it has, as in the code of RobustLT.
 
     Returns:
-      A function of params, gradients and the epoch, counted from 1.
+      The perturbation.
 
     Source: Wu et al. (NeurIPS 2020).
 
     Example:
       >>> params, gradients = {"kernel": jnp.array([[3.0], [4.0]])}, {"kernel": jnp.array([[0.0], [2.0]])}
-      >>> print(awp(gamma=0.1, start=2)(params, gradients, 2)["kernel"].reshape(-1))
+      >>> print(awp(gamma=0.1, start=2).perturb(params, gradients, 2)["kernel"].reshape(-1))
       [3.  4.5]
-      >>> print(awp(gamma=0.1, start=2)(params, gradients, 1)["kernel"].reshape(-1))
+      >>> print(awp(gamma=0.1, start=2).perturb(params, gradients, 1)["kernel"].reshape(-1))
       [3. 4.]
     """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}; use one of {', '.join(DIRECTIONS)}")
     checks.positive(gamma=gamma)
     checks.at_least(1, start=start)
 
-    def perturb(params: chex.ArrayTree, gradients: chex.ArrayTree, epoch: chex.Numeric) -> chex.ArrayTree:
+    def perturb(params: chex.ArrayTree, towards: chex.ArrayTree, epoch: chex.Numeric) -> chex.ArrayTree:
         size = jnp.where(epoch >= start, gamma, 0.0)
-        difference = of_its_length(params, gradients)
+        difference = of_its_length(params, towards)
         return jax.tree.map(lambda w, v: w + size.astype(w.dtype) * v, params, difference)
 
-    return perturb
+    return Perturbation(perturb, of_optimizer=direction == "optimizer")
 
 
 def none() -> None:
@@ -83,4 +101,4 @@ def none() -> None:
 
 
 PERTURBATIONS: dict[str, Callable[..., Perturbation | None]] = {"none": none, "awp": awp}
-"""Perturbations by name: functions that return a :data:`Perturbation`, or None."""
+"""Perturbations by name: functions that return a :class:`Perturbation`, or None."""

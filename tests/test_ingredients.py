@@ -212,7 +212,7 @@ def test_awp_starts_in_its_epoch():
 
 def test_a_perturbation_spares_vectors():
     params = {"scale": jnp.ones(3), "kernel": jnp.ones((3, 3))}
-    found = perturbations.awp(0.1)(params, params, 1)
+    found = perturbations.awp(0.1).perturb(params, params, 1)
     np.testing.assert_array_equal(found["scale"], params["scale"])
     np.testing.assert_allclose(found["kernel"], 1.1)
 
@@ -487,7 +487,7 @@ def own_average(steps_per_epoch):
 
 
 def own_perturbation():
-    return lambda params, gradients, epoch: gradients["backbone"]
+    return perturbations.Perturbation(lambda params, direction, epoch: direction["backbone"])
 
 
 @pytest.mark.parametrize(

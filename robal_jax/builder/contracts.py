@@ -27,6 +27,7 @@ from robal_jax import checks, models, objectives
 from robal_jax.data import Dataset
 from robal_jax.devices.parallel import AXIS
 from robal_jax.errors import InputError, one_line, place_in
+from robal_jax.perturbations import Perturbation
 
 CONTRACTS = {
     "data set": "return a robal_jax.data.Dataset",
@@ -34,7 +35,7 @@ CONTRACTS = {
     "head": "be a flax.linen module without dropout, from (features [B, D], train) to floats [B, K]",
     "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
-    "perturbation": "return a function of (params, gradients, epoch) that returns params",
+    "perturbation": "return a robal_jax.perturbations.Perturbation whose params are like the params",
     "budget": "return one radius per class, [K] numbers > 0",
     "average": "return a robal_jax.averages.Average",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
@@ -414,10 +415,10 @@ def check_shows_attacks(
 
 def check_perturbation(name: str, perturbation: Any, params: Any) -> None:
     """Refuses anything but a perturbation that returns params."""
-    if not callable(perturbation):
+    if not isinstance(perturbation, Perturbation):
         raise broken("perturbation", name, f"returns {described(perturbation)}")
     with calling("perturbation", name):
-        found = jax.eval_shape(perturbation, params, params, _struct((), jnp.int32))
+        found = jax.eval_shape(perturbation.perturb, params, params, _struct((), jnp.int32))
     problem = _unlike(found, params)
     if problem:
         raise broken("perturbation", name, f"gives params with {problem}")

@@ -101,7 +101,10 @@ def train_step(
     found, attacked = over_parts(partial(gradients_of, state.params), examples)
     params, attack_moments = state.params, found[3]
     if perturbation is not None:
-        params = perturbation(params, found[0], batch.epoch)
+        direction = found[0]
+        if perturbation.of_optimizer:
+            direction, _ = optimizer.update(jax.tree.map(jnp.negative, direction), state.opt_state, params)
+        params = perturbation.perturb(params, direction, batch.epoch)
         if attacked is not None:
             examples = examples[0], examples[1]._replace(adversarial=attacked.images)
         found, attacked = over_parts(partial(gradients_of, params), examples)

@@ -63,6 +63,7 @@ class Mode(NamedTuple):
       epoch: that its steps see.
       generated: images of the batch that are.
       momenta: of batch norm in the three steps; None for 0.1.
+      first: training passes before the step's own, that no loss reads; it reads no statistics either.
       unused: training passes after the step's own, at the weights of before, that no loss reads.
       logs: training passes after the step, at the new weights, that move the statistics.
     """
@@ -72,6 +73,7 @@ class Mode(NamedTuple):
     epoch: int = 1
     logs: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
     generated: int = 0
     momenta: tuple[float | None, ...] = (None,) * STEPS
 
@@ -89,6 +91,13 @@ MODES = {
         for name, loss in (("at", {}), ("atbsl", BALANCED_SOFTMAX))
     },
     "cfa_at": Mode("at", (CFA, {"attack": {"start": "uniform_clipped"}}), logs=("nat",)),
+    "rlt_awp": Mode(
+        "at",
+        (BATCH_MODE, NESTEROV, {"perturbation": {"name": "awp", "gamma": 0.005, "direction": "optimizer"}}),
+        epoch=90,
+        logs=LOGS,
+        first=("adv",),
+    ),
     "at_awp": Mode("at", (CLIPPED, {"perturbation": {"name": "awp", "gamma": 0.01}})),
     "at_awp_released": Mode(
         "at",
@@ -285,19 +294,24 @@ def test_steps(reference, recipe, attack_of, name):
         at, before = f"{name}/step{i}", now
         batch = batch_of(reference, recipe, i, mode.epoch, mode.generated)
         batch, partners = mixed(reference, recipe, check, at, batch)
+        radii = budget.radii(before.classes, batch.epoch)[batch.labels] if budget else None
+        found = attack(before.params, before.stats, batch, objectives.Known(radii, partners))
+        adversarial = check_attack(reference, recipe, check, at, found)
+        passes = []
+        for _ in mode.first:
+            logits, moments = pass_of(before.params, before.stats, adversarial)
+            before = before.replace(stats=models.update_statistics(before.stats, (moments,)))
+            passes.append((adversarial, logits))
+
         now, seen = step(before, batch, partners, mode.momenta[i])
         check(f"{at}/loss", seen["loss"] - entropy(partners, batch.labels))
         if f"{at}/loss_robust" in reference.load(FILE):
             check(f"{at}/loss_robust", seen["regulariser"])
             check(f"{at}/loss_natural", seen["loss"] - config.objective.beta * seen["regulariser"])
 
-        radii = budget.radii(before.classes, batch.epoch)[batch.labels] if budget else None
-        found = attack(before.params, before.stats, batch, objectives.Known(radii, partners))
-        adversarial = check_attack(reference, recipe, check, at, found)
-
         moved = {"batch_update": found["path"][:-1], "batch_update_end": found["path"]}
         in_attack = list(moved.get(config.attack.batch_norm, ()))
-        passes = [(x, pass_of(before.params, before.stats, x)[0]) for x in in_attack] + seen["passes"]
+        passes += [(x, pass_of(before.params, before.stats, x)[0]) for x in in_attack] + seen["passes"]
         kinds = [2] * len(in_attack[:10])
         kinds += [int((x != batch.images).any()) for x, _ in passes[len(kinds) :]]
         extra = [(what, before.params) for what in mode.unused] + [(what, now.params) for what in mode.logs]
@@ -388,7 +402,7 @@ def check_perturbation(reference, recipe, check, at, config, params, gradients, 
             check(key, direction[key.removeprefix(f"{at}/awp_diff/")])
     if f"{at}/perturbed_checksum" in reference.load(FILE):
         perturb = perturbations.awp(config.perturbation.gamma)
-        perturbed = to_state_dict(perturb(params, gradients, 1), {})
+        perturbed = to_state_dict(perturb.perturb(params, gradients, 1), {})
         check(f"{at}/perturbed_checksum", checksums(recipe, perturbed, param_names))
 
 
