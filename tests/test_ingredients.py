@@ -26,6 +26,7 @@ from robal_jax.data import draw_cutmix
 from robal_jax.devices.parallel import AXIS
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
+from robal_jax.storage.config_file import ingredients as ingredients_of
 from robal_jax.training import TrainState
 from robal_jax.training import step as training_step
 from robal_jax.training.step import Extras
@@ -511,3 +512,10 @@ def test_balanced_classes_have_no_radii_by_frequency():
         InputError, match=r"all classes have .* so that their radii by frequency are 0 / 0; use"
     ):
         builder.training(config)
+
+
+def test_a_run_says_what_it_is_trained_with():
+    assert ingredients_of(cli.load_config("configs/robal_n.py:digits_lt")) == ""
+    found = ingredients_of(ingredients.get_config())
+    assert found.startswith("threat.budget cfa (start 2), threat.ramp 0.5, attack.batch_norm batch, ")
+    assert "average ema (decay 0.9, warmup 0.5)" in found

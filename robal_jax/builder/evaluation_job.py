@@ -23,7 +23,7 @@ from robal_jax.data import TestSet, balanced_part, part_of
 from robal_jax.data.sources import SOURCES
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
-from robal_jax.storage.config_file import to_json
+from robal_jax.storage.config_file import ingredients, to_json
 from robal_jax.storage.workdir import data_digest
 
 
@@ -247,7 +247,7 @@ def _about(
     settings, counts = config.evaluation, test.class_counts
     ratio, profile = config.data.get("ratio", 1.0), config.data.get("profile")
     options = [f"{key} {value}" for key, value in sorted(head.items()) if key != "name"]
-    label = _generated(config)
+    label, averaged = _generated(config), settings.weights == "average"
     of_mixture = " of the mixture with generated data" if label else ""
     start = "x + U(-epsilon, epsilon)" if config.threat.norm == "linf" else "uniform in the ball"
     return {
@@ -259,6 +259,8 @@ def _about(
         else f"{counts.max()} to {counts.min()} images per class",
         "class_names": list(test.class_names),
         "head": ", ".join([head.name, *options]),
+        **({"ingredients": found} if (found := ingredients(config)) else {}),
+        **({"weights": f"average ({config.average.name})"} if averaged else {}),
         "norm": NORMS[config.threat.norm],
         "epsilon": settings.epsilon,
         "step_size": settings.step_size,

@@ -35,6 +35,7 @@ from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 from robal_jax.perturbations import Perturbation
+from robal_jax.storage.config_file import ingredients
 
 
 class Settings(NamedTuple):
@@ -273,6 +274,7 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
         "attack": f"{threat}, {steps}, start {attack.start!r}, loss {attack.loss.name}"
         if _attacks(config)
         else f"none in training; {threat} in evaluations",
+        **({"with": found} if (found := ingredients(config)) else {}),
         "length": f"{total_steps} steps of {config.train.batch_size} images, {steps_per_epoch} per epoch",
     }
 

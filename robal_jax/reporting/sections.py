@@ -29,6 +29,8 @@ _META_LABELS = {
     "dataset": "Data set",
     "imbalance": "Imbalance",
     "generated": "Training",
+    "ingredients": "Trained with",
+    "weights": "Weights",
     "n": "Test images",
     "norm": "Threat model: norm",
     "epsilon": "Threat model: radius",
@@ -65,6 +67,7 @@ _META_ELSEWHERE = (
 _FACTS = {
     "imbalance": "imbalance",
     "generated": "training",
+    "weights": "weights",
     "n": "test images",
     "selection": "checkpoint",
     "date": "date",

@@ -173,6 +173,25 @@ def training_fields(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if not key.startswith(NOT_TRAINED)}
 
 
+def ingredients(config: ConfigDict) -> str:
+    """Returns the training's fields of ``NEUTRAL`` that do not have their neutral values, in words."""
+    fields, found = training_fields(config), []
+    for name, neutral in NEUTRAL.items():
+        if name.startswith(NOT_TRAINED):
+            continue
+        if not isinstance(neutral, dict):
+            found += [f"{name} {fields[name]}"] if name in fields else []
+        elif f"{name}.name" in fields:
+            inside = {key: value for key, value in fields.items() if key.startswith(f"{name}.")}
+            chosen = inside.pop(f"{name}.name")
+            settings = ", ".join(f"{key.removeprefix(f'{name}.')} {value}" for key, value in inside.items())
+            found.append(f"{name} {chosen}" + (f" ({settings})" if settings else ""))
+        else:
+            inside = {key: value for key, value in fields.items() if key.startswith(f"{name}.")}
+            found += [f"{key} {value}" for key, value in inside.items()]
+    return ", ".join(found)
+
+
 def evaluation_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that decide the results of an evaluation, if the weights are given, by full name.
 
