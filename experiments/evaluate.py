@@ -18,6 +18,7 @@ SHORT = {
     "autoattack": "autoattack",
     "audit": "audit.examples",
     "budget": "budget.name",
+    "weights": "weights",
     "surrogate": "audit.surrogate",
 }
 
@@ -28,13 +29,15 @@ def main(arguments: list[str]) -> None:
         "workdir": "folder of the run; its config is used",
         "config": "another config; its head, logit scale and prior adjustment at inference are used",
         "folder": "folder of the results; WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD, "
-        "with --budget WORKDIR/evaluation-BUDGET, with --examples WORKDIR/evaluation-N-images",
+        "with --budget WORKDIR/evaluation-BUDGET, with --weights WORKDIR/evaluation-WEIGHTS, with "
+        "--examples WORKDIR/evaluation-N-images",
         "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the newest one, or with "
         "config.train.select=best the best one",
         "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",
         "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
         "budget": "radii by class: constant (the standard) or by_frequency: config.evaluation.budget.name",
+        "weights": "current or average, the run's config.average: config.evaluation.weights",
         "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
     }
     flags, overrides = cli.split_overrides(arguments)
@@ -71,12 +74,15 @@ def main(arguments: list[str]) -> None:
     if values["config"]:
         config = builder.with_inference_of(config, cli.load_config(values["config"]))
         name += f"-{pathlib.Path(values['config'].partition(':')[0]).stem}"
+    chosen = {"weights": config.evaluation.weights, "select": config.train.select}
     config = cli.apply_overrides(config, overrides)
     if values["print-config"]:
         builder.check(config)
         print(to_json(config), end="")
         cli.check_shown()
         return
+    for field, value in {"weights": config.evaluation.weights, "select": config.train.select}.items():
+        name += f"-{value}" if value != chosen[field] else ""  # so that both can be evaluated
     if config.evaluation.budget.name != "constant":
         name += f"-{config.evaluation.budget.name.rpartition(':')[2]}"
     if config.evaluation.examples:
