@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of the run",
         "out": "the file to write, FILE.safetensors",
-        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; the newest one by default",
+        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the one that is evaluated",
+        "weights": "current or average, the run's config.average; those that are evaluated by default",
         "naming": "released (the default) or bare",
     }
     values = cli.parse(arguments, texts, __doc__)
@@ -66,14 +67,17 @@ def main(arguments: list[str]) -> None:
 
     check_replaceable(out, '"checkpoint_sha256":')
 
-    from robal_jax import builder, pytorch
+    from robal_jax import averages, builder, pytorch
     from robal_jax.storage import checkpoints
+    from robal_jax.storage.best import default_checkpoint
     from robal_jax.storage.config_file import read_config, to_json
 
     config = read_config(workdir)
     builder.validate(config)
-    arrays, path, sha256 = checkpoints.read_latest(checkpoint or workdir)
-    params, stats = arrays["params"], arrays.get("stats", {})
+    which = values["weights"] or config.evaluation.weights
+    chosen = checkpoint or default_checkpoint(workdir, config.train.select)
+    arrays, path, sha256 = checkpoints.read_latest(chosen or workdir)
+    params, stats = averages.chosen(arrays, which).values()
     network = pytorch.architecture(pytorch.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None
     state_dict = pytorch.complete_state_dict(params, stats, prefixes, builder.standardisation(config))

@@ -203,13 +203,15 @@ def chosen(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
       which: one of ``WEIGHTS``.
 
     Raises:
-      InputError: there is no average.
+      InputError: there is no average, or ``which`` is another text.
 
     Example:
       >>> state = {"params": {"w": 1}, "stats": {"m": 2}, "average": {"params": {"w": 3}}}
       >>> chosen(state, "average")
       {'params': {'w': 3}, 'stats': {'m': 2}}
     """
+    if which not in WEIGHTS:
+        raise InputError(f"weights is {which!r}; use {' or '.join(WEIGHTS)}")
     current = {name: checkpoint.get(name, {}) for name in Weights._fields}
     if which == "current":
         return current

@@ -15,6 +15,7 @@ from robal_jax import (
     budgets,
     builder,
     cli,
+    load_run,
     losses,
     models,
     objectives,
@@ -86,19 +87,26 @@ def one_step(state, optimizer, extras, epoch=1, parts=1, objective=pgd_at):
 # ---------------------------------------------------------------- all at once
 
 
-@pytest.mark.slow
-def test_one_compilation_serves_a_run_with_everything_on(monkeypatch, tmp_path):
-    original, traces = training.train_chunk, []
-    monkeypatch.setattr(training_step, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
-    said = []
-    path = training.train(ingredients.get_config(), tmp_path / "run", say=said.append)
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The folder of a run with everything on, and its last state; it compiles once."""
+    folder, original, traces = tmp_path_factory.mktemp("runs") / "everything", training.train_chunk, []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training_step, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
+        path = training.train(ingredients.get_config(), folder, say=lambda line: None)
     assert len(traces) == 1
-    found = checkpoints.read_latest(tmp_path / "run")
+    found = checkpoints.read_latest(folder)
     assert found.path == path
-    current, average = (averages.chosen(found.tree, which) for which in averages.WEIGHTS)
+    return folder, found.tree
+
+
+@pytest.mark.slow
+def test_a_run_with_everything_on(everything):
+    _, state = everything
+    current, average = (averages.chosen(state, which) for which in averages.WEIGHTS)
     gaps = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), current["params"], average["params"])
     assert max(jax.tree.leaves(gaps)) > 1e-4
-    radii = found.tree["classes"]["radii"]
+    radii = state["classes"]["radii"]
     assert len(set(radii.tolist())) > 1  # they follow the classes
     assert (radii >= 0.5 * 0.031 - 1e-7).all()
 
@@ -154,6 +162,17 @@ def test_an_average_of_equal_weights_has_their_statistics_estimated_anew():
     # Of this network a pass has the mean of its images, which are those of the attack on current weights.
     assert np.abs(state.average["stats"]["mean"] - IMAGES.mean(0)).max() < 0.011
     assert not np.array_equal(state.average["stats"]["mean"], state.stats["mean"])
+
+
+@pytest.mark.slow
+def test_runs_show_the_weights_that_are_asked_for(everything):
+    folder, state = everything
+    for weights, part in ((None, state["average"]), ("average", state["average"]), ("current", state)):
+        run = load_run(folder, weights=weights)
+        for a, b in zip(jax.tree.leaves(run.params), jax.tree.leaves(part["params"]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match="weights is 'best'; use current or average"):
+        load_run(folder, weights="best")
 
 
 def test_a_checkpoint_without_an_average_says_so():

@@ -252,6 +252,11 @@ def doubts(config: ConfigDict) -> list[str]:
     attack, schedule, epochs, found = config.attack, config.schedule, config.train.epochs, []
     if config.objective.name != "plain":  # which attacks nothing
         found += _short_of("threat.epsilon", config.threat.epsilon, "attack", attack.steps, attack.step_size)
+    elif config.threat.budget.name != "constant" or config.threat.ramp or attack.batch_norm != "running":
+        found.append(
+            "objective 'plain' attacks nothing, so that config.threat.budget, config.threat.ramp and "
+            "config.attack have no effect; choose another objective, or leave them out"
+        )
     milestones = list(schedule.get("milestones", ()))
     if milestones != sorted({max(milestone, 1) for milestone in milestones}):
         found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")

@@ -78,13 +78,20 @@ class Run:
         return np.concatenate([np.asarray(self._compiled(self.params, self.stats, part)) for part in parts])
 
 
-def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | None = None) -> Run:
+def load_run(
+    workdir: str | pathlib.Path,
+    *,
+    checkpoint: str | pathlib.Path | None = None,
+    weights: str | None = None,
+) -> Run:
     """Loads a run that was trained or imported.
 
     Args:
       workdir: folder of the run.
       checkpoint: folder of one checkpoint; if None, the one that the config selects: the newest undamaged one
         or the best.
+      weights: 'current', those after the last step, or 'average', the average that the run kept of them; if
+        None, what its config evaluates.
 
     Returns:
       The run.
@@ -97,6 +104,7 @@ def load_run(workdir: str | pathlib.Path, *, checkpoint: str | pathlib.Path | No
     job = builder.evaluation(config, class_counts_in_training(workdir))
     check_same_data(job.data_sha256, workdir, print)
     chosen = default_checkpoint(workdir, job.select) if checkpoint is None else pathlib.Path(checkpoint)
-    weights, path, sha256 = restore_weights(workdir, chosen, job.variables, print, job.weights)
+    which = job.weights if weights is None else weights
+    tree, path, sha256 = restore_weights(workdir, chosen, job.variables, print, which)
     fields = json.loads(to_json(config))
-    return Run(weights["params"], weights["stats"], fields, path, sha256, job.test, job.predict)
+    return Run(tree["params"], tree["stats"], fields, path, sha256, job.test, job.predict)
