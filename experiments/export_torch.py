@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of the run",
         "out": "the file to write, FILE.safetensors",
-        "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the one that is evaluated",
+        "checkpoint": "folder of one checkpoint; by default the one that is evaluated",
         "weights": "current or average, the run's config.average; those that are evaluated by default",
         "naming": "released (the default) or bare",
     }
