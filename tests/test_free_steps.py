@@ -106,11 +106,11 @@ def test_a_run_is_the_loop_of_the_paper(showings, norm, smoothing):
         stats = models.update_statistics(stats, (moments,))
         if step == 0:
             assert np.abs(delta).max() > 0.02
-    # The sign of a gradient near 0 may differ: nearly all entries are equal, and all weights are near.
-    assert np.mean(np.abs(state.delta - delta) > 1e-4) < 0.01
+    # Float32, and the sign of a gradient that is 0 but for its rounding may differ: of a few of 4096 pixels.
+    assert np.mean(np.abs(state.delta - delta) > 1e-6) < 1e-3
     for found, expected in ((state.params, params), (state.stats, stats)):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-4)
+            np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_showings_share_their_images():
@@ -305,3 +305,8 @@ def test_doubts_do_not_speak_of_steps_that_are_not_made():
     short = ("attack.step_size=0.001",)
     assert not builder.doubts(free_config(*short))
     assert builder.doubts(free_config(*short, "attack.free_steps=0"))
+
+
+def test_a_run_that_does_not_see_all_images():
+    (doubt,) = builder.doubts(free_config("train.epochs=2"))
+    assert "the run has 2 epochs, so that not all images are shown; set more epochs" in doubt

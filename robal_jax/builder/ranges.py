@@ -252,6 +252,11 @@ def doubts(config: ConfigDict) -> list[str]:
     attack, schedule, epochs, found = config.attack, config.schedule, config.train.epochs, []
     if config.objective.name != "plain" and not attack.free_steps:  # neither takes these steps
         found += _short_of("threat.epsilon", config.threat.epsilon, "attack", attack.steps, attack.step_size)
+    if attack.free_steps > epochs:
+        found.append(
+            f"config.attack.free_steps is {attack.free_steps}, but the run has {epochs} epochs, so that not "
+            "all images are shown; set more epochs"
+        )
     milestones = list(schedule.get("milestones", ()))
     if milestones != sorted({max(milestone, 1) for milestone in milestones}):
         found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")
