@@ -70,6 +70,11 @@ def get_config(data: str) -> ConfigDict:
     # Batch norm in the attack: 'running' statistics, those of the attacked 'batch', or 'batch_update', which
     # also moves the running ones in every step of the attack (AWP's and CFA's released code).
     config.attack.batch_norm = "running"
+    # m: every batch is shown m times in a row, and one backward pass per step moves both the weights and the
+    # images' perturbation, by epsilon (Shafahi et al., NeurIPS 2019: m = 8). Of config.attack nothing else is
+    # read. Epochs and milestones count steps: so m changes no cost, and all images are seen epochs / m times.
+    # 0: an attack in every step
+    config.attack.free_steps = 0
     config.attack.alignment = 0.0  # weight of GradAlign's regulariser (0.2 for 8/255 in its paper); 0: none
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})

@@ -53,6 +53,7 @@ model may compute in any type.
 from robal_jax.attacks.autopgd import apgd, targeted_apgd
 from robal_jax.attacks.combined import multi_targeted, shortest_adversarial
 from robal_jax.attacks.fab_attack import fab
+from robal_jax.attacks.free import FreeSteps
 from robal_jax.attacks.margins import (
     dlr,
     margin,
@@ -86,6 +87,7 @@ __all__ = [
     "NORMS",
     "STARTS",
     "Attack",
+    "FreeSteps",
     "LogitsFn",
     "RandomLogitsFn",
     "Start",

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from robal_jax import attacks, losses, models, objectives
-from robal_jax.attacks import STARTS, ThreatModel
+from robal_jax.attacks import STARTS, FreeSteps, ThreatModel
 from robal_jax.builder import contracts
 from robal_jax.builder.contracts import takes
 from robal_jax.builder.instantiate import call
@@ -46,6 +46,31 @@ def objective(
     wrapped = _with_attack_mode(config, function, attack, threat)
     within = functools.partial(_within, common=config.threat.epsilon, scaled_steps=config.threat.scaled_steps)
     return functools.partial(_in_step, objective=wrapped, bound=bound, smoothed=smoothed, within=within)
+
+
+def free_steps(config: ConfigDict) -> FreeSteps | None:
+    """Builds the free steps that are the attack of a training; None for an attack in every step.
+
+    Raises:
+      InputError: something else would need a pass of its own, or the attack that is replaced.
+    """
+    showings = config.attack.free_steps
+    if not showings:
+        return None
+    if config.objective.name != "pgd_at":
+        raise InputError(
+            f"config.attack.free_steps is {showings}, which objective {config.objective.name!r} cannot use; "
+            "use objective 'pgd_at', or set it to 0"
+        )
+    alone = {"attack.batch_norm": "running", "attack.alignment": 0.0, "perturbation.name": "none"}
+    for field, neutral in alone.items():
+        section, name = field.split(".")
+        if config[section][name] != neutral:
+            raise InputError(
+                f"config.attack.free_steps is {showings}, so that a step has one backward pass, and "
+                f"config.{field} {config[section][name]!r} needs more; set it to {neutral!r}"
+            )
+    return FreeSteps(showings, ThreatModel(config.threat.epsilon, config.threat.norm))
 
 
 def _smoothed(smoothing: float, loss: functools.partial) -> functools.partial:

@@ -96,7 +96,7 @@ _FACTOR_FIELDS = (
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
-    "attack.alignment", "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
+    "attack.alignment", "attack.free_steps", "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
     "evaluation.audit.examples", "evaluation.examples", "optimizer.clip_norm", "optimizer.weight_decay",
 )  # fmt: skip
 
@@ -148,7 +148,7 @@ _TEXTS = (
 )  # fmt: skip
 
 _INTEGERS = (
-    "attack.steps", "train.epochs", "train.max_steps", "train.batch_size",
+    "attack.steps", "attack.free_steps", "train.epochs", "train.max_steps", "train.batch_size",
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
     "train.checkpoint_epochs", "train.keep_checkpoints", "train.evaluate_epochs", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
@@ -250,12 +250,19 @@ def doubts(config: ConfigDict) -> list[str]:
       Warnings about the training; see :func:`evaluation_doubts` for the evaluation.
     """
     attack, schedule, epochs, found = config.attack, config.schedule, config.train.epochs, []
-    if config.objective.name != "plain":  # which attacks nothing
+    if config.objective.name != "plain" and not attack.free_steps:  # neither takes these steps
         found += _short_of("threat.epsilon", config.threat.epsilon, "attack", attack.steps, attack.step_size)
-    elif config.threat.budget.name != "constant" or config.threat.ramp or attack.batch_norm != "running":
+    elif config.objective.name == "plain" and (
+        config.threat.budget.name != "constant" or config.threat.ramp or attack.batch_norm != "running"
+    ):
         found.append(
             "objective 'plain' attacks nothing, so that config.threat.budget, config.threat.ramp and "
             "config.attack have no effect; choose another objective, or leave them out"
+        )
+    if attack.free_steps > epochs:
+        found.append(
+            f"config.attack.free_steps is {attack.free_steps}, but the run has {epochs} epochs, so that not "
+            "all images are shown; set more epochs"
         )
     milestones = list(schedule.get("milestones", ()))
     if milestones != sorted({max(milestone, 1) for milestone in milestones}):

@@ -11,13 +11,13 @@ import optax
 from ml_collections import ConfigDict
 
 from robal_jax import metrics, models, objectives
-from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks import NORMS, FreeSteps, ThreatModel, autoattack
 from robal_jax.averages import Average
 from robal_jax.budgets import Budget
 from robal_jax.builder import contracts
 from robal_jax.builder.evaluation_job import Evaluation, evaluation_on
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.minimised import objective
+from robal_jax.builder.minimised import free_steps, objective
 from robal_jax.builder.parts import (
     augmentation,
     augmentations,
@@ -71,6 +71,7 @@ class Training:
       perturbation: of the weights at which the gradient is taken; None for none.
       average: of the weights.
       budget: radii by class; None for one radius.
+      free_steps: that are the attack of the training; None for the objective's own.
       schedule: ``step -> learning rate``.
       seed: of everything random.
       settings: how the loop runs.
@@ -94,6 +95,7 @@ class Training:
     perturbation: Perturbation | None
     average: Average
     budget: Budget | None
+    free_steps: FreeSteps | None
     schedule: optax.Schedule
     seed: int
     settings: Settings
@@ -150,6 +152,7 @@ def training(config: ConfigDict) -> Training:
         average=average(config, steps_per_epoch),
         perturbation=perturb,
         budget=radii,
+        free_steps=free_steps(config),
         schedule=schedule,
         seed=config.seed,
         settings=_settings(train, steps_per_epoch),
@@ -244,6 +247,7 @@ def check(config: ConfigDict) -> None:
         if head.name:
             model(config, counts, platform="cpu", precision=config.train.precision, head=head)
     objective(config, counts)
+    free_steps(config)
     optimizer(config, 1)
     perturbation(config)
     average(config, 1)
@@ -264,6 +268,11 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
     size = functools.partial(_size, in_255ths=norm == "linf")
     threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"
     steps = f"{attack.steps} step{'s' * (attack.steps > 1)} of {size(attack.step_size)}"
+    of_training = f"{threat}, {steps}, start {attack.start!r}, loss {attack.loss.name}"
+    if attack.free_steps:
+        of_training = f"{threat}, free steps, each batch is shown {attack.free_steps} times in a row"
+    elif not _attacks(config):
+        of_training = f"none in training; {threat} in evaluations"
     return {
         "method": f"{config.method}: objective {config.objective.name}, loss {config.loss.name}, "
         f"seed {config.seed}",
@@ -271,9 +280,7 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
         "data": f"{config.data.name}: {counts[0]} images of the first class to {counts[-1]} of the last, "
         f"{counts.sum()} of all {len(counts)} (ratio {counts.min() / counts.max():.3g}); "
         f"{len(data.test_labels)} test images",
-        "attack": f"{threat}, {steps}, start {attack.start!r}, loss {attack.loss.name}"
-        if _attacks(config)
-        else f"none in training; {threat} in evaluations",
+        "attack": of_training,
         **({"with": found} if (found := ingredients(config)) else {}),
         "length": f"{total_steps} steps of {config.train.batch_size} images, {steps_per_epoch} per epoch",
     }

@@ -30,6 +30,7 @@ NEUTRAL: dict[str, Any] = {
     "attack.reach": 1.0,
     "attack.batch_norm": "running",
     "attack.alignment": 0.0,
+    "attack.free_steps": 0,
     "perturbation": {"name": "none"},
     "average": {"name": "none"},
     "train.mixing": "none",

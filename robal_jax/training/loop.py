@@ -42,8 +42,12 @@ LONG_DISPATCH = 10.0  # seconds; a longer dispatch is warned about
 
 
 def step_ids(job: builder.Training, step: int) -> np.ndarray:
-    """Returns the numbers of the images that a step sees, by part of its batch: ``[A, B / A]``."""
-    epoch, offset = divmod(step, job.steps_per_epoch)
+    """Returns the numbers of the images that a step sees, by part of its batch: ``[A, B / A]``.
+
+    With free steps, steps that see the same batch count as one step of the order of the images.
+    """
+    number = step // job.free_steps.showings if job.free_steps else step
+    epoch, offset = divmod(number, job.steps_per_epoch)
     first = offset * job.settings.batch_size
     return job.order(epoch)[first : first + job.settings.batch_size].reshape(
         job.settings.accumulation_steps, -1

@@ -31,6 +31,7 @@ class TrainState:
       opt_state: state of the optimiser.
       average: an average of the weights: ``params``, and ``stats`` if it has its own; {} for none.
       classes: what the budgets know of the classes, see ``budgets.Budget``; {} for nothing.
+      delta: perturbations that free steps carry over, by position in the batch ``[B, H, W, C]``; {} for none.
     """
 
     step: chex.Array
@@ -39,6 +40,7 @@ class TrainState:
     opt_state: optax.OptState
     average: dict[str, chex.ArrayTree] = flax.struct.field(default_factory=dict)
     classes: dict[str, chex.Array] = flax.struct.field(default_factory=dict)
+    delta: Any = flax.struct.field(default_factory=dict)
 
 
 def initial_state(job: builder.Training) -> TrainState:
@@ -60,6 +62,7 @@ def _before_step_0(job: builder.Training, params: chex.ArrayTree, stats: chex.Ar
         job.optimizer.init(params),
         job.average.init(Weights(params, stats)),
         job.budget.init() if job.budget else {},
+        jnp.zeros((job.settings.batch_size, *job.data.test_images.shape[1:])) if job.free_steps else {},
     )
 
 

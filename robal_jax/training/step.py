@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from robal_jax import averages, builder, models, objectives
+from robal_jax.attacks import FreeSteps, free
 from robal_jax.averages import Average, Weights, estimation_share
 from robal_jax.budgets import Budget
 from robal_jax.data import cutmix, draw_cutmix, to_float
@@ -32,6 +33,7 @@ class Extras(NamedTuple):
       budget: gives each image its radius; None for the threat model's.
       steps_per_epoch: to see where an epoch ends.
       batch_norm_momentum: weight of a pass in the running statistics; None for the usual 0.1.
+      free: steps of the images' perturbation in the state, in place of the objective's attack; None for none.
     """
 
     perturbation: Perturbation | None = None
@@ -39,6 +41,7 @@ class Extras(NamedTuple):
     budget: Budget | None = None
     steps_per_epoch: int = 1
     batch_norm_momentum: float | None = None
+    free: FreeSteps | None = None
 
 
 NO_EXTRAS = Extras()
@@ -55,6 +58,7 @@ def train_step(
     accumulation_steps: int = 1,
     extras: Extras = NO_EXTRAS,
     partners: objectives.Partners | None = None,
+    positions: chex.Array | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Makes one update.
 
@@ -73,41 +77,45 @@ def train_step(
         that it needs the memory of one part. Objectives and batch norm then see one part at a time.
       extras: see :class:`Extras`.
       partners: of images that are mixed from two; None for images as they are.
+      positions: of this device's images in the whole batch, for free steps; else None.
 
     Returns:
       The state after the update, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the
       metrics of the objective.
     """
-    perturbation, average, budget, steps_per_epoch, momentum = extras
+    perturbation, average, budget, steps_per_epoch, momentum, free_steps = extras
     learns = budget is not None and budget.seen is not None
     over_parts = partial(_over_parts, parts=accumulation_steps, axis_name=axis_name)
 
     def gradients_of(params: chex.ArrayTree, part: tuple[Any, ...]) -> tuple[chex.ArrayTree, Any]:
         images, known = part
         images = images._replace(epoch=batch.epoch)
-        told = () if all(x is None for x in known) else (known,)
 
-        def loss_fn(params: chex.ArrayTree) -> tuple[chex.Array, Any]:
+        def loss_fn(params: chex.ArrayTree, shown: chex.Array | None) -> tuple[chex.Array, Any]:
+            told = known._replace(adversarial=shown)
+            told = () if all(x is None for x in told) else (told,)
             return objective(model, params, state.stats, images, *told)
 
-        (loss, outcome), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        gradient_of = jax.value_and_grad(loss_fn, (0, 1) if free_steps else (0,), has_aux=True)
+        (loss, outcome), (gradients, *by_image) = gradient_of(params, known.adversarial)
         # What nobody asks for is not stacked over the parts.
         attacked = outcome.attacked if perturbation or average.estimates or learns else None
         found = gradients, outcome.moments, {"loss": loss, **outcome.metrics}, outcome.attack_moments
-        return found, attacked
+        return found, (attacked, *by_image)
 
     radii = None if budget is None else _radii(budget.radii(state.classes, batch.epoch), batch, partners)
-    examples = batch._replace(epoch=None), objectives.Known(radii, partners)
-    found, attacked = over_parts(partial(gradients_of, state.params), examples)
+    known = objectives.Known(radii, partners)
+    if free_steps is not None:
+        threat = free_steps.threat if radii is None else replace(free_steps.threat, epsilon=radii)
+        known = known._replace(adversarial=free.perturbed(batch.images, state.delta[positions], threat))
+    examples = batch._replace(epoch=None), known
+    found, (attacked, *by_image) = over_parts(partial(gradients_of, state.params), examples)
     params, attack_moments = state.params, found[3]
     if perturbation is not None:
-        direction = found[0]
-        if perturbation.of_optimizer:
-            direction, _ = optimizer.update(jax.tree.map(jnp.negative, direction), state.opt_state, params)
-        params = perturbation.perturb(params, direction, batch.epoch)
+        params = _perturbed(state, found[0], batch.epoch, perturbation, optimizer)
         if attacked is not None:
-            examples = examples[0], examples[1]._replace(adversarial=attacked.images)
-        found, attacked = over_parts(partial(gradients_of, params), examples)
+            examples = examples[0], known._replace(adversarial=attacked.images)
+        found, (attacked, *_) = over_parts(partial(gradients_of, params), examples)
     gradients, moments, metrics, _ = found
     updates, opt_state = optimizer.update(gradients, state.opt_state, params)
     new_state = replace(
@@ -117,12 +125,13 @@ def train_step(
         stats=models.update_statistics(state.stats, (*attack_moments, *moments), momentum),
         opt_state=opt_state,
     )
-    trained_on = batch.images if attacked is None else attacked.images
-    estimate = partial(_estimated, model=model, over_parts=over_parts, images=trained_on)
+    estimate = partial(_estimated, model=model, over_parts=over_parts, images=(attacked or batch).images)
     new_state = _followed(state, new_state, extras, estimate)
+    if free_steps is not None:
+        moved = free.ascended(state.delta[positions], by_image[0], batch.images, threat)
+        new_state = replace(new_state, delta=_everywhere(state.delta, positions, moved, axis_name))
     if budget is not None and budget.seen is not None:
-        seen = budget.seen(batch.labels, attacked.logits)
-        seen = seen if axis_name is None else lax.psum(seen, axis_name)
+        seen = _over_devices(budget.seen(batch.labels, attacked.logits), axis_name)
         ends = new_state.step % steps_per_epoch == 0
         new_state = replace(new_state, classes=budget.update(state.classes, seen, batch.epoch, ends))
     return new_state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
@@ -134,6 +143,34 @@ def _radii(of_class: chex.Array, batch: objectives.Batch, partners: objectives.P
     if partners is None:
         return radii
     return partners.share * radii + (1 - partners.share) * of_class[partners.labels]
+
+
+def _over_devices(sums: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
+    return sums if axis_name is None else lax.psum(sums, axis_name)
+
+
+def _everywhere(
+    whole: chex.Array, positions: chex.Array, mine: chex.Array, axis_name: str | None
+) -> chex.Array:
+    """Returns what the images of the whole batch have, from each device's images and their positions."""
+    parts = positions, mine
+    if axis_name is not None:
+        parts = lax.all_gather(parts, axis_name, tiled=True)
+    return whole.at[parts[0]].set(parts[1])
+
+
+def _perturbed(
+    state: TrainState,
+    gradients: chex.ArrayTree,
+    epoch: chex.Numeric,
+    perturbation: Perturbation,
+    optimizer: optax.GradientTransformation,
+) -> chex.ArrayTree:
+    """Returns the weights at which the step's gradient is taken."""
+    if perturbation.of_optimizer:  # its step up the loss; its state stays as it is
+        up = jax.tree.map(jnp.negative, gradients)
+        gradients, _ = optimizer.update(up, state.opt_state, state.params)
+    return perturbation.perturb(state.params, gradients, epoch)
 
 
 def _over_parts(
@@ -217,6 +254,7 @@ def train_chunk(
     pixel_max: int,
     augment: Callable[[chex.PRNGKey, chex.Array], chex.Array],
     mixing: str = "none",
+    showings: int = 0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Makes several steps in one compiled loop, which ends early after a step that is not finite.
@@ -234,6 +272,8 @@ def train_chunk(
       pixel_max: the pixel value that becomes 1.
       augment: ``(keys [n], images [n, H, W, C]) -> images``, integers to integers.
       mixing: one of ``data.MIXINGS``.
+      showings: steps that see the same batch in a row, augmented and mixed in the same way, and make free
+        steps; 0 for one step and none of these.
       axis_name: mapped axis over which the batch is spread, if any; an image's partner may be anywhere.
 
     Returns:
@@ -241,15 +281,18 @@ def train_chunk(
     """
 
     def one(i: chex.Array, state: TrainState) -> tuple[TrainState, dict[str, chex.Array]]:
-        keys = example_keys(key, state.step, positions.reshape(-1))
+        shown = state.step // showings if showings else state.step  # the number of the batch
+        keys = example_keys(key, shown, positions.reshape(-1))
         keys = jax.vmap(partial(jax.random.split, num=2))(keys)
         row = jax.tree.map(lambda x: x[i].reshape(-1, *x.shape[3:]), rows)
         images, labels = row if data is None else (data.images[row], data.labels[row])
         images = augment(keys[:, 0], images)
-        told = {}
+        told: dict[str, Any] = {}
         if mixing != "none":
-            of_step = jax.random.fold_in(jax.random.fold_in(key, state.step), PARTNERS)
+            of_step = jax.random.fold_in(jax.random.fold_in(key, shown), PARTNERS)
             images, told["partners"] = _mixed(of_step, images, labels, positions.reshape(-1), axis_name)
+        if showings:
+            told["positions"] = positions.reshape(-1)
         epoch = state.step // steps_per_epoch + 1
         batch = objectives.Batch(to_float(images, pixel_max), labels, keys[:, 1], epoch)
         return step_fn(state, batch, **told)
@@ -313,6 +356,7 @@ def compiled_chunk(
             job.budget,
             job.steps_per_epoch,
             job.settings.batch_norm_momentum,
+            job.free_steps,
         ),
     )
     chunk = partial(
@@ -322,6 +366,7 @@ def compiled_chunk(
         pixel_max=job.data.pixel_max,
         augment=job.augment,
         mixing=job.settings.mixing,
+        showings=job.free_steps.showings if job.free_steps else 0,
         axis_name=parallel.AXIS,
     )
     return parallel.LAYOUTS[job.settings.layout](chunk, devices)
