@@ -399,14 +399,10 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       InputError: a field is unknown (the nearest known one is named), or a value has the wrong type.
     """
-    known = _fields(config)
-    texts = {}
-    for override in overrides:
-        key, equals, text = override.lstrip("-").removeprefix("config.").partition("=")
-        texts[key] = (override, text if equals else None)
-    by_signature = _by_signature(known, {key: text for key, (_, text) in texts.items() if text is not None})
-    read = []
-    for key, (override, _) in texts.items():
+    known, read = _fields(config), []
+    typed = {each.lstrip("-").partition("=")[0].removeprefix("config."): each for each in overrides}
+    by_signature = _by_signature(known, typed)
+    for key, override in typed.items():
         if key in by_signature:
             continue
         if key not in known:
@@ -433,19 +429,18 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return builder.with_arguments(values["config"].value, by_signature)
 
 
-def _by_signature(known: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, str]:
+def _by_signature(known: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, str]:
     """Returns what is typed for those named sections whose function must be asked what it takes.
 
     They get a field that they lack, or they have others and their name changes.
     """
     found: dict[str, str] = {}
+    texts = {key: override.partition("=")[2] for key, override in overrides.items() if "=" in override}
     for section in NAMED:
         typed = {key: text for key, text in texts.items() if key.startswith(f"{section}.")}
-        names = {key: text for key, text in typed.items() if key.endswith(".name") and key in known}
-        renamed = [key for key, text in names.items() if known[key] != text]
-        others = any(
-            name.startswith(key.removesuffix("name")) and name != key for key in renamed for name in known
-        )
+        renamed = [key for key in typed.keys() & known.keys() if key.endswith(".name")]
+        renamed = [key.removesuffix("name") for key in renamed if known[key] != typed[key]]
+        others = any(name.startswith(part) and name != f"{part}name" for part in renamed for name in known)
         if f"{section}.name" in known and (others or typed.keys() - known.keys()):
             found |= typed
     return found
