@@ -90,8 +90,9 @@ def get_config(data: str) -> ConfigDict:
     config.optimizer.decayed = (
         "all"  # by the weight decay; 'weights': no batch norm, no bias; 'not_batch_norm'
     )
-    # 'piecewise' is 'paper' with a warm-up by step. 'cosine' and 'one_cycle' have other arguments: a config
-    # file replaces the section: ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``.
+    # 'piecewise' is 'paper' with a warm-up by step. 'cosine' (warmup, start, final, by) and 'one_cycle' have
+    # other arguments: --config.schedule.name=cosine drops those that it does not take; a config file replaces
+    # the section: ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``.
     # AT-BSL (Yue et al., CVPR 2024) is 'paper' with milestones (75, 90, 100) of 100 epochs.
     config.schedule = ConfigDict()
     config.schedule.name = "released"  # applies the decay again in every epoch after a milestone; or 'paper'

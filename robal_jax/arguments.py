@@ -1,5 +1,6 @@
 """Arguments of the command line as people type or paste them: dashes, quotation marks, forms of numbers."""
 
+import ast
 import contextlib
 import re
 from collections.abc import Sequence
@@ -83,6 +84,40 @@ def plain(argument: str, before: Any) -> str:
     if isinstance(before, float):
         return f"{name}={_real(argument, text)!r}"
     return argument
+
+
+def value(argument: str, example: Any) -> Any:
+    """Returns the value of an argument ``--name=value`` as the type of an example.
+
+    Args:
+      argument: what was typed.
+      example: a number, a boolean, a text, or a list or tuple of such; None for any literal of Python, or
+        else a text.
+
+    Raises:
+      InputError: the value is none of this type.
+
+    Example:
+      >>> value("--alpha=1/8", 0.0), value("--epsilons=(1/8, 0.25)", (0.0,)), value("--x=abc", None)
+      (0.125, (0.125, 0.25), 'abc')
+    """
+    name, _, text = argument.partition("=")
+    if isinstance(example, list | tuple):
+        entries = [entry.strip() for entry in text.strip().strip("()[]").split(",")]
+        return tuple(value(f"{name}={entry}", example[0] if example else None) for entry in entries if entry)
+    if isinstance(example, bool):
+        return plain(argument, example).endswith("=true")
+    if isinstance(example, int | float):
+        return type(example)(plain(argument, example).partition("=")[2])
+    return text if isinstance(example, str) else _literal(argument, text)
+
+
+def _literal(argument: str, text: str) -> Any:
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    with contextlib.suppress(InputError):
+        return _real(argument, text)
+    return text
 
 
 def _whole(argument: str, text: str) -> int:

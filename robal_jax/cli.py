@@ -46,6 +46,13 @@ PROCESSES = {
 
 PRINT_CONFIG = {"print-config": "prints the config as the run would store it, and ends"}
 """A switch of ``train.py`` and ``evaluate.py``."""
+
+NAMED = (
+    "data", "model", "head", "loss", "objective", "threat.budget", "attack.loss", "optimizer", "perturbation",
+    "average", "schedule", "evaluation.head", "evaluation.budget",
+)  # fmt: skip
+"""Sections with a name, whose other fields are arguments of the function of this name."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
 
@@ -386,12 +393,18 @@ def _config_file(name: str) -> pathlib.Path:
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Sets fields of a config from ``--config.field=value``, see :func:`arguments.plain`.
 
+    A section that names a function may get any argument of the function. If its name changes, fields of the
+    config file that the new function does not take are dropped. Signatures need JAX, which is imported then.
+
     Raises:
       InputError: a field is unknown (the nearest known one is named), or a value has the wrong type.
     """
     known, read = _fields(config), []
-    for override in overrides:
-        key = override.lstrip("-").partition("=")[0].removeprefix("config.")
+    typed = {each.lstrip("-").partition("=")[0].removeprefix("config."): each for each in overrides}
+    by_signature = _by_signature(known, typed)
+    for key, override in typed.items():
+        if key in by_signature:
+            continue
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
             raise InputError(
@@ -408,7 +421,29 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         raise InputError(str(error)) from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; write arguments as --name=value")
-    return values["config"].value
+    if not by_signature:
+        return values["config"].value
+
+    from robal_jax import builder  # imports JAX
+
+    return builder.with_arguments(values["config"].value, by_signature)
+
+
+def _by_signature(known: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, str]:
+    """Returns what is typed for those named sections whose function must be asked what it takes.
+
+    They get a field that they lack, or they have others and their name changes.
+    """
+    found: dict[str, str] = {}
+    texts = {key: override.partition("=")[2] for key, override in overrides.items() if "=" in override}
+    for section in NAMED:
+        typed = {key: text for key, text in texts.items() if key.startswith(f"{section}.")}
+        renamed = [key for key in typed.keys() & known.keys() if key.endswith(".name")]
+        renamed = [key.removesuffix("name") for key in renamed if known[key] != typed[key]]
+        others = any(name.startswith(part) and name != f"{part}name" for part in renamed for name in known)
+        if f"{section}.name" in known and (others or typed.keys() - known.keys()):
+            found |= typed
+    return found
 
 
 def describe(config: ConfigDict, section: str = "") -> str:
@@ -424,6 +459,7 @@ def describe(config: ConfigDict, section: str = "") -> str:
         if name.startswith(section):
             comment = f"  # {comments[name]}" if name in comments else ""
             lines.append(f"  config.{name} = {value!r}{comment}")
+    lines.append("A section with a name also takes the other arguments of the function that it names.")
     return "\n".join(lines)
 
 

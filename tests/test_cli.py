@@ -179,7 +179,8 @@ def test_config_file_without_get_config(tmp_path):
     ("override", "message"),
     [
         ("--config.sed=3", "unknown config key 'sed'; use 'seed'"),
-        ("--config.schedule.lrr=3", r"unknown config key 'schedule.lrr'; use 'schedule\.lr'"),
+        ("--config.train.epoch=3", r"unknown config key 'train.epoch'; use 'train\.epochs'"),
+        ("--config.schedule.lrr=3", r"schedule 'paper' takes no 'lrr'; use .*: did you mean 'lr'\?$"),
         ("--config.head=3", "unknown config key 'head'"),
         ("--config.train.epochs=many", "train.epochs"),
         ("--config.train.batch_size=1.5", "train.batch_size"),

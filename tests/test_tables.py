@@ -168,7 +168,7 @@ def test_folders_tell_settings_apart():
         ("1", "train.start_from=x", "'one_epoch_rs'"),
         ("4", "data.ratio=0.1", "'at_50'"),
         ("3", "evaluation.tau_p=1", "'margin_0'"),
-        ("1", "loss.margin=0.1", "row 'at' of table 1: unknown config key"),
+        ("1", "loss.margin=0.1", "row 'at' of table 1: loss 'cross_entropy' takes no 'margin'"),
         ("1", "attack.steps=0", "row 'at' of table 1: config.attack.steps is 0"),
     ],
 )

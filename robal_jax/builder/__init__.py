@@ -5,6 +5,7 @@
 - ``minimised``: the objective with its attack and losses
 - ``training_images``: the images of a training: without those held out, with generated ones
 - ``instantiate``: the function that a section names, with its arguments bound
+- ``arguments``: arguments of these functions from the command line
 - ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``ranges``: which fields a config must have, and which values are allowed
 
@@ -35,6 +36,7 @@ in its section::
 - ``schedule``: ``step -> learning rate``
 """
 
+from robal_jax.builder.arguments import SECTIONS, with_arguments
 from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
@@ -52,6 +54,7 @@ from robal_jax.builder.training_job import Training, check, training
 
 __all__ = [
     "RANGES",
+    "SECTIONS",
     "SELECTIONS",
     "Evaluation",
     "Training",
@@ -70,6 +73,7 @@ __all__ = [
     "standardisation",
     "training",
     "validate",
+    "with_arguments",
     "with_inference_of",
     "with_part_of",
 ]

@@ -1,9 +1,10 @@
 """From a section of a config to the function that it names, with its arguments bound."""
 
+import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_origin
 
 from ml_collections import ConfigDict
@@ -52,25 +53,12 @@ def call(
     """
     name = str(section.get("name", ""))
     options = {key: value for key, value in section.items() if key != "name"}
-    if ":" in name:
-        function = _import(kind, name)
-    elif name in table:
-        function = table[name]
-    else:
-        raise InputError(
-            f"unknown {kind} {name!r}; use one of {', '.join(table)}, or your own as 'module:function'"
-        )
+    function = named(kind, table, name)
     parameters = _parameters(kind, name, function)
-    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    by_position = [p.name for p in positional][: len(POSITIONAL.get(kind, ()))]
-    known = [key for key in parameters if key not in (*by_position, "parent")]  # which flax adds
+    known = _by_name(kind, parameters)
     unknown = sorted(set(options) - set(known))
-    if unknown:  # flax adds a name, too
-        fields = [key for key in known if key not in ("name", *given, *LATE.get(kind, ()))]
-        raise InputError(
-            f"{kind} {name!r} takes no {unknown[0]!r}; "
-            + (f"use one of {', '.join(fields)}" if fields else "leave it out")
-        )
+    if unknown:
+        raise not_taken(kind, name, unknown[0], _settable(kind, known, given))
     for key, option in options.items():
         annotation, value = parameters[key].annotation, option
         if isinstance(option, ConfigDict) and annotation not in OF_TYPE:
@@ -87,6 +75,59 @@ def call(
     if missing:
         raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")
     return functools.partial(function, **bound)
+
+
+def named(kind: str, table: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
+    """Returns the function of a name: one of a table, or the user's own, which is imported.
+
+    Raises:
+      InputError: the name is unknown, or the user's own function cannot be imported.
+    """
+    if ":" in name:
+        return _import(kind, name)
+    if name not in table:
+        raise InputError(
+            f"unknown {kind} {name!r}; use one of {', '.join(table)}, or your own as 'module:function'"
+        )
+    return table[name]
+
+
+def arguments(
+    kind: str, table: Mapping[str, Callable[..., Any]], name: str, given: Collection[str]
+) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of a function that its section can set, by name.
+
+    Args:
+      kind: of function.
+      table: the library's functions by name.
+      name: of the function.
+      given: names of the values that the config does not hold.
+
+    Raises:
+      InputError: see :func:`named`; or the function cannot be called as its kind is.
+    """
+    parameters = _parameters(kind, name, named(kind, table, name))
+    return {key: parameters[key] for key in _settable(kind, _by_name(kind, parameters), given)}
+
+
+def not_taken(kind: str, name: str, key: str, fields: Sequence[str]) -> InputError:
+    """Returns the error of a key that a function does not take; ``fields`` are those that it takes."""
+    near = difflib.get_close_matches(key, fields, 1, cutoff=0.65)
+    hint = f": did you mean {near[0]!r}?" if near and len(fields) > 1 else ""
+    use = f"use {'one of ' * (len(fields) > 1)}{', '.join(fields)}{hint}" if fields else "leave it out"
+    return InputError(f"{kind} {name!r} takes no {key!r}; {use}")
+
+
+def _by_name(kind: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Returns the parameters that are not given by position."""
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_position = [p.name for p in positional][: len(POSITIONAL.get(kind, ()))]
+    return [key for key in parameters if key not in (*by_position, "parent")]  # which flax adds
+
+
+def _settable(kind: str, known: Sequence[str], given: Collection[str]) -> list[str]:
+    """Returns the parameters that a section sets; flax adds a name, too."""
+    return [key for key in known if key not in ("name", *given, *LATE.get(kind, ()))]
 
 
 def _import(kind: str, name: str) -> Callable[..., Any]:

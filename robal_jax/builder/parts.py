@@ -209,10 +209,10 @@ def average(config: ConfigDict, steps_per_epoch: int) -> Average:
 def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:
     """Builds the radii by class of a training; None if all classes have epsilon from the first epoch on."""
     section, ramp, epsilon = config.threat.budget, config.threat.ramp, config.threat.epsilon
-    if section.name == "constant" and not ramp:
-        return None
     given = {"class_counts": class_counts, "epsilon": epsilon}
     make = call("budget", BUDGETS | LEARNED, section, **given)
+    if section.name == "constant" and not ramp:
+        return None
     with calling("budget", section.name):
         made = make()
         found = made if isinstance(made, Budget) else budgets.fixed(made)
