@@ -41,7 +41,7 @@ def get_config(data: str) -> ConfigDict:
     # Images of a generator beside them: int(share * batch size) images of each batch, drawn with replacement;
     # Wang et al. (ICML 2023): 0.7. An epoch has as many batches as without. Losses and heads then know the
     # class counts of the mixture. The path is an .npz file with images and labels, or a folder with one
-    # sub-folder per class.
+    # sub-folder per class, whose files are read as RGB.
     config.generated = ConfigDict({"path": "", "share": 0.0})  # share in [0, 1); 0: none
 
     # WideResNet-34-10, RoBal section 5.1. Others: 'deepmind_wide_resnet' (the form of most WideResNets on
@@ -54,7 +54,8 @@ def get_config(data: str) -> ConfigDict:
 
     # L-infinity ball around images in [0, 1]: 0.031 and steps of 0.0078, not 8/255 and 2/255 (released code).
     config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
-    # Radius of each class in training: 'constant', 'by_frequency' (RobustLT), 'given', 'cfa' or 'dafa'.
+    # Radius of each class in training: 'constant', 'by_frequency' (RobustLT: alpha), 'given' (epsilons), 'cfa'
+    # (lambda1; start, the first epoch that counts, 11) or 'dafa' (scale; epoch, the one that is measured, 70).
     config.threat.budget = ConfigDict({"name": "constant"})
     config.threat.scaled_steps = True  # a class's step size is as large a part of its radius as in 'constant'
     config.threat.ramp = 0.0  # part of the epochs over which radii rise from 0 (RobustLT: 0.8); 0: none
@@ -80,7 +81,8 @@ def get_config(data: str) -> ConfigDict:
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     config.optimizer.trainable = ""  # beginning of the trained parameters' names ('classifier'); '': all
-    # Weights at which a step's gradient is taken: 'none' (the weights themselves), or 'awp' (gamma, start).
+    # Weights at which a step's gradient is taken: 'none' (the weights themselves), or 'awp' (gamma,
+    # start, an epoch, and direction).
     config.perturbation = ConfigDict({"name": "none"})
     # An average of the weights, kept beside them: 'none', 'ema' (decay; warmup in epochs), 'per_epoch' (CFA:
     # decay) or 'swa' (start in epochs).
@@ -112,7 +114,7 @@ def _train() -> ConfigDict:
     """Returns the section ``train``: length, batches, augmentation, devices and checkpoints."""
     config = ConfigDict()
     config.epochs = 80
-    config.max_steps = 0  # ends the run after so many steps, for a trial; 0: no limit
+    config.max_steps = 0  # ends the run after so many steps, for a trial: it cannot go on; 0: no limit
     config.batch_size = 64  # on all devices; the last incomplete batch of an epoch is dropped
     # Parts of a batch that a device computes one after the other, to save memory. Batch norm then takes its
     # statistics from each part, and without sync_batch_norm from each device's share of the part. Runs that
@@ -135,7 +137,8 @@ def _train() -> ConfigDict:
     config.steps_per_dispatch = 20
     config.checkpoint_epochs = 5  # epochs between two checkpoints; there is one at the end, too
     config.keep_checkpoints = 3  # number of newest checkpoints kept
-    # Share of the training images, in [0, 1), that are held out: of each class at least one, and one is left.
+    # Share of the training images, in [0, 1), that are held out: of each class at least one. A share that
+    # leaves no image of a class is refused.
     # The class counts, and so all priors, are those of the rest. Rice, Wong, Kolter (ICML 2020).
     config.held_out = 0.0
     # Epochs between two looks at the held-out images: clean, and under 10 steps of PGD with the evaluation's

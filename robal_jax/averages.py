@@ -107,6 +107,8 @@ def ema(steps_per_epoch: int, decay: float = 0.995, warmup: float = 0.0, count_f
     if count_from not in (0, 1):
         raise ValueError(f"count_from is {count_from}; use 1 (Wang et al.) or 0 (DeepMind)")
     first = round(warmup * steps_per_epoch)
+    if first >= 2**31:
+        raise ValueError(f"warmup is {warmup:g} epochs; give fewer, so that its steps are below 2^31")
 
     def update(
         average: dict[str, chex.ArrayTree], step: chex.Numeric, before: Weights, after: Weights

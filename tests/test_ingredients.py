@@ -525,6 +525,82 @@ def test_functions_of_the_user_s_own(section, message):
         builder.training(config)
 
 
+def own_two_radii(class_counts, epsilon):
+    return [0.1, 0.1]
+
+
+def own_negative(class_counts, epsilon):
+    return -0.1 * np.ones(10)
+
+
+def own_one_number(class_counts, epsilon):
+    return 0.1
+
+
+def own_no_number(class_counts, epsilon):
+    return np.full(10, np.nan)
+
+
+def own_too_wide(class_counts, epsilon):
+    return np.full(10, 8.0)
+
+
+def own_learned(class_counts, epsilon):
+    return budgets.fixed(np.ones(3))
+
+
+def own_other_names(steps_per_epoch):
+    return averages.Average(lambda weights: {"w": weights.params}, lambda kept, step, old, new: kept)
+
+
+def own_no_stats(steps_per_epoch):
+    init = lambda weights: {"params": weights.params}  # noqa: E731
+    return averages.Average(init, lambda kept, step, old, new: kept, estimates=True)
+
+
+def own_two_arguments(steps_per_epoch):
+    return averages.Average(lambda weights: {"params": weights.params}, lambda kept, step: kept)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "message"),
+    [
+        ("budget", "two_radii", r"radii of config.threat.budget .* is \[2\]; it must be \[10\]"),
+        ("budget", "negative", "has the entry -0.1; each must be finite and > 0"),
+        ("budget", "one_number", r"must be \[10\], one number per class"),
+        ("budget", "no_number", "has the entry nan; each must be finite"),
+        ("budget", "too_wide", "gives class 0 the radius 8; in L-infinity it must be at most 1"),
+        ("budget", "learned", r"returns radii as float32\[3\]; it must return one radius per class"),
+        ("average", "other_names", "begins as a dict without params; it must return a robal_jax.averages.Av"),
+        ("average", "no_stats", "estimates stats that it does not keep"),
+        ("average", "two_arguments", "fails with TypeError"),
+    ],
+)
+def test_budgets_and_averages_of_the_user_s_own(section, name, message):
+    config = small()
+    with config.unlocked():
+        part = config.threat.budget if section == "budget" else config.average
+        part.name = f"test_ingredients:own_{name}"
+    with pytest.raises(InputError, match=message):
+        builder.training(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["threat.budget.name=dafa"], "'dafa' has no effect before epoch 71, but the run has 60 epochs"),
+        (["threat.budget.name=cfa", "train.epochs=11"], "'cfa' has no effect before epoch 12"),
+        (["perturbation.name=awp", "perturbation.start=61"], "'awp' has no effect before epoch 61"),
+        (["average.name=swa", "average.start=59"], "'swa' has no effect before epoch 61"),
+        (["objective.name=plain", "threat.ramp=0.5"], "objective 'plain' takes no attack, so that config.th"),
+    ],
+)
+def test_what_has_no_effect_is_said(changes, said):
+    assert any(said in line for line in builder.doubts(small(*changes)))
+    fine = ["perturbation.name=awp", "perturbation.start=60", "average.name=swa", "average.start=58"]
+    assert builder.doubts(small(*fine)) == []
+
+
 def test_balanced_classes_have_no_radii_by_frequency():
     config = small("data.ratio=1.0", "threat.budget.name=by_frequency")
     with pytest.raises(

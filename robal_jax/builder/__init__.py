@@ -49,8 +49,8 @@ from robal_jax.builder.parts import (
     perturbation,
     standardisation,
 )
-from robal_jax.builder.ranges import RANGES, SELECTIONS, doubts, evaluation_doubts, validate
-from robal_jax.builder.training_job import Training, check, training
+from robal_jax.builder.ranges import RANGES, SELECTIONS, evaluation_doubts, validate
+from robal_jax.builder.training_job import Training, check, doubts, training
 
 __all__ = [
     "RANGES",

@@ -24,6 +24,7 @@ from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from robal_jax import checks, models, objectives
+from robal_jax.averages import Average, Weights
 from robal_jax.data import Dataset
 from robal_jax.devices.parallel import AXIS
 from robal_jax.errors import InputError, one_line, place_in
@@ -37,7 +38,7 @@ CONTRACTS = {
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
     "perturbation": "return a robal_jax.perturbations.Perturbation whose params are like the params",
     "budget": "return one radius per class, [K] numbers > 0",
-    "average": "return a robal_jax.averages.Average",
+    "average": "return a robal_jax.averages.Average of params, and perhaps stats, that are like the weights",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
     "too, and return one per step",
     "augmentation": "take (keys [B], uint8 images [B, H, W, C], size) and return uint8 images [B, *size, C]",
@@ -422,6 +423,61 @@ def check_perturbation(name: str, perturbation: Any, params: Any) -> None:
     problem = _unlike(found, params)
     if problem:
         raise broken("perturbation", name, f"gives params with {problem}")
+
+
+def check_radii(name: str, radii: Any, norm: str, classes: int) -> None:
+    """Refuses anything but one radius per class, ``[K]``, that leaves pixels within their range."""
+    checks.lengths(f"the radii of {name}", radii, classes)
+    if norm == "linf" and np.max(radii) > 1:
+        raise InputError(
+            f"{name} gives class {int(np.argmax(radii))} the radius {np.max(radii):g}; in L-infinity it must "
+            "be at most 1, the range of a pixel: lower epsilon, or correct the budget"
+        )
+
+
+def check_budget(name: str, budget: Any, classes: int) -> None:
+    """Refuses a budget that learns, but does not give one radius per class or does not keep its arrays."""
+
+    def used(epoch: Any, ends: Any, labels: Any, logits: Any) -> Any:
+        arrays = budget.init()
+        sums = None if budget.seen is None else budget.seen(labels, logits)
+        after = arrays if sums is None else budget.update(arrays, sums, epoch, ends)
+        return budget.radii(arrays, epoch), arrays, after
+
+    with calling("budget", name):
+        epoch, ends = _struct((), jnp.int32), _struct((), bool)
+        shapes = _struct((classes + 1,), jnp.int32), _struct((classes + 1, classes))
+        radii, before, after = jax.eval_shape(used, epoch, ends, *shapes)
+    if not is_float(radii, (classes,)):
+        raise broken("budget", name, f"returns radii as {described(radii)}")
+    problem = _unlike(after, before)
+    if problem:
+        raise broken("budget", name, f"returns its arrays with {problem}")
+
+
+def check_average(name: str, average: Any, params: Any, stats: Any) -> None:
+    """Refuses an average that is not like the weights, or that a step does not keep as it is."""
+    if not isinstance(average, Average):
+        raise broken("average", name, f"returns {described(average)}")
+    weights = Weights(params, stats)
+
+    def moved(step: Any, weights: Weights) -> Any:
+        kept = average.init(weights)
+        return kept, average.update(kept, step, weights, weights)
+
+    with calling("average", name):
+        kept, after = jax.eval_shape(moved, _struct((), jnp.int32), weights)
+    if (
+        not isinstance(kept, dict)
+        or not set(kept) <= {"params", "stats"}
+        or "params" not in (kept or "params")
+    ):
+        raise broken("average", name, f"begins as {described(kept)} without params")
+    if average.estimates and "stats" not in kept:
+        raise broken("average", name, "estimates stats that it does not keep")
+    problem = _unlike(after, kept) or _unlike(kept, {part: getattr(weights, part) for part in kept})
+    if problem:
+        raise broken("average", name, f"keeps {problem}")
 
 
 def check_schedule(name: str, rates: Any, count: int, unit: str) -> np.ndarray:

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import checks, classifiers, metrics, models
+from robal_jax import classifiers, metrics, models
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.budgets import BUDGETS
+from robal_jax.builder import contracts
 from robal_jax.builder.contracts import calling
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, generated_per_batch, hold_out, model
@@ -209,15 +210,11 @@ def _radii(
     rule = call("budget", BUDGETS, section, **given)
     with calling("budget", section.name):
         radii = rule()
-        checks.lengths("the radii", radii, len(class_counts))
+        name = f"config.evaluation.budget {section.name!r}"
+        contracts.check_radii(name, radii, config.threat.norm, len(class_counts))
     if (np.asarray(radii) == settings.epsilon).all():
         return ThreatModel(settings.epsilon, config.threat.norm), settings.step_size, {}
     radii = tuple(map(float, radii))
-    if config.threat.norm == "linf" and max(radii) > 1:
-        raise InputError(
-            f"config.evaluation.budget gives class {int(np.argmax(radii))} the radius {max(radii):g}; in "
-            "L-infinity it must be at most 1, the range of a pixel: lower epsilon, or correct the budget"
-        )
     settled = {name: option.default for name, option in inspect.signature(rule).parameters.items()}
     options = [f"{name} {value}" for name, value in settled.items() if name not in (*given, "epsilons")]
     about = {"class_epsilon": list(radii), "budget": ", ".join([section.name, *options])}

@@ -104,7 +104,8 @@ def _check_parts(
             f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack on config.attack.loss, "
             "and objective 'trades' has another; use 'batch', or set config.objective.attack_divergence=False"
         )
-    reads_labels = config.objective.name in READ_LABELS or config.objective.get("beta_nat", 0)
+    own_labels = config.objective.name in READ_LABELS or config.objective.get("beta_nat", 0)
+    reads_labels = own_labels or not takes(function, "loss")
     if config.train.mixing != "none" and reads_labels:
         raise InputError(
             f"objective {config.objective.name!r} needs one label per image, and config.train.mixing "

@@ -200,10 +200,7 @@ def average(config: ConfigDict, steps_per_epoch: int) -> Average:
         )
     make = call("average", AVERAGES, config.average, steps_per_epoch=steps_per_epoch)
     with calling("average", config.average.name):
-        found = make()
-    if not isinstance(found, Average):
-        raise contracts.broken("average", config.average.name, f"returns {contracts.described(found)}")
-    return found
+        return make()
 
 
 def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:
@@ -215,7 +212,14 @@ def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:
         return None
     with calling("budget", section.name):
         made = make()
-        found = made if isinstance(made, Budget) else budgets.fixed(made)
+        if isinstance(made, Budget):
+            contracts.check_budget(section.name, made, len(class_counts))
+            found = made
+        else:
+            contracts.check_radii(
+                f"config.threat.budget {section.name!r}", made, config.threat.norm, len(class_counts)
+            )
+            found = budgets.fixed(np.asarray(made))
     return budgets.ramped(found, epochs=config.train.epochs, beta=ramp) if ramp else found
 
 

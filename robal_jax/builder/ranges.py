@@ -252,13 +252,6 @@ def doubts(config: ConfigDict) -> list[str]:
     attack, schedule, epochs, found = config.attack, config.schedule, config.train.epochs, []
     if config.objective.name != "plain" and not attack.free_steps:  # neither takes these steps
         found += _short_of("threat.epsilon", config.threat.epsilon, "attack", attack.steps, attack.step_size)
-    elif config.objective.name == "plain" and (
-        config.threat.budget.name != "constant" or config.threat.ramp or attack.batch_norm != "running"
-    ):
-        found.append(
-            "objective 'plain' attacks nothing, so that config.threat.budget, config.threat.ramp and "
-            "config.attack have no effect; choose another objective, or leave them out"
-        )
     if attack.free_steps > epochs:
         found.append(
             f"config.attack.free_steps is {attack.free_steps}, but the run has {epochs} epochs, so that not "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from ml_collections import ConfigDict
 
 from robal_jax import metrics, models, objectives
 from robal_jax.attacks import NORMS, FreeSteps, ThreatModel, autoattack
-from robal_jax.averages import Average
-from robal_jax.budgets import Budget
-from robal_jax.builder import contracts
+from robal_jax.averages import AVERAGES, Average
+from robal_jax.budgets import BUDGETS, LEARNED, Budget
+from robal_jax.builder import contracts, ranges
 from robal_jax.builder.evaluation_job import Evaluation, evaluation_on
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import free_steps, objective
@@ -34,7 +35,7 @@ from robal_jax.data import Dataset, Images, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.models.layers import BATCH_NORM_MOMENTUM
-from robal_jax.perturbations import Perturbation
+from robal_jax.perturbations import PERTURBATIONS, Perturbation
 from robal_jax.storage.config_file import ingredients
 
 
@@ -139,7 +140,8 @@ def training(config: ConfigDict) -> Training:
     )
     minimised = objective(config, source.class_counts, parallel.AXIS)
     perturb, radii = perturbation(config), budget(config, source.class_counts)
-    _check_own(config, network, minimised, optimise, images, perturb, radii)
+    mean = average(config, steps_per_epoch)
+    _check_own(config, network, minimised, optimise, images, perturb, radii, mean)
     total_steps = min(total_steps, train.max_steps or total_steps)
     return Training(
         data=data,
@@ -149,7 +151,7 @@ def training(config: ConfigDict) -> Training:
         model=network,
         objective=minimised,
         optimizer=optimise,
-        average=average(config, steps_per_epoch),
+        average=mean,
         perturbation=perturb,
         budget=radii,
         free_steps=free_steps(config),
@@ -183,10 +185,11 @@ def _check_own(
     images: jax.ShapeDtypeStruct,
     perturbation: Perturbation | None,
     budget: Budget | None,
+    average: Average,
 ) -> None:
     """Checks parts together: those of the user's own, and a budget that learns from an objective's attack."""
     names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
-    own = any(":" in name for name in (*names, config.perturbation.name))
+    own = any(":" in name for name in (*names, config.perturbation.name, config.average.name))
     learns = budget is not None and budget.seen is not None
     if not (own or learns):
         return
@@ -195,6 +198,8 @@ def _check_own(
         _check_functions(config, names, network, minimised, optimise, images, variables)
     if perturbation is not None:
         contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
+    if own:
+        contracts.check_average(config.average.name, average, *variables)
     if learns:
         name = config.threat.budget.name
         contracts.check_shows_attacks(name, names[0], minimised, network, variables, images)
@@ -231,6 +236,43 @@ def _images_of_a_step(config: ConfigDict, data: Dataset) -> jax.ShapeDtypeStruct
     each = max(config.train.batch_size // (devices * config.train.accumulation_steps), 1)
     shape = (devices, each, *data.test_images.shape[1:])
     return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
+
+
+STARTS_LATE = {
+    ("perturbation", "awp"): ("start", 0),
+    ("average", "swa"): ("start", 2),  # the end of an epoch joins in the next one
+    ("threat.budget", "cfa"): ("start", 1),
+    ("threat.budget", "dafa"): ("epoch", 1),
+}
+"""Arguments that name an epoch, and how many epochs more a run needs for them to have an effect."""
+
+
+def doubts(config: ConfigDict) -> list[str]:
+    """Says what a config that can be used hardly means: :func:`ranges.doubts`, and what has no effect."""
+    found, epochs = ranges.doubts(config), config.train.epochs
+    tables: dict[str, Any] = {
+        "perturbation": (config.perturbation, PERTURBATIONS),
+        "average": (config.average, AVERAGES),
+        "threat.budget": (config.threat.budget, {**BUDGETS, **LEARNED}),
+    }
+    for (section, name), (argument, more) in STARTS_LATE.items():
+        part, functions = tables[section]
+        if part.name != name:
+            continue
+        default = inspect.signature(functions[name]).parameters[argument].default
+        first = part.get(argument, default)
+        if first + more > epochs:
+            found.append(
+                f"config.{section} {name!r} has no effect before epoch {first + more}, but the run has "
+                f"{epochs} epochs; set a lower config.{section}.{argument} or more epochs"
+            )
+    by_class = config.threat.budget.name != "constant" or config.threat.ramp
+    if (by_class or config.attack.batch_norm != "running") and not _attacks(config):
+        found.append(
+            f"objective {config.objective.name!r} takes no attack, so that config.threat.budget, "
+            "config.threat.ramp and config.attack have no effect; choose another, or leave them out"
+        )
+    return found
 
 
 def check(config: ConfigDict) -> None:
