@@ -87,7 +87,10 @@ WRONG = [
     ({"name": "constant", "alpha": 0.3}, "budget 'constant' takes no 'alpha'"),
     ({"name": "cfa"}, "unknown budget 'cfa'; use one of constant, by_frequency, given"),
     ({"name": "math:isqrt"}, "budget 'math:isqrt' needs 'n'"),
-    ({"name": "robal_jax.errors:shown", "value": 1}, "the radii is \"1\"; it must be|the radii is '1'"),
+    (
+        {"name": "robal_jax.errors:shown", "value": 1},
+        "the radii of config.evaluation.budget .* is '1'; it must be",
+    ),
 ]
 
 

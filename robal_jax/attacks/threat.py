@@ -61,8 +61,6 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.epsilon, list):
-            object.__setattr__(self, "epsilon", tuple(self.epsilon))
         if isinstance(self.epsilon, tuple):
             checks.lengths("epsilon", self.epsilon)
             object.__setattr__(self, "epsilon", tuple(map(float, self.epsilon)))
