@@ -458,3 +458,14 @@ def test_averages(reference, recipe):
             check(key, checksums(recipe, after[name, int(rest[0].removeprefix("step"))], wanted))
     stored = {key for key in reference.load(FILE) if key.startswith("average/")}
     assert not stored - reference.files[FILE]["compared"]
+
+
+def test_perturbation_of_single_tensors(reference):
+    """The released proxy makes a step; its length does not matter. Tensors of one axis are left out there."""
+    for name in reference(FILE, "awp/names"):
+        old, proxy = (jnp.asarray(reference(FILE, f"awp/{name}/{what}")) for what in ("old", "proxy"))
+        for factor in (1.0, 7.0):
+            found = perturbations.of_its_length({"w": old}, {"w": factor * (proxy - old)})["w"]
+            reference.check("AWP, single tensors", FILE, f"awp/{name}/diff", found)
+    stored = {key for key in reference.load(FILE) if key.startswith("awp/")}
+    assert not stored - reference.files[FILE]["compared"] - reference.files[FILE]["input"]
