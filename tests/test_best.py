@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from robal_jax import cli
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints, claims
 from robal_jax.storage.best import Record, default_checkpoint, how_chosen, is_better, keep_if_best, read_best
-from robal_jax.storage.workdir import make_workdir
+from robal_jax.storage.workdir import make_workdir, prepare_workdir
 
 STORED = ROOT / "tests" / "stored_run"
 
@@ -156,6 +157,44 @@ def test_an_imported_run_is_believed(run):
     assert how_chosen(run, path, "best") == {"selection": "best on held-out images, as stated"}
     stated = {"selection": "best on test images, as stated", "selected_on_test": True}
     assert how_chosen(run, path, "best_on_test") == stated
+
+
+# ---------------------------------------------------------------- the config of the run
+
+LOOKS = ("train.held_out=0.2", "train.evaluate_epochs=1", "train.select=best")
+
+
+def with_config(workdir, *overrides):
+    """Makes or resumes a run on the digits, as far as its folder is concerned."""
+    config = cli.apply_overrides(
+        cli.load_config(f"{ROOT}/configs/at.py:digits_lt"), [f"--config.{field}" for field in overrides]
+    )
+    prepare_workdir(config, "0" * 64, workdir)
+    return json.loads((workdir / "config.json").read_text())["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("evaluation.epsilon=0.005", "evaluation.epsilon: 0.005 here, 0.1 there"),
+        ("evaluation.weights=average", "evaluation.weights: 'average' here, 'current' there"),
+        ("evaluation.budget.name=by_frequency", "budget.name: 'by_frequency' here, 'constant' there"),
+        ("evaluation.head.name=tau_norm", "evaluation.head.name: 'tau_norm' here, '' there"),
+        ("evaluation.tail_classes=2", "evaluation.tail_classes: 2 here, 0 there"),
+        ("evaluation.seed=1", "evaluation.seed: 1 here, 0 there"),
+    ],
+)  # fmt: skip
+def test_what_chooses_the_best_is_not_changed_on_the_way(tmp_path, override, line):
+    with_config(tmp_path, *LOOKS)
+    with pytest.raises(InputError, match=rf"made with a different config \(.*{re.escape(line)}"):
+        with_config(tmp_path, *LOOKS, override)
+    changed = with_config(tmp_path, *LOOKS, "evaluation.autoattack=none", "evaluation.audit.examples=0")
+    assert changed["autoattack"] == "none"  # no look depends on it
+
+
+def test_without_looks_the_evaluation_may_change(tmp_path):
+    with_config(tmp_path)
+    assert with_config(tmp_path, "evaluation.epsilon=0.005")["epsilon"] == 0.005
 
 
 # ---------------------------------------------------------------- the folder

@@ -19,7 +19,7 @@ from robal_jax.evaluation.outcomes import selected_on_test
 from robal_jax.reporting import curves, page, sections
 from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.results import CHOICE, EVERYTHING, FIXED_STEPS, FLAGGED
-from robal_jax.storage.config_file import read_config
+from robal_jax.storage.config_file import evaluates_another_run, read_config
 from robal_jax.storage.progress import judged_course, training_curve
 from robal_jax.storage.workdir import data_digest
 from robal_jax.training.judging import accuracies, compiled_judge
@@ -129,6 +129,12 @@ def test_training_and_evaluation_agree():
     np.testing.assert_array_equal(whole.data.train_images[job.judged.ids], job.judged.test.images)
     assert whole.judged is None
     assert "held out" not in whole.about
+
+
+def test_an_evaluation_that_holds_out_other_images_names_both_shares():
+    run, none = digits("train.held_out=0.25"), digits("train.held_out=0")
+    assert evaluates_another_run(none, run) == ["config.train.held_out is 0.0 here, 0.25 in the run"]
+    assert evaluates_another_run(run, none) == ["config.train.held_out is 0.25 here, 0.0 in the run"]
 
 
 def test_on_test_images():

@@ -193,7 +193,8 @@ def _check_same_run(config: ConfigDict, data: Mapping[str, Any], workdir: pathli
         raise InputError(
             f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another workdir"
         ) from error
-    changed = config_file.differences(config, config_file.read_config(workdir))
+    there = config_file.read_config(workdir)
+    changed = config_file.differences(config, there) + config_file.judged_differently(config, there)
     now = {"data": data["data_sha256"], "generated data": data.get("generated_sha256", "")}
     if not changed:
         changed = [
