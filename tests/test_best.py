@@ -18,6 +18,7 @@ from robal_jax import cli
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints, claims
 from robal_jax.storage.best import Record, default_checkpoint, how_chosen, is_better, keep_if_best, read_best
+from robal_jax.storage.config_file import read_config
 from robal_jax.storage.workdir import make_workdir, prepare_workdir
 
 STORED = ROOT / "tests" / "stored_run"
@@ -195,6 +196,25 @@ def test_what_chooses_the_best_is_not_changed_on_the_way(tmp_path, override, lin
 def test_without_looks_the_evaluation_may_change(tmp_path):
     with_config(tmp_path)
     assert with_config(tmp_path, "evaluation.epsilon=0.005")["epsilon"] == 0.005
+
+
+def test_a_finished_run_keeps_its_evaluation(run):
+    """It has made 5 steps."""
+    other = cli.apply_overrides(
+        read_config(run),
+        ["--config.evaluation.epsilon=0.005", "--config.method=B", "--config.train.keep_checkpoints=7"],
+    )
+    digest, before = json.loads((run / "versions.json").read_text())["data_sha256"], read_config(run)
+    line = prepare_workdir(other, digest, run, total_steps=5)
+    assert line.startswith(f"the run is finished, so {run / 'config.json'} keeps its evaluation (")
+    assert "evaluation.epsilon: 0.1, not 0.005" in line
+    assert line.endswith("give --config.evaluation.* to experiments/evaluate.py instead")
+    after = read_config(run)
+    assert (after.evaluation, after.method) == (before.evaluation, before.method)
+    assert after.train.keep_checkpoints == 7  # as of any run
+    assert not prepare_workdir(after, digest, run, total_steps=5)
+    assert not prepare_workdir(other, digest, run, total_steps=10)  # one that is not finished
+    assert read_config(run).evaluation.epsilon == 0.005
 
 
 # ---------------------------------------------------------------- the folder

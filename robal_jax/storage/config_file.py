@@ -61,9 +61,9 @@ data themselves are compared by their digest.
 """
 
 NOT_JUDGED = (
-    "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
+    "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
 )  # fmt: skip
-"""Beginnings of the names of the fields of the evaluation on which no look during the training depends."""
+"""Beginnings of the names of the fields of an evaluation on which no look during the training depends."""
 
 EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout", "train.select")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""
@@ -171,9 +171,17 @@ def judged_differently(config: ConfigDict, other: ConfigDict) -> list[str]:
 
 
 def evaluated_differently(config: ConfigDict, other: ConfigDict) -> list[tuple[str, Any, Any]]:
-    """Returns the fields of the section ``evaluation`` that differ, with the values of both configs."""
+    """Returns the changed fields of the method's name and its evaluation, with the values of both configs."""
     here, there = (without_neutral(json.loads(c.to_json())) for c in (config, other))
-    return [found for found in _changed(here, there) if found[0].startswith("evaluation.")]
+    return [found for found in _changed(here, there) if found[0].startswith(("method", "evaluation."))]
+
+
+def with_evaluation_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """Returns a config with the method's name and the evaluation of another one."""
+    kept = config.copy_and_resolve_references()
+    with kept.unlocked(), kept.ignore_type():
+        kept.method, kept.evaluation = other.method, other.evaluation
+    return kept.lock()
 
 
 def evaluates_another_run(config: ConfigDict, trained: ConfigDict) -> list[str]:
