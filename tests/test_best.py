@@ -29,8 +29,11 @@ def run(tmp_path):
     return shutil.copytree(STORED, tmp_path / "run")
 
 
-def record(step, score, images="held-out"):
-    return Record(step, step // 5, 9, images, score, {"held_out_pgd_balanced": score})
+JUDGED = {"weights": "current", "epsilon": 0.1, "budget": "constant"}
+
+
+def record(step, score, images="held-out", judged=JUDGED):
+    return Record(step, step // 5, 9, images, score, {"held_out_pgd_balanced": score}, judged=judged)
 
 
 def state(value):
@@ -95,7 +98,18 @@ def test_a_folder_without_its_record_counts_for_nothing(run):
     assert offer(run, (10, 0.1)) == 10
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"step": 5}', '{"step": 5, "epoch": 1, "more": 2}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"step": 5}',
+        '{"step": 5, "epoch": 1, "more": 2}',
+        json.dumps({**record(5, 0.5)._asdict(), "judged": {"weights": "current"}}),
+        json.dumps({**record(5, 0.5)._asdict(), "judged": [1]}),
+    ],
+)
 def test_a_damaged_record(run, content):
     offer(run, (5, 0.9))
     (run / "best" / "best.json").write_text(content)
@@ -131,33 +145,60 @@ def test_what_is_evaluated(run):
 
 def test_how_it_was_chosen(run):
     newest, best = run / "checkpoints" / "5", run / "best" / "5"
-    assert how_chosen(run, newest, "last") == {"selection": "last"}
+    assert how_chosen(run, newest, "last", JUDGED) == {"selection": "last"}
     offer(run, (5, 0.512))
     text = "best on held-out images (epoch 1 of 9, PGD-10 51.2 % as the mean of the classes)"
-    assert how_chosen(run, best, "last") == {"selection": text}
-    assert how_chosen(run, newest, "best") == {"selection": "last"}  # not the best one, whatever is said
-    assert how_chosen(run, run / "checkpoints" / "3", "last") == {"selection": "named by hand: 3"}
+    assert how_chosen(run, best, "last", JUDGED) == {"selection": text}
+    assert how_chosen(run, newest, "best", JUDGED) == {
+        "selection": "last"
+    }  # not the best one, whatever is said
+    assert how_chosen(run, run / "checkpoints" / "3", "last", JUDGED) == {"selection": "named by hand: 3"}
     link = run.parent / "link"
     link.symlink_to(run)
-    assert how_chosen(link, link / "best" / "5", "best") == {"selection": text}
+    assert how_chosen(link, link / "best" / "5", "best", JUDGED) == {"selection": text}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "more"),
+    [
+        ({}, ""),
+        ({"weights": "average"}, "; chosen by the current weights at epsilon 0.1"),
+        ({"epsilon": 0.05}, "; chosen by the current weights at epsilon 0.1"),
+        ({"budget": "given"}, "; chosen by the current weights at epsilon 0.1, budget constant"),
+    ],
+)
+def test_what_was_judged_is_said_if_another_thing_is_evaluated(run, evaluated, more):
+    offer(run, (5, 0.512))
+    found = how_chosen(run, run / "best" / "5", "best", JUDGED | evaluated)
+    assert found["selection"].endswith(f"PGD-10 51.2 % as the mean of the classes{more})")
+
+
+def test_an_older_record_does_not_say_what_was_judged(run):
+    offer(run, (5, 0.512))
+    path = run / "best" / "best.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("judged") == JUDGED
+    path.write_text(json.dumps(fields))
+    found = how_chosen(run, run / "best" / "5", "best", JUDGED | {"epsilon": 0.05})
+    assert found["selection"].endswith("as the mean of the classes)")
 
 
 def test_how_it_was_chosen_on_test_images(run):
     offer(run, (5, 0.5), images="test")
     assert default_checkpoint(run, "best_on_test") == run / "best" / "5"
-    found = how_chosen(run, run / "best" / "5", "last")  # a fact, whatever is said
+    found = how_chosen(run, run / "best" / "5", "last", JUDGED)  # a fact, whatever is said
     assert found["selected_on_test"] is True
     assert found["selection"].startswith("best on test images (epoch 1 of 9")
-    assert how_chosen(run, run / "checkpoints" / "5", "last") == {"selection": "last"}
+    assert how_chosen(run, run / "checkpoints" / "5", "last", JUDGED) == {"selection": "last"}
 
 
 def test_an_imported_run_is_believed(run):
     (run / "versions.json").rename(run / "import.json")
     path = run / "checkpoints" / "5"
-    assert how_chosen(run, path, "last") == {}
-    assert how_chosen(run, path, "best") == {"selection": "best on held-out images, as stated"}
+    assert how_chosen(run, path, "last", JUDGED) == {}
+    assert how_chosen(run, path, "best", JUDGED) == {"selection": "best on held-out images, as stated"}
     stated = {"selection": "best on test images, as stated", "selected_on_test": True}
-    assert how_chosen(run, path, "best_on_test") == stated
+    assert how_chosen(run, path, "best_on_test", JUDGED) == stated
 
 
 # ---------------------------------------------------------------- the config of the run

@@ -127,6 +127,7 @@ def test_training_and_evaluation_agree():
     assert attacked.about["held_out"] == job.about["held out"]
     assert (job.judged_on, len(job.judged.test.labels), len(job.judged.ids)) == ("held-out", 71, 71)
     np.testing.assert_array_equal(whole.data.train_images[job.judged.ids], job.judged.test.images)
+    assert job.judged.judged == {"weights": "current", "epsilon": 0.1, "budget": "constant"}
     assert whole.judged is None
     assert "held out" not in whole.about
 

@@ -95,6 +95,8 @@ class Evaluation:
       data_sha256: of the training set and the test set; '' if there is no training set.
       weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
       select: which checkpoint of a run is meant if none is named: 'last', 'best' or 'best_on_test'.
+      judged: the weights, the radius and the rule of radii by class, as the record of a best checkpoint has
+        them, see ``storage.best.Record``.
     """
 
     test: TestSet
@@ -116,6 +118,7 @@ class Evaluation:
     data_sha256: str = ""
     weights: str = "current"
     select: str = "last"
+    judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> Evaluation:
@@ -193,6 +196,11 @@ def evaluation_on(
         groups=groups,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
+        judged={
+            "weights": settings.weights,
+            "epsilon": settings.epsilon,
+            "budget": by_class.get("budget", "constant"),
+        },
     )
 
 
