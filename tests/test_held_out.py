@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import META, fake_results, verdict
+from ml_collections import ConfigDict
 
 from experiments.benchmarks.layouts import Layout, finish, start
 from robal_jax import ThreatModel, builder, cli, evaluate_model, evaluation, load_run, training
@@ -114,6 +115,29 @@ def test_larger_training_images_are_cut_like_test_images():
 def test_what_cannot_be(overrides, message):
     with pytest.raises(InputError, match=message) as raised:
         builder.training(digits(*overrides))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "message"),
+    [
+        ({"budget": {"name": "cfa"}}, "config.evaluation.budget: unknown budget 'cfa'"),
+        (
+            {"budget": {"name": "given", "epsilons": [0.1, 0.2]}},
+            "evaluation.budget: the shape of epsilons is",
+        ),
+        ({"budget": {"name": "given", "epsilons": [0.1] * 9 + [1.5]}}, "gives class 9 the radius 1.5"),
+        ({"examples": 9999}, "config.evaluation.examples is 9999; give 10"),
+    ],
+)
+@pytest.mark.parametrize("looks", [(), ("train.held_out=0.2", "train.evaluate_epochs=1")])
+def test_an_evaluation_that_is_sure_to_fail_stops_the_training(evaluated, message, looks):
+    config = digits(*looks)
+    with config.unlocked():
+        for field, value in evaluated.items():
+            config.evaluation[field] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(InputError, match=message) as raised:
+        builder.training(config)
     assert len(str(raised.value).splitlines()) == 1
 
 

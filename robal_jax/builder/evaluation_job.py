@@ -136,7 +136,7 @@ def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> 
     validate(config)
     data = dataset(config)
     trained, held = hold_out(config, data)
-    test, ids, part = _part(config, trained.test_set)
+    test, ids, part = part_to_evaluate(config, trained.test_set)
     job = evaluation_on(config, test, ids, trained_counts)
     held_out = {"held_out": held.text} if held else {}
     return dataclasses.replace(job, about=job.about | part | held_out, data_sha256=data_digest(data))
@@ -172,7 +172,7 @@ def evaluation_on(
         logits = settings.logit_scale * network.predict(params, stats, images)
         return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
 
-    threat, step_size, by_class = _radii(config, test.class_counts)
+    threat, step_size, by_class = radii_of(config, test.class_counts)
     version = settings.autoattack
     pixels = math.prod(test.images.shape[1:3])
     ensemble = autoattack.stages(version, len(counts), threat=threat)
@@ -204,20 +204,26 @@ def evaluation_on(
     )
 
 
-def _radii(
+def radii_of(
     config: ConfigDict, class_counts: np.ndarray
 ) -> tuple[ThreatModel, float | tuple[float, ...], dict[str, Any]]:
     """Returns the threat model, the step size, and what the report says of radii that differ by class.
 
     Steps are in proportion to the radius of the class. The counts are those of the training set, without
     generated images, so that models trained with other images are evaluated at the same radii.
+
+    Raises:
+      InputError: the rule is unknown, or cannot be used for these classes.
     """
     settings, section = config.evaluation, config.evaluation.budget
     given = {"class_counts": class_counts, "epsilon": settings.epsilon}
-    rule = call("budget", BUDGETS, section, **given)
-    with calling("budget", section.name):
-        radii = rule()
-        checks.lengths("the radii", radii, len(class_counts))
+    try:
+        rule = call("budget", BUDGETS, section, **given)
+        with calling("budget", section.name):
+            radii = rule()
+            checks.lengths("the radii", radii, len(class_counts))
+    except InputError as error:  # the training has a budget, too
+        raise InputError(f"config.evaluation.budget: {error}") from error
     if (np.asarray(radii) == settings.epsilon).all():
         return ThreatModel(settings.epsilon, config.threat.norm), settings.step_size, {}
     radii = tuple(map(float, radii))
@@ -233,8 +239,12 @@ def _radii(
     return ThreatModel(radii, config.threat.norm), steps, about
 
 
-def _part(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[str, str]]:
-    """Returns the test images to evaluate, their numbers in the whole test set, and 'part' for the report."""
+def part_to_evaluate(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[str, str]]:
+    """Returns the test images to evaluate, their numbers in the whole test set, and 'part' for the report.
+
+    Raises:
+      InputError: there are not so many, or fewer than classes are asked for.
+    """
     size, everything, classes = config.evaluation.examples, len(test.labels), len(test.class_counts)
     if not size:
         return test, np.arange(everything), {}

@@ -161,7 +161,7 @@ def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
 
 def judged_differently(config: ConfigDict, other: ConfigDict) -> list[str]:
     """Lists the changed fields that decide which checkpoint is the best; none if there are no looks."""
-    if not config.train.evaluate_epochs:
+    if "train.evaluate_epochs" not in training_fields(config):
         return []
     return [
         f"{name}: {here!r} here, {there!r} there"
@@ -178,10 +178,8 @@ def evaluated_differently(config: ConfigDict, other: ConfigDict) -> list[tuple[s
 
 def with_evaluation_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     """Returns a config with the method's name and the evaluation of another one."""
-    kept = config.copy_and_resolve_references()
-    with kept.unlocked(), kept.ignore_type():
-        kept.method, kept.evaluation = other.method, other.evaluation
-    return kept.lock()
+    fields, others = (json.loads(c.to_json()) for c in (config, other))
+    return ConfigDict(fields | {name: others[name] for name in ("method", "evaluation")}).lock()
 
 
 def evaluates_another_run(config: ConfigDict, trained: ConfigDict) -> list[str]:
