@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -17,7 +18,8 @@ from robal_jax import cli
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints, claims
 from robal_jax.storage.best import Record, default_checkpoint, how_chosen, is_better, keep_if_best, read_best
-from robal_jax.storage.workdir import make_workdir
+from robal_jax.storage.config_file import read_config
+from robal_jax.storage.workdir import make_workdir, prepare_workdir
 
 STORED = ROOT / "tests" / "stored_run"
 
@@ -27,8 +29,11 @@ def run(tmp_path):
     return shutil.copytree(STORED, tmp_path / "run")
 
 
-def record(step, score, images="held-out"):
-    return Record(step, step // 5, 9, images, score, {"held_out_pgd_balanced": score})
+JUDGED = {"weights": "current", "epsilon": 0.1, "budget": "constant"}
+
+
+def record(step, score, images="held-out", judged=JUDGED):
+    return Record(step, step // 5, 9, images, score, {"held_out_pgd_balanced": score}, judged=judged)
 
 
 def state(value):
@@ -93,7 +98,18 @@ def test_a_folder_without_its_record_counts_for_nothing(run):
     assert offer(run, (10, 0.1)) == 10
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"step": 5}', '{"step": 5, "epoch": 1, "more": 2}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"step": 5}',
+        '{"step": 5, "epoch": 1, "more": 2}',
+        json.dumps({**record(5, 0.5)._asdict(), "judged": {"weights": "current"}}),
+        json.dumps({**record(5, 0.5)._asdict(), "judged": [1]}),
+    ],
+)
 def test_a_damaged_record(run, content):
     offer(run, (5, 0.9))
     (run / "best" / "best.json").write_text(content)
@@ -129,33 +145,117 @@ def test_what_is_evaluated(run):
 
 def test_how_it_was_chosen(run):
     newest, best = run / "checkpoints" / "5", run / "best" / "5"
-    assert how_chosen(run, newest, "last") == {"selection": "last"}
+    assert how_chosen(run, newest, "last", JUDGED) == {"selection": "last"}
     offer(run, (5, 0.512))
     text = "best on held-out images (epoch 1 of 9, PGD-10 51.2 % as the mean of the classes)"
-    assert how_chosen(run, best, "last") == {"selection": text}
-    assert how_chosen(run, newest, "best") == {"selection": "last"}  # not the best one, whatever is said
-    assert how_chosen(run, run / "checkpoints" / "3", "last") == {"selection": "named by hand: 3"}
+    assert how_chosen(run, best, "last", JUDGED) == {"selection": text}
+    assert how_chosen(run, newest, "best", JUDGED) == {
+        "selection": "last"
+    }  # not the best one, whatever is said
+    assert how_chosen(run, run / "checkpoints" / "3", "last", JUDGED) == {"selection": "named by hand: 3"}
     link = run.parent / "link"
     link.symlink_to(run)
-    assert how_chosen(link, link / "best" / "5", "best") == {"selection": text}
+    assert how_chosen(link, link / "best" / "5", "best", JUDGED) == {"selection": text}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "more"),
+    [
+        ({}, ""),
+        ({"weights": "average"}, "; chosen by the current weights at epsilon 0.1"),
+        ({"epsilon": 0.05}, "; chosen by the current weights at epsilon 0.1"),
+        ({"budget": "given"}, "; chosen by the current weights at epsilon 0.1, budget constant"),
+    ],
+)
+def test_what_was_judged_is_said_if_another_thing_is_evaluated(run, evaluated, more):
+    offer(run, (5, 0.512))
+    found = how_chosen(run, run / "best" / "5", "best", JUDGED | evaluated)
+    assert found["selection"].endswith(f"PGD-10 51.2 % as the mean of the classes{more})")
+
+
+def test_an_older_record_does_not_say_what_was_judged(run):
+    offer(run, (5, 0.512))
+    path = run / "best" / "best.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("judged") == JUDGED
+    path.write_text(json.dumps(fields))
+    found = how_chosen(run, run / "best" / "5", "best", JUDGED | {"epsilon": 0.05})
+    assert found["selection"].endswith("as the mean of the classes)")
 
 
 def test_how_it_was_chosen_on_test_images(run):
     offer(run, (5, 0.5), images="test")
     assert default_checkpoint(run, "best_on_test") == run / "best" / "5"
-    found = how_chosen(run, run / "best" / "5", "last")  # a fact, whatever is said
+    found = how_chosen(run, run / "best" / "5", "last", JUDGED)  # a fact, whatever is said
     assert found["selected_on_test"] is True
     assert found["selection"].startswith("best on test images (epoch 1 of 9")
-    assert how_chosen(run, run / "checkpoints" / "5", "last") == {"selection": "last"}
+    assert how_chosen(run, run / "checkpoints" / "5", "last", JUDGED) == {"selection": "last"}
 
 
 def test_an_imported_run_is_believed(run):
     (run / "versions.json").rename(run / "import.json")
     path = run / "checkpoints" / "5"
-    assert how_chosen(run, path, "last") == {}
-    assert how_chosen(run, path, "best") == {"selection": "best on held-out images, as stated"}
+    assert how_chosen(run, path, "last", JUDGED) == {}
+    assert how_chosen(run, path, "best", JUDGED) == {"selection": "best on held-out images, as stated"}
     stated = {"selection": "best on test images, as stated", "selected_on_test": True}
-    assert how_chosen(run, path, "best_on_test") == stated
+    assert how_chosen(run, path, "best_on_test", JUDGED) == stated
+
+
+# ---------------------------------------------------------------- the config of the run
+
+LOOKS = ("train.held_out=0.2", "train.evaluate_epochs=1", "train.select=best")
+
+
+def with_config(workdir, *overrides):
+    """Makes or resumes a run on the digits, as far as its folder is concerned."""
+    config = cli.apply_overrides(
+        cli.load_config(f"{ROOT}/configs/at.py:digits_lt"), [f"--config.{field}" for field in overrides]
+    )
+    prepare_workdir(config, "0" * 64, workdir)
+    return json.loads((workdir / "config.json").read_text())["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("evaluation.epsilon=0.005", "evaluation.epsilon: 0.005 here, 0.1 there"),
+        ("evaluation.weights=average", "evaluation.weights: 'average' here, 'current' there"),
+        ("evaluation.budget.name=by_frequency", "budget.name: 'by_frequency' here, 'constant' there"),
+        ("evaluation.head.name=tau_norm", "evaluation.head.name: 'tau_norm' here, '' there"),
+        ("evaluation.tail_classes=2", "evaluation.tail_classes: 2 here, 0 there"),
+        ("evaluation.seed=1", "evaluation.seed: 1 here, 0 there"),
+    ],
+)  # fmt: skip
+def test_what_chooses_the_best_is_not_changed_on_the_way(tmp_path, override, line):
+    with_config(tmp_path, *LOOKS)
+    with pytest.raises(InputError, match=rf"made with a different config \(.*{re.escape(line)}"):
+        with_config(tmp_path, *LOOKS, override)
+    changed = with_config(tmp_path, *LOOKS, "evaluation.autoattack=none", "evaluation.audit.examples=0")
+    assert changed["autoattack"] == "none"  # no look depends on it
+
+
+def test_without_looks_the_evaluation_may_change(tmp_path):
+    with_config(tmp_path)
+    assert with_config(tmp_path, "evaluation.epsilon=0.005")["epsilon"] == 0.005
+
+
+def test_a_finished_run_keeps_its_evaluation(run):
+    """It has made 5 steps."""
+    other = cli.apply_overrides(
+        read_config(run),
+        ["--config.evaluation.epsilon=0.005", "--config.method=B", "--config.train.keep_checkpoints=7"],
+    )
+    digest, before = json.loads((run / "versions.json").read_text())["data_sha256"], read_config(run)
+    line = prepare_workdir(other, digest, run, total_steps=5)
+    assert line.startswith(f"the run is finished, so {run / 'config.json'} keeps its evaluation (")
+    assert "evaluation.epsilon: 0.1, not 0.005" in line
+    assert line.endswith("give --config.evaluation.* to experiments/evaluate.py instead")
+    after = read_config(run)
+    assert (after.evaluation, after.method) == (before.evaluation, before.method)
+    assert after.train.keep_checkpoints == 7  # as of any run
+    assert not prepare_workdir(after, digest, run, total_steps=5)
+    assert not prepare_workdir(other, digest, run, total_steps=10)  # one that is not finished
+    assert read_config(run).evaluation.epsilon == 0.005
 
 
 # ---------------------------------------------------------------- the folder

@@ -89,7 +89,7 @@ WRONG = [
     ({"name": "math:isqrt"}, "budget 'math:isqrt' needs 'n'"),
     (
         {"name": "robal_jax.errors:shown", "value": 1},
-        "the radii of config.evaluation.budget .* is '1'; it must be",
+        "config.evaluation.budget: radii of the budget is '1'; it must be",
     ),
 ]
 

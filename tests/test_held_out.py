@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import META, fake_results, verdict
+from ml_collections import ConfigDict
 
 from experiments.benchmarks.layouts import Layout, finish, start
 from robal_jax import ThreatModel, builder, cli, evaluate_model, evaluation, load_run, training
@@ -19,7 +20,7 @@ from robal_jax.evaluation.outcomes import selected_on_test
 from robal_jax.reporting import curves, page, sections
 from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.results import CHOICE, EVERYTHING, FIXED_STEPS, FLAGGED
-from robal_jax.storage.config_file import read_config
+from robal_jax.storage.config_file import evaluates_another_run, read_config
 from robal_jax.storage.progress import judged_course, training_curve
 from robal_jax.storage.workdir import data_digest
 from robal_jax.training.judging import accuracies, compiled_judge
@@ -117,6 +118,29 @@ def test_what_cannot_be(overrides, message):
     assert len(str(raised.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "message"),
+    [
+        ({"budget": {"name": "cfa"}}, "config.evaluation.budget: unknown budget 'cfa'"),
+        (
+            {"budget": {"name": "given", "epsilons": [0.1, 0.2]}},
+            "evaluation.budget: the shape of epsilons is",
+        ),
+        ({"budget": {"name": "given", "epsilons": [0.1] * 9 + [1.5]}}, "gives class 9 the radius 1.5"),
+        ({"examples": 9999}, "config.evaluation.examples is 9999; give 10"),
+    ],
+)
+@pytest.mark.parametrize("looks", [(), ("train.held_out=0.2", "train.evaluate_epochs=1")])
+def test_an_evaluation_that_is_sure_to_fail_stops_the_training(evaluated, message, looks):
+    config = digits(*looks)
+    with config.unlocked():
+        for field, value in evaluated.items():
+            config.evaluation[field] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(InputError, match=message) as raised:
+        builder.training(config)
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_training_and_evaluation_agree():
     config = digits("train.held_out=0.2", "train.evaluate_epochs=1")
     job, attacked, whole = builder.training(config), builder.evaluation(config), builder.training(digits())
@@ -127,8 +151,15 @@ def test_training_and_evaluation_agree():
     assert attacked.about["held_out"] == job.about["held out"]
     assert (job.judged_on, len(job.judged.test.labels), len(job.judged.ids)) == ("held-out", 71, 71)
     np.testing.assert_array_equal(whole.data.train_images[job.judged.ids], job.judged.test.images)
+    assert job.judged.judged == {"weights": "current", "epsilon": 0.1, "budget": "constant"}
     assert whole.judged is None
     assert "held out" not in whole.about
+
+
+def test_an_evaluation_that_holds_out_other_images_names_both_shares():
+    run, none = digits("train.held_out=0.25"), digits("train.held_out=0")
+    assert evaluates_another_run(none, run) == ["config.train.held_out is 0.0 here, 0.25 in the run"]
+    assert evaluates_another_run(run, none) == ["config.train.held_out is 0.25 here, 0.0 in the run"]
 
 
 def test_on_test_images():

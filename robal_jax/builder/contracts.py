@@ -427,7 +427,7 @@ def check_perturbation(name: str, perturbation: Any, params: Any) -> None:
 
 def check_radii(name: str, radii: Any, norm: str, classes: int) -> None:
     """Refuses anything but one radius per class, ``[K]``, that leaves pixels within their range."""
-    checks.lengths(f"the radii of {name}", radii, classes)
+    checks.lengths(f"radii of {name}", radii, classes)
     if norm == "linf" and np.max(radii) > 1:
         raise InputError(
             f"{name} gives class {int(np.argmax(radii))} the radius {np.max(radii):g}; in L-infinity it must "

@@ -96,6 +96,8 @@ class Evaluation:
       data_sha256: of the training set and the test set; '' if there is no training set.
       weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
       select: which checkpoint of a run is meant if none is named: 'last', 'best' or 'best_on_test'.
+      judged: the weights, the radius and the rule of radii by class, as the record of a best checkpoint has
+        them, see ``storage.best.Record``.
     """
 
     test: TestSet
@@ -117,6 +119,7 @@ class Evaluation:
     data_sha256: str = ""
     weights: str = "current"
     select: str = "last"
+    judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> Evaluation:
@@ -134,7 +137,7 @@ def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> 
     validate(config)
     data = dataset(config)
     trained, held = hold_out(config, data)
-    test, ids, part = _part(config, trained.test_set)
+    test, ids, part = part_to_evaluate(config, trained.test_set)
     job = evaluation_on(config, test, ids, trained_counts)
     held_out = {"held_out": held.text} if held else {}
     return dataclasses.replace(job, about=job.about | part | held_out, data_sha256=data_digest(data))
@@ -170,7 +173,7 @@ def evaluation_on(
         logits = settings.logit_scale * network.predict(params, stats, images)
         return classifiers.adjust_for_prior(logits, counts, tau=settings.tau_p) if settings.tau_p else logits
 
-    threat, step_size, by_class = _radii(config, test.class_counts)
+    threat, step_size, by_class = radii_of(config, test.class_counts)
     version = settings.autoattack
     pixels = math.prod(test.images.shape[1:3])
     ensemble = autoattack.stages(version, len(counts), threat=threat)
@@ -194,24 +197,34 @@ def evaluation_on(
         groups=groups,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
+        judged={
+            "weights": settings.weights,
+            "epsilon": settings.epsilon,
+            "budget": by_class.get("budget", "constant"),
+        },
     )
 
 
-def _radii(
+def radii_of(
     config: ConfigDict, class_counts: np.ndarray
 ) -> tuple[ThreatModel, float | tuple[float, ...], dict[str, Any]]:
     """Returns the threat model, the step size, and what the report says of radii that differ by class.
 
     Steps are in proportion to the radius of the class. The counts are those of the training set, without
     generated images, so that models trained with other images are evaluated at the same radii.
+
+    Raises:
+      InputError: the rule is unknown, or cannot be used for these classes.
     """
     settings, section = config.evaluation, config.evaluation.budget
     given = {"class_counts": class_counts, "epsilon": settings.epsilon}
-    rule = call("budget", BUDGETS, section, **given)
-    with calling("budget", section.name):
-        radii = rule()
-        name = f"config.evaluation.budget {section.name!r}"
-        contracts.check_radii(name, radii, config.threat.norm, len(class_counts))
+    try:
+        rule = call("budget", BUDGETS, section, **given)
+        with calling("budget", section.name):
+            radii = rule()
+            contracts.check_radii("the budget", radii, config.threat.norm, len(class_counts))
+    except InputError as error:  # the training has a budget, too
+        raise InputError(f"config.evaluation.budget: {error}") from error
     if (np.asarray(radii) == settings.epsilon).all():
         return ThreatModel(settings.epsilon, config.threat.norm), settings.step_size, {}
     radii = tuple(map(float, radii))
@@ -222,8 +235,12 @@ def _radii(
     return ThreatModel(radii, config.threat.norm), steps, about
 
 
-def _part(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[str, str]]:
-    """Returns the test images to evaluate, their numbers in the whole test set, and 'part' for the report."""
+def part_to_evaluate(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.ndarray, dict[str, str]]:
+    """Returns the test images to evaluate, their numbers in the whole test set, and 'part' for the report.
+
+    Raises:
+      InputError: there are not so many, or fewer than classes are asked for.
+    """
     size, everything, classes = config.evaluation.examples, len(test.labels), len(test.class_counts)
     if not size:
         return test, np.arange(everything), {}

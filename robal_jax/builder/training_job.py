@@ -16,7 +16,7 @@ from robal_jax.attacks import NORMS, FreeSteps, ThreatModel, autoattack
 from robal_jax.averages import AVERAGES, Average
 from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts, ranges
-from robal_jax.builder.evaluation_job import Evaluation, evaluation_on
+from robal_jax.builder.evaluation_job import Evaluation, evaluation_on, part_to_evaluate, radii_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import free_steps, objective
 from robal_jax.builder.parts import (
@@ -125,8 +125,10 @@ def training(config: ConfigDict) -> Training:
         raise InputError(
             f"config.train.epochs makes {total_steps} steps; set fewer, so that they are below 2^31"
         )
-    # Training does not need the groups, but an evaluation that is sure to fail should fail now.
+    # Training does not need them, but an evaluation that is sure to fail should fail now.
     metrics.class_groups(data.class_counts, config.evaluation.head_classes, config.evaluation.tail_classes)
+    radii_of(config, data.class_counts)
+    part_to_evaluate(config, data.test_set)
     optimise, schedule = optimizer(config, steps_per_epoch)
     images = _images_of_a_step(config, data)
     network = model(
@@ -295,6 +297,8 @@ def check(config: ConfigDict) -> None:
     average(config, 1)
     budget(config, counts)
     augmentations(config.train.augmentation, pixel_max=255)
+    given = {"class_counts": counts, "epsilon": config.evaluation.epsilon}
+    call("budget", BUDGETS, config.evaluation.budget, **given)
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
 
 

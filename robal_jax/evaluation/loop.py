@@ -108,7 +108,7 @@ def evaluate(
         about = {
             "checkpoint": str(path),
             "checkpoint_sha256": sha256,
-            **how_chosen(workdir, path, job.select),
+            **how_chosen(workdir, path, job.select, job.judged),
             "training": curve,
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import chex
@@ -34,6 +35,7 @@ class Record(NamedTuple):
       score: their accuracy under PGD-10, the mean of the classes, in [0, 1].
       figures: all accuracies, by the names of the metrics.
       sha256: of the checkpoint.
+      judged: what was judged: 'weights', 'epsilon' and 'budget'; empty in older records.
     """
 
     step: int
@@ -43,14 +45,23 @@ class Record(NamedTuple):
     score: float
     figures: Mapping[str, float]
     sha256: str = ""
+    judged: Mapping[str, Any] = MappingProxyType({})
 
-    @property
-    def text(self) -> str:
-        """For people: 'best on held-out images (epoch 40 of 60, PGD-10 51.2 % as the mean of classes)'."""
-        return (
+    def text(self, evaluated: Mapping[str, Any]) -> str:
+        """Says it: 'best on held-out images (epoch 40 of 60, PGD-10 51.2 % as the mean of the classes)'.
+
+        Args:
+          evaluated: as ``judged``, of the evaluation; if they differ, the text says what was judged.
+        """
+        text = (
             f"best on {self.images} images (epoch {self.epoch} of {self.epochs}, PGD-10 "
-            f"{100 * self.score:.1f} % as the mean of the classes)"
+            f"{100 * self.score:.1f} % as the mean of the classes"
         )
+        if self.judged and self.judged != evaluated:
+            text += f"; chosen by the {self.judged['weights']} weights at epsilon {self.judged['epsilon']:g}"
+            if self.judged["budget"] != evaluated.get("budget", "constant"):
+                text += f", budget {self.judged['budget']}"
+        return f"{text})"
 
 
 def is_better(new: Record, old: Record) -> bool:
@@ -75,10 +86,10 @@ def read_best(workdir: pathlib.Path) -> Record | None:
     try:
         record = Record(**json.loads(path.read_text()))
         there = (path.parent / str(record.step)).is_dir()
-        return record if there and record.text else None
+        return record if there and record.text({}) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path} ({one_line(error)}); restore it from a copy, or remove {path.parent} to "
             "choose the best checkpoint from here on"
@@ -100,7 +111,8 @@ def keep_if_best(workdir: pathlib.Path, record: Record, state: chex.ArrayTree) -
     hosts.by_first(partial(_keep_only, folder, best and best.step))  # a kill may have left another
     with checkpoints.Saver(folder, keep=2) as saver:
         _, sha256 = saver.save(record.step, state)
-    content = json.dumps(record._replace(sha256=sha256)._asdict(), indent=2) + "\n"
+    fields = record._replace(sha256=sha256, judged=dict(record.judged))._asdict()
+    content = json.dumps(fields, indent=2) + "\n"
     hosts.by_first(partial(write_whole, folder / RECORD, content.encode()))
     hosts.by_first(partial(_keep_only, folder, record.step))
     return True
@@ -141,20 +153,23 @@ def default_checkpoint(workdir: pathlib.Path, select: str) -> pathlib.Path | Non
     return workdir / BEST / str(best.step)
 
 
-def how_chosen(workdir: pathlib.Path, path: pathlib.Path, select: str) -> dict[str, Any]:
+def how_chosen(
+    workdir: pathlib.Path, path: pathlib.Path, select: str, evaluated: Mapping[str, Any]
+) -> dict[str, Any]:
     """Says how a checkpoint was chosen, for the results of its evaluation.
 
     Args:
       workdir: folder of the run.
       path: folder of the checkpoint.
       select: what the config says; it counts for an imported run only, of which nothing else is known.
+      evaluated: what is evaluated, as ``Record.judged``.
 
     Returns:
       'selection', for people, if it is known; and 'selected_on_test', True, if it was chosen on test images.
     """
     folder, best = os.path.realpath(path.parent), read_best(workdir)
     if best is not None and path.name == str(best.step) and folder == os.path.realpath(workdir / BEST):
-        return chosen(best.text, on_test=best.images == "test")
+        return chosen(best.text(evaluated), on_test=best.images == "test")
     if (workdir / IMPORT).exists():
         return stated(select)
     newest = checkpoints.steps(workdir / CHECKPOINTS)[-1:]

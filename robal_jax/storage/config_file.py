@@ -60,6 +60,10 @@ They are the name of the method, the evaluation, how devices are used and fed, a
 data themselves are compared by their digest.
 """
 
+NOT_JUDGED = (
+    "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
+)  # fmt: skip
+"""Beginnings of the names of the fields of an evaluation on which no look during the training depends."""
 
 EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout", "train.select")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""
@@ -151,21 +155,48 @@ def run_around(path: pathlib.Path) -> pathlib.Path | None:
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """Lists what two configs would train differently, as lines ``field: this, there``."""
-    neutral, here, there = flatten(NEUTRAL), training_fields(config), training_fields(other)
-    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-    filled = [neutral | here, neutral | there]
-    return ["{}: {!r} here, {!r} there".format(name, *(f.get(name) for f in filled)) for name in names]
+    changed = _changed(training_fields(config), training_fields(other))
+    return [f"{name}: {here!r} here, {there!r} there" for name, here, there in changed]
+
+
+def judged_differently(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """Lists the changed fields that decide which checkpoint is the best; none if there are no looks."""
+    if "train.evaluate_epochs" not in training_fields(config):
+        return []
+    return [
+        f"{name}: {here!r} here, {there!r} there"
+        for name, here, there in evaluated_differently(config, other)
+        if not name.startswith(NOT_JUDGED)
+    ]
+
+
+def evaluated_differently(config: ConfigDict, other: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """Returns the changed fields of the method's name and its evaluation, with the values of both configs."""
+    here, there = (without_neutral(json.loads(c.to_json())) for c in (config, other))
+    return [found for found in _changed(here, there) if found[0].startswith(("method", "evaluation."))]
+
+
+def with_evaluation_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """Returns a config with the method's name and the evaluation of another one."""
+    fields, others = (json.loads(c.to_json()) for c in (config, other))
+    return ConfigDict(fields | {name: others[name] for name in ("method", "evaluation")}).lock()
 
 
 def evaluates_another_run(config: ConfigDict, trained: ConfigDict) -> list[str]:
     """Lists the fields that the config of an evaluation may not change, as lines ``field: this, there``."""
     here, there = (without_neutral(json.loads(c.to_json())) for c in (config, trained))
-    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
     return [
-        f"config.{name} is {here.get(name)!r} here, {there.get(name)!r} in the run"
-        for name in names
+        f"config.{name} is {this!r} here, {that!r} in the run"
+        for name, this, that in _changed(here, there)
         if not name.startswith(EVALUATED)
     ]
+
+
+def _changed(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns the fields that differ, with both values; the arguments are without neutral values."""
+    names = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    neutral = flatten(NEUTRAL)
+    return [(name, *(f.get(name, neutral.get(name)) for f in (here, there))) for name in names]
 
 
 def training_fields(config: ConfigDict) -> dict[str, Any]:

@@ -149,8 +149,12 @@ def check_there(workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -
 
 
 def prepare_workdir(
-    config: ConfigDict, digest: str, workdir: pathlib.Path, more: Mapping[str, Any] | None = None
-) -> None:
+    config: ConfigDict,
+    digest: str,
+    workdir: pathlib.Path,
+    more: Mapping[str, Any] | None = None,
+    total_steps: int | None = None,
+) -> str:
     """Makes the folder of a run, or checks that it belongs to this run.
 
     Args:
@@ -160,20 +164,42 @@ def prepare_workdir(
       more: what is stored beside the digest, because an evaluation cannot find it out: 'held_out', which
         training images are held out, in words; 'generated_sha256' of generated images, and 'class_counts' of
         what training sees with them.
+      total_steps: of the whole run. A run that has made them keeps its evaluation in its config.
+
+    Returns:
+      A line for the user, if the run keeps another evaluation than that of ``config``; or ''.
 
     Raises:
       InputError: the folder cannot be written to, or was made with a different config or different data.
     """
     make_workdir(workdir)
-    path, data = workdir / CONFIG, {"data_sha256": digest, **(more or {})}
+    path, data, kept = workdir / CONFIG, {"data_sha256": digest, **(more or {})}, ""
     if path.exists():
         _check_same_run(config, data, workdir)
+        if checkpoints.steps(workdir / CHECKPOINTS)[-1:] == [total_steps]:
+            there = config_file.read_config(workdir)
+            kept = _what_is_kept(config, there, path)
+            config = config_file.with_evaluation_of(config, there)
     elif checkpoints.steps(workdir / CHECKPOINTS):
         raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another workdir")
     else:
         content = json.dumps({**versions(), **data}, indent=2) + "\n"
         write_whole(workdir / VERSIONS, content.encode())
     write_whole(path, config_file.to_json(config).encode())
+    return kept
+
+
+def _what_is_kept(config: ConfigDict, there: ConfigDict, path: pathlib.Path) -> str:
+    """Returns a line with the fields of a finished run that another config does not replace; or ''."""
+    changed = config_file.evaluated_differently(config, there)
+    listed = [f"{name}: {old!r}, not {new!r}" for name, new, old in changed]
+    if not listed:
+        return ""
+    more = f"; and {len(listed) - MOST} more" if len(listed) > MOST else ""
+    return (
+        f"the run is finished, so {path} keeps its evaluation ({'; '.join(listed[:MOST])}{more}); give "
+        "--config.evaluation.* to experiments/evaluate.py instead"
+    )
 
 
 def _check_same_run(config: ConfigDict, data: Mapping[str, Any], workdir: pathlib.Path) -> None:
@@ -193,7 +219,8 @@ def _check_same_run(config: ConfigDict, data: Mapping[str, Any], workdir: pathli
         raise InputError(
             f"cannot read {workdir / VERSIONS} ({one_line(error)}); choose another workdir"
         ) from error
-    changed = config_file.differences(config, config_file.read_config(workdir))
+    there = config_file.read_config(workdir)
+    changed = config_file.differences(config, there) + config_file.judged_differently(config, there)
     now = {"data": data["data_sha256"], "generated data": data.get("generated_sha256", "")}
     if not changed:
         changed = [

@@ -142,7 +142,7 @@ def watch(
         found = judge(*averages.chosen(vars(state), judged.weights).values())
         figures = {JUDGED[kind] + name: value for name, value in found.items()}
         epoch, epochs = (-(-steps // job.steps_per_epoch) for steps in (step, total))
-        record = Record(step, epoch, epochs, kind, found["pgd_balanced"], figures)
+        record = Record(step, epoch, epochs, kind, found["pgd_balanced"], figures, judged=judged.judged)
         best = keep_if_best(workdir, record, state)
         say(_line(f"epoch {epoch}: {count} {kind} images", found, judged.groups) + "; the best" * best)
         return figures

@@ -129,12 +129,14 @@ def train(
         state = fine_tuned_state(job, start, say) if start else None
         hosts.by_first(partial(make_workdir, workdir))
         with hosts.held_by_first(partial(alone_in, workdir)):
-            hosts.by_first(partial(prepare_workdir, config, job.data_sha256, workdir, job.stored))
+            kept = hosts.by_first(
+                partial(prepare_workdir, config, job.data_sha256, workdir, job.stored, job.total_steps)
+            )
             found = newest_whole(workdir, like, say)
             if found:
                 state = found.tree
                 say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-            for line in [*job.data.notes, *_about(job, like, workdir)]:
+            for line in [*filter(None, [kept]), *job.data.notes, *_about(job, like, workdir)]:
                 say(line)
             for doubt in [] if found else builder.doubts(config):
                 say(f"warning: {doubt}")
