@@ -76,8 +76,8 @@ def test_a_field_of_the_run_is_refused(saved, override, there):
     field = override.partition("=")[0]
     message = (
         # Another name also drops fields that only the old function has, which are named, too.
-        rf"an evaluation cannot change the run .*\((.*; )?config\.{field} is .* here, {there} in the run(; .*)?\); "
-        r"set only fields of config\.evaluation"
+        rf"an evaluation cannot change the run .*\((.*; )?config\.{field} is .* here, {there} in the run"
+        r"(; .*)?\); set only fields of config\.evaluation"
     )
     with pytest.raises(InputError, match=message) as raised:
         evaluate(saved, override)
