@@ -48,6 +48,9 @@ def test_the_wheel_has_what_the_commands_need():
 MY_METHOD = """
 from configs import at, base
 
+def loss(logits, labels, power):
+    return logits[:, 0] * power
+
 def get_config(data="digits_lt"):
     config = at.get_config(data)
     config.loss = base.ConfigDict({"name": "my_method:loss", "power": 0.5})
@@ -90,7 +93,10 @@ def installed(tmp_path_factory):
         (["xyz"], "unknown command 'xyz'; use one of train, evaluate, "),
         (["train"], "--config is missing; usage: Train: robal-jax train --config=METHOD:DATA"),
         (["train", "--config=at", "--workdir=x", "--config.sed=1"], "use 'seed'"),
-        (["train", "--config=my_method.py", "--workdir=x", "--config.loss.powr=1"], "use 'loss.power'"),
+        (
+            ["train", "--config=my_method.py", "--workdir=x", "--config.loss.powr=1"],
+            "'my_method:loss' takes no 'powr'",
+        ),
         (
             ["train", "--config=configs/mine.py:cifar10_lt", "--workdir=x", "--config.sed=1"],
             "use 'seed'",

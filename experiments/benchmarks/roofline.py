@@ -144,8 +144,8 @@ def passes(job: Any, batch: int) -> dict[str, tuple[Callable[..., Any], tuple[An
 
     def outer(params: Any, stats: Any, x: jax.Array, adversarial: jax.Array, y: jax.Array) -> Any:
         batch = objectives.Batch(x, y, jax.random.key(0), jnp.int32(1))  # no attack, so the key is not used
-        objective = partial(job.objective, attack=lambda *_: adversarial)
-        return jax.grad(lambda params: objective(model, params, stats, batch)[0])(params)
+        known = objectives.Known(adversarial=adversarial)
+        return jax.grad(lambda params: job.objective(model, params, stats, batch, known)[0])(params)
 
     mesh, whole = Mesh(jax.devices()[:1], (parallel.AXIS,)), PartitionSpec()
     alone = partial(jax.shard_map, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
