@@ -13,7 +13,6 @@ import pytest
 from helpers import META, fake_results
 from PIL import Image
 from test_comparison import save_run
-from test_parallel import BOUND, said
 
 from robal_jax import builder, cli, evaluation, losses, objectives, training
 from robal_jax.data import epoch_order, generated, image_folder
@@ -411,44 +410,6 @@ def test_images_in_files_are_streamed(folders, tmp_path, in_memory):
     whole = np.concatenate([data.train_images[:], found.images[:]])
     for step, shown in enumerate(read):
         np.testing.assert_array_equal(shown, whole[order[step]])
-
-
-DEVICES = """
-import json, sys
-import jax, numpy as np
-from robal_jax import builder, cli, training
-from robal_jax.devices import parallel
-
-rng = np.random.RandomState(0)
-np.savez("FILE", images=rng.randint(0, 17, (40, 8, 8, 1)).astype(np.uint8), labels=np.arange(40) % 10)
-
-def two_steps(layout, count, *overrides):
-    config = cli.load_config(f"{sys.argv[1]}/configs/robal_n.py:digits_lt")
-    with config.unlocked():
-        config.model.channels, config.model.width, config.attack.steps = (4, 4, 4), 16, 2
-        config.generated.path, config.generated.share = "FILE", 0.7
-    settings = (f"layout={layout}", "augmentation=crop_flip", "steps_per_dispatch=2", *overrides)
-    job = builder.training(cli.apply_overrides(config, [f"--config.train.{setting}" for setting in settings]))
-    devices = jax.devices()[:count]
-    data = training.Examples(job.images, job.labels)
-    state, data, key = parallel.replicate((training.initial_state(job), data, jax.random.key(0)), devices)
-    chunk, (ids, _) = training.compiled_chunk(job, devices), next(training.chunks(job, 0))
-    state, sums = jax.device_get(chunk(state, data, ids, 2, key, training.positions(job)))
-    return state.params, state.stats, sums
-
-def gap(one, other):
-    differences = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one, other)
-    return max(jax.tree.leaves(differences))
-
-whole = two_steps("jit", 1)
-print(json.dumps([gap(whole, two_steps(layout, 4)) for layout in ("jit", "pmap")]))
-"""
-
-
-@pytest.mark.slow
-def test_four_devices_give_the_numbers_of_one(tmp_path):
-    (gaps,) = said(DEVICES.replace("FILE", str(tmp_path / "more.npz")))
-    assert max(gaps) < BOUND
 
 
 # ---------------------------------------------------------------- evaluations

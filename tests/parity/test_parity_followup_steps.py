@@ -54,6 +54,13 @@ CFA = {
 BALANCED_SOFTMAX = {"loss": {"name": "logit_adjustment", "tau": 1.0}}
 
 
+# Each mode is compiled. Those with a near relative are made by `pytest -m parity`, not by a whole test run.
+RELATIVES = (
+    "rlt_at", "robustlt_at_ep1", "robustlt_at_ep41", "robustlt_at_ep90", "robustlt_at_evalmode_ep41",
+    "robustlt_atbsl_evalmode_ep41", "at_awp",
+)  # fmt: skip
+
+
 class Mode(NamedTuple):
     """A mode of the released code.
 
@@ -268,8 +275,14 @@ def built(text, attack_of):
 PASS = {}
 
 
+@pytest.fixture
+def left_out(request, name):
+    if name in RELATIVES and "parity" not in request.config.getoption("markexpr"):
+        pytest.skip("has a near relative; pytest -m parity makes it")
+
+
 @pytest.mark.parametrize("name", MODES)
-@pytest.mark.usefixtures("numbers_are_given")
+@pytest.mark.usefixtures("left_out", "numbers_are_given")
 def test_steps(reference, recipe, attack_of, name):
     mode = MODES[name]
     config = config_of(mode)
