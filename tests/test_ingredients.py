@@ -37,9 +37,8 @@ IMAGES, LABELS = jax.random.uniform(jax.random.key(1), (8, 4)), jnp.arange(8) % 
 KEYS = jax.random.split(jax.random.key(2), 8)
 
 
-def model_of(weights):
+def linear_model():
     """A linear model whose training pass leaves the mean of its images."""
-    del weights
 
     def train(params, stats, images):
         return images @ params["kernel"], {"mean": images.mean(0)}
@@ -79,7 +78,7 @@ def pgd_at(model, params, stats, batch, known=objectives.NOTHING_KNOWN, *, attac
 def one_step(state, optimizer, extras, epoch=1, parts=1, objective=pgd_at):
     batch = objectives.Batch(IMAGES, LABELS, KEYS, epoch)
     return training_step.train_step(
-        state, batch, model=model_of(None), objective=objective, optimizer=optimizer, extras=extras,
+        state, batch, model=linear_model(), objective=objective, optimizer=optimizer, extras=extras,
         accumulation_steps=parts,
     )  # fmt: skip
 
@@ -131,8 +130,8 @@ def test_decay_rises_to_its_limit():
     np.testing.assert_allclose(averages.ema_decay(1, decay=0.995, count_from=0), 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("per_epoch", [2, 3, 4]), ("swa", [1, 2, 3])])
-def test_averages_over_epochs_move_at_their_ends(name, epochs):
+@pytest.mark.parametrize("name", ["per_epoch", "swa"])
+def test_averages_over_epochs_move_at_their_ends(name):
     average = averages.AVERAGES[name](steps_per_epoch=2)
     weights = [Weights(jnp.array([float(i)]), {"mean": jnp.array([float(-i)])}) for i in range(9)]
     kept, moved = average.init(weights[0]), []
@@ -150,7 +149,6 @@ def test_averages_over_epochs_move_at_their_ends(name, epochs):
             expected = 0.88 * expected + 0.12 * later
         np.testing.assert_allclose(kept["params"], expected, rtol=1e-6)
         np.testing.assert_allclose(kept["stats"]["mean"], -expected, rtol=1e-6)
-    del epochs
 
 
 def test_an_average_of_equal_weights_has_their_statistics_estimated_anew():
@@ -198,9 +196,9 @@ def test_awp_is_the_step_at_perturbed_weights():
 
     def gradient(params, images):
         known = objectives.Known(adversarial=images)
-        return jax.grad(lambda p: pgd_at(model_of(None), p, state.stats, batch, known)[0])(params)["kernel"]
+        return jax.grad(lambda p: pgd_at(linear_model(), p, state.stats, batch, known)[0])(params)["kernel"]
 
-    _, outcome = pgd_at(model_of(None), state.params, state.stats, batch, attacked=shown)
+    _, outcome = pgd_at(linear_model(), state.params, state.stats, batch, attacked=shown)
     first = gradient(state.params, outcome.attacked.images)
     perturbed = kernel + 0.05 * jnp.linalg.norm(kernel) * first / jnp.linalg.norm(first)
     second = gradient({"kernel": perturbed}, outcome.attacked.images)
@@ -253,7 +251,7 @@ def radii_in(epochs, budget, steps_per_epoch=2):
 
     optimizer = optax.sgd(0.0)
     step = partial(
-        training_step.train_step, model=model_of(None), objective=objective, optimizer=optimizer,
+        training_step.train_step, model=linear_model(), objective=objective, optimizer=optimizer,
         extras=Extras(budget=budget, steps_per_epoch=steps_per_epoch),
     )  # fmt: skip
     _, sums = training.train_chunk(
@@ -430,7 +428,7 @@ def test_passes_of_the_attack_that_move_statistics(digits, mode, passes):
 
 def test_gradients_of_a_linear_model_are_aligned():
     batch = objectives.Batch(IMAGES, LABELS, KEYS, 1)
-    linear = model_of(None)._replace(
+    linear = linear_model()._replace(
         train=lambda p, s, x: (jnp.stack([x.sum(-1), -x.sum(-1), 0 * x[:, 0]], -1), {})
     )
     bent = linear._replace(train=lambda p, s, x: (jnp.sin(40 * x)[:, :3], {}))

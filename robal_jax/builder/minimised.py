@@ -15,8 +15,8 @@ from robal_jax.builder.contracts import takes
 from robal_jax.builder.instantiate import call
 from robal_jax.errors import InputError
 
-READ_LABELS = ("mart", "avmixup", "mma")
-"""The library's objectives that read labels other than by their losses: an image cannot have two."""
+READ_LABELS = ("mma",)
+"""Objectives that take a loss and also read labels themselves: an image cannot have two."""
 
 
 def objective(

@@ -272,7 +272,12 @@ def built(text, attack_of):
     return config, model, optimizer, average, budget, step, attack, gradient
 
 
-PASS = {}
+@functools.cache
+def training_pass():
+    """A training pass of the network that all modes have, compiled once."""
+    config = config_of(MODES["at_bsl"])
+    model = builder.model(config, COUNTS, platform=jax.default_backend(), precision="default")
+    return jax.jit(model.train)
 
 
 @pytest.fixture
@@ -292,7 +297,7 @@ def test_steps(reference, recipe, attack_of, name):
     np.testing.assert_array_equal(reference(FILE, "input/steps/counts"), COUNTS)
     parts = built(config.to_json(), attack_of)
     config, model, optimizer, average, budget, step, attack, gradient = parts
-    pass_of = PASS.setdefault("of", jax.jit(model.train))
+    pass_of = training_pass()
     params, stats = imported(recipe, "trainnet_pgd_at", model)
     now = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
     now = now.replace(average=average.init(Weights(params, stats)))
