@@ -69,13 +69,20 @@ def get_config(data: str) -> ConfigDict:
     config.attack.common_noise = False  # the start's radius is epsilon in all classes (RobustLT)
     config.attack.reach = 1.0  # radius that the steps may not leave, in epsilons (N-FGSM: 3, never reached)
     # Batch norm in the attack: 'running' statistics, those of the attacked 'batch', or 'batch_update', which
-    # also moves the running ones in every step of the attack (AWP's and CFA's released code).
+    # also moves the running ones in every step of the attack (AWP's and CFA's released code), or
+    # 'natural_first': running ones, which a training pass of the clean images moves before the attack (TAET's
+    # released code).
     config.attack.batch_norm = "running"
     # m: every batch is shown m times in a row, and one backward pass per step moves both the weights and the
     # images' perturbation, by epsilon (Shafahi et al., NeurIPS 2019: m = 8). Of config.attack nothing else is
     # read. Epochs and milestones count steps: so m changes no cost, and all images are seen epochs / m times.
     # 0: an attack in every step
     config.attack.free_steps = 0
+    # Epoch, counted from 1, in which the attack begins; before it, the images are shown as they are (TAET:
+    # 41).
+    config.attack.first_epoch = 1
+    # DAFA's released code: after each step another one of the common size, within the common epsilon.
+    config.attack.second_step = False
     config.attack.alignment = 0.0  # weight of GradAlign's regulariser (0.2 for 8/255 in its paper); 0: none
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
@@ -87,6 +94,9 @@ def get_config(data: str) -> ConfigDict:
     # An average of the weights, kept beside them: 'none', 'ema' (decay; warmup in epochs), 'per_epoch' (CFA:
     # decay) or 'swa' (start in epochs).
     config.average = ConfigDict({"name": "none"})
+    # What is gathered of the classes in one epoch, and read by losses and objectives in the next: 'none', or
+    # 'predictions' (REAT: how often each class is predicted for adversarial images).
+    config.class_statistics = ConfigDict({"name": "none"})
     # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='not_batch_norm'.
     config.optimizer.nesterov = False  # Nesterov's momentum
     config.optimizer.decayed = (
@@ -121,7 +131,12 @@ def _train() -> ConfigDict:
     # cut their batches into the same number of parts agree, on any devices.
     config.accumulation_steps = 1
     config.sync_batch_norm = True  # statistics of the images of all devices
-    config.sampler = "uniform"  # or 'class_aware' (RoBal's re-sampling), or 'mixed' (alternately)
+    # or 'class_aware' (RoBal's re-sampling), 'mixed' (alternately), or 'balanced' (a fixed set with the same
+    # number of images per class: some of the large classes', and those of the small classes several times)
+    config.sampler = "uniform"
+    # Images of each class in the 'balanced' sampler; 0: as many as the mean class has
+    config.images_per_class = 0
+    config.teacher = ""  # a run, or one of its checkpoints, that teaches objective 'distilled'; '': none
     config.start_from = ""  # a run, or one of its checkpoints, to fine-tune; '': random weights
     # 'crop_flip' (random crop from a zero border of 4, horizontal flip), 'resized_crop_flip', 'cutout',
     # 'random_erasing', 'randaugment' (two operations of magnitude 8), 'autoaugment' (the policy of CIFAR-10),
@@ -130,6 +145,10 @@ def _train() -> ConfigDict:
     config.augmentation = "crop_flip"
     config.mixing = "none"  # or 'cutmix': boxes of other images of the batch, each label with its share
     config.batch_norm_momentum = 0.1  # weight of a batch in the running statistics
+    # Training passes after each update, with the new weights, that only move the running statistics, in their
+    # order: 'adv,nat' in RobustLT's released code, 'nat' in those of CFA and AWP, which make them for their
+    # logs.
+    config.logged_passes = ""
     # s in [0, 1): the loss becomes (1 - s) l(z, y) + s mean_k l(z, k), the loss of the attack stays as it is.
     config.label_smoothing = 0.0  # 0: none; 0.1 in Wang et al. (ICML 2023)
     config.reading_threads = 16  # threads that read image files; at most the number of cores
@@ -200,6 +219,70 @@ def fine_tuned(data: str, sampler: str, trainable: str) -> ConfigDict:
     config.optimizer.trainable = trainable
     config.schedule.milestones = ()
     config.schedule.warmup = 0
+    return config
+
+
+def follow_up(data: str) -> ConfigDict:
+    """Returns AT with the constants that most work after RoBal shares (AT-BSL, REAT, TAET, RobustLT).
+
+    ResNet-18, epsilon 8/255, 10 steps of 2/255, 100 epochs with milestones 75 and 90, batches of 128, weight
+    decay 5e-4, a linear head with a trained bias. The digits and ImageNet-LT keep their own constants.
+    """
+    config = get_config(data)
+    if data in ("digits_lt", "imagenet_lt"):
+        return config
+    config.head = ConfigDict({"name": "linear", "bias": "trained"})
+    config.threat.epsilon = 8 / 255
+    config.attack.steps = 10
+    config.attack.step_size = 0.25 * config.threat.get_oneway_ref("epsilon")
+    config.evaluation.step_size = 0.25 * config.evaluation.get_oneway_ref("epsilon")
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.name = "paper"
+    config.schedule.milestones = (75, 90)
+    config.train.epochs = 100
+    config.train.batch_size = 128
+    if data == "tiny_imagenet_lt":
+        config.model = ConfigDict({"name": "preact_resnet18"})
+    else:
+        config.model = ConfigDict({"name": "resnet18"})
+    return config
+
+
+def longer(config: ConfigDict, data: str, epochs: int, *milestones: int) -> ConfigDict:
+    """Sets the epochs and milestones of a follow-up method; the digits and ImageNet-LT keep their own."""
+    if data not in ("digits_lt", "imagenet_lt"):
+        config.train.epochs, config.schedule.milestones = epochs, milestones
+    return config
+
+
+def robustlt(config: ConfigDict, data: str, *, beta: float = 0.8, beta_tiny: float = 0.2) -> ConfigDict:
+    """Plugs RobustLT into a method: radii by class that rise from 0, and its released code's training loop.
+
+    The loop attacks with the batch's statistics, starts all classes from the common radius, trains with
+    Nesterov's momentum, and makes two more training passes after each update, for its log. Alpha and, on
+    CIFAR-100-LT, beta are the same for all methods.
+
+    Args:
+      config: of the method; it is changed.
+      data: the data set.
+      beta: part of the epochs over which the radii rise on CIFAR-10-LT and the digits.
+      beta_tiny: the same on Tiny-ImageNet-LT.
+    """
+    few = data in ("digits_lt", "cifar10_lt")
+    config.method = f"RobustLT on {config.method}"
+    config.threat.budget = ConfigDict({"name": "by_frequency", "alpha": 0.3 if few else 0.4})
+    config.threat.ramp = beta if few else beta_tiny if data == "tiny_imagenet_lt" else 0.6
+    config.attack.start = "uniform_clipped"
+    config.attack.common_noise = True
+    config.attack.batch_norm = "batch"
+    config.optimizer.nesterov = True
+    config.train.logged_passes = "adv,nat"
+    if data in ("cifar10_lt", "cifar100_lt"):
+        config.model = ConfigDict({"name": "wide_resnet", "depth": 28, "widen": 10})
+        config.threat.epsilon = 8 / 255
+        config.attack.step_size = 0.25 * config.threat.get_oneway_ref("epsilon")
+        config.optimizer.weight_decay = 5e-4
+        config.schedule.name = "paper"
     return config
 
 

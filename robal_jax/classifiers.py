@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robal_jax import checks, losses
+from robal_jax import checks, class_terms
 
 
 def linear_logits(features: chex.Array, weight: chex.Array, bias: chex.Array) -> chex.Array:
@@ -215,7 +215,7 @@ def adjust_for_prior(logits: chex.Array, class_counts: chex.Array, *, tau: float
     """
     checks.float_logits(logits=logits)
     checks.class_counts(class_counts, logits.shape[-1])
-    return logits - tau * losses.log_prior(class_counts).astype(logits.dtype)[None, :]
+    return logits - tau * class_terms.log_prior(class_counts).astype(logits.dtype)[None, :]
 
 
 def divide_by_counts(logits: chex.Array, class_counts: chex.Array, *, tau: float) -> chex.Array:
@@ -257,7 +257,7 @@ def _uniform_bias(key: chex.PRNGKey, shape: tuple[int, int]) -> chex.Array:
 
 def _log_odds(class_counts: chex.Array) -> chex.Array:
     """``-log((1 - pi_i) / pi_i)``, ``[K]``: with this bias a sigmoid gives each class its frequency."""
-    log_prior = losses.log_prior(class_counts)
+    log_prior = class_terms.log_prior(class_counts)
     return log_prior - jnp.log1p(-jnp.exp(log_prior))
 
 
@@ -346,7 +346,7 @@ class TemperatureHead(LinearHead):
         if self.posthoc:
             return divide_by_counts(logits, counts, tau=self.tau)
         if train:
-            return logits / losses.temperatures(counts, tau=self.tau).astype(logits.dtype)[None, :]
+            return logits / class_terms.temperatures(counts, tau=self.tau).astype(logits.dtype)[None, :]
         return logits
 
 

@@ -49,7 +49,7 @@ PRINT_CONFIG = {"print-config": "prints the config as the run would store it, an
 
 NAMED = (
     "data", "model", "head", "loss", "objective", "threat.budget", "attack.loss", "optimizer", "perturbation",
-    "average", "schedule", "evaluation.head", "evaluation.budget",
+    "average", "class_statistics", "schedule", "evaluation.head", "evaluation.budget",
 )  # fmt: skip
 """Sections with a name, whose other fields are arguments of the function of this name."""
 

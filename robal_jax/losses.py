@@ -7,8 +7,8 @@ weight or average the values. A long-tail loss also takes the number of training
     loss = functools.partial(robal, class_counts=counts, scale=10.0, margin=0.1, tau_m=0.3, tau_b=1.5)
     value = loss(cosines, labels).mean()
 
-The file has three parts: losses that need no statistics of the data; quantities that follow from the class
-counts (weights, margins, biases, temperatures); and the losses that combine both.
+The file has three parts: losses that need no statistics of the data; losses that use what follows from the
+  class counts, see ``class_terms``; and what turns a loss into another one.
 
 ``class_weights [K]`` act as in RoBal's released code. A softmax loss weights each example by its label and
 divides by the mean weight of the batch; a loss of ``K`` binary problems weights the problems.
@@ -30,6 +30,15 @@ import jax.numpy as jnp
 import optax
 
 from robal_jax import checks
+from robal_jax.class_terms import (
+    effective_number_weights,
+    ldam_margins,
+    log_prior,  # noqa: F401 - where it was before
+    rebalanced_weights,
+    robal_biases,
+    robal_margins,
+    temperatures,
+)
 
 Loss = Callable[[chex.Array, chex.Array], chex.Array]
 
@@ -64,12 +73,6 @@ def _check(logits: chex.Array, labels: chex.Array, class_counts: chex.Array) -> 
     """Refuses anything but logits ``[B, K]``, labels ``[B]`` and class counts ``[K]``."""
     checks.logits_and_labels(logits, labels)
     checks.class_counts(class_counts, logits.shape[-1])
-
-
-def _counts(class_counts: chex.Array) -> chex.Array:
-    """Class counts ``[K]`` as floats."""
-    checks.class_counts(class_counts)
-    return jnp.asarray(class_counts, dtype=float)
 
 
 def _binary_terms(logits: chex.Array, labels: chex.Array, gamma: float = 0.0) -> chex.Array:
@@ -326,150 +329,73 @@ def kl_divergence(logits: chex.Array, other_logits: chex.Array) -> chex.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def log_prior(class_counts: chex.Array) -> chex.Array:
-    """Logarithm of the class frequencies of the training set.
+def squared_error(logits: chex.Array, other_logits: chex.Array) -> chex.Array:
+    """Squared Euclidean distance of two predictions, differentiable in both.
 
-    ``log pi_i = log(n_i / sum_j n_j)``
-
-    Args:
-      class_counts: ``n [K]``, at least 1.
-
-    Returns:
-      ``log pi [K]``, at most 0.
-
-    Example:
-      >>> prior = log_prior(jnp.array([2, 1, 1]))
-      >>> print(jnp.array_str(prior, precision=4))  # log 1/2, log 1/4, log 1/4
-      [-0.6931 -1.3863 -1.3863]
-    """
-    counts = _counts(class_counts)
-    return jnp.log(counts / counts.sum())
-
-
-def effective_number_weights(class_counts: chex.Array, *, beta: float) -> chex.Array:
-    """Class weights by the inverse of the effective number of images, normalised to mean 1.
-
-    ``w_i = c (1 - beta) / (1 - beta^{n_i})``, ``c`` such that ``sum_i w_i = K``
+    ``l_b = sum_i (p_bi - q_bi)^2``;  ``p = softmax(z), q = softmax(z')``
 
     Args:
-      class_counts: ``n [K]``, at least 1.
-      beta: in ``[0, 1)``; 0 gives ones, and close to 1 the weights are proportional to ``1 / n_i``.
+      logits: ``z [B, K]``.
+      other_logits: ``z' [B, K]``.
 
     Returns:
-      ``w [K]``.
+      ``l [B]``, in [0, 2].
 
-    Source: Cui et al., CVPR 2019.
-
-    Example:
-      >>> weights = effective_number_weights(jnp.array([3, 1]), beta=0.5)
-      >>> print(jnp.array_str(weights, precision=4))  # 8/7 and 2, divided by their mean
-      [0.7273 1.2727]
-    """
-    checks.below_one(beta=beta)
-    counts = _counts(class_counts)
-    # -expm1 is 1 - beta^n without the rounding of a beta close to 1; the factor 1 - beta cancels in c.
-    weights = 1.0 / -jnp.expm1(counts * jnp.log1p(beta - 1.0))
-    return weights * (counts.size / weights.sum())
-
-
-def temperatures(class_counts: chex.Array, *, tau: float) -> chex.Array:
-    """Class-dependent temperatures: 1 for the largest class, higher for smaller ones.
-
-    ``a_i = (n_max / n_i)^tau``
-
-    Args:
-      class_counts: ``n [K]``, at least 1.
-      tau: strength; 0 gives ones.
-
-    Returns:
-      ``a [K]``, at least 1 where ``tau`` is at least 0.
-
-    Source: Ye et al. (CDT), arXiv:2001.01385.
+    Source: SCORE (Pang et al., ICML 2022), which takes it in place of TRADES' divergence.
 
     Example:
-      >>> print(temperatures(jnp.array([16, 4, 1]), tau=0.5).round())
-      [1. 2. 4.]
+      >>> print(squared_error(jnp.log(jnp.array([[3.0, 1.0]])), jnp.zeros((1, 2))))  # 1/16 + 1/16
+      [0.125]
     """
-    counts = _counts(class_counts)
-    return (counts.max() / counts) ** tau
+    checks.float_logits(logits=logits, other_logits=other_logits)
+    return jnp.sum((jax.nn.softmax(logits) - jax.nn.softmax(other_logits)) ** 2, axis=-1)
 
 
-def ldam_margins(
-    class_counts: chex.Array, *, max_margin: float = 0.5, exponent: float = 0.25, inverse: bool = False
+def harl(
+    logits: chex.Array,
+    labels: chex.Array,
+    *,
+    alpha: float = 0.1,
+    beta: float = 0.1,
+    gamma: float = 0.1,
+    axis_name: str | None = None,
 ) -> chex.Array:
-    """Margins of the label-distribution-aware loss: the smallest class gets the largest margin.
+    """Mean, variance and shares of the classes' losses: it makes the losses of all classes small and equal.
 
-    ``m_i = m_max n_i^-g / max_j n_j^-g``;  inverse: ``m_i = m_max n_i^g / max_j n_j^g``
+    ``L = alpha mean_c l_c + beta mean_c (l_c - mean_k l_k)^2 + gamma sum_c (l_c / sum_k l_k)^2``
 
-    Args:
-      class_counts: ``n [K]``, at least 1.
-      max_margin: ``m_max``, the largest margin of all classes.
-      exponent: ``g``, at least 0.
-      inverse: give the largest margin to the largest class instead.
-
-    Returns:
-      ``m [K]``, in units of the logit.
-
-    Source: Cao et al. (LDAM), NeurIPS 2019.
-
-    Example:
-      >>> counts = jnp.array([16, 1])
-      >>> print(jnp.array_str(ldam_margins(counts, max_margin=0.5), precision=4))
-      [0.25 0.5 ]
-      >>> print(jnp.array_str(ldam_margins(counts, max_margin=0.5, inverse=True), precision=4))
-      [0.5  0.25]
-    """
-    counts = _counts(class_counts)
-    margins = counts ** (exponent if inverse else -exponent)
-    return max_margin * margins / margins.max()
-
-
-def robal_margins(class_counts: chex.Array, *, scale: float, margin: float, tau_m: float) -> chex.Array:
-    """Class-wise margins of RoBal's loss: larger for head classes where ``tau_m > 0``.
-
-    ``m_i = (tau_m / s) * log(n_i / n_min) + m_0``
+    where ``l_c`` is the mean cross entropy of the batch's images of class ``c``, and 0 if there is none.
 
     Args:
-      class_counts: ``n [K]``, at least 1.
-      scale: ``s > 0``, the loss's own scale of the cosines.
-      margin: ``m_0``, the margin that every class gets.
-      tau_m: strength of the class-wise part.
+      logits: ``z [B, K]``.
+      labels: ``y [B]``, integers in ``0..K-1``.
+      alpha: weight of the mean.
+      beta: weight of the variance.
+      gamma: weight of the shares.
+      axis_name: mapped axis over which the batch is spread, if any; the class means are those of the whole
+        batch.
 
     Returns:
-      ``m [K]``, in units of the cosine.
+      ``L`` for each example, ``[B]``: it is one number for the whole batch.
 
-    Source: RoBal (Wu et al., CVPR 2021), equation 9.
-
-    Example:
-      >>> margins = robal_margins(jnp.array([4, 1]), scale=10.0, margin=0.1, tau_m=0.3)
-      >>> print(jnp.array_str(margins, precision=4))  # 0.03 log 4 + 0.1, 0.1
-      [0.1416 0.1   ]
-    """
-    checks.factor(scale=scale)
-    counts = _counts(class_counts)
-    return (tau_m / scale) * jnp.log(counts / counts.min()) + margin
-
-
-def robal_biases(class_counts: chex.Array, *, tau_b: float) -> chex.Array:
-    """Class-wise biases of RoBal's loss: logit adjustment by the class prior.
-
-    ``b_i = tau_b * log pi_i``
-
-    Args:
-      class_counts: ``n [K]``, at least 1.
-      tau_b: strength; 1 is the balanced softmax, 0 gives zeros.
-
-    Returns:
-      ``b [K]``, in units of the scaled logit.
-
-    Source: RoBal (Wu et al., CVPR 2021), equation 9.
+    Source: hierarchical adversarially robust learning (HARL) of TAET (Wang et al., CVPR 2025) and its code.
 
     Example:
-      >>> biases = robal_biases(jnp.array([3, 1]), tau_b=1.5)
-      >>> print(jnp.array_str(biases, precision=4))  # 1.5 log 3/4, 1.5 log 1/4
-      [-0.4315 -2.0794]
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])), jnp.array([0, 1])
+      >>> loss = harl(logits, labels, alpha=1.0, beta=0.0, gamma=0.0)
+      >>> print(jnp.array_str(loss, precision=4))  # (log 4/3 + log 2) / 2
+      [0.4904 0.4904]
     """
-    return tau_b * log_prior(class_counts)
+    own = _is_true(logits, labels).astype(logits.dtype)
+    values = cross_entropy(logits, labels)
+    sums, counts = values @ own, own.sum(0)
+    if axis_name is not None:
+        sums, counts = jax.lax.psum((sums, counts), axis_name)
+    of_class = sums / jnp.maximum(counts, 1)
+    mean, total = of_class.mean(), of_class.sum()
+    shares = of_class / jnp.where(total > 0, total, 1.0)
+    value = alpha * mean + beta * jnp.mean((of_class - mean) ** 2) + gamma * jnp.sum(shares**2)
+    return jnp.full_like(values, value)
 
 
 def subtract_margins(logits: chex.Array, labels: chex.Array, margins: chex.Array) -> chex.Array:
@@ -669,6 +595,44 @@ def logit_adjustment(
     """
     _check(logits, labels, class_counts)
     return cross_entropy(logits + _row(robal_biases(class_counts, tau_b=tau), logits), labels)
+
+
+def rebalanced(
+    logits: chex.Array,
+    labels: chex.Array,
+    *,
+    class_counts: chex.Array,
+    class_statistics: dict[str, chex.Array],
+    axis_name: str | None = None,
+) -> chex.Array:
+    """Cross entropy with weights by how often each class was predicted for adversarial images.
+
+    ``l_b = w_{y_b} CE_b / mean_b'(w_{y_b'})``, ``w`` the :func:`rebalanced_weights`
+
+    It is made for the attack. If the model's logits of an image depend on this image alone, as with running
+    statistics, weights do not change the direction of its gradient, and so no adversarial image.
+
+    Args:
+      logits: ``z [B, K]``.
+      labels: ``y [B]``, integers in ``0..K-1``.
+      class_counts: ``n [K]``, at least 1.
+      class_statistics: with ``predicted [K]``, see ``class_statistics.predictions``.
+      axis_name: see :func:`cross_entropy`.
+
+    Returns:
+      ``l [B]``, at least 0.
+
+    Source: RBL of REAT (Li et al., arXiv:2307.10205).
+
+    Example:
+      >>> counts, seen = jnp.array([2, 2]), {"predicted": jnp.array([1, 2])}
+      >>> loss = rebalanced(jnp.zeros((2, 2)), jnp.array([0, 1]), class_counts=counts, class_statistics=seen)
+      >>> print(jnp.array_str(loss, precision=4))  # log 2 times 6/5, 4/5
+      [0.8318 0.5545]
+    """
+    _check(logits, labels, class_counts)
+    weights = rebalanced_weights(class_counts, class_statistics["predicted"])
+    return cross_entropy(logits, labels, class_weights=weights, axis_name=axis_name)
 
 
 def margin_adjusted_cross_entropy(
@@ -885,6 +849,76 @@ def deferred(
     return base(logits, labels, class_weights=jnp.where(started, weights, 1.0))
 
 
+def staged(
+    logits: chex.Array,
+    labels: chex.Array,
+    *,
+    first: Callable[..., chex.Array],
+    then: Callable[..., chex.Array],
+    start: int,
+    epoch: chex.Numeric,
+) -> chex.Array:
+    """One loss before an epoch, and another one from it on.
+
+    Args:
+      logits: ``z [B, K]``.
+      labels: ``y [B]``, integers in ``0..K-1``.
+      first: a loss.
+      then: a loss.
+      start: first epoch of ``then``, counted from 1.
+      epoch: the current one; may be traced.
+
+    Returns:
+      ``l [B]``.
+
+    Source: the two stages of TAET (Wang et al., CVPR 2025).
+
+    Example:
+      >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0]])), jnp.array([0])
+      >>> for epoch in (40, 41):
+      ...     loss = staged(logits, labels, first=cross_entropy, then=soft_logit_margin, start=41,
+      epoch=epoch)
+      ...     print(jnp.array_str(loss, precision=4))  # log 4/3, then log 1/3
+      [0.2877]
+      [-1.0986]
+    """
+    return jax.lax.cond(
+        jnp.asarray(epoch) < start, lambda: first(logits, labels), lambda: then(logits, labels)
+    )
+
+
+def weighted_by_radius(
+    logits: chex.Array,
+    labels: chex.Array,
+    *,
+    base: Callable[..., chex.Array],
+    radius_factors: chex.Array,
+) -> chex.Array:
+    """A loss, weighted by the radius of the image's attack.
+
+    ``l_b = r_b base(z_b, y_b)``
+
+    Args:
+      logits: ``z [B, K]``.
+      labels: ``y [B]``, integers in ``0..K-1``.
+      base: a loss.
+      radius_factors: ``r [B]``, radii as multiples of the common one, at least 0.
+
+    Returns:
+      ``l [B]``.
+
+    Source: DAFA (Lee et al., ICLR 2024), whose class weights multiply the radius and the cross entropy.
+
+    Example:
+      >>> loss = weighted_by_radius(jnp.zeros((2, 2)), jnp.array([0, 1]), base=cross_entropy,
+      ...                           radius_factors=jnp.array([0.5, 2.0]))
+      >>> print(jnp.array_str(loss, precision=4))  # log 2 times 1/2, 2
+      [0.3466 1.3863]
+    """
+    checks.vector("radius_factors", radius_factors, len(labels), "example")
+    return radius_factors.astype(logits.dtype) * base(logits, labels)
+
+
 def shared(loss: Loss, *, partners: chex.Array, share: chex.Array) -> Loss:
     """Turns a loss of one label into one of two labels per image, each with its share.
 
@@ -979,6 +1013,10 @@ LOSSES: dict[str, Callable[..., chex.Array]] = {
     "ldam": ldam,
     "robal": robal,
     "deferred": deferred,
+    "harl": harl,
+    "rebalanced": rebalanced,
+    "staged": staged,
+    "weighted_by_radius": weighted_by_radius,
 }
 """Losses by name. The contract of a loss, which is checked before training: it takes ``(logits [B, K], labels
 [B])`` by position, and returns one float per example, ``[B]``, neither averaged nor summed over the batch."""

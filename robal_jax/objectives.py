@@ -19,7 +19,11 @@ objective that asks for them:
 - ``loss``: ``l(z, y) [B]``, the loss of the config;
 - ``class_counts``: training images per class ``[K]``;
 - ``threat``: the :class:`~robal_jax.attacks.ThreatModel` of the config;
-- ``axis_name``: mapped axis over which the batch is spread, or None.
+- ``axis_name``: mapped axis over which the batch is spread, or None;
+- ``epochs``: epochs of the whole run;
+- ``class_statistics``: what the training has gathered of the classes, arrays by name;
+- ``radius_factors``: radius of each image's attack as a multiple of the common one, ``[B]``;
+- ``teacher``: ``images -> logits [B, K]`` of the network that teaches, with its running statistics.
 
 In the equations ``z(x)`` are the logits and ``p = softmax(z)``. The docstring of an objective lists only its
 settings, and the order of the moments in its :class:`Outcome`.
@@ -29,16 +33,15 @@ settings, and the order of the moments in its :class:`Outcome`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
-from robal_jax import attacks, losses, models
+from robal_jax import attacks, losses, models, regularisers
 from robal_jax.attacks import Attack, LogitsFn, ThreatModel
-from robal_jax.keys import ALIGNMENT, MIXING, fold_in
+from robal_jax.keys import MIXING, fold_in
 
 
 class Batch(NamedTuple):
@@ -70,17 +73,21 @@ class Partners(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a step knows of the images of a batch, and tells the loss and the attack of its objective.
+    """What a step knows besides its batch, and tells its objective, the loss and the attack.
 
     Attributes:
       radii: ``[B]``, of the images' attacks; None for the threat model's.
       partners: of images that are mixed from two; None for images as they are.
       adversarial: ``[B, H, W, C]``, found before by the attack; None if it is still to run.
+      classes: what the training has gathered of the classes, arrays by name; None for nothing.
+      teacher: ``params`` and ``stats`` of the network that teaches; None for no teacher.
     """
 
     radii: chex.Array | None = None
     partners: Partners | None = None
     adversarial: chex.Array | None = None
+    classes: dict[str, chex.Array] | None = None
+    teacher: dict[str, chex.ArrayTree] | None = None
 
 
 NOTHING_KNOWN = Known()
@@ -117,8 +124,8 @@ class Outcome(NamedTuple):
 Objective = Callable[[models.Model, chex.ArrayTree, chex.ArrayTree, Batch], tuple[chex.Array, Outcome]]
 
 BATCH_NORM_ORDERS = ("released", "each_pass_once")
-"""Order of the training passes: as in the released code, or each distinct pass once. Objectives with the
-passes nat and adv also take a list, such as 'adv,nat,nat'."""
+"""Order of the training passes: as in the released code, or each pass once. Objectives take a list, too, of
+nat and adv, such as 'adv,nat,nat': the passes that move the running statistics, one after the other."""
 
 
 def in_order(
@@ -134,11 +141,6 @@ def in_order(
     if order == "each_pass_once":
         return tuple(moments.values())
     return tuple(moments[name] for name in (released if order == "released" else order.split(",")))
-
-
-# Batch norm in the attack: running statistics; those of the attacked batch; these, and every image at which a
-# gradient is taken moves the running ones; the same for the attack's result.
-ATTACK_MODES = ("running", "batch", "batch_update", "batch_update_end")
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
@@ -183,24 +185,93 @@ def pgd_at(
     *,
     attack: Attack,
     loss: losses.Loss,
+    class_counts: chex.Array | None = None,
+    batch_norm_order: str = "released",
+    tail_weight: float = 0.0,
+    tail_divergence: str = "batch",
+    axis_name: str | None = None,
 ) -> tuple[chex.Array, Outcome]:
     """Adversarial training: any loss on the attack's images.
 
-    ``mean l(z(x'), y)``
+    ``mean l(z(x'), y) + tail_weight * TAIL(f(x'), y)``
 
     The attack may maximise a different loss; if it maximises the same long-tail loss, this is the released
     mode 'inner_loss'.
 
-    Returns:
-      The loss, and the moments of the one pass.
+    Args:
+      batch_norm_order: 'released': adv; or a list. 'adv,nat' adds a pass that no loss reads, as RobustLT's
+        code does around a balanced softmax.
+      tail_weight: of :func:`regularisers.tail_features` of the features ``f(x')``; 1 in REAT.
+      tail_divergence: see there.
 
-    Source: Madry et al. (ICLR 2018); RoBal's baseline AT.
+    Returns:
+      The loss, and the moments in that order.
+
+    Source: Madry et al. (ICLR 2018), RoBal's baseline AT; the second term, REAT (Li et al.,
+      arXiv:2307.10205).
     """
     adversarial = adversarial_images(attack, model, params, stats, batch)
-    logits, moments = model.train(params, stats, adversarial)
-    metrics = {"adv_accuracy": accuracy(logits, batch.labels)}
-    value = loss(logits, batch.labels).mean()
-    return value, Outcome((moments,), metrics, Attacked(adversarial, logits))
+    if tail_weight:
+        logits, features, moments = model.train_features(params, stats, adversarial)
+    else:
+        logits, moments = model.train(params, stats, adversarial)
+    value, metrics = loss(logits, batch.labels).mean(), {"adv_accuracy": accuracy(logits, batch.labels)}
+    if tail_weight:
+        metrics["tail_features"] = regularisers.tail_features(
+            features, batch.labels, class_counts=class_counts, divergence=tail_divergence, axis_name=axis_name
+        )
+        value = value + tail_weight * metrics["tail_features"]
+    once = {"adv": moments}
+    if "nat" in batch_norm_order.split(","):
+        once["nat"] = model.train(params, stats, batch.images)[1]
+    moments = in_order(batch_norm_order, ("adv",), once)
+    return value, Outcome(moments, metrics, Attacked(adversarial, logits))
+
+
+def distilled(
+    model: models.Model,
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    batch: Batch,
+    *,
+    attack: Attack,
+    loss: losses.Loss,
+    teacher: LogitsFn,
+    epochs: int,
+    kd: float = 1.0,
+    igdm: float = 0.0,
+) -> tuple[chex.Array, Outcome]:
+    """Adversarial training that also follows a teacher: its predictions, and how they change with the image.
+
+    ``mean [l(z(x'), y) + kd * KL(p_T(x) || p(x')) + igdm * t / T * KL(q_T || q)]``,
+    ``q = softmax(z(x + d) - z(x - d))``, ``q_T`` the same of the teacher, ``d = x' - x``
+
+    ``t`` is the epoch of ``T = epochs``. The teacher has the student's architecture, and ``x - d`` may leave
+    the range of pixels.
+
+    Args:
+      kd: weight of the divergence from the teacher's predictions.
+      igdm: weight of indirect gradient matching, at the end; 0 for none.
+
+    Returns:
+      The loss, and the moments of the passes adv, and x - d with gradient matching.
+
+    Source: long-tailed self-distillation (Cho et al., ICLR 2025) names balanced softmax, distillation and
+    gradient matching; the form of the latter is that of Lee et al. (arXiv:2312.03286). The paper's weights
+    could not be read, so 1 and 0 are our choice.
+    """
+    adversarial = adversarial_images(attack, model, params, stats, batch)
+    adv, moments = model.train(params, stats, adversarial)
+    distance = losses.kl_divergence(teacher(batch.images), adv).mean()
+    value, passes = loss(adv, batch.labels).mean() + kd * distance, [moments]
+    metrics = {"adv_accuracy": accuracy(adv, batch.labels), "distillation": distance}
+    if igdm:
+        opposite = 2 * batch.images - adversarial
+        logits, moments = model.train(params, stats, opposite)
+        change, passes = teacher(adversarial) - teacher(opposite), [*passes, moments]
+        metrics["gradient_matching"] = losses.kl_divergence(change, adv - logits).mean()
+        value = value + igdm * batch.epoch / epochs * metrics["gradient_matching"]
+    return value, Outcome(tuple(passes), metrics, Attacked(adversarial, adv))
 
 
 def kl_regulariser(nat: chex.Array, adv: chex.Array, *, axis_name: str | None = None) -> chex.Array:
@@ -306,10 +377,15 @@ def trades(
     beta: float = 6.0,
     batch_norm_order: str = "released",
     attack_divergence: bool = True,
+    radius_factors: chex.Numeric = 1.0,
+    by_radius: bool = False,
 ) -> tuple[chex.Array, Outcome]:
     """TRADES: a natural loss and the divergence between both predictions.
 
-    ``mean [l(z(x), y) + beta * KL(p(x) || p(x'))]``
+    ``mean [l(z(x), y) + beta * KL(p(x) || p(x'))]``;  with ``by_radius``
+    ``mean [(1 - b) l(z(x), y) + b * KL(p(x) || p(x'))]``, ``b = beta r / (1 + beta r)``
+
+    where ``r`` is the image's radius as a multiple of the common one.
 
     The attack must take ``loss``: it maximises the divergence in place of its own loss, so it must not start
     at ``x``. In the paper ``l`` is the cross entropy.
@@ -320,11 +396,13 @@ def trades(
         that of the released TRADES-AWP.
       attack_divergence: whether the attack maximises the divergence; if not, its own loss, as the code of
         Wang et al. (ICML 2023) does for mixed images.
+      by_radius: CFA's weights of both terms (CCR), if its radii are those of the budget 'cfa' with equal
+        ``lambda1`` and ``lambda2``: ``r`` is then ``lambda2 + a_y``, and 1 before the first radii by class.
 
     Returns:
       The loss, and the moments in that order.
 
-    Source: Zhang et al. (ICML 2019), equation 5 and algorithm 1.
+    Source: Zhang et al. (ICML 2019), equation 5 and algorithm 1; CFA (Wei et al., CVPR 2023).
     """
     expected = as_attacked(model, params, stats)(batch.images)
     if attack_divergence:
@@ -332,11 +410,15 @@ def trades(
     adversarial = adversarial_images(attack, model, params, stats, batch)
     nat, moments_nat = model.train(params, stats, batch.images)
     adv, moments_adv = model.train(params, stats, adversarial)
-    divergence = losses.kl_divergence(nat, adv).mean()
-    value = loss(nat, batch.labels).mean() + beta * divergence
+    nat_loss, divergence = loss(nat, batch.labels), losses.kl_divergence(nat, adv)
+    if by_radius:
+        ratio = beta * radius_factors
+        value = ((nat_loss + ratio * divergence) / (1 + ratio)).mean()
+    else:
+        value = nat_loss.mean() + beta * divergence.mean()
     once = {"nat": moments_nat, "adv": moments_adv}
     moments = in_order(batch_norm_order, ("nat", "adv", "nat"), once)
-    metrics = {**_accuracies(nat, adv, batch), "regulariser": divergence}
+    metrics = {**_accuracies(nat, adv, batch), "regulariser": divergence.mean()}
     return value, Outcome(moments, metrics, Attacked(adversarial, adv))
 
 
@@ -466,120 +548,10 @@ def mma(
     return value, Outcome((moments_near, moments_nat), metrics)
 
 
-def known(adversarial: chex.Array, *_: Any, **__: Any) -> chex.Array:
-    """Returns images that an attack found before, in its place."""
-    return adversarial
-
-
-def attacked_by_batch_statistics(
-    model: models.Model,
-    params: chex.ArrayTree,
-    stats: chex.ArrayTree,
-    batch: Batch,
-    *,
-    objective: Callable[..., tuple[chex.Array, Outcome]],
-    **late: Any,
-) -> tuple[chex.Array, Outcome]:
-    """Lets an objective attack the model with the statistics of the attacked batch, which move nothing.
-
-    The images of a batch are then coupled: what is found for one depends on the others.
-
-    Args:
-      objective: any; its attack sees training passes in place of the running statistics.
-      **late: its keyword arguments.
-
-    Source: the released code of RobustLT, and of Wang et al. (ICML 2023).
-    """
-
-    def predict(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
-        return model.train(params, stats, images)[0]
-
-    return objective(model._replace(predict=predict), params, stats, batch, **late)
-
-
-def attack_moves_statistics(
-    model: models.Model,
-    params: chex.ArrayTree,
-    stats: chex.ArrayTree,
-    batch: Batch,
-    *,
-    objective: Callable[..., tuple[chex.Array, Outcome]],
-    attack: partial,
-    end: bool = False,
-    **late: Any,
-) -> tuple[chex.Array, Outcome]:
-    """Lets an objective's attack make training passes, each of which moves the running statistics.
-
-    Args:
-      objective: one whose attack maximises the attack's own loss.
-      attack: ``attacks.pgd`` with its keyword arguments bound, or :func:`known`. Every image at which it
-        takes a gradient is a pass.
-      end: whether the attack's result is one, too, besides the objective's own.
-      **late: the objective's other keyword arguments.
-
-    Returns:
-      The loss, and the objective's outcome with the moments of the attack's passes.
-
-    Source: the released code of AWP around adversarial training, and of CFA.
-    """
-    if attack.func is known:
-        return objective(model, params, stats, batch, attack=attack, **late)
-    fixed = jax.lax.stop_gradient((params, stats))
-    path = attacks.pgd_iterates(
-        lambda images: model.train(*fixed, images)[0], batch.keys, batch.images, batch.labels,
-        **attack.keywords,
-    )  # fmt: skip
-    value, outcome = objective(model, params, stats, batch, attack=partial(known, path[-1]), **late)
-    shown = path if end else path[:-1]
-    stacked = jax.lax.map(lambda images: model.train(*fixed, images)[1], shown)
-    passes = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(shown)))
-    return value, outcome._replace(attack_moments=passes)
-
-
-def aligned_gradients(
-    model: models.Model,
-    params: chex.ArrayTree,
-    stats: chex.ArrayTree,
-    batch: Batch,
-    *,
-    objective: Callable[..., tuple[chex.Array, Outcome]],
-    weight: float,
-    threat: ThreatModel,
-    **late: Any,
-) -> tuple[chex.Array, Outcome]:
-    """GradAlign: adds how far the gradients at an image and at a random point of its ball are apart.
-
-    ``weight * mean [1 - cos(grad_x CE(z(x), y), grad_x CE(z(x + u), y))]``, ``u ~ U(-epsilon, epsilon)``
-
-    It keeps single-step adversarial training from overfitting to its own attack. The passes are training
-    passes, which do not move the running statistics.
-
-    Args:
-      objective: any.
-      weight: > 0; 0.2 for epsilon 8/255 on CIFAR-10 in the paper.
-      threat: its epsilon holds for all images.
-      **late: the objective's keyword arguments.
-
-    Source: Andriushchenko and Flammarion (NeurIPS 2020), equation 5.
-    """
-
-    def total(images: chex.Array) -> chex.Array:
-        return losses.cross_entropy(model.train(params, stats, images)[0], batch.labels).sum()
-
-    draw = partial(jax.random.uniform, shape=batch.images.shape[1:], dtype=batch.images.dtype)
-    noise = jax.vmap(lambda key: draw(key, minval=-1.0, maxval=1.0))(fold_in(batch.keys, ALIGNMENT))
-    here, there = (
-        jax.grad(total)(x).reshape(len(noise), -1)
-        for x in (batch.images, batch.images + threat.epsilon * noise)
-    )
-    apart = (1 - optax.losses.cosine_similarity(here, there, epsilon=1e-12)).mean()
-    value, outcome = objective(model, params, stats, batch, **late)
-    return value + weight * apart, outcome._replace(metrics={**outcome.metrics, "misalignment": apart})
-
-
 OBJECTIVES: dict[str, Callable[..., tuple[chex.Array, Outcome]]] = {
     "plain": plain,
     "pgd_at": pgd_at,
+    "distilled": distilled,
     "regularised": regularised,
     "trades": trades,
     "mart": mart,

@@ -17,10 +17,12 @@ class Perturbation(NamedTuple):
       perturb: ``(params, direction, epoch) -> params``; the epoch is counted from 1.
       of_optimizer: whether the direction is a step of the run's optimiser up the loss, with its momentum and
         weight decay, in place of the gradient of the loss of the whole batch.
+      counts_pass: whether the training passes that find the direction move the running statistics, too.
     """
 
     perturb: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Numeric], chex.ArrayTree]
     of_optimizer: bool = False
+    counts_pass: bool = False
 
 
 DIRECTIONS = ("gradient", "optimizer")
@@ -57,7 +59,9 @@ def of_its_length(params: chex.ArrayTree, direction: chex.ArrayTree) -> chex.Arr
     return jax.tree.map(scale, params, direction)
 
 
-def awp(gamma: float = 0.005, start: int = 1, direction: str = "gradient") -> Perturbation:
+def awp(
+    gamma: float = 0.005, start: int = 1, direction: str = "gradient", counts_pass: bool = False
+) -> Perturbation:
     """Adversarial weight perturbation: ``w + gamma ||w|| g / ||g||``, tensor by tensor.
 
     The step's gradient, weight decay and momentum are those of the perturbed weights; the update is applied
@@ -70,6 +74,8 @@ def awp(gamma: float = 0.005, start: int = 1, direction: str = "gradient") -> Pe
       start: first epoch with a perturbation, counted from 1; the released TRADES-AWP takes 10.
       direction: ``g``, one of ``DIRECTIONS``: the gradient; or a step of the optimiser up the loss, from the
         momentum that it has, as in the code of RobustLT.
+      counts_pass: whether the passes that find it move the running statistics before those of the perturbed
+        weights, as in the code of RobustLT.
 
     Returns:
       The perturbation.
@@ -93,7 +99,7 @@ def awp(gamma: float = 0.005, start: int = 1, direction: str = "gradient") -> Pe
         difference = of_its_length(params, towards)
         return jax.tree.map(lambda w, v: w + size.astype(w.dtype) * v, params, difference)
 
-    return Perturbation(perturb, of_optimizer=direction == "optimizer")
+    return Perturbation(perturb, direction == "optimizer", counts_pass)
 
 
 def none() -> None:

@@ -123,7 +123,14 @@ def test_step_sizes_of_the_released_code():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", DATA)
 def test_no_shipped_config_is_doubted(method, data):
-    assert warnings(spec=f"{ROOT}/configs/{method}.py:{data}") == ([], [])
+    found = warnings(spec=f"{ROOT}/configs/{method}.py:{data}")
+    if method == "taet" and data.startswith("cifar"):  # as released: ten steps of 0.003 from 0.001 N(0, 1)
+        assert [len(lines) for lines in found] == [1, 0]
+        assert (
+            "10 times config.attack.step_size 0.003 is less than config.threat.epsilon 0.031" in found[0][0]
+        )
+    else:
+        assert found == ([], [])
 
 
 @pytest.mark.parametrize(

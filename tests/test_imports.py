@@ -23,6 +23,7 @@ LAYERS = (
     {"errors", "keys"},
     {"checks"},
     {"models", "arguments"},
+    {"class_terms"},
     {"losses"},
     {
         "attacks",
@@ -34,8 +35,11 @@ LAYERS = (
         "averages",
         "budgets",
         "perturbations",
+        "class_statistics",
+        "regularisers",
     },
     {"objectives", "storage"},
+    {"attack_modes"},
     {"reporting", "pytorch"},
     {"builder"},
     {"training", "evaluation", "cli"},  # none imports another

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from robal_jax import (
+    attack_modes,
     attacks,
     averages,
     budgets,
@@ -43,7 +44,7 @@ def linear_model():
     def train(params, stats, images):
         return images @ params["kernel"], {"mean": images.mean(0)}
 
-    return models.Model(None, lambda params, stats, x: x @ params["kernel"], train, None)
+    return models.Model(None, lambda params, stats, x: x @ params["kernel"], train, None, None)
 
 
 NO_AVERAGE = averages.none(1)
@@ -71,7 +72,7 @@ def pgd_at(model, params, stats, batch, known=objectives.NOTHING_KNOWN, *, attac
         return images + 0.01 * jnp.sign(logits_fn(jnp.eye(4)).sum(-1))[None]
 
     if known.adversarial is not None:
-        attack = partial(objectives.known, known.adversarial)
+        attack = partial(attack_modes.known, known.adversarial)
     return objectives.pgd_at(model, params, stats, batch, attack=attack, loss=losses.cross_entropy)
 
 
@@ -437,7 +438,7 @@ def test_gradients_of_a_linear_model_are_aligned():
         return jnp.float32(0), objectives.Outcome((), {})
 
     def misalignment(model):
-        value, outcome = objectives.aligned_gradients(
+        value, outcome = attack_modes.aligned_gradients(
             model, {}, {}, batch, objective=plain, weight=0.5, threat=THREAT
         )
         np.testing.assert_allclose(value, 0.5 * outcome.metrics["misalignment"], rtol=1e-6)

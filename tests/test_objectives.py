@@ -44,6 +44,7 @@ def tiny_model(axis_name=None, shown=None):
         predict=lambda params, stats, images: logits_of(params, images, stats["mean"]),
         train=train,
         features=None,
+        train_features=None,
     )
 
 
@@ -533,5 +534,5 @@ def test_regularisers_are_those_of_the_whole_batch_on_four_devices():
 
 
 def test_table_of_objectives():
-    names = {"plain", "pgd_at", "regularised", "trades", "mart", "avmixup", "mma"}
+    names = {"plain", "pgd_at", "distilled", "regularised", "trades", "mart", "avmixup", "mma"}
     assert {name: getattr(objectives, name) for name in names} == objectives.OBJECTIVES

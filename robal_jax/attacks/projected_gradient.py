@@ -46,6 +46,7 @@ def pgd(
     loss: losses.Loss = losses.cross_entropy,
     start: Start = uniform_start,
     momentum: float = 0.0,
+    second: tuple[ThreatModel, float] | None = None,
     restarts: int = 1,
     eot: int = 0,
 ) -> chex.Array:
@@ -64,6 +65,7 @@ def pgd(
       loss: per example; ascended.
       start: draws the starting points.
       momentum: see :func:`pgd_path`.
+      second: see :func:`pgd_path`.
       restarts: number of starts, at least 1; the first starts are the same whatever their number.
       eot: see :func:`loss_gradient`; restarts are compared by the mean logits of this many draws.
 
@@ -92,7 +94,7 @@ def pgd(
         return pgd_path(
             logits_fn, starting_points(start, keys, images, threat), images, labels,
             threat=threat, steps=(steps,), step_size=step_size, loss=loss, momentum=momentum,
-            eot=eot, keys=draws,
+            second=second, eot=eot, keys=draws,
         )[0]  # fmt: skip
 
     if restarts == 1:
@@ -123,7 +125,7 @@ def pgd_iterates(
       threat: allowed images.
       steps: number of gradient steps, at least 1.
       start: draws the starting points.
-      **settings: ``step_size``, ``loss`` and ``momentum``, see :func:`pgd_path`.
+      **settings: ``step_size``, ``loss``, ``momentum`` and ``second``, see :func:`pgd_path`.
 
     Returns:
       ``[steps + 1, B, H, W, C]``; the gradients are taken at all but the last.
@@ -158,6 +160,7 @@ def pgd_path(
     step_size: chex.Numeric | tuple[float, ...] | optax.Schedule,
     loss: losses.Loss = losses.cross_entropy,
     momentum: float = 0.0,
+    second: tuple[ThreatModel, float] | None = None,
     eot: int = 0,
     keys: chex.PRNGKey | None = None,
 ) -> chex.Array:
@@ -182,6 +185,8 @@ def pgd_path(
         image, >= 0; or a function of ``t = 0, 1, ...``, such as optax's schedules.
       loss: per example; ascended.
       momentum: 0 is PGD, 1 is MIM as published.
+      second: threat model and size of another step in the same direction after each step, as the released
+        code of DAFA makes it; None for none.
       eot: see :func:`loss_gradient`.
       keys: ``[B]``, of a random model's draws, which are new in every step.
 
@@ -230,7 +235,10 @@ def pgd_path(
             gradient = direction = momentum * direction + gradient
         length = jnp.asarray(step_size(t) if callable(step_size) else step_size, x.dtype)
         length = like_images(length, x) if length.ndim else length
-        x = threat.project(x + length * threat.ascent_direction(gradient), images)
+        towards = threat.ascent_direction(gradient)
+        x = threat.project(x + length * towards, images)
+        if second is not None:
+            x = second[0].project(x + second[1] * towards, images)
         return x, direction
 
     def until(carry: tuple[chex.Array, chex.Array], between: tuple[chex.Array, chex.Array]) -> tuple:

@@ -7,6 +7,7 @@
 - ``instantiate``: the function that a section names, with its arguments bound
 - ``arguments``: arguments of these functions from the command line
 - ``contracts``: what a function must take and return, checked with the shapes of a training step
+- ``modules``: the same for backbones and heads
 - ``ranges``: which fields a config must have, and which values are allowed
 
 A section with a ``name`` selects a function: one of the library's tables (``LOSSES``, ``HEADS``, ...), or
@@ -18,9 +19,11 @@ in its section::
     data set    config.data                      none
     model       config.model                     convolution, axis_name
     head        config.head, .evaluation.head    num_classes, class_counts, axis_name
-    loss        config.loss                      class_counts, axis_name, threat, epoch
-    loss        config.attack.loss               class_counts, axis_name, threat
-    objective   config.objective                 class_counts, axis_name, threat, loss, attack
+    loss        config.loss, .attack.loss        class_counts, axis_name, threat, epoch, class_statistics,
+                                                 radius_factors
+    objective   config.objective                 class_counts, axis_name, threat, loss, attack, epochs,
+                                                 class_statistics, radius_factors, teacher
+    statistics  config.class_statistics          class_counts
     schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
     budget      config.threat, .evaluation       class_counts, epsilon
@@ -32,6 +35,9 @@ in its section::
 - ``threat``: the ``ThreatModel`` of the training attack
 - ``loss``, ``attack``: the functions of ``config.loss`` and ``config.attack``, bound
 - ``epoch``: the current epoch, counted from 1, an integer array
+- ``class_statistics``: what the training has gathered of the classes, arrays by name, before the step
+- ``radius_factors``: radius of each image's attack as a multiple of epsilon, ``[B]``
+- ``teacher``: ``images -> logits``, the network of ``config.train.teacher``
 - ``epochs``: epochs of the whole run; ``steps_per_epoch``: with it, a schedule returns a rate per step
 - ``schedule``: ``step -> learning rate``
 """
@@ -43,7 +49,9 @@ from robal_jax.builder.minimised import objective
 from robal_jax.builder.parts import (
     average,
     budget,
+    class_statistics,
     dataset,
+    gathered_arrays,
     model,
     optimizer,
     perturbation,
@@ -62,10 +70,12 @@ __all__ = [
     "budget",
     "call",
     "check",
+    "class_statistics",
     "dataset",
     "doubts",
     "evaluation",
     "evaluation_doubts",
+    "gathered_arrays",
     "model",
     "objective",
     "optimizer",

@@ -11,6 +11,7 @@ from robal_jax import arguments, classifiers, models, objectives, optimizers
 from robal_jax.averages import AVERAGES
 from robal_jax.budgets import BUDGETS, LEARNED
 from robal_jax.builder import instantiate
+from robal_jax.class_statistics import CLASS_STATISTICS
 from robal_jax.data import sources
 from robal_jax.errors import InputError
 from robal_jax.losses import LOSSES
@@ -41,7 +42,8 @@ SECTIONS: dict[str, Section] = {
     "evaluation.head": _HEAD,
     "loss": _LOSS,
     "attack.loss": _LOSS,
-    "objective": Section("objective", objectives.OBJECTIVES, (*_LOSS.given, "loss", "attack")),
+    "objective": Section("objective", objectives.OBJECTIVES, (*_LOSS.given, "loss", "attack", "epochs")),
+    "class_statistics": Section("class statistics", CLASS_STATISTICS, ("class_counts",)),
     "schedule": Section("schedule", optimizers.SCHEDULES),
     "optimizer": Section("optimizer", optimizers.OPTIMIZERS, ("schedule",)),
     "perturbation": Section("perturbation", PERTURBATIONS),

@@ -12,10 +12,9 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 
 from robal_jax import checks, models, objectives
 from robal_jax.averages import Average, Weights
+from robal_jax.class_statistics import ClassStatistics
 from robal_jax.data import Dataset
 from robal_jax.devices.parallel import AXIS
 from robal_jax.errors import InputError, one_line, place_in
@@ -38,6 +38,7 @@ CONTRACTS = {
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
     "perturbation": "return a robal_jax.perturbations.Perturbation whose params are like the params",
     "budget": "return one radius per class, [K] numbers > 0",
+    "class statistics": "return robal_jax.class_statistics.ClassStatistics whose arrays keep their shapes",
     "average": "return a robal_jax.averages.Average of params, and perhaps stats, that are like the weights",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
     "too, and return one per step",
@@ -55,6 +56,20 @@ RESERVED = ("loss", "grad_norm", "epoch", "learning_rate", "images_per_second")
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Returns whether a function has a parameter of this name."""
     return name in inspect.signature(function).parameters
+
+
+def told(function: functools.partial, values: Mapping[str, Any]) -> functools.partial:
+    """Binds values to a function that takes them, and to the functions among its arguments.
+
+    Returns:
+      The function itself if nobody takes any.
+    """
+    late = {name: value for name, value in values.items() if takes(function, name)}
+    for name, part in function.keywords.items():
+        if isinstance(part, functools.partial):
+            inner = told(part, values)
+            late |= {} if inner is part else {name: inner}
+    return functools.partial(function, **late) if late else function
 
 
 def broken(kind: str, name: str, what: str) -> InputError:
@@ -113,7 +128,7 @@ def _struct(shape: tuple[int, ...], dtype: Any = float) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.result_type(dtype))
 
 
-def _program(kind: str, name: str, function: Callable[..., Any], axes: Any, *args: Any) -> tuple[Any, Any]:
+def traced(kind: str, name: str, function: Callable[..., Any], axes: Any, *args: Any) -> tuple[Any, Any]:
     """Traces a function over the devices; the program, and the shapes that one device finds."""
     with calling(kind, name):
         program, found = jax.make_jaxpr(jax.vmap(function, in_axes=axes, axis_name=AXIS), return_shape=True)(
@@ -122,15 +137,15 @@ def _program(kind: str, name: str, function: Callable[..., Any], axes: Any, *arg
     return program, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), found)
 
 
-def _names(tree: Any) -> dict[str, Any]:
+def names(tree: Any) -> dict[str, Any]:
     """Returns the arrays of a tree by their names, 'bn1/mean'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _unlike(moments: Any, stats: Any) -> str:
+def unlike(moments: Any, stats: Any) -> str:
     """Says how moments differ from running values, which they must be like, or are no floats; '' if not."""
-    have, want = _names(moments), _names(stats)
+    have, want = names(moments), names(stats)
     for name in sorted(have.keys() ^ want.keys()):
         return f"{'no ' if name in want else ''}{name!r}"
     for name, moment in have.items():
@@ -145,25 +160,26 @@ def check_dataset(name: str, found: Any) -> None:
         raise broken("data set", name, f"returns {described(found)}")
 
 
-def check_loss(section: ConfigDict, loss: Any, classes: int) -> None:
+def check_loss(section: ConfigDict, loss: Any, classes: int, gathered: Mapping[str, Any]) -> None:
     """Refuses a loss, or a loss that it wraps, that does not give one float per example.
 
     Args:
       section: of the config, with the name.
       loss: bound, a ``functools.partial``.
       classes: their number ``K``.
+      gathered: what the training gathers of the classes, arrays by name, as before its first step.
     """
     for key, inner in loss.keywords.items():
         if isinstance(section.get(key), ConfigDict):
-            check_loss(section[key], inner, classes)
+            check_loss(section[key], inner, classes, gathered)
     batch = classes + 1  # so that [K] is not taken for [B]
     args = (_struct((1, batch, classes)), _struct((1, batch), jnp.int32), _struct((), jnp.int32))
 
     def at_epoch(logits: Any, labels: Any, epoch: Any) -> Any:
-        late = {"epoch": epoch} if takes(loss, "epoch") else {}
-        return loss(logits, labels, **late)
+        values = {"epoch": epoch, "class_statistics": gathered, "radius_factors": jnp.ones(batch)}
+        return told(loss, values)(logits, labels)
 
-    _, found = _program("loss", section.name, at_epoch, (0, 0, None), *args)
+    _, found = traced("loss", section.name, at_epoch, (0, 0, None), *args)
     if not is_float(found, (batch,)):
         what = f"returns {described(found)} for logits [{batch}, {classes}] and labels [{batch}]"
         raise broken("loss", section.name, what)
@@ -204,116 +220,9 @@ def has_gradient(kind: str, name: str, function: Callable[..., Any], axes: Any, 
     def gradient(first: Any, *others: Any) -> Any:
         return jax.grad(lambda x: function(x, *others).sum())(first)
 
-    program, _ = _program(kind, name, gradient, axes, *args)
+    program, _ = traced(kind, name, gradient, axes, *args)
     constant, used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     return any(used) or any(np.any(x) for x in jax.core.eval_jaxpr(constant, program.consts))
-
-
-def check_module(
-    kind: str, name: str, module: Any, inputs: Any, width: int | None = None, *, trained: bool
-) -> Any:
-    """Refuses a backbone or a head that is not what the attacks and a training pass need.
-
-    Args:
-      kind: 'model' or 'head'.
-      name: in the config.
-      module: the flax module.
-      inputs: shape of what it receives in a step, ``[devices, B, ...]``.
-      width: number of features or logits, if it is known.
-      trained: whether there are training passes.
-
-    Returns:
-      The shape of its output, ``[devices, B, D]``.
-    """
-    if not isinstance(module, nn.Module):
-        raise broken(kind, name, f"returns {described(module)}")
-    devices, batch = inputs.shape[:2]
-
-    def checked(found: Any) -> Any:
-        if not is_float(found, (batch, width)):
-            what = {"model": "images", "head": "features"}[kind]
-            raise broken(kind, name, f"returns {described(found)} for {what} {list(inputs.shape[1:])}")
-        return found
-
-    def predict(variables: Any, x: Any) -> Any:
-        return module.apply(variables, x, False)
-
-    def train(params: Any, stats: Any, x: Any) -> Any:
-        return module.apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
-
-    def init(key: Any, x: Any) -> Any:
-        return module.init_with_output(key, x, False)
-
-    key = jax.eval_shape(jax.random.key, 0)
-    _, (found, variables) = _program(kind, name, init, (None, 0), key, inputs)
-    checked(found)
-    others = sorted(set(variables) - {"params", "batch_stats"})
-    if others:
-        raise InputError(
-            f"{kind} {name!r} has variables in {others[0]!r}; use the collections 'params' and 'batch_stats'"
-        )
-    params, stats = variables.get("params", {}), variables.get("batch_stats", {})
-    if ":" in name:  # the library's modules draw nothing at random
-        checked(_program(kind, name, predict, (None, 0), variables, inputs)[1])
-        single = inputs.update(shape=(devices, 1, *inputs.shape[2:]))  # any number of examples will do
-        _program(kind, name, predict, (None, 0), variables, single)
-    output = jax.ShapeDtypeStruct((devices, *found.shape), found.dtype)
-    if not trained:
-        return output
-    program, (found, moments) = _program(kind, name, train, (None, None, 0), params, stats, inputs)
-    checked(found)
-    moments = moments.get("batch_stats", {})
-    problem = _unlike(moments, stats)
-    if problem:
-        raise InputError(
-            f"{kind} {name!r} leaves {problem} in 'batch_stats'; leave one moment per running value"
-        )
-    _check_no_running_values(kind, name, program.jaxpr, params, stats)
-    return output
-
-
-def _check_no_running_values(kind: str, name: str, program: Any, params: Any, stats: Any) -> None:
-    """Refuses a training pass whose moment depends on the running value into which it will be folded.
-
-    A moment that *is* its running value keeps that value as it is, and is allowed.
-
-    Args:
-      kind: 'model' or 'head'.
-      name: in the config.
-      program: jaxpr of ``(params, stats, x) -> (output, moments)``.
-      params: of the module.
-      stats: its running values.
-    """
-    first = len(jax.tree.leaves(params))
-    running = dict(zip(_names(stats), program.invars[first:], strict=False))
-    moments = dict(zip(running, program.outvars[1:], strict=True))
-    made = {out: eqn for eqn in program.eqns for out in eqn.outvars}
-    folded = [
-        path
-        for path in running
-        if models.FOLDS.get(path.rpartition("/")[2], (0.0, 0.0))[1]
-        and not _is_copy(made, moments[path], running)
-    ]
-
-    def used(paths: list[str]) -> list[str]:
-        kept = {moments[path] for path in paths}
-        _, needed = partial_eval.dce_jaxpr(program, [out in kept for out in program.outvars])
-        read = {var for var, need in zip(program.invars, needed, strict=True) if need}
-        return [path for path in paths if running[path] in read]
-
-    for path in used(folded):  # a moment may depend on other running values
-        if used([path]):
-            raise InputError(
-                f"{kind} {name!r} stores a running value in {path!r}, where a training pass must leave the "
-                "moment of its batch; use robal_jax.models.BatchNorm in place of flax's nn.BatchNorm"
-            )
-
-
-def _is_copy(made: Any, moment: Any, running: Any) -> bool:
-    """Returns whether a moment is a running value, repeated on every device."""
-    eqn = made.get(moment)
-    copied = eqn.invars[0] if eqn is not None and eqn.primitive.name == "broadcast_in_dim" else moment
-    return any(copied is value for value in running.values())
 
 
 def _batch_of(images: Any) -> tuple[objectives.Batch, Any]:
@@ -323,13 +232,23 @@ def _batch_of(images: Any) -> tuple[objectives.Batch, Any]:
     return batch, (None, None, objectives.Batch(0, 0, 0, None))
 
 
-def _program_of(name: str, objective: Any, model: models.Model, variables: Any, images: Any) -> Any:
+def _program_of(
+    name: str, objective: Any, model: models.Model, variables: Any, images: Any, known: objectives.Known
+) -> Any:
     """Returns the shapes of what an objective returns on one device."""
     batch, axes = _batch_of(images)
-    return _program("objective", name, functools.partial(objective, model), axes, *variables, batch)[1]
+    of_model = functools.partial(objective, model)
+    return traced("objective", name, of_model, (*axes, None), *variables, batch, known)[1]
 
 
-def check_objective(name: str, objective: Any, model: models.Model, variables: Any, images: Any) -> None:
+def check_objective(
+    name: str,
+    objective: Any,
+    model: models.Model,
+    variables: Any,
+    images: Any,
+    known: objectives.Known = objectives.NOTHING_KNOWN,
+) -> None:
     """Refuses an objective that does not return ``(loss, Outcome)`` as a training step needs it.
 
     Args:
@@ -338,15 +257,19 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
       model: the network.
       variables: shapes of ``params`` and ``stats``.
       images: shape of the images of a training step, ``[devices, B, H, W, C]``.
+      known: shapes of what a step tells it that is the same for all images.
     """
     batch, axes = _batch_of(images)
-    found = _program_of(name, objective, model, variables, images)
+    found = _program_of(name, objective, model, variables, images, known)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], objectives.Outcome)):
         raise broken("objective", name, f"returns {described(found)}")
     loss, (moments, metrics, *_) = found
     if not is_float(loss, ()):
         raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar,")
-    if not has_gradient("objective", name, lambda *args: objective(model, *args)[0], axes, *variables, batch):
+    arguments = (*variables, batch, known)
+    if not has_gradient(
+        "objective", name, lambda *args: objective(model, *args)[0], (*axes, None), *arguments
+    ):
         raise InputError(
             f"objective {name!r} has a gradient of 0 with respect to the parameters; {DIFFERENTIABLE}"
         )
@@ -355,7 +278,7 @@ def check_objective(name: str, objective: Any, model: models.Model, variables: A
             "objective", name, f"returns moments that are {described(moments)}, not a tuple of trees,"
         )
     for moment in moments:
-        problem = _unlike(moment, variables[1])
+        problem = unlike(moment, variables[1])
         if problem:
             raise broken("objective", name, f"returns moments with {problem} unlike the running statistics")
     if not isinstance(metrics, dict) or not all(is_float(value, ()) for value in metrics.values()):
@@ -394,23 +317,30 @@ def check_augmentation(
 
 
 def check_shows_attacks(
-    budget: str, name: str, objective: Any, model: models.Model, variables: Any, images: Any
+    learner: str,
+    name: str,
+    objective: Any,
+    model: models.Model,
+    variables: Any,
+    images: Any,
+    known: objectives.Known,
 ) -> None:
-    """Refuses an objective that shows no adversarial images to a budget that learns from them.
+    """Refuses an objective that shows no adversarial images to what learns from them.
 
     Args:
-      budget: its name in the config.
+      learner: its kind and its name in the config.
       name: of the objective.
       objective: bound.
       model: the network.
       variables: shapes of ``params`` and ``stats``.
       images: shape of the images of a training step, ``[devices, B, H, W, C]``.
+      known: shapes of what a step tells it that is the same for all images.
     """
-    _, outcome = _program_of(name, objective, model, variables, images)
+    _, outcome = _program_of(name, objective, model, variables, images, known)
     if outcome.attacked is None or outcome.attacked.logits is None:
         raise InputError(
-            f"budget {budget!r} learns from adversarial images, and objective {name!r} shows none; choose "
-            "another budget or objective"
+            f"{learner} learns from adversarial images, and objective {name!r} shows none; choose "
+            "another of the two"
         )
 
 
@@ -420,7 +350,7 @@ def check_perturbation(name: str, perturbation: Any, params: Any) -> None:
         raise broken("perturbation", name, f"returns {described(perturbation)}")
     with calling("perturbation", name):
         found = jax.eval_shape(perturbation.perturb, params, params, _struct((), jnp.int32))
-    problem = _unlike(found, params)
+    problem = unlike(found, params)
     if problem:
         raise broken("perturbation", name, f"gives params with {problem}")
 
@@ -450,9 +380,31 @@ def check_budget(name: str, budget: Any, classes: int) -> None:
         radii, before, after = jax.eval_shape(used, epoch, ends, *shapes)
     if not is_float(radii, (classes,)):
         raise broken("budget", name, f"returns radii as {described(radii)}")
-    problem = _unlike(after, before)
+    problem = unlike(after, before)
     if problem:
         raise broken("budget", name, f"returns its arrays with {problem}")
+
+
+def check_class_statistics(name: str, statistics: Any, classes: int) -> None:
+    """Refuses anything but class statistics that keep their arrays."""
+    if not isinstance(statistics, ClassStatistics):
+        raise broken("class statistics", name, f"returns {described(statistics)}")
+
+    def used(epoch: Any, ends: Any, labels: Any, logits: Any) -> Any:
+        arrays = statistics.init()
+        return arrays, statistics.update(arrays, statistics.seen(labels, logits), epoch, ends)
+
+    with calling("class statistics", name):
+        epoch, ends = _struct((), jnp.int32), _struct((), bool)
+        shapes = _struct((classes + 1,), jnp.int32), _struct((classes + 1, classes))
+        before, after = jax.eval_shape(used, epoch, ends, *shapes)
+    if not isinstance(before, dict):
+        raise broken(
+            "class statistics", name, f"begins as {described(before)}, not as a dictionary of arrays,"
+        )
+    problem = unlike(after, before)
+    if problem:
+        raise broken("class statistics", name, f"returns its arrays with {problem}")
 
 
 def check_average(name: str, average: Any, params: Any, stats: Any) -> None:
@@ -475,7 +427,7 @@ def check_average(name: str, average: Any, params: Any, stats: Any) -> None:
         raise broken("average", name, f"begins as {described(kept)} without params")
     if average.estimates and "stats" not in kept:
         raise broken("average", name, "estimates stats that it does not keep")
-    problem = _unlike(after, kept) or _unlike(kept, {part: getattr(weights, part) for part in kept})
+    problem = unlike(after, kept) or unlike(kept, {part: getattr(weights, part) for part in kept})
     if problem:
         raise broken("average", name, f"keeps {problem}")
 
@@ -501,6 +453,6 @@ def check_optimizer(name: str, optimizer: Any, params: Any) -> None:
     with calling("optimizer", name):
         state = jax.eval_shape(optimizer.init, params)
         updates, _ = jax.eval_shape(optimizer.update, params, state, params)
-    problem = _unlike(updates, params)
+    problem = unlike(updates, params)
     if problem:
         raise broken("optimizer", name, f"returns updates with {problem}")

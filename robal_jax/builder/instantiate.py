@@ -20,7 +20,11 @@ POSITIONAL = {
 }
 """Arguments that a function of a kind receives by position when it is called; those of other kinds: none."""
 
-LATE = {"loss": ("epoch",), "schedule": ("epochs", "steps_per_epoch")}
+LATE = {
+    "loss": ("epoch", "class_statistics", "radius_factors"),
+    "objective": ("class_statistics", "radius_factors", "teacher"),
+    "schedule": ("epochs", "steps_per_epoch"),
+}
 """Parameters that receive their values by name when the function is called."""
 
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -5,18 +5,27 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import attacks, losses, models, objectives
+from robal_jax import attack_modes, attacks, losses, models, objectives
 from robal_jax.attacks import STARTS, FreeSteps, ThreatModel
 from robal_jax.builder import contracts
-from robal_jax.builder.contracts import takes
+from robal_jax.builder.contracts import takes, told
 from robal_jax.builder.instantiate import call
+from robal_jax.builder.parts import budget, class_statistics, gathered_arrays
 from robal_jax.errors import InputError
+from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 
 READ_LABELS = ("mma",)
 """Objectives that take a loss and also read labels themselves: an image cannot have two."""
+
+READING_LABELS = ("beta_nat", "tail_weight")
+"""Weights of the objectives' terms that read labels themselves."""
+
+IN_STEP = ("class_statistics", "radius_factors", "teacher")
+"""Arguments of objectives that only a step knows."""
 
 
 def objective(
@@ -35,17 +44,40 @@ def objective(
         step_size=settings.step_size,
         start=_start(config, threat),
         loss=inner_loss,
+        second=(threat, settings.step_size) if settings.second_step else None,
     )
     function = call(
-        "objective", objectives.OBJECTIVES, config.objective, attack=attack, loss=smoothed(loss), **given
+        "objective",
+        objectives.OBJECTIVES,
+        config.objective,
+        attack=attack,
+        loss=smoothed(loss),
+        epochs=config.train.epochs,
+        **given,
     )
-    _check_parts(config, loss, inner_loss, function)
+    _check_parts(config, loss, function)
+    gathered = gathered_arrays(budget(config, class_counts), class_statistics(config, class_counts))
+    _check_told(config, function, {"loss": loss, "attack.loss": inner_loss}, gathered)
     for section, made in ((config.loss, loss), (settings.loss, inner_loss)):
-        contracts.check_loss(section, made, len(class_counts))
-    bound = {name: value for name, value in (("loss", loss), ("attack", attack)) if takes(function, name)}
+        contracts.check_loss(section, made, len(class_counts), gathered)
+    parts = {"loss": smoothed(loss), "attack": attack}
+    bound = {name: value for name, value in parts.items() if takes(function, name)}
     wrapped = _with_attack_mode(config, function, attack, threat)
-    within = functools.partial(_within, common=config.threat.epsilon, scaled_steps=config.threat.scaled_steps)
-    return functools.partial(_in_step, objective=wrapped, bound=bound, smoothed=smoothed, within=within)
+    return functools.partial(
+        _in_step,
+        objective=wrapped,
+        bound=bound,
+        takes_own=tuple(name for name in IN_STEP if takes(function, name)),
+        first_epoch=settings.first_epoch,
+        common=config.threat.epsilon,
+        within=functools.partial(_within, scaled_steps=config.threat.scaled_steps),
+    )
+
+
+def batch_norm_momentum(config: ConfigDict) -> float | None:
+    """Returns the weight of a training pass in the running statistics; None for the usual one."""
+    momentum = config.train.batch_norm_momentum
+    return None if momentum == BATCH_NORM_MOMENTUM else momentum
 
 
 def free_steps(config: ConfigDict) -> FreeSteps | None:
@@ -62,7 +94,13 @@ def free_steps(config: ConfigDict) -> FreeSteps | None:
             f"config.attack.free_steps is {showings}, which objective {config.objective.name!r} cannot use; "
             "use objective 'pgd_at', or set it to 0"
         )
-    alone = {"attack.batch_norm": "running", "attack.alignment": 0.0, "perturbation.name": "none"}
+    alone = {
+        "attack.batch_norm": "running",
+        "attack.alignment": 0.0,
+        "attack.first_epoch": 1,
+        "attack.second_step": False,
+        "perturbation.name": "none",
+    }
     for field, neutral in alone.items():
         section, name = field.split(".")
         if config[section][name] != neutral:
@@ -78,9 +116,7 @@ def _smoothed(smoothing: float, loss: functools.partial) -> functools.partial:
     return functools.partial(losses.label_smoothed, base=loss, smoothing=smoothing) if smoothing else loss
 
 
-def _check_parts(
-    config: ConfigDict, loss: functools.partial, inner_loss: functools.partial, function: functools.partial
-) -> None:
+def _check_parts(config: ConfigDict, loss: functools.partial, function: functools.partial) -> None:
     """Raises an ``InputError`` if the losses, the attack and the objective do not fit together."""
     if not takes(function, "loss") and config.loss.name != "cross_entropy":
         raise InputError(
@@ -104,19 +140,53 @@ def _check_parts(
             f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack on config.attack.loss, "
             "and objective 'trades' has another; use 'batch', or set config.objective.attack_divergence=False"
         )
-    own_labels = config.objective.name in READ_LABELS or config.objective.get("beta_nat", 0)
+    if moves and config.attack.first_epoch > 1:
+        raise InputError(
+            f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack in every epoch, and "
+            f"config.attack.first_epoch is {config.attack.first_epoch}; set it to 1, or use 'batch'"
+        )
+    own_labels = config.objective.name in READ_LABELS or any(map(config.objective.get, READING_LABELS))
     reads_labels = own_labels or not takes(function, "loss")
     if config.train.mixing != "none" and reads_labels:
         raise InputError(
             f"objective {config.objective.name!r} needs one label per image, and config.train.mixing "
             f"{config.train.mixing!r} gives two; set it to 'none'"
         )
-    if takes(inner_loss, "epoch"):
-        raise InputError("config.attack.loss depends on the epoch; use such a loss as config.loss only")
     if config.threat.norm == "l2" and config.attack.start == "one_sided":
         raise InputError(
             "config.attack.start 'one_sided' is for norm linf; for l2 use 'uniform' or 'gaussian'"
         )
+
+
+def _check_told(
+    config: ConfigDict,
+    function: functools.partial,
+    by_section: dict[str, functools.partial],
+    gathered: dict[str, chex.Array],
+) -> None:
+    """Raises an ``InputError`` if a function needs something of the step that the config does not give."""
+    name, teacher = config.objective.name, config.train.teacher
+    if takes(function, "teacher") and not teacher:
+        raise InputError(
+            f"objective {name!r} needs a teacher, and config.train.teacher is empty; name the teacher's run"
+        )
+    if teacher and not takes(function, "teacher"):
+        raise InputError(
+            f"config.train.teacher is {teacher!r}, but objective {name!r} takes none; use 'distilled', or "
+            "leave it empty"
+        )
+    if "adv" in config.train.logged_passes and not takes(function, "attack"):
+        raise InputError(
+            f"config.train.logged_passes is {config.train.logged_passes!r}, but objective {name!r} takes no "
+            "attack; use 'nat', or leave it empty"
+        )
+    parts = {"objective": function, **by_section}
+    for section, part in parts.items():
+        if not gathered and told(part, {"class_statistics": gathered}) is not part:
+            raise InputError(
+                f"config.{section} reads class statistics, and config.class_statistics.name is 'none'; "
+                "choose statistics, such as 'predictions' for the loss 'rebalanced'"
+            )
 
 
 def _start(config: ConfigDict, threat: ThreatModel) -> attacks.Start:
@@ -136,17 +206,20 @@ def _with_attack_mode(
     if not takes(function, "attack"):
         pass
     elif mode == "batch":
-        wrapped = functools.partial(objectives.attacked_by_batch_statistics, objective=function)
+        wrapped = functools.partial(attack_modes.attacked_by_batch_statistics, objective=function)
+    elif mode == "natural_first":
+        momentum = batch_norm_momentum(config)
+        wrapped = functools.partial(attack_modes.natural_pass_first, objective=function, momentum=momentum)
     elif mode != "running":
         wrapped = functools.partial(
-            objectives.attack_moves_statistics,
+            attack_modes.attack_moves_statistics,
             objective=function,
             attack=attack,
             end=mode == "batch_update_end",
         )
     if config.attack.alignment:
         wrapped = functools.partial(
-            objectives.aligned_gradients, objective=wrapped, weight=config.attack.alignment, threat=threat
+            attack_modes.aligned_gradients, objective=wrapped, weight=config.attack.alignment, threat=threat
         )
     return wrapped
 
@@ -160,7 +233,9 @@ def _in_step(
     *,
     objective: Callable[..., tuple[chex.Array, objectives.Outcome]],
     bound: dict[str, functools.partial],
-    smoothed: Callable[[functools.partial], losses.Loss],
+    takes_own: tuple[str, ...],
+    first_epoch: int,
+    common: float,
     within: Callable[[functools.partial, chex.Array], functools.partial],
 ) -> tuple[chex.Array, objectives.Outcome]:
     """Calls an objective with its loss and attack as a step knows them.
@@ -173,16 +248,22 @@ def _in_step(
       known: what else is known of its images.
       objective: any; it has its loss and its attack already, which hold if nothing is known.
       bound: these two, as far as it takes them.
-      smoothed: gives a loss its label smoothing.
-      within: gives an attack one radius per image.
+      takes_own: which of ``IN_STEP`` it takes itself.
+      first_epoch: in which the attack begins, counted from 1.
+      common: radius.
+      within: gives an attack one radius per image as a multiple of the common one.
     """
-    late: dict[str, Any] = {}
-    loss, attack = (bound.get(name) for name in ("loss", "attack"))
-    if loss is not None and takes(loss, "epoch"):
-        loss = functools.partial(loss, epoch=batch.epoch)
-        late["loss"] = smoothed(loss)
-    if attack is not None and known.radii is not None:
-        late["attack"] = attack = within(attack, known.radii)
+    factors = None if known.radii is None else known.radii / common
+    values = {
+        "epoch": batch.epoch,
+        "class_statistics": known.classes or {},
+        "radius_factors": jnp.ones(len(batch.labels)) if factors is None else factors,
+    }
+    late: dict[str, Any] = {name: told(part, values) for name, part in bound.items()}
+    late = {name: part for name, part in late.items() if part is not bound[name]}
+    loss, attack = (late.get(name, bound.get(name)) for name in ("loss", "attack"))
+    if attack is not None and factors is not None:
+        late["attack"] = attack = within(attack, factors)
     if known.partners is not None:
         labels, share = known.partners
         shared = functools.partial(losses.shared, partners=labels, share=share)
@@ -190,24 +271,27 @@ def _in_step(
             inner = shared(attack.keywords["loss"])
             late["attack"] = attack = functools.partial(attack, loss=inner)
         if loss is not None:
-            late["loss"] = shared(smoothed(loss))
+            late["loss"] = shared(loss)
+    if attack is not None and first_epoch > 1:
+        begun = batch.epoch >= first_epoch
+        late["attack"] = functools.partial(attack_modes.delayed, attack=attack, begun=begun)
     if attack is not None and known.adversarial is not None:
-        late["attack"] = functools.partial(objectives.known, known.adversarial)
+        late["attack"] = functools.partial(attack_modes.known, known.adversarial)
+    if known.teacher is not None:
+        values["teacher"] = functools.partial(model.predict, *(known.teacher[x] for x in ("params", "stats")))
+    late |= {name: values[name] for name in takes_own}
     return objective(model, params, stats, batch, **late)
 
 
-def _within(
-    attack: functools.partial, radii: chex.Array, *, common: float, scaled_steps: bool
-) -> functools.partial:
-    """Returns an attack with one radius per image ``[B]`` in place of a common one.
+def _within(attack: functools.partial, factors: chex.Array, *, scaled_steps: bool) -> functools.partial:
+    """Returns an attack with one radius per image in place of a common one.
 
     Args:
       attack: its threat model's radius is a multiple of the common one.
-      radii: ``[B]``.
-      common: radius.
+      factors: radii as multiples of the common one ``[B]``.
       scaled_steps: whether step sizes are scaled as the radii are.
     """
-    factors, step_size = radii / common, attack.keywords["step_size"]
+    step_size = attack.keywords["step_size"]
     return functools.partial(
         attack,
         threat=attack.keywords["threat"].scaled(factors),

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from robal_jax import budgets, classifiers, models, optimizers
 from robal_jax.averages import AVERAGES, Average
 from robal_jax.budgets import BUDGETS, LEARNED, Budget
-from robal_jax.builder import contracts
+from robal_jax.builder import contracts, modules
 from robal_jax.builder.contracts import calling, takes
 from robal_jax.builder.instantiate import call
+from robal_jax.class_statistics import CLASS_STATISTICS, ClassStatistics
 from robal_jax.data import (
     AUGMENTATIONS,
     RESIZING,
@@ -158,7 +159,7 @@ def model(
         classifier = classifier()
     # Of the library's own modules only batch norm's wish for more than one value is still open.
     if images is not None and (images.shape[1] == 1 or any(":" in name for name in names.values())):
-        check = functools.partial(contracts.check_module, trained=axis_name is not None)
+        check = functools.partial(modules.check_module, trained=axis_name is not None)
         features = check("model", names["model"], backbone, images)
         check("head", names["head"], classifier, features, len(class_counts))
     network = models.Network(backbone, classifier)
@@ -221,6 +222,35 @@ def budget(config: ConfigDict, class_counts: np.ndarray) -> Budget | None:
             )
             found = budgets.fixed(np.asarray(made))
     return budgets.ramped(found, epochs=config.train.epochs, beta=ramp) if ramp else found
+
+
+def class_statistics(config: ConfigDict, class_counts: np.ndarray) -> ClassStatistics | None:
+    """Builds what a training gathers of the classes; None for nothing."""
+    name = config.class_statistics.name
+    make = call("class statistics", CLASS_STATISTICS, config.class_statistics, class_counts=class_counts)
+    with calling("class statistics", name):
+        made = make()
+    if made is not None:
+        contracts.check_class_statistics(name, made, len(class_counts))
+    return made
+
+
+def gathered_arrays(budget: Budget | None, statistics: ClassStatistics | None) -> dict[str, jax.Array]:
+    """Returns what a training keeps of the classes before its first step, arrays by name.
+
+    Raises:
+      InputError: both keep an array of the same name.
+    """
+    kept: dict[str, jax.Array] = {}
+    for each in (budget, statistics):
+        arrays = {} if each is None else each.init()
+        for name in kept.keys() & arrays.keys():
+            raise InputError(
+                f"config.threat.budget and config.class_statistics both keep an array {name!r}; rename "
+                "that of your own"
+            )
+        kept |= arrays
+    return kept
 
 
 def augmentations(names: str, pixel_max: int) -> list[tuple[str, functools.partial]]:

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import averages, checks, classifiers, models, objectives, optimizers
+from robal_jax import (
+    attack_modes,
+    averages,
+    checks,
+    classifiers,
+    models,
+    objectives,
+    optimizers,
+    regularisers,
+)
 from robal_jax.attacks import NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, MIXINGS, SAMPLERS
@@ -78,6 +87,10 @@ def _are_epochs(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(epoch, int) for epoch in value)
 
 
+def _are_passes(value: Any) -> bool:
+    return set(value.split(",")) <= {"nat", "adv"}
+
+
 SELECTIONS = ("last", "best", "best_on_test")
 """Which checkpoint an evaluation takes: the newest, the best on held-out images, the best on the test set."""
 
@@ -87,7 +100,7 @@ _POSITIVE_FIELDS = (
     "train.accumulation_steps", "train.checkpoint_epochs", "train.keep_checkpoints",
     "evaluation.batch_size", "evaluation.epsilon",
     "evaluation.step_size", "objective.max_epsilon", "objective.search_steps",
-    "attack.noise", "attack.reach", "perturbation.gamma",
+    "attack.noise", "attack.reach", "attack.first_epoch", "perturbation.gamma",
 )  # fmt: skip
 
 _FACTOR_FIELDS = (
@@ -96,7 +109,8 @@ _FACTOR_FIELDS = (
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
-    "attack.alignment", "attack.free_steps", "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
+    "attack.alignment", "attack.free_steps", "train.images_per_class",
+    "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
     "evaluation.audit.examples", "evaluation.examples", "optimizer.clip_norm", "optimizer.weight_decay",
 )  # fmt: skip
 
@@ -113,7 +127,7 @@ RANGES: dict[str, Rule] = {
     "threat.ramp": SHARE,
     "train.batch_norm_momentum": SHARE,
     "train.mixing": _one_of(MIXINGS),
-    "attack.batch_norm": _one_of(objectives.ATTACK_MODES),
+    "attack.batch_norm": _one_of(attack_modes.ATTACK_MODES),
     "evaluation.weights": _one_of(averages.WEIGHTS),
     "optimizer.decayed": _one_of(optimizers.DECAYED),
     "schedule.by": _one_of(optimizers.BY),
@@ -125,8 +139,11 @@ RANGES: dict[str, Rule] = {
     "head.bias": _one_of(classifiers.BIASES),
     "objective.batch_norm_order": (
         f"one of {', '.join(objectives.BATCH_NORM_ORDERS)}, or a list of nat and adv",
-        lambda value: value in objectives.BATCH_NORM_ORDERS or set(value.split(",")) <= {"nat", "adv"},
+        lambda value: value in objectives.BATCH_NORM_ORDERS or _are_passes(value),
     ),
+    "objective.tail_divergence": _one_of(regularisers.DIVERGENCES),
+    **dict.fromkeys(("objective.tail_weight", "objective.kd", "objective.igdm"), NOT_NEGATIVE),
+    "train.logged_passes": ("'', or a list of nat and adv", lambda value: not value or _are_passes(value)),
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),
     "train.augmentation": AUGMENTATION,
@@ -141,14 +158,16 @@ _TEXTS = (
     "method", "data.name", "model.name", "head.name", "loss.name", "objective.name", "threat.norm",
     "attack.loss.name", "attack.start", "optimizer.name", "schedule.name", "train.sampler",
     "threat.budget.name", "attack.batch_norm", "perturbation.name", "average.name", "train.mixing",
-    "generated.path", "train.start_from", "train.select", "train.augmentation", "train.layout",
+    "generated.path", "class_statistics.name", "train.teacher", "train.logged_passes",
+    "train.start_from", "train.select", "train.augmentation", "train.layout",
     "train.precision",
     "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
     "evaluation.weights", "evaluation.budget.name",
 )  # fmt: skip
 
 _INTEGERS = (
-    "attack.steps", "attack.free_steps", "train.epochs", "train.max_steps", "train.batch_size",
+    "attack.steps", "attack.free_steps", "attack.first_epoch", "train.images_per_class",
+    "train.epochs", "train.max_steps", "train.batch_size",
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
     "train.checkpoint_epochs", "train.keep_checkpoints", "train.evaluate_epochs", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
@@ -167,7 +186,9 @@ REQUIRED: dict[str, Rule] = {
     **dict.fromkeys(("seed", "evaluation.seed"), INTEGER),
     **dict.fromkeys(_INTEGERS, IN_32_BITS),
     **dict.fromkeys(_NUMBERS, NUMBER),
-    **dict.fromkeys(("train.sync_batch_norm", "attack.common_noise", "threat.scaled_steps"), BOOLEAN),
+    **dict.fromkeys(
+        ("train.sync_batch_norm", "attack.common_noise", "attack.second_step", "threat.scaled_steps"), BOOLEAN
+    ),
 }
 """Types of the fields that every config has."""
 

@@ -52,7 +52,13 @@ def training_images(config: ConfigDict) -> TrainingImages:
     data, held = hold_out(config, whole)
     # An epoch's order is kept, because every step of the epoch needs it.
     order = functools.lru_cache(maxsize=2)(
-        functools.partial(epoch_order, config.train.sampler, data.train_labels, config.seed)
+        functools.partial(
+            epoch_order,
+            config.train.sampler,
+            data.train_labels,
+            config.seed,
+            images_per_class=config.train.images_per_class,
+        )
     )
     steps_per_epoch = len(order(0)) // size
     if not steps_per_epoch:

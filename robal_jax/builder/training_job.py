@@ -18,12 +18,14 @@ from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts, ranges
 from robal_jax.builder.evaluation_job import Evaluation, evaluation_on, part_to_evaluate, radii_of
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.minimised import free_steps, objective
+from robal_jax.builder.minimised import batch_norm_momentum, free_steps, objective
 from robal_jax.builder.parts import (
     augmentation,
     augmentations,
     average,
     budget,
+    class_statistics,
+    gathered_arrays,
     generated_per_batch,
     model,
     optimizer,
@@ -31,10 +33,10 @@ from robal_jax.builder.parts import (
 )
 from robal_jax.builder.ranges import check_selection, validate
 from robal_jax.builder.training_images import TrainingImages, training_images
+from robal_jax.class_statistics import ClassStatistics
 from robal_jax.data import Dataset, Images, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
-from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 from robal_jax.perturbations import PERTURBATIONS, Perturbation
 from robal_jax.storage.config_file import ingredients
 
@@ -43,6 +45,7 @@ class Settings(NamedTuple):
     """Fields of ``config.train`` for the training loop; configs/base.py explains them."""
 
     start_from: str
+    teacher: str
     batch_size: int
     accumulation_steps: int
     reading_threads: int
@@ -53,6 +56,7 @@ class Settings(NamedTuple):
     batch_norm_momentum: float | None  # None for the usual 0.1
     mixing: str
     evaluate_epochs: int
+    logged_passes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Training:
       perturbation: of the weights at which the gradient is taken; None for none.
       average: of the weights.
       budget: radii by class; None for one radius.
+      class_statistics: what is gathered of the classes; None for nothing.
       free_steps: that are the attack of the training; None for the objective's own.
       schedule: ``step -> learning rate``.
       seed: of everything random.
@@ -96,6 +101,7 @@ class Training:
     perturbation: Perturbation | None
     average: Average
     budget: Budget | None
+    class_statistics: ClassStatistics | None
     free_steps: FreeSteps | None
     schedule: optax.Schedule
     seed: int
@@ -142,8 +148,8 @@ def training(config: ConfigDict) -> Training:
     )
     minimised = objective(config, source.class_counts, parallel.AXIS)
     perturb, radii = perturbation(config), budget(config, source.class_counts)
-    mean = average(config, steps_per_epoch)
-    _check_own(config, network, minimised, optimise, images, perturb, radii, mean)
+    mean, statistics = average(config, steps_per_epoch), class_statistics(config, source.class_counts)
+    _check_own(config, network, minimised, optimise, images, perturb, radii, mean, statistics)
     total_steps = min(total_steps, train.max_steps or total_steps)
     return Training(
         data=data,
@@ -156,10 +162,11 @@ def training(config: ConfigDict) -> Training:
         average=mean,
         perturbation=perturb,
         budget=radii,
+        class_statistics=statistics,
         free_steps=free_steps(config),
         schedule=schedule,
         seed=config.seed,
-        settings=_settings(train, steps_per_epoch),
+        settings=_settings(config, steps_per_epoch),
         order=source.order,
         augment=augmentation(train.augmentation, data),
         steps_per_epoch=steps_per_epoch,
@@ -188,23 +195,33 @@ def _check_own(
     perturbation: Perturbation | None,
     budget: Budget | None,
     average: Average,
+    statistics: ClassStatistics | None,
 ) -> None:
-    """Checks parts together: those of the user's own, and a budget that learns from an objective's attack."""
+    """Checks parts together: those of the user's own, and what learns from the attack of an objective."""
     names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
     own = any(":" in name for name in (*names, config.perturbation.name, config.average.name))
-    learns = budget is not None and budget.seen is not None
-    if not (own or learns):
+    learning = {"budget": budget, "class statistics": statistics}
+    learning = {kind: each for kind, each in learning.items() if each is not None and each.seen is not None}
+    if not (own or learning):
         return
     variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
+    known = _known(config, variables, gathered_arrays(budget, statistics))
     if own:
-        _check_functions(config, names, network, minimised, optimise, images, variables)
+        _check_functions(config, names, network, minimised, optimise, images, variables, known)
     if perturbation is not None:
         contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
     if own:
         contracts.check_average(config.average.name, average, *variables)
-    if learns:
-        name = config.threat.budget.name
-        contracts.check_shows_attacks(name, names[0], minimised, network, variables, images)
+    used = {"budget": config.threat.budget.name, "class statistics": config.class_statistics.name}
+    for kind in learning:
+        learner = f"{kind} {used[kind]!r}"
+        contracts.check_shows_attacks(learner, names[0], minimised, network, variables, images, known)
+
+
+def _known(config: ConfigDict, variables: Any, gathered: dict[str, Any]) -> objectives.Known:
+    """Returns the shapes of what a step tells its objective that is the same for all images."""
+    teacher = dict(zip(("params", "stats"), variables, strict=True)) if config.train.teacher else None
+    return objectives.Known(classes=jax.eval_shape(lambda: gathered) or None, teacher=teacher)
 
 
 def _check_functions(
@@ -215,6 +232,7 @@ def _check_functions(
     optimise: optax.GradientTransformation,
     images: jax.ShapeDtypeStruct,
     variables: Any,
+    known: objectives.Known,
 ) -> None:
     """Checks functions of the user's own together: the network under attack, the objective, the optimizer."""
 
@@ -228,7 +246,7 @@ def _check_functions(
             f"model {names[2]!r} with head {names[3]!r} has a gradient of 0 with respect to the images, so "
             f"that no attack of the training moves them; {contracts.DIFFERENTIABLE}"
         )
-    contracts.check_objective(names[0], minimised, network, variables, images)
+    contracts.check_objective(names[0], minimised, network, variables, images, known)
     contracts.check_optimizer(names[1], optimise, variables[0])
 
 
@@ -245,6 +263,7 @@ STARTS_LATE = {
     ("average", "swa"): ("start", 2),  # the end of an epoch joins in the next one
     ("threat.budget", "cfa"): ("start", 1),
     ("threat.budget", "dafa"): ("epoch", 1),
+    ("attack", ""): ("first_epoch", 0),
 }
 """Arguments that name an epoch, and how many epochs more a run needs for them to have an effect."""
 
@@ -256,17 +275,19 @@ def doubts(config: ConfigDict) -> list[str]:
         "perturbation": (config.perturbation, PERTURBATIONS),
         "average": (config.average, AVERAGES),
         "threat.budget": (config.threat.budget, {**BUDGETS, **LEARNED}),
+        "attack": (config.attack, {}),
     }
     for (section, name), (argument, more) in STARTS_LATE.items():
         part, functions = tables[section]
-        if part.name != name:
+        if part.get("name", "") != name:
             continue
-        default = inspect.signature(functions[name]).parameters[argument].default
-        first = part.get(argument, default)
+        first = part.get(argument)
+        if first is None:
+            first = inspect.signature(functions[name]).parameters[argument].default
         if first + more > epochs:
             found.append(
-                f"config.{section} {name!r} has no effect before epoch {first + more}, but the run has "
-                f"{epochs} epochs; set a lower config.{section}.{argument} or more epochs"
+                f"config.{section}{f' {name!r}' * bool(name)} has no effect before epoch {first + more}, "
+                f"but the run has {epochs} epochs; set a lower config.{section}.{argument} or more epochs"
             )
     by_class = config.threat.budget.name != "constant" or config.threat.ramp
     if (by_class or config.attack.batch_norm != "running") and not _attacks(config):
@@ -296,6 +317,7 @@ def check(config: ConfigDict) -> None:
     perturbation(config)
     average(config, 1)
     budget(config, counts)
+    class_statistics(config, counts)
     augmentations(config.train.augmentation, pixel_max=255)
     given = {"class_counts": counts, "epsilon": config.evaluation.epsilon}
     call("budget", BUDGETS, config.evaluation.budget, **given)
@@ -304,7 +326,7 @@ def check(config: ConfigDict) -> None:
 
 def _attacks(config: ConfigDict) -> bool:
     """Returns whether the objective takes an attack."""
-    given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name"))
+    given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name", "epochs"))
     return "attack" in call("objective", objectives.OBJECTIVES, config.objective, **given).keywords
 
 
@@ -338,10 +360,12 @@ def _size(value: float, *, in_255ths: bool) -> str:
     return f"{count}/255" if in_255ths and count and abs(255 * value - count) < 1e-4 else f"{value:g}"
 
 
-def _settings(train: ConfigDict, steps_per_epoch: int) -> Settings:
+def _settings(config: ConfigDict, steps_per_epoch: int) -> Settings:
     """Copies the fields of ``Settings`` from ``config.train``; a dispatch is at most an epoch."""
+    train = config.train
     settings = Settings(**{name: train[name] for name in Settings._fields})
-    momentum = None if train.batch_norm_momentum == BATCH_NORM_MOMENTUM else train.batch_norm_momentum
     return settings._replace(
-        steps_per_dispatch=min(settings.steps_per_dispatch, steps_per_epoch), batch_norm_momentum=momentum
+        steps_per_dispatch=min(settings.steps_per_dispatch, steps_per_epoch),
+        batch_norm_momentum=batch_norm_momentum(config),
+        logged_passes=tuple(filter(None, train.logged_passes.split(","))),
     )

@@ -120,6 +120,35 @@ def class_aware_order(labels: np.ndarray, rng: random.Random) -> np.ndarray:
     return np.array([next(images[next(classes)]) for _ in range(counts.max() * len(counts))], np.int32)
 
 
+def balanced_set(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Draws the same number of images of each class, of a small class each image several times.
+
+    Args:
+      labels: integers ``[N]``, every class 0..K-1 present.
+      per_class: images of each class; 0 for the mean, ``N // K``.
+      seed: of the draw, >= 0.
+
+    Returns:
+      int64 ``[per_class * K]``, positions in 0..N-1; the images of a class are drawn equally often, or once
+      more.
+
+    Source: the balanced data set of the teacher in long-tailed self-distillation (Cho et al., ICLR 2025).
+
+    >>> labels = np.array([0, 0, 0, 0, 1, 1, 1, 2])
+    >>> chosen = balanced_set(labels, 3, seed=0)
+    >>> np.bincount(labels[chosen]), len(set(chosen.tolist()))
+    (array([3, 3, 3]), 7)
+    """
+    order = np.random.RandomState(np.random.Philox(seed)).permutation(len(labels))
+    size = per_class or len(labels) // (labels.max() + 1)
+    return np.concatenate([np.resize(order[labels[order] == k], size) for k in range(labels.max() + 1)])
+
+
+def _balanced_epoch(labels: np.ndarray, seed: int, epoch: int, per_class: int = 0) -> np.ndarray:
+    chosen = balanced_set(labels, per_class, seed)
+    return chosen[uniform_order(len(chosen), seed, epoch)].astype(np.int32)
+
+
 def _uniform_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return uniform_order(len(labels), seed, epoch)
 
@@ -135,29 +164,41 @@ def _mixed_epoch(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.stack([uniform, class_aware[: len(uniform)]], axis=1).reshape(-1)
 
 
-SAMPLERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
     "uniform": _uniform_epoch,
     "class_aware": _class_aware_epoch,
     "mixed": _mixed_epoch,
+    "balanced": _balanced_epoch,
 }
 
 
-def epoch_order(sampler: str, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(
+    sampler: str, labels: np.ndarray, seed: int, epoch: int, images_per_class: int = 0
+) -> np.ndarray:
     """Returns the order in which an epoch visits the train images, a function of the arguments only.
 
     Args:
       sampler: 'uniform' (each image once), 'class_aware' (each class equally often), or 'mixed' (draws from
-        both in turn, 2 N in all, as the released sampler of that name).
+        both in turn, 2 N in all, as the released sampler of that name), or 'balanced' (each of the images of
+        :func:`balanced_set` once).
       labels: int32 ``[N]``.
       seed: training seed, >= 0.
       epoch: epoch number, >= 0.
+      images_per_class: of 'balanced', see there; 0 for all other samplers.
 
     Returns:
       int32 ``[draws]``, positions in 0..N-1.
 
     Raises:
-      InputError: the sampler is unknown.
+      InputError: the sampler is unknown, or has no use for a number of images per class.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {sampler!r}; use one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler](labels, seed, epoch)
+    if not images_per_class:
+        return SAMPLERS[sampler](labels, seed, epoch)
+    if sampler != "balanced":
+        raise InputError(
+            f"config.train.images_per_class is {images_per_class}, which sampler {sampler!r} does not use; "
+            "set it to 0, or use 'balanced'"
+        )
+    return _balanced_epoch(labels, seed, epoch, images_per_class)

@@ -36,12 +36,15 @@ class Model(NamedTuple):
       predict: ``(params, stats, images) -> logits``, with running statistics; it is attacked and evaluated.
       train: ``(params, stats, images) -> (logits, moments)``, with the statistics of the batch.
       features: ``(params, stats, images) -> [B, D]``, the input of the head in ``predict``.
+      train_features: ``(params, stats, images) -> (logits, features, moments)``, ``train`` with the input of
+        the head.
     """
 
     init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
     predict: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
     train: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], tuple[chex.Array, chex.ArrayTree]]
     features: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
+    train_features: Callable[..., tuple[chex.Array, chex.Array, chex.ArrayTree]]
 
 
 PRECISIONS = {
@@ -102,17 +105,29 @@ def functional(network: nn.Module, *, precision: str = "default", piece: int | N
         logits = lax.map(whole, images.reshape(-1, size, *images.shape[1:]))
         return logits.reshape(len(images), *logits.shape[2:])
 
-    def train(
-        params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
-    ) -> tuple[chex.Array, chex.ArrayTree]:
+    def training_pass(
+        params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array, **options: Any
+    ) -> tuple[Any, chex.ArrayTree]:
         with nn.intercept_methods(_refuse_running_values):
-            logits, moments = apply(params, stats, images, train=True, mutable=["batch_stats"])
-        return logits, moments.get("batch_stats", {})
+            found, moments = apply(params, stats, images, train=True, mutable=["batch_stats"], **options)
+        return found, moments.get("batch_stats", {})
+
+    def train_features(
+        params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array
+    ) -> tuple[chex.Array, chex.Array, chex.ArrayTree]:
+        (logits, found), moments = training_pass(params, stats, images, method=_with_features)
+        return logits, found, moments
 
     def features(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
         return apply(params, stats, images, train=False, method=lambda net, x, train: net.backbone(x, train))
 
-    return Model(init, predict, train, features)
+    return Model(init, predict, training_pass, features, train_features)
+
+
+def _with_features(network: Network, images: chex.Array, train: bool) -> tuple[chex.Array, chex.Array]:
+    """Returns the logits of a network, and the features from which they are made."""
+    features = network.backbone(images, train)
+    return network.classifier(features, train), features
 
 
 def _refuse_running_values(call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:

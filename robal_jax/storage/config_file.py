@@ -31,8 +31,11 @@ NEUTRAL: dict[str, Any] = {
     "attack.batch_norm": "running",
     "attack.alignment": 0.0,
     "attack.free_steps": 0,
+    "attack.first_epoch": 1,
+    "attack.second_step": False,
     "perturbation": {"name": "none"},
     "average": {"name": "none"},
+    "class_statistics": {"name": "none"},
     "train.mixing": "none",
     "train.batch_norm_momentum": 0.1,
     "optimizer.nesterov": False,
@@ -42,6 +45,9 @@ NEUTRAL: dict[str, Any] = {
     "train.held_out": 0.0,
     "train.evaluate_epochs": 0,
     "train.select": "last",
+    "train.teacher": "",
+    "train.images_per_class": 0,
+    "train.logged_passes": "",
 }
 """Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
 

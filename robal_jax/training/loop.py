@@ -35,7 +35,7 @@ from robal_jax.storage.workdir import (
     versions,
 )
 from robal_jax.training.judging import watch
-from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
+from robal_jax.training.state import TrainState, fine_tuned_state, initial_state, taught_state
 from robal_jax.training.step import Examples, compiled_chunk
 
 LONG_DISPATCH = 10.0  # seconds; a longer dispatch is warned about
@@ -125,8 +125,10 @@ def train(
         hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
         like = jax.eval_shape(partial(initial_state, job))
-        start = _weights_to_start_from(job, folder)
+        start, teacher = (_weights_of(job, name, folder) for name in ("start_from", "teacher"))
         state = fine_tuned_state(job, start, say) if start else None
+        if teacher:
+            state = taught_state(state or _first_state(job), teacher, say)
         hosts.by_first(partial(make_workdir, workdir))
         with hosts.held_by_first(partial(alone_in, workdir)):
             kept = hosts.by_first(
@@ -141,7 +143,7 @@ def train(
             for doubt in [] if found else builder.doubts(config):
                 say(f"warning: {doubt}")
             if state is None:
-                state = jax.device_get(jax.jit(partial(initial_state, job))())
+                state = _first_state(job)
             path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
             hosts.by_first(partial(check_there, workdir, path))
         if stop:
@@ -171,14 +173,25 @@ def _check_devices(job: builder.Training) -> None:
         )
 
 
-def _weights_to_start_from(
-    job: builder.Training, folder: pathlib.Path
+def _first_state(job: builder.Training) -> TrainState:
+    """Makes :func:`initial_state` on the host."""
+    return jax.device_get(jax.jit(partial(initial_state, job))())
+
+
+def _weights_of(
+    job: builder.Training, field: str, folder: pathlib.Path
 ) -> checkpoints.Found[dict[str, Any]] | None:
-    """Reads the checkpoint that a new run fine-tunes; None if there is none, or if this run has its own."""
-    found = None
-    if job.settings.start_from and not checkpoints.steps(folder):
-        found = checkpoints.read_latest(user_path(job.settings.start_from))
-    hosts.check_agreement("config.train.start_from", found.sha256 if found else "none")
+    """Reads the checkpoint of another run that a field names; None if there is none, or this run has its own.
+
+    Args:
+      job: the training.
+      field: 'start_from' for the one that a new run fine-tunes, 'teacher' for the one that teaches it.
+      folder: of this run's checkpoints.
+    """
+    found, workdir = None, getattr(job.settings, field)
+    if workdir and not checkpoints.steps(folder):
+        found = checkpoints.read_latest(user_path(workdir))
+    hosts.check_agreement(f"config.train.{field}", found.sha256 if found else "none")
     return found
 
 

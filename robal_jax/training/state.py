@@ -1,6 +1,7 @@
 """The state of a training run, and where it starts: at random weights or at those of a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +31,9 @@ class TrainState:
       stats: running batch-norm statistics, and the statistics of a head.
       opt_state: state of the optimiser.
       average: an average of the weights: ``params``, and ``stats`` if it has its own; {} for none.
-      classes: what the budgets know of the classes, see ``budgets.Budget``; {} for nothing.
+      classes: what is known of the classes, see ``budgets.Budget`` and ``class_statistics``; {} for nothing.
       delta: perturbations that free steps carry over, by position in the batch ``[B, H, W, C]``; {} for none.
+      teacher: ``params`` and ``stats`` of the network that teaches; {} for none.
     """
 
     step: chex.Array
@@ -41,10 +43,14 @@ class TrainState:
     average: dict[str, chex.ArrayTree] = flax.struct.field(default_factory=dict)
     classes: dict[str, chex.Array] = flax.struct.field(default_factory=dict)
     delta: Any = flax.struct.field(default_factory=dict)
+    teacher: dict[str, chex.ArrayTree] = flax.struct.field(default_factory=dict)
 
 
 def initial_state(job: builder.Training) -> TrainState:
-    """Makes the state before step 0, a function of the seed."""
+    """Makes the state before step 0, a function of the seed; a teacher has the same weights as the student.
+
+    See :func:`taught_state` for a teacher's own weights.
+    """
     images = jnp.zeros(
         (1, *job.data.test_images.shape[1:])
     )  # training images have this size after augmentation
@@ -55,14 +61,16 @@ def initial_state(job: builder.Training) -> TrainState:
 
 def _before_step_0(job: builder.Training, params: chex.ArrayTree, stats: chex.ArrayTree) -> TrainState:
     """Makes the state before step 0 from given weights."""
+    size = (job.settings.batch_size, *job.data.test_images.shape[1:])
     return TrainState(
         jnp.int32(0),
         params,
         stats,
         job.optimizer.init(params),
-        job.average.init(Weights(params, stats)),
-        job.budget.init() if job.budget else {},
-        jnp.zeros((job.settings.batch_size, *job.data.test_images.shape[1:])) if job.free_steps else {},
+        average=job.average.init(Weights(params, stats)),
+        classes=builder.gathered_arrays(job.budget, job.class_statistics),
+        delta=jnp.zeros(size) if job.free_steps else {},
+        teacher={"params": params, "stats": stats} if job.settings.teacher else {},
     )
 
 
@@ -77,16 +85,54 @@ def fine_tuned_state(
       InputError: the checkpoint has arrays that the model lacks.
     """
     state = jax.device_get(jax.jit(partial(initial_state, job))())
-    ours = flatten_dict({"params": state.params, "stats": state.stats}, sep="/")
-    arrays = {"params": start.tree["params"], "stats": start.tree.get("stats", {})}
-    theirs = flatten_dict(arrays, sep="/")
-    for name, array in theirs.items():
-        if name not in ours or ours[name].shape != array.shape:
-            raise InputError(
-                f"config.train.start_from: checkpoint {start.path} has {name} {array.shape}, which does not "
-                "fit the model; name a run with the same backbone and the same parameters in its head"
-            )
+    ours, theirs = _flat(state.params, state.stats), _of_checkpoint(start)
+    _check_fits("config.train.start_from", start, ours, theirs)
     kept = sorted(set(ours) - set(theirs))
     say(f"starting from {start.path} sha256 {start.sha256}" + (f"; new: {', '.join(kept)}" if kept else ""))
     merged = unflatten_dict({**ours, **theirs}, sep="/")
     return jax.device_get(_before_step_0(job, merged["params"], merged.get("stats", {})))
+
+
+def taught_state(
+    state: TrainState, teacher: checkpoints.Found[dict[str, Any]], say: Callable[[str], None]
+) -> TrainState:
+    """Returns a state before step 0 with the teacher's weights and statistics, those of a checkpoint.
+
+    Raises:
+      InputError: the checkpoint is not of the student's network.
+    """
+    ours, theirs = _flat(state.params, state.stats), _of_checkpoint(teacher)
+    _check_fits("config.train.teacher", teacher, ours, theirs)
+    missing = sorted(set(ours) - set(theirs))
+    if missing:
+        raise InputError(
+            f"config.train.teacher: checkpoint {teacher.path} has no {missing[0]}, which the student's "
+            "network has; name a run with the same backbone and head"
+        )
+    say(f"taught by {teacher.path} sha256 {teacher.sha256}")
+    weights = unflatten_dict(theirs, sep="/")
+    return replace(state, teacher={"params": weights["params"], "stats": weights.get("stats", {})})
+
+
+def _flat(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str, Any]:
+    """Returns weights and statistics by their full names."""
+    return flatten_dict({"params": params, "stats": stats}, sep="/")
+
+
+def _of_checkpoint(found: checkpoints.Found[dict[str, Any]]) -> dict[str, Any]:
+    return _flat(found.tree["params"], found.tree.get("stats", {}))
+
+
+def _check_fits(
+    field: str,
+    found: checkpoints.Found[dict[str, Any]],
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+) -> None:
+    """Raises an ``InputError`` if a checkpoint has arrays that the network lacks."""
+    for name, array in theirs.items():
+        if name not in ours or ours[name].shape != array.shape:
+            raise InputError(
+                f"{field}: checkpoint {found.path} has {name} {array.shape}, which does not "
+                "fit the model; name a run with the same backbone and the same parameters in its head"
+            )

@@ -15,6 +15,7 @@ from robal_jax import averages, builder, models, objectives
 from robal_jax.attacks import FreeSteps, free
 from robal_jax.averages import Average, Weights, estimation_share
 from robal_jax.budgets import Budget
+from robal_jax.class_statistics import ClassStatistics
 from robal_jax.data import cutmix, draw_cutmix, to_float
 from robal_jax.devices import parallel
 from robal_jax.keys import PARTNERS, example_keys
@@ -34,6 +35,8 @@ class Extras(NamedTuple):
       steps_per_epoch: to see where an epoch ends.
       batch_norm_momentum: weight of a pass in the running statistics; None for the usual 0.1.
       free: steps of the images' perturbation in the state, in place of the objective's attack; None for none.
+      statistics: of the classes, gathered in the state; None for none.
+      logged_passes: training passes at the new weights, of 'adv' and 'nat', that move the running statistics.
     """
 
     perturbation: Perturbation | None = None
@@ -42,6 +45,8 @@ class Extras(NamedTuple):
     steps_per_epoch: int = 1
     batch_norm_momentum: float | None = None
     free: FreeSteps | None = None
+    statistics: ClassStatistics | None = None
+    logged_passes: tuple[str, ...] = ()
 
 
 NO_EXTRAS = Extras()
@@ -83,23 +88,24 @@ def train_step(
       The state after the update, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the
       metrics of the objective.
     """
-    perturbation, average, budget, steps_per_epoch, momentum, free_steps = extras
-    learns = budget is not None and budget.seen is not None
+    perturbation, average, budget, _, momentum, free_steps, *_ = extras
+    shows = perturbation or average.estimates or _learners(extras) or "adv" in extras.logged_passes
     over_parts = partial(_over_parts, parts=accumulation_steps, axis_name=axis_name)
+    of_run = {"classes": state.classes or None, "teacher": state.teacher or None}
 
     def gradients_of(params: chex.ArrayTree, part: tuple[Any, ...]) -> tuple[chex.ArrayTree, Any]:
         images, known = part
         images = images._replace(epoch=batch.epoch)
 
         def loss_fn(params: chex.ArrayTree, shown: chex.Array | None) -> tuple[chex.Array, Any]:
-            told = known._replace(adversarial=shown)
+            told = known._replace(adversarial=shown, **of_run)
             told = () if all(x is None for x in told) else (told,)
             return objective(model, params, state.stats, images, *told)
 
         gradient_of = jax.value_and_grad(loss_fn, (0, 1) if free_steps else (0,), has_aux=True)
         (loss, outcome), (gradients, *by_image) = gradient_of(params, known.adversarial)
         # What nobody asks for is not stacked over the parts.
-        attacked = outcome.attacked if perturbation or average.estimates or learns else None
+        attacked = outcome.attacked if shows else None
         found = gradients, outcome.moments, {"loss": loss, **outcome.metrics}, outcome.attack_moments
         return found, (attacked, *by_image)
 
@@ -112,6 +118,7 @@ def train_step(
     found, (attacked, *by_image) = over_parts(partial(gradients_of, state.params), examples)
     params, attack_moments = state.params, found[3]
     if perturbation is not None:
+        attack_moments = (*attack_moments, *(found[1] if perturbation.counts_pass else ()))
         params = _perturbed(state, found[0], batch.epoch, perturbation, optimizer)
         if attacked is not None:
             examples = examples[0], known._replace(adversarial=attacked.images)
@@ -125,16 +132,21 @@ def train_step(
         stats=models.update_statistics(state.stats, (*attack_moments, *moments), momentum),
         opt_state=opt_state,
     )
-    estimate = partial(_estimated, model=model, over_parts=over_parts, images=(attacked or batch).images)
-    new_state = _followed(state, new_state, extras, estimate)
+    moments_of = partial(_moments_of, model=model, over_parts=over_parts)
+    new_state = _followed(state, new_state, extras, batch, attacked, moments_of, axis_name)
     if free_steps is not None:
         moved = free.ascended(state.delta[positions], by_image[0], batch.images, threat)
         new_state = replace(new_state, delta=_everywhere(state.delta, positions, moved, axis_name))
-    if budget is not None and budget.seen is not None:
-        seen = _over_devices(budget.seen(batch.labels, attacked.logits), axis_name)
-        ends = new_state.step % steps_per_epoch == 0
-        new_state = replace(new_state, classes=budget.update(state.classes, seen, batch.epoch, ends))
     return new_state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
+
+
+def _learners(extras: Extras) -> list[ClassStatistics]:
+    """Returns what is gathered of the classes, for a budget or by itself."""
+    budget, found = extras.budget, extras.statistics
+    learners = [] if found is None else [found]
+    if budget is not None and budget.seen is not None:
+        learners.append(ClassStatistics(budget.init, budget.seen, budget.update))
+    return learners
 
 
 def _radii(of_class: chex.Array, batch: objectives.Batch, partners: objectives.Partners | None) -> chex.Array:
@@ -206,32 +218,52 @@ def _over_parts(
 
 
 def _followed(
-    before: TrainState, after: TrainState, extras: Extras, moments_of: Callable[[chex.ArrayTree], Any]
+    before: TrainState,
+    after: TrainState,
+    extras: Extras,
+    batch: objectives.Batch,
+    attacked: objectives.Attacked | None,
+    moments_of: Callable[..., Any],
+    axis_name: str | None,
 ) -> TrainState:
-    """Returns the state after a step with its average moved, and the average's own statistics estimated."""
-    average, steps_per_epoch = extras.average, extras.steps_per_epoch
+    """Returns the state after a step with all that follows the update.
+
+    These are the passes for a log, the average and its own statistics, and what is gathered of the classes.
+    """
+    shown = {"nat": batch.images, "adv": (attacked or batch).images}
+    momentum, average, steps_per_epoch = extras.batch_norm_momentum, extras.average, extras.steps_per_epoch
+    for name in extras.logged_passes:
+        moments = moments_of(after.params, after.stats, shown[name])
+        after = replace(after, stats=models.update_statistics(after.stats, (moments,), momentum))
     old, new = (Weights(state.params, state.stats) for state in (before, after))
     moved = average.update(before.average, after.step, old, new)
     if average.estimates:
         share = estimation_share(after.step, steps_per_epoch)
-        stats = models.update_statistics(moved["stats"], (moments_of(moved),), share)
-        moved = {**moved, "stats": stats}
-    return replace(after, average=moved)
+        moments = moments_of(moved["params"], moved["stats"], shown["adv"])
+        moved = {**moved, "stats": models.update_statistics(moved["stats"], (moments,), share)}
+    classes = before.classes
+    for learner in _learners(extras):
+        kept = {name: classes[name] for name in learner.init()}
+        seen = _over_devices(learner.seen(batch.labels, attacked.logits), axis_name)  # type: ignore[union-attr]
+        ends = after.step % steps_per_epoch == 0
+        classes = {**classes, **learner.update(kept, seen, batch.epoch, ends)}
+    return replace(after, average=moved, classes=classes)
 
 
-def _estimated(
-    average: dict[str, chex.ArrayTree],
+def _moments_of(
+    params: chex.ArrayTree,
+    stats: chex.ArrayTree,
+    images: chex.Array,
     *,
     model: models.Model,
     over_parts: Callable[..., tuple[Any, Any]],
-    images: chex.Array,
 ) -> chex.ArrayTree:
-    """Returns the moments of an average's training pass on the images of a step."""
+    """Returns the moments of a training pass of the images of a step."""
 
-    def moments_of(part: chex.Array) -> tuple[chex.ArrayTree, None]:
-        return model.train(average["params"], average["stats"], part)[1], None
+    def of_part(part: chex.Array) -> tuple[chex.ArrayTree, None]:
+        return model.train(params, stats, part)[1], None
 
-    return over_parts(moments_of, images)[0]
+    return over_parts(of_part, images)[0]
 
 
 class Examples(NamedTuple):
@@ -357,6 +389,8 @@ def compiled_chunk(
             job.steps_per_epoch,
             job.settings.batch_norm_momentum,
             job.free_steps,
+            job.class_statistics,
+            job.settings.logged_passes,
         ),
     )
     chunk = partial(
