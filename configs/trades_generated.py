@@ -5,20 +5,19 @@ Not a row of RoBal's tables, and of balanced data only: on CIFAR-10 with 1 M ima
 
     python experiments/train.py --config=configs/trades_generated.py:cifar10_lt \
         --workdir=runs/cifar10_lt/trades_generated \
-        --config.generated.path=generated.npz
+        --config.generated.path=generated.npz --config.generated.share=0.7
 
-Without a path the config is refused. The generated images are balanced, and the class counts of losses are
-those of the mixture.
+Without them only the method's other parts are trained. The generated images are balanced, and the class
+counts of losses are those of the mixture.
 """
 
 from configs import base
 
 
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
-    """Beta = 5, smoothing 0.1, EMA 0.995, Nesterov, one cycle, no decay of batch norm; 70 % generated."""
+    """Beta = 5, smoothing 0.1, EMA 0.995, Nesterov, one cycle, no decay of batch norm."""
     config = base.follow_up(data)
     config.method = "TRADES with generated images"
-    config.generated.share = 0.7
     config.objective = base.ConfigDict({"name": "trades", "beta": 5.0, "batch_norm_order": "each_pass_once"})
     config.train.label_smoothing = 0.1
     config.attack.start = "uniform_clipped"

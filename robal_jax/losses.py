@@ -876,8 +876,9 @@ def staged(
     Example:
       >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0]])), jnp.array([0])
       >>> for epoch in (40, 41):
-      ...     loss = staged(logits, labels, first=cross_entropy, then=soft_logit_margin, start=41,
-      epoch=epoch)
+      ...     loss = staged(
+      ...         logits, labels, first=cross_entropy, then=soft_logit_margin, start=41, epoch=epoch
+      ...     )
       ...     print(jnp.array_str(loss, precision=4))  # log 4/3, then log 1/3
       [0.2877]
       [-1.0986]

@@ -242,7 +242,10 @@ def test_an_override_changes_its_own_field(key):
         ("model.name=vit", "unknown model 'vit'; use one of wide_resnet, resnet18, small_cnn"),
         ("head.name=mlp", "unknown head 'mlp'; use one of linear, cosine, class_temperature, tau_norm, tde"),
         ("loss.name=hinge", "unknown loss 'hinge'; use one of cross_entropy, "),
-        ("objective.name=trade", "unknown objective 'trade'; use one of plain, pgd_at, regularised, trades"),
+        (
+            "objective.name=trade",
+            "unknown objective 'trade'; use one of plain, pgd_at, distilled, regularised, trades",
+        ),
         ("schedule.name=triangle", "unknown schedule 'triangle'; use one of paper, released"),
         ("loss.name=nowhere:f", "cannot import the loss 'nowhere:f'"),
         ("loss.name=robal_jax.losses:hinge", "cannot import the loss 'robal_jax.losses:hinge'"),

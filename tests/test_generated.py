@@ -173,7 +173,7 @@ def test_a_training_knows_the_prior_of_its_batches(file, monkeypatch):
     config.objective, config.loss = {"name": "seeing"}, {"name": "logit_adjustment", "tau": 1.0}
     config.head = {"name": "linear", "bias": "prior"}
     job = builder.training(config)
-    job.objective(None, None, None, None)
+    job.objective(None, None, None, objectives.Batch(None, jnp.arange(1), None, 1))
     n, g = job.data.class_counts, np.bincount(images_and_labels()[1])
     prior = 0.3 * n / n.sum() + 0.7 * g / g.sum()
     np.testing.assert_allclose(seen["counts"] / seen["counts"].sum(), prior, rtol=1e-12)

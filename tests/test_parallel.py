@@ -88,16 +88,14 @@ for layout in parallel.LAYOUTS:
 """
 
 
-EVERYTHING = """
+SEVERAL_STEPS = """
 import dataclasses, json, sys
 sys.path.insert(0, f"{sys.argv[1]}/tests")
-import ingredients, jax, numpy as np
+import follow_ups, ingredients, jax, numpy as np
 from robal_jax import builder, training
 from robal_jax.devices import parallel
 
-job = builder.training(ingredients.get_config())
-
-def seven_steps(layout, count):
+def seven_steps(job, layout, count):
     devices = jax.devices()[:count]
     data = training.Examples(job.images, job.labels)
     state, data, key = parallel.replicate((training.initial_state(job), data, jax.random.key(0)), devices)
@@ -112,9 +110,26 @@ def gap(one, other):
     differences = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one, other)
     return max(jax.tree.leaves(differences))
 
-one = seven_steps("jit", 1)
-print(json.dumps({layout: gap(one, seven_steps(layout, 4)) for layout in parallel.LAYOUTS}))
 """
+EVERYTHING = (
+    SEVERAL_STEPS
+    + """
+job = builder.training(ingredients.get_config())
+one = seven_steps(job, "jit", 1)
+print(json.dumps({layout: gap(one, seven_steps(job, layout, 4)) for layout in parallel.LAYOUTS}))
+"""
+)
+LEARNING = (
+    SEVERAL_STEPS
+    + """
+for method in follow_ups.LEARNING:
+    job = builder.training(follow_ups.get_config(method))
+    one, two = seven_steps(job, "jit", 1), seven_steps(job, "pmap", 2)
+    first = jax.device_get(training.initial_state(job))
+    moved = [bool(np.any(one["classes"][name] != first.classes[name])) for name in first.classes]
+    print(json.dumps([method, gap(one, two), moved]))
+"""
+)
 
 
 def said(script):
@@ -142,6 +157,16 @@ def test_everything_at_once_on_any_devices():
     (gaps,) = said(EVERYTHING)
     for layout, gap in gaps.items():
         assert gap < BOUND, layout
+
+
+@pytest.mark.slow
+def test_what_is_learned_of_the_classes_on_any_devices():
+    """Losses and statistics of the whole batch, and radii from them: seven steps, into the second epoch."""
+    found = said(LEARNING)
+    assert len(found) == 4
+    for method, gap, moved in found:
+        assert gap < BOUND, method
+        assert all(moved), method
 
 
 @pytest.mark.slow

@@ -99,7 +99,8 @@ def _of_follow_up(
     by_group: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what a table of follow-up methods adds to a row: sizes, costs, other protocols, a test."""
-    smallest = [min(result.summary["class_counts"]) for result in found.values() if result]
+    counts = [result.summary.get("class_counts") for result in found.values() if result]
+    smallest = [min(each) for each in counts if each]
     entry: dict[str, Any] = {
         "smallest_class": min(smallest, default=None),
         "passes": round(passes(row_config(row, request)), 1),
