@@ -15,4 +15,5 @@ from configs import base, reat
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
     """The radii and their rise as published; the digits take those of CIFAR-10-LT."""
     config = reat.get_config(data)
+    config.class_statistics.logged = True
     return base.robustlt(config, data, beta_tiny=0.4)

@@ -1,8 +1,9 @@
 """Reproduce a table: python experiments/reproduce.py --table=1 [--data=digits_lt] [--config.KEY=VALUE].
 
-Trains, fine-tunes and evaluates the rows of a table of the RoBal paper, prints the table and writes it to
-OUT/DATA/table1.md and table1.json. Finished runs and evaluations are reused, also by other tables; to resume
-after a stop or a crash, run the same command again. --config.KEY=VALUE applies to all rows.
+Trains, fine-tunes and evaluates the rows of a table of the RoBal paper, or of the methods after it, prints
+the table and writes it to OUT/DATA/table1.md and table1.json. Finished runs and evaluations are reused, also
+by other tables; to resume after a stop or a crash, run the same command again. --config.KEY=VALUE applies to
+all rows.
 """
 
 import contextlib
@@ -22,14 +23,15 @@ from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 
 if TYPE_CHECKING:  # it imports JAX
-    from experiments.paper.plan import Job, Request
+    from experiments.paper.plan import Job, Plan, Request
     from robal_jax.reporting.results import Results
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FLAGS = {
-    "table": "1, 2, 3, 4, S6 or S7",
+    "table": "1, 2, 3, 4, S6, S7, followups or augmentation",
     "data": "digits_lt (the default), cifar10_lt or cifar100_lt",
     "seeds": "number of seeds, counted from 0; 3 by default",
+    "splits": "number of long-tailed subsets per seed, config.data.seed from 0; 1 by default",
     "rows": "keys of rows, separated by commas; all by default",
     "out": "folder of all runs and tables; runs/tables by default",
 }
@@ -49,13 +51,21 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
         raise InputError(f"unknown data set {data!r}; use one of {', '.join(DATA_SETS)}")
     if not seeds.isdecimal() or not int(seeds):
         raise InputError(f"--seeds is {seeds!r}; give the number of seeds, 1 or more")
+    splits = values["splits"] or "1"
+    if not splits.isdecimal() or not int(splits):
+        raise InputError(f"--splits is {splits!r}; give the number of subsets, 1 or more")
+    if int(splits) > 1 and data == "digits_lt":
+        raise InputError(
+            "on digits_lt each seed has its own subset; leave --splits out, and give more --seeds"
+        )
+    runs = [(seed, split) for seed in range(int(seeds)) for split in range(int(splits))]
     keys = [key.strip() for key in values["rows"].split(",") if key.strip()]
     if values["rows"] and not keys:
         raise InputError(f"--rows is {values['rows']!r}; give keys of rows, or leave it out")
     return Request(
         table=values["table"],
         data=data,
-        seeds=tuple(range(int(seeds))),
+        seeds=tuple(runs if int(splits) > 1 else range(int(seeds))),
         rows=rows_of(values["table"], data, keys),
         overrides=tuple(override.lstrip("-").removeprefix("config.") for override in overrides),
         out=pathlib.Path(values["out"] or "runs/tables"),
@@ -180,12 +190,30 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | Non
     return list(diverged.values())
 
 
+def _durations(plan: "Plan", path: pathlib.Path) -> str:
+    """Writes the seconds that training took, by row, beside a table; returns where.
+
+    They are not in the table, which is the same however often its making was interrupted.
+    """
+    from experiments.paper.cost import seconds
+    from robal_jax.storage.files import write_whole
+
+    of_row: dict[str, list[pathlib.Path]] = {}
+    for job in plan.jobs:
+        of_row.setdefault(job.key, []).append(job.workdir)
+    found = {key: seconds(dict.fromkeys(workdirs)) for key, workdirs in of_row.items()}
+    rounded = {key: round(value, 1) for key, value in found.items() if value is not None}
+    write_whole(path, f"{json.dumps(rounded, indent=1)}\n".encode())
+    return f"seconds of training per run, by row: {path}"
+
+
 def main(arguments: list[str]) -> None:
     """Makes the table that the flags request, with ``experiments.paper``."""
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
     from experiments.paper.plan import make_plan
+    from experiments.paper.published import TABLES
     from experiments.paper.table import assemble, markdown
     from robal_jax.devices import hosts
     from robal_jax.storage.claims import check_place
@@ -196,7 +224,7 @@ def main(arguments: list[str]) -> None:
     folder = request.out / request.data
     path = folder / f"table{request.table}.md"
     check_place(folder)
-    check_replaceable(path, "# RoBal table ")
+    check_replaceable(path, f"# {'Table' if TABLES[request.table].follow_up else 'RoBal table'} ")
     check_replaceable(path.with_suffix(".json"), '"table": ')
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
@@ -216,6 +244,8 @@ def main(arguments: list[str]) -> None:
         content = cli.as_started(json.dumps(table, indent=1, ensure_ascii=False))
         write_whole(path.with_suffix(".json"), f"{content}\n".encode())
         print(f"\n{text.partition('## Commands')[0]}table, and the commands of its rows: {path}")
+        if table.get("follow_up"):
+            print(_durations(plan, path.with_suffix(".seconds.json")))
     if diverged:
         raise DivergedError(f"no result from {', '.join(diverged)}; see {folder / 'reproduce.log'}")
 

@@ -23,18 +23,22 @@ class ClassStatistics(NamedTuple):
         are those of its training pass.
       update: ``(arrays, sums, epoch, ends) -> arrays`` after each step: ``sums`` are those of all devices,
         ``epoch`` is counted from 1, and ``ends`` is whether it ends with this step.
+      logged: whether ``seen`` gets the logits of the logged pass of the adversarial images, at the new
+        weights, in place of those of the training pass.
     """
 
     init: Callable[[], dict[str, chex.Array]]
     seen: Callable[[chex.Array, chex.Array], dict[str, chex.Array]]
     update: Callable[..., dict[str, chex.Array]]
+    logged: bool = False
 
 
-def predictions(class_counts: np.ndarray) -> ClassStatistics:
+def predictions(class_counts: np.ndarray, logged: bool = False) -> ClassStatistics:
     """Counts how often each class is predicted for adversarial images, epoch by epoch.
 
     Args:
       class_counts: training images per class ``[K]``, which stand for the counts in the first epoch.
+      logged: counts the predictions of the logged pass, as the code of RobustLT does around REAT.
 
     Returns:
       Statistics with ``predicted [K]``, the counts of the last whole epoch, and ``predicting [K]``, those of
@@ -68,7 +72,7 @@ def predictions(class_counts: np.ndarray) -> ClassStatistics:
         }
 
     first = {"predicted": jnp.asarray(class_counts, float), "predicting": jnp.zeros(size)}
-    return ClassStatistics(lambda: first, seen, update)
+    return ClassStatistics(lambda: first, seen, update, logged)
 
 
 def none() -> None:

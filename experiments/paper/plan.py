@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import unflatten_dict
 
-from experiments.paper.published import Row
+from experiments.paper.published import TABLES, Row
 from robal_jax import builder, cli
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import differences, to_json, training_fields, without_neutral
+
+Run = int | tuple[int, int]
+"""A seed of a training, or a pair of it and the seed of the long-tailed subset."""
 
 
 class Request(NamedTuple):
@@ -26,7 +29,7 @@ class Request(NamedTuple):
     Attributes:
       table: its name.
       data: the data set.
-      seeds: of the runs of every row.
+      seeds: of the runs of every row; with several splits a run is a pair (seed, split).
       rows: those of ``published.rows_of``.
       overrides: of every config, such as ``train.epochs=4``.
       out: folder of all runs and tables.
@@ -35,7 +38,7 @@ class Request(NamedTuple):
 
     table: str
     data: str
-    seeds: tuple[int, ...]
+    seeds: tuple[Run, ...]
     rows: tuple[Row, ...]
     overrides: tuple[str, ...] = ()
     out: pathlib.Path = pathlib.Path("runs/tables")
@@ -50,12 +53,12 @@ class Job(NamedTuple):
       seed: of the run.
       config: resolved.
       workdir: of the run.
-      start: folder of the run to fine-tune, if any.
+      start: folder of the run to fine-tune, or of the teacher, if any.
       folder: of the evaluation; None for a training.
     """
 
     key: str
-    seed: int
+    seed: Run
     config: Any
     workdir: pathlib.Path
     start: pathlib.Path | None = None
@@ -71,11 +74,18 @@ class Plan(NamedTuple):
     """
 
     jobs: list[Job]
-    folders: dict[str, dict[str, dict[int, pathlib.Path]]]
+    folders: dict[str, dict[str, dict[Run, pathlib.Path]]]
 
 
 # The attacks of the paper's tables, whose AA is two of the four attacks of AutoAttack; no audits.
 PROTOCOL = ("evaluation.autoattack=robal_aa", "evaluation.audit.examples=0")
+
+
+def _protocol(row: Row, request: Request) -> tuple[str, ...]:
+    """Returns the overrides of all rows of a table, but for fields that the row or the user sets."""
+    own = {override.partition("=")[0] for override in (*row.overrides, *request.overrides)}
+    protocol = TABLES[request.table].protocol.get(request.data, ())
+    return tuple(override for override in protocol if override.partition("=")[0] not in own)
 
 
 def row_config(row: Row, request: Request, *more: str) -> Any:
@@ -85,7 +95,7 @@ def row_config(row: Row, request: Request, *more: str) -> Any:
       InputError: the config does not accept an override.
     """
     plain = cli.load_config(f"{request.configs / row.config}.py:{request.data}")
-    overrides = filter(None, (*PROTOCOL, *row.overrides, *request.overrides, *more))
+    overrides = filter(None, (*PROTOCOL, *_protocol(row, request), *row.overrides, *request.overrides, *more))
     try:
         config = cli.apply_overrides(plain, [f"--config.{override}" for override in overrides])
         builder.validate(config)
@@ -97,10 +107,20 @@ def row_config(row: Row, request: Request, *more: str) -> Any:
 PLAIN_AT = Row("at", "", "AT", "at")
 
 
+def _first(row: Row) -> tuple[str, Row] | None:
+    """Returns the field in which a row names another run, and the row of that run; None for none."""
+    if row.start:
+        return "train.start_from", PLAIN_AT
+    if row.teacher:
+        return "train.teacher", Row(row.teacher, "", "Teacher", row.teacher)
+    return None
+
+
 @functools.cache
 def run_name(row: Row, request: Request) -> str:
     """Returns the name of the folder of a row's runs, such as 'ldam-0123abcd'."""
-    start = f"train.start_from={run_name(PLAIN_AT, request)}" if row.start else ""
+    first = _first(row)
+    start = f"{first[0]}={run_name(first[1], request)}" if first else ""
     config = row_config(row, request, start)
     name = row.config if differences(config, row_config(PLAIN_AT, request)) else PLAIN_AT.config
     return f"{name}-{_digest(json.dumps(training_fields(config), sort_keys=True))}"
@@ -110,8 +130,16 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 
-def _workdir(name: str, seed: int, request: Request) -> pathlib.Path:
-    return request.out / request.data / "runs" / name / f"seed{seed}"
+def _folder_of(run: Run) -> str:
+    return f"seed{run}" if isinstance(run, int) else f"seed{run[0]}-split{run[1]}"
+
+
+def _fields_of(run: Run) -> tuple[str, ...]:
+    return (f"seed={run}",) if isinstance(run, int) else (f"seed={run[0]}", f"data.seed={run[1]}")
+
+
+def _workdir(name: str, seed: Run, request: Request) -> pathlib.Path:
+    return request.out / request.data / "runs" / name / _folder_of(seed)
 
 
 @functools.cache
@@ -121,20 +149,23 @@ def _evaluation_name(row: Row, setting: str, request: Request) -> str:
     return f"{row.config}-{_digest(run_name(row, request), json.dumps(section, sort_keys=True))}"
 
 
-def _evaluation_folder(row: Row, setting: str, seed: int, request: Request) -> pathlib.Path:
+def _evaluation_folder(row: Row, setting: str, seed: Run, request: Request) -> pathlib.Path:
     """Returns a folder named so that ``experiments/compare.py`` sees its parent as a run."""
     name = _evaluation_name(row, setting, request)
-    return request.out / request.data / "evaluations" / name / f"seed{seed}" / "evaluation"
+    return request.out / request.data / "evaluations" / name / _folder_of(seed) / "evaluation"
 
 
 def _check_overrides(request: Request) -> None:
     """Raises if an override concerns a field that a row, or this module, sets."""
     asked = {override.partition("=")[0] for override in request.overrides}
+    if any(not isinstance(run, int) for run in request.seeds) and "data.seed" in asked:
+        raise InputError("config.data.seed is set by --splits; remove the override")
     if "seed" in asked:
         raise InputError("config.seed is set by --seeds; remove the override")
     for row in request.rows:
         own = {override.partition("=")[0] for override in (*row.overrides, *row.settings)}
-        own |= {"train.start_from"} if row.start else set()
+        first = _first(row)
+        own |= {first[0]} if first else set()
         if own & asked:
             raise InputError(f"row {row.key!r} sets config.{min(own & asked)} itself; remove the override")
 
@@ -147,13 +178,14 @@ def make_plan(request: Request) -> Plan:
     """
     _check_overrides(request)
     jobs: dict[pathlib.Path, Job] = {}
-    folders: dict[str, dict[str, dict[int, pathlib.Path]]] = {}
+    folders: dict[str, dict[str, dict[Run, pathlib.Path]]] = {}
 
-    def training(row: Row, seed: int, key: str) -> tuple[pathlib.Path, tuple[str, ...]]:
+    def training(row: Row, seed: Run, key: str) -> tuple[pathlib.Path, tuple[str, ...]]:
         """Plans a row's run, after the run that it starts from; returns its folder and overrides."""
         workdir = _workdir(run_name(row, request), seed, request)
-        start = training(PLAIN_AT, seed, PLAIN_AT.key)[0] if row.start else None
-        more = (f"seed={seed}", f"train.start_from={start}" if start else "")
+        first = _first(row)
+        start = training(first[1], seed, first[1].key)[0] if first else None
+        more = (*_fields_of(seed), f"{first[0]}={start}" if first else "")
         if workdir not in jobs:
             jobs[workdir] = Job(key, seed, row_config(row, request, *more), workdir, start)
         return workdir, more
@@ -175,10 +207,11 @@ def commands(row: Row, request: Request) -> list[str]:
     seed, data = request.seeds[0], request.data
     name = run_name(row, request)
     workdir = _workdir(name, seed, request)
-    started = commands(PLAIN_AT, request)[:1] if row.start else []
-    asked = [f"seed={seed}", *row.overrides, *request.overrides]
-    if row.start:
-        asked += [f"train.start_from={_workdir(run_name(PLAIN_AT, request), seed, request)}"]
+    first = _first(row)
+    started = commands(first[1], request)[:1] if first else []
+    asked = [*_fields_of(seed), *_protocol(row, request), *row.overrides, *request.overrides]
+    if first:
+        asked += [f"{first[0]}={_workdir(run_name(first[1], request), seed, request)}"]
     train = ["train.py", f"--config=configs/{name.rpartition('-')[0]}.py:{data}", f"--workdir={workdir}"]
     lines = [[*train, *(f"--config.{override}" for override in asked)]]
     own = [each for each in (*PROTOCOL, *asked) if each.startswith("evaluation.")]

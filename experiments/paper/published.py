@@ -3,7 +3,7 @@
 A row is a config with overrides. ``plan`` lists the runs of a table, ``table`` makes the table.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from robal_jax.errors import InputError
@@ -15,6 +15,32 @@ CIFAR = ("cifar10_lt", "cifar100_lt")
 CHOSEN_BY = "pgd_20"  # the condition that decides between the settings of a row
 
 FAKE_GAINS = ("cdt_post", "tau_norm")  # rows whose gain under PGD the paper itself calls fake
+
+
+class Elsewhere(NamedTuple):
+    """Figures of a method that were published with a protocol of their own; a dash is not known.
+
+    Attributes:
+      data: data set and imbalance ratio.
+      network: its name.
+      clean: accuracy in percent, as printed.
+      pgd: under PGD-20.
+      aa: under AutoAttack, as far as ``attack`` says.
+      attack: which AutoAttack: its iterations, or its attacks.
+      epsilon: radius.
+      checkpoint: how it was chosen.
+      source: first-hand, the authors' own; or second-hand, and whose.
+    """
+
+    data: str
+    network: str
+    clean: str
+    pgd: str
+    aa: str
+    attack: str
+    epsilon: str
+    checkpoint: str
+    source: str
 
 
 class Row(NamedTuple):
@@ -32,6 +58,8 @@ class Row(NamedTuple):
       start: a config whose run of the same seed is fine-tuned; '' for none.
       baseline: key of the row to compare with.
       data: data sets that have this row.
+      teacher: a config whose run of the same seed teaches; '' for none.
+      elsewhere: figures that were published with other protocols.
     """
 
     key: str
@@ -45,6 +73,8 @@ class Row(NamedTuple):
     start: str = ""
     baseline: str = "at"
     data: tuple[str, ...] = tuple(DATA_SETS)
+    teacher: str = ""
+    elsewhere: tuple["Elsewhere", ...] = ()
 
 
 class Table(NamedTuple):
@@ -56,6 +86,9 @@ class Table(NamedTuple):
       baseline: name of the row that others are compared with.
       rows: all rows.
       note: a remark for the reader.
+      protocol: overrides of all rows, by data set.
+      follow_up: whether the table is of the methods after the paper: rows are compared with the row above,
+        and figures of other protocols and costs are shown.
     """
 
     title: str
@@ -63,6 +96,8 @@ class Table(NamedTuple):
     baseline: str
     rows: tuple[Row, ...]
     note: str = ""
+    protocol: Mapping[str, tuple[str, ...]] = {}
+    follow_up: bool = False
 
 
 _TABLE_1 = (
@@ -185,7 +220,7 @@ _TABLE_S7 = (
     Row("mart", "", "MART", "mart"),
 )
 
-TABLES = {
+TABLES: dict[str, Table] = {
     "1": Table("long-tail methods with AT", ("clean", "pgd_20", "robal_aa"), "Vanilla FC", _TABLE_1),
     "2": Table(
         "methods of adversarial training",
@@ -226,6 +261,168 @@ TABLES = {
         _TABLE_S7,
         "Neither rows nor figures of the paper's table were available to us. The composition is ours: the "
         "regularisers of the released code, on a linear head with the weights of `configs/alp.py`, and MART.",
+    ),
+}
+
+
+# ---------------------------------------------------------------- after the paper
+
+_CIFAR_PROTOCOL = (
+    "model.name=resnet18", "threat.epsilon=8/255", "optimizer.weight_decay=5e-4", "schedule.name=paper",
+    "schedule.milestones=75,90", "train.epochs=100", "train.batch_size=128", "train.augmentation=crop_flip",
+)  # fmt: skip
+
+_PROTOCOL = dict.fromkeys(CIFAR, _CIFAR_PROTOCOL)
+
+C10, C100 = "CIFAR-10-LT IR 50", "CIFAR-100-LT IR 10"
+
+_BALANCED = "CIFAR-10, balanced"
+
+_RERUN = "second-hand: an independent rerun of the released code"
+
+_NOTED = "second-hand: a note on RobustLT's paper"
+
+
+def _rerun(data: str, network: str, clean: str, pgd: str, aa: str) -> Elsewhere:
+    return Elsewhere(data, network, clean, pgd, aa, "10 iterations", "8/255", "best on test", _RERUN)
+
+
+def _noted(clean: str, pgd: str, aa: str = "—") -> Elsewhere:
+    attack = "—" if aa == "—" else "10 iterations"
+    return Elsewhere(C10, "WideResNet-28-10", clean, pgd, aa, attack, "8/255", "last", _NOTED)
+
+
+def _of_taet(clean: str, pgd: str, aa: str, source: str) -> Elsewhere:
+    data = "CIFAR-10-LT IR 10, long-tailed test set"
+    return Elsewhere(data, "ResNet-18, 224 x 224", clean, pgd, aa, "10 iterations", "0.031", "last", source)
+
+
+def _balanced(network: str, clean: str, pgd: str, aa: str, attack: str = "standard") -> Elsewhere:
+    return Elsewhere(_BALANCED, network, clean, pgd, aa, attack, "8/255", "—", "first-hand")
+
+
+_TAET = "second-hand: a note on TAET's table"
+
+_AUGMENTED = ("randaugment,crop_flip", "autoaugment,crop_flip")
+
+
+def _augmented(key: str, label: str, config: str, which: int, *elsewhere: Elsewhere) -> Row:
+    # Shears and translations of a 32 x 32 policy destroy images of 8 x 8 pixels.
+    overrides = (f"train.augmentation={_AUGMENTED[which]}",)
+    return Row(key, "", label, config, overrides=overrides, data=CIFAR, elsewhere=elsewhere)
+
+
+_AT = Row("at", "", "AT", "at")
+
+_PLUGGED = {
+    "at": (_AT._replace(elsewhere=(_noted("58.25", "27.28"),)), ("robustlt_at", _noted("61.59", "28.97"))),
+    "at_bsl": (
+        Row(
+            "at_bsl", "", "AT-BSL", "at_bsl",
+            elsewhere=(_rerun(C10, "ResNet-18", "68.17", "36.93", "33.04"),
+                       _rerun(C100, "WideResNet-34-10", "49.83", "19.99", "18.14"),
+                       _of_taet("72.74", "26.86", "25.26", _TAET)),
+        ),
+        ("robustlt_at_bsl", None),
+    ),
+    "awp": (Row("at_awp", "", "AT-AWP", "at_awp", elsewhere=(
+        _noted("59.66", "28.50"), _balanced("WideResNet-34-10", "—", "—", "53.97"))),
+        ("robustlt_awp", _noted("65.22", "29.11"))),
+    "robal": (Row("robal_n", "", "RoBal-N", "robal_n", elsewhere=(
+        Elsewhere(C10, "WideResNet-34-10", "75.52", "33.50", "31.72", "APGD-CE, APGD-T", "0.031", "last",
+                  "first-hand"),
+        _noted("72.73", "32.29", "28.92"), _of_taet("73.18", "27.12", "24.13", _TAET))),
+        ("robustlt_robal", _noted("74.63", "36.08", "31.03"))),
+    "reat": (Row("reat", "", "REAT", "reat", elsewhere=(_of_taet("74.56", "24.02", "22.69", _TAET),)),
+             ("robustlt_reat", None)),
+    "taet": (Row("taet", "", "TAET", "taet", elsewhere=(_of_taet("76.22", "30.12", "27.31", _TAET),)),
+             ("robustlt_taet", None)),
+}  # fmt: skip
+
+
+def _pair(name: str) -> tuple[Row, Row]:
+    """Returns the row of a method, and that of RobustLT on it."""
+    alone, (config, figures) = _PLUGGED[name]
+    label = f"RobustLT on {alone.label}"
+    return alone, Row(config, "", label, config, elsewhere=(figures,) if figures else ())
+
+
+_TABLE_FOLLOWUPS = (
+    Row("at_balanced", "", "AT, balanced training set", "at", overrides=("data.ratio=1.0",)),
+    _PLUGGED["at"][0],
+    Row("trades", "", "TRADES", "trades"),
+    Row("trades_bsl", "", "TRADES with balanced softmax", "trades_bsl"),
+    _PLUGGED["robal"][0],
+    _PLUGGED["at_bsl"][0],
+    _augmented(
+        "at_bsl_ra", "AT-BSL, RandAugment", "at_bsl", 0, _rerun(C10, "ResNet-18", "69.76", "38.09", "33.76")
+    ),
+    _augmented(
+        "at_bsl_aua", "AT-BSL, AutoAugment", "at_bsl", 1,
+        _rerun(C100, "WideResNet-34-10", "53.15", "25.12", "21.40"), _noted("77.09", "37.98", "34.57"),
+    ),
+    Row("self_distilled", "", "Self-distillation", "self_distilled", teacher="balanced_teacher"),
+    _PLUGGED["reat"][0],
+    Row("reat_pair", "", "REAT, TAIL by pairs", "reat", overrides=("objective.tail_divergence=pair",)),
+    _PLUGGED["taet"][0],
+    Row("taet_adv", "", "TAET, adversarial stage 1", "taet", overrides=("attack.first_epoch=1",)),
+    _PLUGGED["awp"][0],
+    Row(
+        "trades_awp", "", "TRADES-AWP", "trades_awp",
+        elsewhere=(_balanced("WideResNet-34-10", "85.36", "—", "56.17"),),
+    ),
+    Row("cfa", "", "CFA", "cfa"),
+    Row("dafa", "", "DAFA", "dafa"),
+    Row(
+        "n_fgsm", "", "N-FGSM", "n_fgsm",
+        elsewhere=(_balanced("PreActResNet-18, 30 epochs", "—", "—", "44.21 ± 0.47", "AutoAttack"),),
+    ),
+    Row("gradalign", "", "GradAlign", "gradalign"),
+    *(_pair(name)[1] for name in _PLUGGED),
+)  # fmt: skip
+
+_TABLE_AUGMENTATION = (
+    *(row for name in ("at", "awp", "robal", "reat", "taet", "at_bsl") for row in _pair(name)),
+    *(
+        row
+        for which, (key, name) in enumerate((("ra", "RandAugment"), ("aua", "AutoAugment")))
+        for row in (
+            _augmented(f"at_bsl_{key}", f"AT-BSL, {name}", "at_bsl", which),
+            _augmented(
+                f"robustlt_at_bsl_{key}", f"RobustLT on AT-BSL, {name}", "robustlt_at_bsl", which,
+                *((_noted("77.61", "42.11", "37.49"),) if which else ()),
+            ),
+        )
+    ),
+)  # fmt: skip
+
+_ONE_PROTOCOL = (
+    "All rows have one protocol. On CIFAR: ResNet-18, ε = 8/255, 100 epochs with drops at 75 and 90, "
+    "batches of 128, crop and flip unless the row names another augmentation, last checkpoint. On the "
+    "digits: that of all digits runs, in which each seed is another long-tailed split, too. Steps, starts, "
+    "losses and batch norm in the attack are the methods' own."
+)
+
+TABLES |= {
+    "followups": Table(
+        "the methods after RoBal",
+        ("clean", "pgd_20", "robal_aa"),
+        "AT",
+        _TABLE_FOLLOWUPS,
+        f"{_ONE_PROTOCOL} TRADES with generated images is not a row, because it needs a file of these "
+        "images: see `configs/trades_generated.py`. The balanced training set has as many images of each "
+        "class as the largest class has.",
+        _PROTOCOL,
+        follow_up=True,
+    ),
+    "augmentation": Table(
+        "RobustLT as a plug-in, and augmentation",
+        ("clean", "pgd_20", "robal_aa"),
+        "AT",
+        _TABLE_AUGMENTATION,
+        f"{_ONE_PROTOCOL} Every second row is RobustLT on the row above it.",
+        _PROTOCOL,
+        follow_up=True,
     ),
 }
 

@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from experiments.paper.plan import Request, commands, row_config
-from experiments.paper.published import CHOSEN_BY, DATA_SETS, FAKE_GAINS, TABLES, published
+import numpy as np
+import scipy.stats
+
+from experiments.paper.cost import passes
+from experiments.paper.plan import Request, Run, commands, row_config
+from experiments.paper.published import CHOSEN_BY, DATA_SETS, FAKE_GAINS, TABLES, Row, published
 from robal_jax.reporting.names import display_name, paper_name, printed
 from robal_jax.reporting.results import Results
 from robal_jax.storage.config_file import to_json
 
 
 def assemble(
-    request: Request, results: Mapping[str, Mapping[str, Mapping[int, Results | None]]]
+    request: Request, results: Mapping[str, Mapping[str, Mapping[Run, Results | None]]]
 ) -> dict[str, Any]:
     """Returns the table as JSON, figures in percent.
 
@@ -36,7 +40,7 @@ def assemble(
     ours = {key: _by_seed(by_seed) for key, by_seed in shown.items()}
     found = [result for by_seed in shown.values() for result in by_seed.values() if result]
     groups = list(found[0].summary["groups"]) if found else []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in request.rows:
         entry: dict[str, Any] = {
             "key": row.key,
@@ -52,6 +56,10 @@ def assemble(
         }
         if len(row.settings) > 1:
             entry |= {"chosen": chosen[row.key], "chosen_among": list(row.settings)}
+        if table.follow_up:
+            entry |= _of_follow_up(
+                row, request, shown[row.key], rows[-1] if rows else None, entry["ours_by_group"]
+            )
         if row.baseline != row.key and row.baseline in ours:
             those = ours[row.baseline]
             pairs = {name: _minus(values, those.get(name, {})) for name, values in ours[row.key].items()}
@@ -65,6 +73,7 @@ def assemble(
             entry["ours_minus_published"] = _minus(means, known[row.key])
         rows.append(entry)
     made_with = {json.dumps({**r.meta["versions"], "device": r.meta["device"]}) for r in found}
+    more = {"follow_up": True} if table.follow_up else {}
     return {
         "table": request.table,
         "title": table.title,
@@ -78,12 +87,57 @@ def assemble(
         "made_with": [json.loads(versions) for versions in sorted(made_with)],
         "notes": _notes(request, published_on, found),
         "rows": rows,
+        **more,
     }
 
 
-def _by_seed(results: Mapping[int, Results | None], figure: str = "accuracy") -> dict[str, dict[int, float]]:
+def _of_follow_up(
+    row: Row,
+    request: Request,
+    found: Mapping[Run, Results | None],
+    above: Mapping[str, Any] | None,
+    by_group: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what a table of follow-up methods adds to a row: sizes, costs, other protocols, a test."""
+    smallest = [min(result.summary["class_counts"]) for result in found.values() if result]
+    entry: dict[str, Any] = {
+        "smallest_class": min(smallest, default=None),
+        "passes": round(passes(row_config(row, request)), 1),
+        "elsewhere": [each._asdict() for each in row.elsewhere],
+    }
+    if above is None:
+        return entry
+    ours = _statistics(_by_seed(found))
+    pairs = {(name, "all"): (ours, above["ours"], name) for name in ours}
+    for group, figures in by_group.items():
+        pairs |= {(name, group): (figures, above["ours_by_group"].get(group, {}), name) for name in figures}
+    tested = {
+        key: _paired(here[name]["values"], there[name]["values"])
+        for key, (here, there, name) in pairs.items()
+        if name in there and len(here[name]["values"]) == len(there[name]["values"])
+    }
+    entry["above"] = {
+        "to": above["key"],
+        "tests": [{"condition": c, "group": g, **t} for (c, g), t in tested.items()],
+    }
+    return entry
+
+
+def _paired(here: Sequence[float], there: Sequence[float]) -> dict[str, float | None]:
+    """Returns the mean difference of paired runs, and the p-value of a two-sided paired t-test.
+
+    Without a spread the test says nothing: the value is None.
+    """
+    differences = np.subtract(here, there)
+    mean = round(float(differences.mean()), 4)
+    if len(differences) < 2 or not differences.std():
+        return {"difference": mean, "p": None}
+    return {"difference": mean, "p": round(float(scipy.stats.ttest_1samp(differences, 0.0).pvalue), 4)}
+
+
+def _by_seed(results: Mapping[Run, Results | None], figure: str = "accuracy") -> dict[str, dict[Run, float]]:
     """Returns a figure in percent by condition and seed, where it exists: equal classes have no tail."""
-    values: dict[str, dict[int, float]] = {}
+    values: dict[str, dict[Run, float]] = {}
     for seed, result in results.items():
         for name, condition in (result.conditions if result else {}).items():
             if figure in condition:
@@ -91,7 +145,7 @@ def _by_seed(results: Mapping[int, Results | None], figure: str = "accuracy") ->
     return values
 
 
-def _best(by_setting: Mapping[str, Mapping[int, Results | None]]) -> str:
+def _best(by_setting: Mapping[str, Mapping[Run, Results | None]]) -> str:
     """Returns the setting with the highest mean of ``CHOSEN_BY``; the first, if several are equal."""
     means = {
         setting: statistics.fmean(_by_seed(results).get(CHOSEN_BY, {}).values() or [-1.0])
@@ -100,7 +154,7 @@ def _best(by_setting: Mapping[str, Mapping[int, Results | None]]) -> str:
     return max(means, key=means.__getitem__, default="")
 
 
-def _statistics(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, Any]]:
+def _statistics(by_seed: Mapping[str, Mapping[Run, float]]) -> dict[str, dict[str, Any]]:
     """Returns mean, sample standard deviation, number and values, by condition."""
 
     def figures(values: list[float]) -> dict[str, Any]:
@@ -146,6 +200,18 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Results])
         notes.append("AA is APGD-CE and APGD-T together, two of the four attacks of AutoAttack.")
     if any(row.key in FAKE_GAINS for row in request.rows):
         notes.append("†: the paper itself says that the gain under PGD-20 is fake; compare AA.")
+    if table.follow_up:
+        notes.append(
+            "p: two-sided paired t-test over the runs, each with the run of the same seed in the row above; "
+            "not corrected for the number of tests. With three runs it finds only differences that are "
+            "several times their spread, and a large p does not say that two methods are equal."
+        )
+        notes.append(
+            "Passes per image: forward and backward passes of the network per image shown, each counted as "
+            "one. Smallest class: its training images. Published figures are not compared with ours, "
+            "because no two protocols agree; AutoAttack with 10 iterations is an upper estimate of that "
+            "with 100."
+        )
     return [*notes, *filter(None, [table.note])]
 
 
@@ -178,12 +244,15 @@ def markdown(table: Mapping[str, Any]) -> str:
     def to_paper(row: Mapping[str, Any], name: str, _: str) -> str:
         return _figure(row["ours_minus_published"].get(name), seeds, "+")
 
+    kind = "Table" if table.get("follow_up") else "RoBal table"
     parts = [
-        f"# RoBal table {table['table']} on {DATA_SETS[table['data']]}: {table['title']}",
+        f"# {kind} {table['table']} on {DATA_SETS[table['data']]}: {table['title']}",
         *block("Accuracy in percent", level, rows, [*sides, *((attack, name) for name in table["groups"])]),
     ]
     if compared := [row for row in rows if "difference" in row]:
         parts += block(f"Difference to {table['baseline']} in points", difference, compared, sides)
+    if table.get("follow_up"):
+        parts += _follow_up_blocks(table, rows)
     if on:
         ours = [(name, "ours − paper") for name in table["columns"]]
         parts += block("Difference to the paper in points", to_paper, rows, ours)
@@ -191,6 +260,39 @@ def markdown(table: Mapping[str, Any]) -> str:
     parts += ["## Commands", f"One seed ({table['seeds'][0]}) by hand:"]
     lines = [f"# {row['key']}\n" + "\n".join(row["commands"]) for row in rows]
     return "\n\n".join([*parts, "```bash\n" + "\n".join(lines) + "\n```"]) + "\n"
+
+
+def _follow_up_blocks(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what a follow-up table shows besides: tests against the row above, costs, other protocols."""
+    attack, tail = table["attack"], (table["groups"] or ["all"])[-1]
+    shown = [("clean", "all"), (attack, "all"), (attack, tail)]
+    names = [f"{paper_name(c)}{'' if g == 'all' else f' {g}'}" for c, g in shown]
+    header = ["Row", "Smallest class", "Passes per image", *(x for name in names for x in (name, "p"))]
+    body = []
+    for row in rows:
+        tests = {(t["condition"], t["group"]): t for t in row.get("above", {}).get("tests", ())}
+        cells = []
+        for key in shown:
+            test = tests.get(key)
+            p = "—" if test is None or test["p"] is None else f"{test['p']:.3f}"
+            cells += ["—" if test is None else _one_decimal(test["difference"], "+"), p]
+        size = "—" if row["smallest_class"] is None else str(row["smallest_class"])
+        body.append([row["label"], size, f"{row['passes']:g}", *cells])
+    parts = ["## Difference to the row above, and cost", aligned(header, body, left=1)]
+    header = ["Row", "Clean", "PGD-20", "AA", "AutoAttack", "ε", "Network", "Data", "Checkpoint", "Source"]
+    body = [
+        [row["label"], *(each[x] for x in (
+            "clean", "pgd", "aa", "attack", "epsilon", "network", "data", "checkpoint", "source"
+        ))]
+        for row in rows
+        for each in row["elsewhere"]
+    ]  # fmt: skip
+    if body:
+        parts += ["## Published, each with its own protocol", aligned(header, body, left=1)]
+    without = [row["label"] for row in rows if not row["elsewhere"]]
+    if without:
+        parts += [f"No published figures that could be read, or none: {', '.join(without)}."]
+    return parts
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -56,7 +56,13 @@ def objective(
         **given,
     )
     _check_parts(config, loss, function)
-    gathered = gathered_arrays(budget(config, class_counts), class_statistics(config, class_counts))
+    statistics = class_statistics(config, class_counts)
+    gathered = gathered_arrays(budget(config, class_counts), statistics)
+    if statistics is not None and statistics.logged and "adv" not in config.train.logged_passes:
+        raise InputError(
+            "config.class_statistics sees the logged pass of adversarial images, and "
+            f"config.train.logged_passes is {config.train.logged_passes!r}; set it to 'adv'"
+        )
     _check_told(config, function, {"loss": loss, "attack.loss": inner_loss}, gathered)
     for section, made in ((config.loss, loss), (settings.loss, inner_loss)):
         contracts.check_loss(section, made, len(class_counts), gathered)

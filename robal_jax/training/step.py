@@ -132,8 +132,8 @@ def train_step(
         stats=models.update_statistics(state.stats, (*attack_moments, *moments), momentum),
         opt_state=opt_state,
     )
-    moments_of = partial(_moments_of, model=model, over_parts=over_parts)
-    new_state = _followed(state, new_state, extras, batch, attacked, moments_of, axis_name)
+    pass_of = partial(_pass_of, model=model, over_parts=over_parts)
+    new_state = _followed(state, new_state, extras, batch, attacked, pass_of, axis_name)
     if free_steps is not None:
         moved = free.ascended(state.delta[positions], by_image[0], batch.images, threat)
         new_state = replace(new_state, delta=_everywhere(state.delta, positions, moved, axis_name))
@@ -223,7 +223,7 @@ def _followed(
     extras: Extras,
     batch: objectives.Batch,
     attacked: objectives.Attacked | None,
-    moments_of: Callable[..., Any],
+    pass_of: Callable[..., Any],
     axis_name: str | None,
 ) -> TrainState:
     """Returns the state after a step with all that follows the update.
@@ -232,38 +232,41 @@ def _followed(
     """
     shown = {"nat": batch.images, "adv": (attacked or batch).images}
     momentum, average, steps_per_epoch = extras.batch_norm_momentum, extras.average, extras.steps_per_epoch
+    logged = {}
     for name in extras.logged_passes:
-        moments = moments_of(after.params, after.stats, shown[name])
+        moments, logged[name] = pass_of(after.params, after.stats, shown[name])
         after = replace(after, stats=models.update_statistics(after.stats, (moments,), momentum))
     old, new = (Weights(state.params, state.stats) for state in (before, after))
     moved = average.update(before.average, after.step, old, new)
     if average.estimates:
         share = estimation_share(after.step, steps_per_epoch)
-        moments = moments_of(moved["params"], moved["stats"], shown["adv"])
+        moments, _ = pass_of(moved["params"], moved["stats"], shown["adv"])
         moved = {**moved, "stats": models.update_statistics(moved["stats"], (moments,), share)}
     classes = before.classes
     for learner in _learners(extras):
         kept = {name: classes[name] for name in learner.init()}
-        seen = _over_devices(learner.seen(batch.labels, attacked.logits), axis_name)  # type: ignore[union-attr]
+        logits = logged["adv"] if learner.logged else attacked.logits  # type: ignore[union-attr]
+        seen = _over_devices(learner.seen(batch.labels, logits), axis_name)
         ends = after.step % steps_per_epoch == 0
         classes = {**classes, **learner.update(kept, seen, batch.epoch, ends)}
     return replace(after, average=moved, classes=classes)
 
 
-def _moments_of(
+def _pass_of(
     params: chex.ArrayTree,
     stats: chex.ArrayTree,
     images: chex.Array,
     *,
     model: models.Model,
     over_parts: Callable[..., tuple[Any, Any]],
-) -> chex.ArrayTree:
-    """Returns the moments of a training pass of the images of a step."""
+) -> tuple[chex.ArrayTree, chex.Array]:
+    """Makes a training pass of the images of a step; returns its moments, and the logits of this device."""
 
-    def of_part(part: chex.Array) -> tuple[chex.ArrayTree, None]:
-        return model.train(params, stats, part)[1], None
+    def of_part(part: chex.Array) -> tuple[chex.ArrayTree, chex.Array]:
+        logits, moments = model.train(params, stats, part)
+        return moments, logits
 
-    return over_parts(of_part, images)[0]
+    return over_parts(of_part, images)
 
 
 class Examples(NamedTuple):

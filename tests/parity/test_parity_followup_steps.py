@@ -4,6 +4,7 @@ The networks, images and noise are rebuilt from the seeds that the numbers' READ
 make more passes after a step, for their logs, which move the running statistics: the test makes these too.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from parity import checksums, imported, nchw, nhwc
 from test_parity_training import KEEP_GRADIENTS, load_config
 
-from robal_jax import attacks, averages, builder, models, objectives, perturbations, pytorch, training
+from robal_jax import attacks, averages, builder, losses, objectives, perturbations, pytorch, training
 from robal_jax.attacks import projected_gradient, threat
 from robal_jax.averages import Weights
 from robal_jax.data import cutmix, long_tailed_counts
@@ -31,33 +32,25 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("flo
 
 FILE = "followups_f64"
 STEPS, BATCH = 3, 8
-AT = {
-    "threat": {"epsilon": 8 / 255},
-    "attack": {"steps": 10, "step_size": 2 / 255, "start": "gaussian"},
-    "optimizer": {"weight_decay": 5e-4},
-    "head": {"name": "linear", "bias": "trained"},
-}
+EPOCH = 3  # steps
+# What the released codes do in these steps and our configs do not, or the other way round.
+AT = {"attack": {"start": "gaussian"}}
 CLIPPED = {"attack": {"start": "uniform_clipped"}}
-MOVING = {"attack": {"batch_norm": "batch_update"}}
-BATCH_MODE = {"attack": {"start": "uniform_clipped", "batch_norm": "batch"}}
+BATCH_MODE = {"attack": {"batch_norm": "batch"}}
 NESTEROV = {"optimizer": {"nesterov": True}}
-LOGS = ("adv", "nat")
-ROBUSTLT = {
-    "threat": {"budget": {"name": "by_frequency", "alpha": 0.3}, "ramp": 0.8},
-    "attack": {"common_noise": True},
-    "train": {"epochs": 100},
-}
-CFA = {
-    "threat": {"budget": {"name": "given"}, "scaled_steps": False},
-    "attack": {"batch_norm": "batch_update"},
-}
-BALANCED_SOFTMAX = {"loss": {"name": "logit_adjustment", "tau": 1.0}}
-
+LOGGED = {"train": {"logged_passes": "adv,nat"}}
+EVALUATED = (
+    {"attack": {"batch_norm": "running"}},
+    {"train": {"logged_passes": ""}},
+    {"objective": {"name": "pgd_at"}},
+)
+COMMON = {"threat": {"budget": ConfigDict({"name": "constant"}), "ramp": 0.0}}
+GIVEN_RADII = {"threat": {"budget": ConfigDict({"name": "given"})}}
 
 # Each mode is compiled. Those with a near relative are made by `pytest -m parity`, not by a whole test run.
 RELATIVES = (
     "rlt_at", "robustlt_at_ep1", "robustlt_at_ep41", "robustlt_at_ep90", "robustlt_at_evalmode_ep41",
-    "robustlt_atbsl_evalmode_ep41", "at_awp",
+    "robustlt_atbsl_evalmode_ep41", "at_awp", "dafa_madry", "self_distill_kd",
 )  # fmt: skip
 
 
@@ -66,106 +59,101 @@ class Mode(NamedTuple):
 
     Attributes:
       config: that is this mode.
-      changes: to ``AT`` in it, one after the other.
+      changes: to it, one after the other.
       epoch: that its steps see.
       generated: images of the batch that are.
       momenta: of batch norm in the three steps; None for 0.1.
-      first: training passes before the step's own, that no loss reads; it reads no statistics either.
-      unused: training passes after the step's own, at the weights of before, that no loss reads.
-      logs: training passes after the step, at the new weights, that move the statistics.
+      radii: by class, of the reference's arrays: a name and a factor.
     """
 
     config: str
     changes: tuple[dict, ...] = ()
     epoch: int = 1
-    logs: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    first: tuple[str, ...] = ()
     generated: int = 0
     momenta: tuple[float | None, ...] = (None,) * STEPS
+    radii: tuple[str, float] = ("", 1.0)
 
+
+CFA_RADII = ("cfa/state/class_eps", 1.0)
+DAFA_RADII = ("dafa/long_tail/class_weights_lambda1", 0.031)
+DAFA_AT = {"objective": {"name": "pgd_at"}}
+GENERATED = {
+    "changes": (
+        {"generated": {"path": "", "share": 0.0}},  # the images are given
+        {"schedule": {"name": "paper", "lr": 0.1}},
+        {"train": {"epochs": 100}},
+    ),
+    "generated": 5,
+    "momenta": (1.0, 0.01, 0.01),
+}
+CUTMIX = (
+    {"train": {"mixing": "cutmix", "label_smoothing": 0.0}},
+    {
+        "objective": {
+            "name": "trades",
+            "beta": 5.0,
+            "batch_norm_order": "each_pass_once",
+            "attack_divergence": False,
+        }
+    },
+)
 
 MODES = {
-    "at_bsl": Mode("at", (BALANCED_SOFTMAX,)),
-    "rlt_at": Mode("at", (BATCH_MODE, NESTEROV), epoch=90, logs=LOGS),
+    "at_bsl": Mode("at_bsl"),
+    "reat": Mode("reat"),
+    "rlt_reat": Mode("robustlt_reat", (COMMON,), epoch=90),
+    "taet_stage1": Mode("taet", epoch=40),
+    "taet_harl": Mode("taet", epoch=41),
+    "rlt_at": Mode("robustlt_at", (COMMON,), epoch=90),
     **{
-        f"robustlt_{name}_ep{epoch}": Mode("at", (BATCH_MODE, NESTEROV, loss, ROBUSTLT), epoch, LOGS, unused)
-        for name, loss, unused in (("at", {}, ()), ("atbsl", BALANCED_SOFTMAX, ("nat",)))
+        f"robustlt_{name}_ep{epoch}": Mode(config, epoch=epoch)
+        for name, config in (("at", "robustlt_at"), ("atbsl", "robustlt_at_bsl"))
         for epoch in (1, 41, 90)
     },
     **{
-        f"robustlt_{name}_evalmode_ep41": Mode("at", (CLIPPED, NESTEROV, loss, ROBUSTLT), 41)
-        for name, loss in (("at", {}), ("atbsl", BALANCED_SOFTMAX))
+        f"robustlt_{name}_evalmode_ep41": Mode(config, EVALUATED, 41)
+        for name, config in (("at", "robustlt_at"), ("atbsl", "robustlt_at_bsl"))
     },
-    "cfa_at": Mode("at", (CFA, {"attack": {"start": "uniform_clipped"}}), logs=("nat",)),
-    "rlt_awp": Mode(
-        "at",
-        (BATCH_MODE, NESTEROV, {"perturbation": {"name": "awp", "gamma": 0.005, "direction": "optimizer"}}),
-        epoch=90,
-        logs=LOGS,
-        first=("adv",),
-    ),
-    "at_awp": Mode("at", (CLIPPED, {"perturbation": {"name": "awp", "gamma": 0.01}})),
+    "rlt_awp": Mode("robustlt_awp", (COMMON,), epoch=90),
+    "at_awp": Mode("at_awp"),
     "at_awp_released": Mode(
-        "at",
-        (
-            CLIPPED,
-            {"attack": {"batch_norm": "batch_update_end"}},
-            {"perturbation": {"name": "awp", "gamma": 0.01}},
-        ),
-        logs=("nat",),
+        "at_awp", ({"attack": {"batch_norm": "batch_update_end"}, "train": {"logged_passes": "nat"}},)
     ),
-    "dm_trades": Mode(
-        "trades",
-        (
-            BATCH_MODE,
-            NESTEROV,
-            {"optimizer": {"decayed": "not_batch_norm"}, "train": {"label_smoothing": 0.1}},
-            {"objective": {"name": "trades", "beta": 5.0, "batch_norm_order": "each_pass_once"}},
-            {"average": {"name": "ema"}},
-        ),
-        generated=5,
-        momenta=(1.0, 0.01, 0.01),
+    "trades_awp": Mode("trades_awp", epoch=10),
+    "dm_trades": Mode("trades_generated", **GENERATED),
+    "dm_cutmix": Mode("trades_generated", **GENERATED | {"changes": (*GENERATED["changes"], *CUTMIX)}),
+    "cfa_at": Mode(
+        "cfa",
+        (GIVEN_RADII, CLIPPED, {"attack": {"batch_norm": "batch_update"}}, {"objective": {"name": "pgd_at"}}),
+        radii=CFA_RADII,
     ),
-    "dm_cutmix": Mode(
-        "trades",
-        (
-            BATCH_MODE,
-            NESTEROV,
-            {"optimizer": {"decayed": "not_batch_norm"}, "train": {"mixing": "cutmix"}},
-            {
-                "objective": {
-                    "name": "trades",
-                    "beta": 5.0,
-                    "batch_norm_order": "each_pass_once",
-                    "attack_divergence": False,
-                }
-            },
-            {"average": {"name": "ema"}},
-        ),
-        generated=5,
-        momenta=(1.0, 0.01, 0.01),
+    "cfa_trades": Mode("cfa", (GIVEN_RADII,), radii=CFA_RADII),
+    "dafa_trades": Mode("dafa", (GIVEN_RADII,), radii=DAFA_RADII),
+    "dafa_madry": Mode("dafa", (GIVEN_RADII, DAFA_AT), radii=DAFA_RADII),
+    "dafa_madry_released": Mode(
+        "dafa", (GIVEN_RADII, DAFA_AT, {"attack": {"second_step": True}}), radii=DAFA_RADII
     ),
-    "trades_awp": Mode(
-        "trades",
-        (
-            {"objective": {"name": "trades", "beta": 6.0, "batch_norm_order": "adv,nat,nat"}},
-            {"perturbation": {"name": "awp", "gamma": 0.005, "start": 10}},
-        ),
-        epoch=10,
-    ),
+    **{
+        f"self_distill_kd{name}": Mode(
+            "self_distilled",
+            (AT, {"objective": {"name": "distilled", "kd": 1.0, "igdm": weight}}),
+            epoch=100,  # of 100, where gradient matching has its whole weight
+        )
+        for name, weight in (("", 0.0), ("_igdm", 1.0))
+    },
 }
 
 
 def config_of(mode):
     config = load_config(mode.config, {})
     with config.unlocked(), config.ignore_type():
-        for changes in (AT, *mode.changes):
+        for changes in mode.changes:
             for section, fields in changes.items():
                 if "name" in fields:
                     config[section] = ConfigDict(fields)
                 else:
-                    config[section].update(fields)
+                    for key, value in fields.items():
+                        config[section][key] = value
     return config
 
 
@@ -201,7 +189,7 @@ def batch_of(reference, recipe, i, epoch, generated=0):
     return objectives.Batch(nhwc(images), jnp.asarray(labels), keys, epoch)
 
 
-def with_passes(objective, model, params, stats, batch, *known):
+def with_passes(objective, recorded, model, params, stats, batch, *known):
     """An objective that adds to its metrics what its training passes see, in the order of their moments."""
     passes = []
 
@@ -210,14 +198,21 @@ def with_passes(objective, model, params, stats, batch, *known):
         passes.append((moments, (images, logits)))
         return logits, moments
 
-    value, outcome = objective(model._replace(train=train_and_tell), params, stats, batch, *known)
+    def train_features_and_tell(params, stats, images):
+        logits, features, moments = model.train_features(params, stats, images)
+        passes.append((moments, (images, logits)))
+        return logits, features, moments
+
+    telling = model._replace(train=train_and_tell, train_features=train_features_and_tell)
+    with recorded() as attack:
+        value, outcome = objective(telling, params, stats, batch, *known)
     in_order = [next(told for left, told in passes if left is moments) for moments in outcome.moments]
-    return value, outcome._replace(metrics={**outcome.metrics, "passes": in_order})
+    return value, outcome._replace(metrics={**outcome.metrics, "passes": in_order, "attack": attack or {}})
 
 
-@pytest.fixture(scope="module")
-def attack_of():
-    """``attack_of(objective, ...)``: path, gradients, radius and step size of the attack of an objective."""
+@contextlib.contextmanager
+def recorded():
+    """Collects path, gradients, radius and step size of the attack that is traced meanwhile."""
     seen, path_fn = {}, attacks.pgd_path
 
     def pgd_path(logits_fn, start, images, labels, *, steps, loss, threat, step_size, **settings):
@@ -232,28 +227,40 @@ def attack_of():
         seen.update(path=path, gradients=gradients, radius=threat.epsilon, step_size=step_size)
         return path[jnp.array(steps)]
 
-    def of(objective, model, *args):
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(projected_gradient, "pgd_path", pgd_path)
-            seen.clear()
-            objective(model, *args)
-            return dict(seen)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(projected_gradient, "pgd_path", pgd_path)
+        yield seen
 
-    return of
+
+def attack_of(objective, model, *args):
+    """Path, gradients, radius and step size of the attack of an objective."""
+    with recorded() as seen:
+        objective(model, *args)
+    return seen
 
 
 COUNTS = long_tailed_counts(5000, 10, 0.02, "exp")
 
 
 @functools.cache
-def built(text, attack_of):
+def built(text):
     """The parts of a config, given as JSON: modes that differ in what is traced share their compilations."""
     config = ConfigDict(json.loads(text))
     model = builder.model(config, COUNTS, platform=jax.default_backend(), precision="default")
     objective = builder.objective(config, COUNTS)
     optimizer = optax.chain(KEEP_GRADIENTS, builder.optimizer(config, steps_per_epoch=1000)[0])
     average, budget = builder.average(config, steps_per_epoch=1000), builder.budget(config, COUNTS)
-    extras = Extras(builder.perturbation(config), average, budget, steps_per_epoch=1000)
+    extras = Extras(
+        builder.perturbation(config),
+        average,
+        budget,
+        steps_per_epoch=EPOCH,
+        statistics=builder.class_statistics(config, COUNTS),
+        logged_passes=tuple(filter(None, config.train.logged_passes.split(","))),
+    )
+
+    # The attack is seen in the step, but for one in a condition, and for weights that are perturbed after it.
+    in_step = config.attack.first_epoch == 1 and config.perturbation.name == "none"
 
     @jax.jit
     def step(state, batch, partners, momentum):
@@ -261,15 +268,28 @@ def built(text, attack_of):
             state,
             batch,
             model=model,
-            objective=functools.partial(with_passes, objective),
+            objective=functools.partial(
+                with_passes, objective, recorded if in_step else contextlib.nullcontext
+            ),
             optimizer=optimizer,
             extras=extras._replace(batch_norm_momentum=momentum),
             partners=partners,
         )
 
     gradient = jax.jit(jax.grad(lambda params, *args: objective(model, params, *args)[0]))
-    attack = jax.jit(functools.partial(attack_of, objective, model))
+    attack = None if in_step else attack_alone(text)
     return config, model, optimizer, average, budget, step, attack, gradient
+
+
+@functools.cache
+def attack_alone(text, plain=False):
+    """:func:`attack_of` of a config, compiled; with ``plain`` the attack ascends the cross entropy."""
+    config = ConfigDict(json.loads(text))
+    config.attack.first_epoch = 1
+    if plain:
+        config.attack.loss = ConfigDict({"name": "cross_entropy"})
+    model = builder.model(config, COUNTS, platform=jax.default_backend(), precision="default")
+    return jax.jit(functools.partial(attack_of, builder.objective(config, COUNTS), model))
 
 
 @functools.cache
@@ -288,57 +308,55 @@ def left_out(request, name):
 
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.usefixtures("left_out", "numbers_are_given")
-def test_steps(reference, recipe, attack_of, name):
+def test_steps(reference, recipe, name):
     mode = MODES[name]
     config = config_of(mode)
-    if config.threat.budget.name == "given":
+    if mode.radii[0]:
         with config.unlocked():
-            config.threat.budget.epsilons = tuple(reference(FILE, "cfa/state/class_eps").tolist())
+            config.threat.budget.epsilons = tuple((mode.radii[1] * reference(FILE, mode.radii[0])).tolist())
     np.testing.assert_array_equal(reference(FILE, "input/steps/counts"), COUNTS)
-    parts = built(config.to_json(), attack_of)
+    text = config.to_json()
+    parts = built(text)
     config, model, optimizer, average, budget, step, attack, gradient = parts
     pass_of = training_pass()
     params, stats = imported(recipe, "trainnet_pgd_at", model)
     now = TrainState(jnp.int32(0), params, stats, optimizer.init(params))
     now = now.replace(average=average.init(Weights(params, stats)))
-    now = now.replace(classes=budget.init() if budget else {})
+    statistics = builder.class_statistics(config, COUNTS)
+    now = now.replace(
+        classes=builder.gathered_arrays(budget, statistics), teacher=teacher_of(recipe, config, now)
+    )
     names, bn_names = (reference(FILE, f"input/steps/{kind}_names") for kind in ("param", "bn"))
     to_state_dict = functools.partial(
         pytorch.to_state_dict, prefixes=pytorch.released_prefixes(params, stats)
     )
     check = functools.partial(reference.check, f"follow-ups, {name}", FILE)
-    updates = 0
+    updates, wrong = 0, []
+
+    def plainly(state, batch, told, adversarial):
+        """How far the images are from those of an attack on the cross entropy."""
+        found = attack_alone(text, plain=True)(state.params, state.stats, batch, told)
+        return np.abs(found["path"][-1] - adversarial).max()
+
     for i in range(STEPS):
         at, before = f"{name}/step{i}", now
         batch = batch_of(reference, recipe, i, mode.epoch, mode.generated)
         batch, partners = mixed(reference, recipe, check, at, batch)
         radii = budget.radii(before.classes, batch.epoch)[batch.labels] if budget else None
-        found = attack(before.params, before.stats, batch, objectives.Known(radii, partners))
-        adversarial = check_attack(reference, recipe, check, at, found)
-        passes = []
-        for _ in mode.first:
-            logits, moments = pass_of(before.params, before.stats, adversarial)
-            before = before.replace(stats=models.update_statistics(before.stats, (moments,)))
-            passes.append((adversarial, logits))
-
+        told = objectives.Known(radii, partners, None, before.classes or None, before.teacher or None)
         now, seen = step(before, batch, partners, mode.momenta[i])
+        adversarial, found = batch.images, seen.get("attack")
+        if f"{at}/grad_sign" in reference.load(FILE):
+            found = found or attack(before.params, before.stats, batch, told)
+            adversarial = check_attack(reference, recipe, check, at, found, twice=config.attack.second_step)
+        missed = np.argmax(seen["passes"][0][1], axis=-1) != batch.labels
+        wrong.append(np.bincount(batch.labels[missed], minlength=10))
         check(f"{at}/loss", seen["loss"] - entropy(partners, batch.labels))
         if f"{at}/loss_robust" in reference.load(FILE):
             check(f"{at}/loss_robust", seen["regulariser"])
             check(f"{at}/loss_natural", seen["loss"] - config.objective.beta * seen["regulariser"])
 
-        moved = {"batch_update": found["path"][:-1], "batch_update_end": found["path"]}
-        in_attack = list(moved.get(config.attack.batch_norm, ()))
-        passes += [(x, pass_of(before.params, before.stats, x)[0]) for x in in_attack] + seen["passes"]
-        kinds = [2] * len(in_attack[:10])
-        kinds += [int((x != batch.images).any()) for x, _ in passes[len(kinds) :]]
-        extra = [(what, before.params) for what in mode.unused] + [(what, now.params) for what in mode.logs]
-        for what, weights in extra:
-            images = {"adv": adversarial, "nat": batch.images}[what]
-            logits, moments = pass_of(weights, now.stats, images)
-            now = now.replace(stats=models.update_statistics(now.stats, (moments,)))
-            passes.append((images, logits))
-            kinds.append(int((images != batch.images).any()))
+        passes, kinds = passes_in_order(config, pass_of, before, now, batch, adversarial, found, seen)
         updates += len(passes)
         check(f"{at}/train_logits", np.stack([logits for _, logits in passes]))
         check(f"{at}/train_input", kinds, bound=0)
@@ -355,20 +373,100 @@ def test_steps(reference, recipe, attack_of, name):
             for prefix, arrays in (("full", after), ("grad", gradients), ("momentum", momentum)):
                 if key.startswith(f"{at}/{prefix}/"):
                     check(key, arrays[key.removeprefix(f"{at}/{prefix}/")])
-        if f"{at}/class_eps" in reference.load(FILE):
-            check(f"{at}/class_eps", budget.radii(before.classes, batch.epoch))
-        if average.init(Weights({}, {})):
-            averaged = to_state_dict(now.average["params"], now.stats)
-            check(f"{at}/ema_checksum", checksums(recipe, averaged, names))
-        if f"{at}/labels" in reference.load(FILE):
-            check(f"{at}/labels", batch.labels if partners is None else soft_labels(partners, batch.labels))
+        radii = budget.radii(before.classes, batch.epoch) if budget else None
+        check_method(reference, check, at, config, before, seen, told, batch, plainly)
+        check_more(reference, recipe, check, at, config, before, now, batch, partners, radii, to_state_dict)
         if f"{at}/awp_names" in reference.load(FILE):
-            of_batch = gradient(
-                before.params, before.stats, batch, objectives.Known(radii, adversarial=adversarial)
-            )
+            shown = told._replace(adversarial=adversarial)
+            of_batch = gradient(before.params, before.stats, batch, shown)
             check_perturbation(reference, recipe, check, at, config, before.params, of_batch, to_state_dict)
-    stored = {key for key in reference.load(FILE) if key.startswith(f"{name}/step")}
+    if name == "reat":
+        check("reat/counts_after_epoch", now.classes["predicted"])
+        check("reat/errors_after_epoch", sum(wrong), bound=0)
+        batch = batch_of(reference, recipe, 0, mode.epoch)
+        told = objectives.Known(classes=now.classes)
+        after, seen = step(now, batch, None, None)
+        adversarial = seen["attack"]["path"][-1]
+        difference = plainly(now, batch, told, adversarial)
+        check("reat/step3/loss", seen["loss"])
+        check("reat/step3/x_adv_checksum", recipe.checksum(nchw(adversarial)))
+        check("reat/step3/x_adv_max_difference_from_plain_ce", difference, bound=0)
+        check("reat/step3/param_checksum", checksums(recipe, to_state_dict(after.params, after.stats), names))
+    stored = {key for key in reference.load(FILE) if key.startswith(f"{name}/")}
+    stored -= {f"{name}/{what}" for what in ("info", "form", "start", "start_eps")}
     assert not stored - reference.files[FILE]["compared"] - reference.files[FILE]["input"]
+
+
+def passes_in_order(config, pass_of, before, now, batch, adversarial, found, seen):
+    """Images and logits of the passes of a step that move the running statistics, and what they see."""
+    in_attack = []
+    if config.attack.batch_norm.startswith("batch_update"):
+        in_attack = list(found["path"][: 10 + config.attack.batch_norm.endswith("end")])
+    first = [batch.images] if config.attack.batch_norm == "natural_first" else []
+    first += [adversarial] if config.perturbation.get("counts_pass", False) else []
+    passes = [(x, pass_of(before.params, before.stats, x)[0]) for x in (*in_attack, *first)]
+    passes += seen["passes"]
+    for what in filter(None, config.train.logged_passes.split(",")):
+        images = {"adv": adversarial, "nat": batch.images}[what]
+        passes.append((images, pass_of(now.params, now.stats, images)[0]))
+    kinds = [2] * len(in_attack[:10])
+    kinds += [pass_kind(x, batch.images, adversarial) for x, _ in passes[len(kinds) :]]
+    return passes, kinds
+
+
+def teacher_of(recipe, config, state):
+    """The weights of the teacher, from the seed that the reference names; {} without one."""
+    if not config.train.teacher:
+        return {}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.stats))
+    shapes = {name: np.shape(value) for name, value in recipe.net_state("trainnet_pgd_at").items()}
+    weights = recipe.make_state(shapes, 412, 4.0, ())
+    weights = {name: np.asarray(value, float) for name, value in weights.items()}
+    params, stats = pytorch.from_state_dict(weights, *like, None)
+    return {"params": params, "stats": stats}
+
+
+def pass_kind(images, natural, adversarial):
+    """What a pass sees, as the reference numbers it: 0 natural images, 1 adversarial ones, 2 others."""
+    if not (images != natural).any():
+        return 0
+    return 1 if np.abs(images - adversarial).max() < 1e-9 else 2
+
+
+def check_method(reference, check, at, config, before, seen, told, batch, difference):
+    """What only some methods have: statistics of the classes, parts of the loss, the teacher's logits."""
+    arrays, (adversarial, logits) = reference.load(FILE), seen["passes"][0]
+    counts, images = np.log(COUNTS)[None], batch.images
+    if f"{at}/bsl" in arrays:
+        check(f"{at}/bsl", losses.cross_entropy(logits + counts, batch.labels).mean())
+    if f"{at}/predicted" in arrays:
+        check(f"{at}/predicted", np.argmax(logits, axis=-1), bound=0)
+        check(
+            f"{at}/x_adv_max_difference_from_plain_ce", difference(before, batch, told, adversarial), bound=0
+        )
+    if f"{at}/kd" in arrays:
+        predict = builder.model(config, COUNTS, platform=jax.default_backend(), precision="default").predict
+        teach = functools.partial(predict, before.teacher["params"], before.teacher["stats"])
+        check(f"{at}/kd", seen["distillation"])
+        if config.objective.igdm:
+            check(f"{at}/igdm", seen["gradient_matching"])
+        shown = {"": images, "_plus": adversarial, "_minus": 2 * images - adversarial}
+        for name, x in shown.items():
+            check(f"{at}/teacher_logits{name}", teach(x))
+
+
+def check_more(reference, recipe, check, at, config, before, now, batch, partners, radii, to_state_dict):
+    """Radii by class, averages, labels and counts of predictions, if the reference has them."""
+    arrays, names = reference.load(FILE), reference(FILE, "input/steps/param_names")
+    if f"{at}/class_eps" in arrays:
+        check(f"{at}/class_eps", radii)
+    if f"{at}/ema_checksum" in arrays:
+        averaged = to_state_dict(now.average["params"], now.stats)
+        check(f"{at}/ema_checksum", checksums(recipe, averaged, names))
+    if f"{at}/labels" in arrays:
+        check(f"{at}/labels", batch.labels if partners is None else soft_labels(partners, batch.labels))
+    if f"{at}/at_per_class" in arrays:
+        check(f"{at}/at_per_class", now.classes["predicted"])
 
 
 def mixed(reference, recipe, check, at, batch):
@@ -399,9 +497,10 @@ def entropy(partners, labels):
     return jax.scipy.special.entr(soft_labels(partners, labels)).sum(-1).mean()
 
 
-def check_attack(reference, recipe, check, at, found):
+def check_attack(reference, recipe, check, at, found, twice):
     """Signs, radii and images of the attack; returns the images that are trained on."""
-    check(f"{at}/grad_sign", np.sign(nchw(found["gradients"])), bound=0)
+    signs = np.sign(nchw(found["gradients"]))
+    check(f"{at}/grad_sign", np.repeat(signs, 2, axis=0) if twice else signs, bound=0)
     adversarial = found["path"][-1]
     check(f"{at}/x_adv_checksum", recipe.checksum(nchw(adversarial)))
     check(f"{at}/eps", np.broadcast_to(found["radius"], (BATCH,)))
