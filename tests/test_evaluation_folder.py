@@ -176,6 +176,16 @@ def test_other_groups_need_no_attack(copy, no_attack, undrawn, overrides):
     assert json.loads((folder / "results.json").read_text())["summary"] == before["summary"]
 
 
+def test_an_unfinished_evaluation_goes_on_in_other_groups(tmp_path):
+    """No attack depends on them, so that what was found is not lost."""
+    path, changed = tmp_path / "unfinished" / "conditions.npz", {"groups": "last_five", "tail_classes": 2}
+    identity = {"config": {"evaluation": {"epsilon": 0.1, "tail_classes": 0}}}
+    Unfinished(path, identity).save({"pred": np.arange(3)})
+    other = {"config": {"evaluation": {"epsilon": 0.1, **changed}}}
+    assert folders.belongs(tmp_path, other) is False
+    np.testing.assert_array_equal(Unfinished(path, other).arrays["pred"], np.arange(3))
+
+
 def test_several_protocols_are_side_by_side(copy, no_attack, undrawn):
     folder, _ = evaluate(copy, SEVERAL)
     summary = json.loads((folder / "results.json").read_text())["summary"]
