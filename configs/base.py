@@ -189,7 +189,12 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config.logit_scale = 1.0  # factor of the model's logits
     config.tau_p = 0.0  # tau_p * log prior is subtracted from them (logit adjustment after training)
     config.head = ConfigDict({"name": ""})  # used in place of the trained head; '': the trained head
-    # Numbers of head and of tail classes; 0: a third, or those of equal counts, see metrics.class_groups.
+    # How the classes are divided for the figures by group, a list with commas of 'thirds' (RoBal, REAT),
+    # 'last_80_percent' (RobustLT), 'few' (fewer than 20 training images), 'last_five', and 'shots' (more than
+    # 100, 20 to 100, fewer; ImageNet-LT). The first leads; the report shows all of several side by side.
+    config.groups = "thirds"
+    # For 'thirds': numbers of head and of tail classes; 0: a third, or those of equal counts, see
+    # metrics.class_groups.
     config.head_classes = 0
     config.tail_classes = 0
     # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a list

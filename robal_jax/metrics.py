@@ -12,7 +12,7 @@ Every function raises InputError for arguments of a wrong shape, type or range. 
 ``import numpy as np`` and ``from robal_jax.metrics import *``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -215,8 +215,181 @@ def class_groups(
             f"head_classes {head} and tail_classes {tail} are more than the {len(counts)} classes; "
             "use smaller groups"
         )
-    parts = np.split(order, [head, len(counts) - tail])
-    return {name: part for name, part in zip(_LEVELS[3], parts, strict=True) if len(part)}
+    return _named(_LEVELS[3], order, head, len(counts) - tail)
+
+
+def _named(names: Iterable[str], order: np.ndarray, *cuts: int) -> dict[str, np.ndarray]:
+    """Cuts sorted classes in front of the given positions, and leaves out empty groups."""
+    parts = np.split(order, cuts)
+    return {name: part for name, part in zip(names, parts, strict=True) if len(part)}
+
+
+def last_80_percent(class_counts: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Divides the classes into a head of ``floor(K / 5)`` and a tail of all others, the last 80 %.
+
+    Args:
+      class_counts: training images per class, integers ``[K]``.
+
+    Returns:
+      Classes by the name of their group, sorted as in :func:`class_groups`, without empty groups.
+
+    Source: the tail of RobustLT (Zhang et al., CVPR 2026).
+
+    Example:
+      >>> groups = last_80_percent([5, 90, 20, 30, 70])
+      >>> print({name: classes.tolist() for name, classes in groups.items()})
+      {'head': [1], 'tail': [4, 3, 2, 0]}
+    """
+    counts = _counts(class_counts)
+    return _named(MEANINGS["last_80_percent"], np.argsort(-counts, kind="stable"), len(counts) // 5)
+
+
+def last_five(class_counts: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Divides the classes into the five with the fewest training images and the rest.
+
+    Args:
+      class_counts: training images per class, integers ``[K]``.
+
+    Returns:
+      Classes by the name of their group, sorted as in :func:`class_groups`, without empty groups.
+
+    Example:
+      >>> groups = last_five([5, 90, 20, 30, 70, 1])
+      >>> print({name: classes.tolist() for name, classes in groups.items()})
+      {'rest': [1], 'last_five': [4, 3, 2, 0, 5]}
+    """
+    counts = _counts(class_counts)
+    return _named(MEANINGS["last_five"], np.argsort(-counts, kind="stable"), max(len(counts) - 5, 0))
+
+
+def few(class_counts: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Divides the classes into those with fewer than ``FEW`` training images and the rest.
+
+    Args:
+      class_counts: training images per class, integers ``[K]``.
+
+    Returns:
+      Classes by the name of their group, sorted as in :func:`class_groups`, without empty groups.
+
+    Example:
+      >>> for counts in ([5, 90, 20, 300], [30, 20]):
+      ...     print({name: classes.tolist() for name, classes in few(counts).items()})
+      {'rest': [3, 1, 2], 'few': [0]}
+      {'rest': [0, 1]}
+    """
+    counts = _counts(class_counts)
+    return _named(MEANINGS["few"], np.argsort(-counts, kind="stable"), int(np.sum(counts >= FEW)))
+
+
+def shots(class_counts: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Divides the classes into many, medium and few shot: above ``MANY`` images, the others, below ``FEW``.
+
+    Args:
+      class_counts: training images per class, integers ``[K]``.
+
+    Returns:
+      Classes by the name of their group, sorted as in :func:`class_groups`, without empty groups. 'few' is
+      that of :func:`few`.
+
+    Source: Liu et al. (CVPR 2019), Large-scale long-tailed recognition in an open world (ImageNet-LT).
+
+    Example:
+      >>> groups = shots([5, 100, 20, 300])
+      >>> print({name: classes.tolist() for name, classes in groups.items()})
+      {'many': [3], 'medium': [1, 2], 'few': [0]}
+    """
+    counts = _counts(class_counts)
+    cuts = int(np.sum(counts > MANY)), int(np.sum(counts >= FEW))
+    return _named(MEANINGS["shots"], np.argsort(-counts, kind="stable"), *cuts)
+
+
+FEW, MANY = 20, 100
+"""Few shot is fewer training images than ``FEW``, many shot more than ``MANY``."""
+
+GROUPS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+    "thirds": class_groups,
+    "last_80_percent": last_80_percent,
+    "few": few,
+    "last_five": last_five,
+    "shots": shots,
+}
+"""Protocols of class groups: from class counts ``[K]`` to the classes by group, from many images to few."""
+
+MEANINGS: dict[str, dict[str, str]] = {
+    "thirds": {},
+    "last_80_percent": {"head": "is one of the first 20 %", "tail": "is one of the last 80 %"},
+    "few": {
+        "rest": f"has {FEW} training images or more",
+        "few": f"has fewer than {FEW} training images",
+    },
+    "last_five": {"rest": "is outside of the last five", "last_five": "is one of the last five"},
+    "shots": {
+        "many": f"has more than {MANY} training images",
+        "medium": f"has {FEW} to {MANY} training images",
+        "few": f"has fewer than {FEW} training images",
+    },
+}
+"""What a class of a group is or has, by protocol; nothing for thirds, whose groups depend on the counts."""
+
+
+def are_protocols(names: Any) -> bool:
+    """Returns whether a value is a list with commas and no spaces of keys of ``GROUPS``, each once.
+
+    Example:
+      >>> are_protocols("thirds,last_five"), are_protocols("thirds, few"), are_protocols("few,few")
+      (True, False, False)
+    """
+    found = names.split(",") if isinstance(names, str) else [""]
+    return set(found) <= set(GROUPS) and len(set(found)) == len(found)
+
+
+def groups_by_protocol(
+    names: str, class_counts: Sequence[int] | np.ndarray, head_classes: int = 0, tail_classes: int = 0
+) -> dict[str, dict[str, np.ndarray]]:
+    """Divides the classes by one or more protocols.
+
+    Args:
+      names: keys of ``GROUPS``, such as 'thirds,last_five'; the first one leads.
+      class_counts: training images per class, integers ``[K]``.
+      head_classes: for 'thirds', see :func:`class_groups`.
+      tail_classes: for 'thirds', see :func:`class_groups`.
+
+    Returns:
+      The classes by group, by protocol.
+
+    Raises:
+      InputError: an unknown protocol, or the same one twice; or a size is given, but 'thirds' does not lead;
+        or see :func:`class_groups`.
+    """
+    if not are_protocols(names):
+        raise InputError(
+            f"groups is {names!r}; use one of {', '.join(GROUPS)}, or several with commas and no spaces"
+        )
+    protocols, sizes = names.split(","), (head_classes, tail_classes)
+    if any(sizes) and protocols[0] != "thirds":
+        raise InputError(
+            f"head_classes is {head_classes} and tail_classes {tail_classes}, but groups is {names!r}; leave "
+            "both at 0, or put 'thirds' first"
+        )
+    return {name: GROUPS[name](class_counts, *(sizes if name == "thirds" else ())) for name in protocols}
+
+
+def absent_groups(protocols: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Says which groups of protocols have no class, a line each.
+
+    Args:
+      protocols: of :func:`groups_by_protocol`.
+
+    Example:
+      >>> absent_groups(groups_by_protocol("few,last_five", [50, 40, 30, 25, 22, 20]))
+      ["groups 'few': no class has fewer than 20 training images"]
+    """
+    return [
+        f"groups {protocol!r}: no class {meaning}"
+        for protocol, groups in protocols.items()
+        for name, meaning in MEANINGS[protocol].items()
+        if name not in groups
+    ]
 
 
 def groups_of_ten(values: ArrayLike) -> np.ndarray:
@@ -426,6 +599,7 @@ def summarize(
     class_counts: Sequence[int] | np.ndarray,
     *,
     groups: Mapping[str, ArrayLike] | None = None,
+    protocols: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """Computes every figure of an evaluation, ready for JSON.
 
@@ -440,6 +614,7 @@ def summarize(
       predictions: predicted classes by condition, each integers ``[n]``; the first condition must be 'clean'.
       class_counts: training images per class, integers ``[K]``.
       groups: classes by the name of their group; those of :func:`class_groups` if None.
+      protocols: of :func:`groups_by_protocol`, for figures side by side; nothing if None or empty.
 
     Returns:
       'class_counts' ``[K]``; 'groups' {name: classes}; 'conditions', which maps each condition in order, and
@@ -448,6 +623,8 @@ def summarize(
       images of its classes, 'natural_error', 'boundary_error', 'robust_accuracy'; 'per_class' with the lists
       'precision', 'recall' (FIGUREs), 'f_score', 'support', 'natural_error', 'boundary_error'; 'confusion',
       counts ``[K, K]`` with the true classes in rows; for ``K >= 100`` 'groups_of_ten', ten means of recall.
+      With ``protocols`` also 'protocols', which maps each protocol and group to its 'classes', its number of
+      'training_images', and 'accuracy', a FIGURE by condition.
 
     Raises:
       InputError: a class without a test image, a class that is not in ``0..K-1``, or no 'clean' as the first
@@ -476,13 +653,31 @@ def summarize(
     predictions = {k: _classes(f"predictions of {k!r}", v, len(labels)) for k, v in predictions.items()}
     clean_right = predictions["clean"] == labels
     everything = {**predictions, "worst": worst_case(labels, predictions)}
-    return {
+    summary = {
         "class_counts": counts.tolist(),
         "groups": {name: classes.tolist() for name, classes in named.items()},
         "conditions": {
             name: _condition(labels, prediction, clean_right, named, len(counts))
             for name, prediction in everything.items()
         },
+    }
+    if protocols:
+        summary["protocols"] = {
+            protocol: {name: _group(labels, everything, counts, classes) for name, classes in parts.items()}
+            for protocol, parts in protocols.items()
+        }
+    return summary
+
+
+def _group(
+    labels: np.ndarray, predictions: Mapping[str, np.ndarray], counts: np.ndarray, classes: np.ndarray
+) -> dict[str, Any]:
+    """Computes the figures of one group of a protocol; :func:`summarize` lists them."""
+    member = np.isin(labels, classes)
+    return {
+        "classes": classes.tolist(),
+        "training_images": int(counts[classes].sum()),
+        "accuracy": {name: share((found == labels)[member]) for name, found in predictions.items()},
     }
 
 

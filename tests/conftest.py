@@ -93,3 +93,12 @@ def float64():
     """JAX computes in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the drawing of a report, which takes most of the time."""
+    from robal_jax.reporting import figures
+
+    monkeypatch.setattr(figures, "png", lambda figure: b"png")
+    monkeypatch.setattr(figures, "svg", lambda figure: b"svg")

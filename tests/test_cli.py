@@ -226,6 +226,11 @@ def test_an_override_changes_its_own_field(key):
         ("evaluation.epsilon=nan", r"epsilon is nan; it must be > 0"),
         ("evaluation.tau_p=nan", r"tau_p"),
         ("evaluation.head_classes=20", r"head_classes"),
+        (
+            "evaluation.groups=halves",
+            r"groups is 'halves'; it must be a list with commas .* of thirds, last_80",
+        ),
+        ("evaluation.groups=few,few", r"groups is 'few,few'; it must be a list .*, each once"),
         ("attack.steps=0", r"config\.attack\.steps is 0; it must be > 0"),
         ("train.epochs=0", r"config\.train\.epochs is 0; it must be > 0"),
         ("train.batch_size=0", r"config\.train\.batch_size is 0; it must be > 0"),

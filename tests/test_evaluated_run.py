@@ -9,6 +9,7 @@ import pytest
 from test_cli import npz, saved_run
 
 from robal_jax import builder, cli, evaluation, training
+from robal_jax.attacks import ThreatModel
 from robal_jax.data import sources
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
@@ -102,12 +103,35 @@ def test_all_fields_of_the_run_are_named(saved):
         "evaluation.audit.examples=0",
         "evaluation.batch_size=50",
         "evaluation.head_classes=2",
+        "evaluation.groups=last_five,thirds",
         "evaluation.precision=default",
         "train.layout=pmap",
     ],
 )
 def test_a_field_of_the_evaluation_is_taken(run, override):
     assert evaluate(run, override) == []
+
+
+def test_sizes_of_other_groups_than_thirds_are_refused_before_the_attacks(run):
+    with pytest.raises(InputError, match=r"head_classes is 2 .* groups is 'few,thirds'; leave both at 0, or"):
+        evaluate(run, "evaluation.groups=few,thirds", "evaluation.head_classes=2")
+
+
+@pytest.mark.parametrize(("fewest", "lines"), [(19, 0), (20, 1)])
+def test_groups_without_a_class_are_said_before_the_attacks(fewest, lines):
+    images, said = np.random.default_rng(0).random((6, 4, 4, 1), np.float32), []
+    with pytest.raises(AcceptedError):
+        evaluation.evaluate_model(
+            lambda x: x.reshape(len(x), -1)[:, :3],
+            images,
+            np.arange(6) % 3,
+            threat=ThreatModel(0.1),
+            version="none",
+            class_counts=[90, 50, fewest],
+            groups="thirds,few",
+            say=said.append,
+        )
+    assert said.count("groups 'few': no class has fewer than 20 training images") == lines
 
 
 def test_doubts_are_said(run):

@@ -152,6 +152,55 @@ def test_other_settings_replace_nothing(copy, no_attack, override, difference):
     assert content(copy / "evaluation") == before
 
 
+SEVERAL = "evaluation.groups=last_80_percent,few,thirds"
+
+
+@pytest.mark.parametrize("overrides", [(SEVERAL,), ("evaluation.head_classes=2",)])
+def test_other_groups_need_no_attack(copy, no_attack, undrawn, overrides):
+    folder, before = copy / "evaluation", json.loads((copy / "evaluation" / "results.json").read_text())
+    evaluated_before = (folder / "examples.npz").read_bytes()
+    _, said = evaluate(copy, *overrides, command="again")
+    assert "the classes are divided into other groups; no attack is run again" in said
+    after = json.loads((folder / "results.json").read_text())
+    assert after["summary"]["groups"] != before["summary"]["groups"]
+    assert after["meta"] == before["meta"] | {"config": after["meta"]["config"], "command": "again"}
+    assert after["meta"]["config"] != before["meta"]["config"]
+    assert (folder / "examples.npz").read_bytes() == evaluated_before
+    for name, row in before["summary"]["conditions"].items():  # all that is not by group
+        found = after["summary"]["conditions"][name]
+        assert {key: found.get(key) for key in row.keys() - before["summary"]["groups"]} == {
+            key: row[key] for key in row.keys() - before["summary"]["groups"]
+        }
+    assert not [line for line in evaluate(copy, *overrides)[1] if "other groups" in line]
+    evaluate(copy)
+    assert json.loads((folder / "results.json").read_text())["summary"] == before["summary"]
+
+
+def test_an_unfinished_evaluation_goes_on_in_other_groups(tmp_path):
+    """No attack depends on them, so that what was found is not lost."""
+    path, changed = tmp_path / "unfinished" / "conditions.npz", {"groups": "last_five", "tail_classes": 2}
+    identity = {"config": {"evaluation": {"epsilon": 0.1, "tail_classes": 0}}}
+    Unfinished(path, identity).save({"pred": np.arange(3)})
+    other = {"config": {"evaluation": {"epsilon": 0.1, **changed}}}
+    assert folders.belongs(tmp_path, other) is False
+    np.testing.assert_array_equal(Unfinished(path, other).arrays["pred"], np.arange(3))
+
+
+def test_several_protocols_are_side_by_side(copy, no_attack, undrawn):
+    folder, _ = evaluate(copy, SEVERAL)
+    summary = json.loads((folder / "results.json").read_text())["summary"]
+    assert list(summary["protocols"]) == ["last_80_percent", "few", "thirds"]
+    assert list(summary["groups"]) == ["head", "tail"]
+    assert len(summary["groups"]["tail"]) == 8
+    tail = summary["protocols"]["last_80_percent"]["tail"]
+    assert tail["accuracy"]["pgd_20"] == summary["conditions"]["pgd_20"]["tail"]
+    report = (folder / "report.md").read_text()
+    section = report.partition("## Class groups by protocol")[2].partition("## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 2 + len(summary["protocols"]["few"]) + 3
+    assert rows[2][0].strip() == "Last 80 %"
+
+
 @pytest.mark.slow
 def test_another_folder_is_the_way_out(copy):
     before = content(copy / "evaluation")

@@ -147,6 +147,34 @@ def test_the_audit_with_a_surrogate(digits):
     assert found.audit["examples"] == 10
 
 
+@pytest.mark.slow
+def test_groups_of_any_model(digits, tmp_path, undrawn):
+    """No class is rare: the report says so; other groups, and the counts themselves, need no new attack."""
+    images, labels = digits
+    model, counts, said = plain(images, labels), np.arange(60, 10, -5), []
+    options = {**SHORT, "folder": tmp_path, "say": said.append}
+    found = evaluate_model(model, images, labels, class_counts=counts + 20, groups="few", **options)
+    line = "groups 'few': no class has fewer than 20 training images"
+    assert said.count(line) == 1
+    assert line[1:] in (tmp_path / "report.md").read_text()
+    assert not found.groups
+    again = evaluate_model(model, images, labels, class_counts=counts, groups="few,last_five", **options)
+    assert said.count(line) == 1
+    assert list(again.groups) == ["rest", "few"]
+    assert again.meta["imbalance"] == "60 to 15 training images per class"
+    assert any("no attack is run again" in message for message in said)
+    for name, predictions in found.predictions.items():
+        np.testing.assert_array_equal(again.predictions[name], predictions)
+
+
+def test_groups_of_a_model_need_the_counts(digits):
+    images, labels = digits
+    with pytest.raises(
+        InputError, match="groups is 'few', but class_counts is None; pass the training images"
+    ):
+        evaluate_model(plain(images, labels), images, labels, groups="few", **SHORT)
+
+
 def test_a_surrogate_that_is_the_model_is_refused(digits, tmp_path):
     """Under another name too, and before any attack."""
     images, labels = digits

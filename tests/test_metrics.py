@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers import fake_evaluation
 from scipy.special import betaincinv
 from scipy.stats import binom, binomtest, multinomial
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
@@ -129,6 +130,84 @@ def test_groups_of_exponential_profiles_are_thirds(data):
 def test_groups_refuse_impossible_sizes(sizes):
     with pytest.raises(InputError):
         metrics.class_groups([5, 4, 3, 2, 1], *sizes)
+
+
+PROTOCOLS = {
+    "last_80_percent": (
+        {"head": [1], "tail": [0, 2, 3, 4]},
+        {"head": 2, "tail": 8},
+        {"head": 20, "tail": 80},
+    ),
+    "few": ({"rest": [1, 0, 2, 3], "few": [4]}, {"rest": 10}, {"rest": 81, "few": 19}),
+    "last_five": ({"last_five": [1, 0, 2, 3, 4]}, {"rest": 5, "last_five": 5}, {"rest": 95, "last_five": 5}),
+    "shots": (
+        {"many": [1], "medium": [0, 2, 3], "few": [4]},
+        {"many": 6, "medium": 4},
+        {"medium": 81, "few": 19},
+    ),
+}
+"""By protocol: the groups of five classes, and the sizes for ten large classes and for 100 small ones."""
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_groups_follow_the_protocol(protocol):
+    classes, of_ten, of_hundred = PROTOCOLS[protocol]
+    assert in_lists(metrics.GROUPS[protocol]([100, 101, 100, 20, 19])) == classes
+    for counts, sizes in ((range(40, 240, 20), of_ten), (range(100, 0, -1), of_hundred)):
+        groups = metrics.GROUPS[protocol](np.array(counts))
+        assert {name: len(found) for name, found in groups.items()} == sizes
+        order = np.concatenate(list(groups.values()))
+        assert sorted(order) == list(range(len(counts)))
+        assert (np.diff(np.array(counts)[order]) <= 0).all()
+
+
+def test_the_few_of_few_are_those_of_shots():
+    counts = np.random.default_rng(0).integers(1, 200, 50)
+    np.testing.assert_array_equal(metrics.few(counts)["few"], metrics.shots(counts)["few"])
+
+
+def test_protocols_are_in_the_order_of_the_list_and_sizes_are_for_thirds():
+    counts = np.arange(60, 0, -10)
+    found = metrics.groups_by_protocol("thirds,last_five", counts, 1, 1)
+    assert list(found) == ["thirds", "last_five"]
+    assert in_lists(found["thirds"]) == {"head": [0], "medium": [1, 2, 3, 4], "tail": [5]}
+    for names in ("last_five", "last_five,thirds"):
+        with pytest.raises(
+            InputError, match=r"head_classes is 0 and tail_classes 1, but groups is 'last_five"
+        ):
+            metrics.groups_by_protocol(names, counts, 0, 1)
+
+
+@pytest.mark.parametrize("names", ["", "halves", "few,few", "few, shots", ["few"], None])
+def test_unknown_protocols_are_refused(names):
+    with pytest.raises(InputError, match=r"groups is .*; use one of thirds, last_80_percent, few"):
+        metrics.groups_by_protocol(names, [3, 2, 1])
+
+
+def test_groups_without_a_class_are_named():
+    """In thirds the groups depend on the counts, so that none is missing."""
+    protocols = metrics.groups_by_protocol(",".join(metrics.GROUPS), [30, 30, 20])
+    assert metrics.absent_groups(protocols) == [
+        "groups 'last_80_percent': no class is one of the first 20 %",
+        "groups 'few': no class has fewer than 20 training images",
+        "groups 'last_five': no class is outside of the last five",
+        "groups 'shots': no class has more than 100 training images",
+        "groups 'shots': no class has fewer than 20 training images",
+    ]
+
+
+def test_figures_of_protocols_are_those_of_their_groups():
+    labels, predictions = fake_evaluation()
+    counts = np.arange(50, 0, -5)
+    protocols = metrics.groups_by_protocol("last_five,few", counts)
+    summary = metrics.summarize(labels, predictions, counts, groups=protocols["few"], protocols=protocols)
+    assert "protocols" not in metrics.summarize(labels, predictions, counts, groups=protocols["few"])
+    for name, group in summary["protocols"]["few"].items():
+        assert group["classes"] == summary["groups"][name]
+        assert group["training_images"] == counts[group["classes"]].sum()
+        figures = {condition: row[name] for condition, row in summary["conditions"].items()}
+        assert group["accuracy"] == figures
+    json.dumps(summary, allow_nan=False)
 
 
 def test_groups_of_ten_are_means():

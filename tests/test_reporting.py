@@ -10,7 +10,6 @@ from rich.console import Console
 
 from robal_jax import metrics
 from robal_jax.errors import InputError
-from robal_jax.reporting import figures
 from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.headline import in_words
 from robal_jax.reporting.names import display_name
@@ -94,13 +93,6 @@ def test_report_files(tmp_path, num_classes):
     for block in report.split("\n\n"):
         if block.startswith("|"):
             assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Leaves out the drawing, which takes most of the time."""
-    monkeypatch.setattr(figures, "png", lambda figure: b"png")
-    monkeypatch.setattr(figures, "svg", lambda figure: b"svg")
 
 
 def full_report(folder, num_classes=10, **changes):

@@ -91,13 +91,14 @@ class Evaluation:
       batch_size: images per device in each call, see :func:`at_once`.
       seed: of the attacks' starts.
       layout: how the devices are used, a key of ``parallel.LAYOUTS``.
-      groups: classes by the name of their group, see ``metrics.class_groups``.
+      groups: classes by the name of their group, those of the leading protocol.
       about: method, data and attack in the words of the report. Nothing reads it back.
       data_sha256: of the training set and the test set; '' if there is no training set.
       weights: which of a checkpoint's are evaluated, one of ``averages.WEIGHTS``.
       select: which checkpoint of a run is meant if none is named: 'last', 'best' or 'best_on_test'.
       judged: the weights, the radius and the rule of radii by class, as the record of a best checkpoint has
         them, see ``storage.best.Record``.
+      protocols: all protocols of class groups, see ``metrics.groups_by_protocol``.
     """
 
     test: TestSet
@@ -120,6 +121,7 @@ class Evaluation:
     weights: str = "current"
     select: str = "last"
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
+    protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> Evaluation:
@@ -159,7 +161,7 @@ def evaluation_on(
     """
     settings, platform = config.evaluation, jax.default_backend()
     counts = test.class_counts if trained_counts is None else trained_counts
-    groups = metrics.class_groups(test.class_counts, settings.head_classes, settings.tail_classes)
+    protocols = groups_of(config, test.class_counts)
     head = settings.head if settings.head.name else config.head
     images = jax.ShapeDtypeStruct((1, 2, *test.images.shape[1:]), np.float32)
     build = functools.partial(model, config, counts, platform=platform, precision=settings.precision)
@@ -194,7 +196,8 @@ def evaluation_on(
         batch_size=min(batch_size, len(test.labels)),
         seed=settings.seed,
         layout=config.train.layout,
-        groups=groups,
+        groups=next(iter(protocols.values())),
+        protocols=protocols,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
         judged={
@@ -203,6 +206,17 @@ def evaluation_on(
             "budget": by_class.get("budget", "constant"),
         },
     )
+
+
+def groups_of(config: ConfigDict, class_counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the classes by group, by protocol; the first one leads.
+
+    Raises:
+      InputError: sizes of head or tail that cannot be used.
+    """
+    settings = config.evaluation
+    sizes = settings.head_classes, settings.tail_classes
+    return metrics.groups_by_protocol(settings.groups, class_counts, *sizes)
 
 
 def radii_of(

@@ -16,6 +16,7 @@ from robal_jax import (
     averages,
     checks,
     classifiers,
+    metrics,
     models,
     objectives,
     optimizers,
@@ -129,6 +130,10 @@ RANGES: dict[str, Rule] = {
     "train.mixing": _one_of(MIXINGS),
     "attack.batch_norm": _one_of(attack_modes.ATTACK_MODES),
     "evaluation.weights": _one_of(averages.WEIGHTS),
+    "evaluation.groups": (
+        f"a list with commas and no spaces of {', '.join(metrics.GROUPS)}, each once",
+        metrics.are_protocols,
+    ),
     "optimizer.decayed": _one_of(optimizers.DECAYED),
     "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(_BELOW_ONE_FIELDS, BELOW_ONE),
@@ -162,7 +167,7 @@ _TEXTS = (
     "train.start_from", "train.select", "train.augmentation", "train.layout",
     "train.precision",
     "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
-    "evaluation.weights", "evaluation.budget.name",
+    "evaluation.weights", "evaluation.budget.name", "evaluation.groups",
 )  # fmt: skip
 
 _INTEGERS = (

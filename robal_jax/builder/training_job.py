@@ -11,12 +11,12 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import metrics, models, objectives
+from robal_jax import models, objectives
 from robal_jax.attacks import NORMS, FreeSteps, ThreatModel, autoattack
 from robal_jax.averages import AVERAGES, Average
 from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts, ranges
-from robal_jax.builder.evaluation_job import Evaluation, evaluation_on, part_to_evaluate, radii_of
+from robal_jax.builder.evaluation_job import Evaluation, evaluation_on, groups_of, part_to_evaluate, radii_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import batch_norm_momentum, free_steps, objective
 from robal_jax.builder.parts import (
@@ -132,7 +132,7 @@ def training(config: ConfigDict) -> Training:
             f"config.train.epochs makes {total_steps} steps; set fewer, so that they are below 2^31"
         )
     # Training does not need them, but an evaluation that is sure to fail should fail now.
-    metrics.class_groups(data.class_counts, config.evaluation.head_classes, config.evaluation.tail_classes)
+    groups_of(config, data.class_counts)
     radii_of(config, data.class_counts)
     part_to_evaluate(config, data.test_set)
     optimise, schedule = optimizer(config, steps_per_epoch)

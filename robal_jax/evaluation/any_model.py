@@ -42,6 +42,7 @@ def evaluate_model(
     step_size: float | None = None,
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
+    groups: str = "thirds",
     surrogate: LogitsFn | None = None,
     audit: int = 200,
     seed: int = 0,
@@ -70,6 +71,9 @@ def evaluate_model(
       class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
         Without them the report has no such groups.
       class_names: of the ``K`` classes; their numbers if None.
+      groups: how the counts divide the classes: a list with commas of keys of ``metrics.GROUPS``, such as
+        'thirds,last_80_percent'. The first leads; the report shows all of several side by side. Other groups
+        for a finished evaluation need no new attack.
       surrogate: another model of the same images, for the audit's attack by transfer.
       audit: test images in the audit's sample; 0 for no audit.
       seed: of the attacks' random starts.
@@ -98,7 +102,8 @@ def evaluate_model(
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
-    test, groups = _test_set(images, labels, num_classes, class_counts, class_names)
+    test = _test_set(images, labels, num_classes, class_counts, class_names)
+    protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
         test=test,
         ids=np.arange(len(labels)),
@@ -114,7 +119,8 @@ def evaluate_model(
         batch_size=min(at_most, len(labels)),
         seed=seed,
         layout="jit",
-        groups=groups,
+        groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
+        protocols=protocols,
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
@@ -195,8 +201,8 @@ def _test_set(
     num_classes: int,
     class_counts: Sequence[int] | None,
     class_names: Sequence[str] | None,
-) -> tuple[TestSet, dict[str, np.ndarray]]:
-    """Gives the images the form of a data set's, and the classes by group.
+) -> TestSet:
+    """Gives the images the form of a data set's.
 
     Raises:
       InputError: labels, counts or names that do not fit the model's classes.
@@ -207,12 +213,26 @@ def _test_set(
         raise InputError(f"class_names is {shown(class_names)}; pass a list of {num_classes} texts")
     names = tuple(map(str, names))
     if class_counts is None:
-        counts, groups = np.bincount(labels, minlength=num_classes), {"all": np.arange(num_classes)}
+        counts = np.bincount(labels, minlength=num_classes)
     else:
         checks.class_counts(class_counts, num_classes, whole=True)
         counts = np.asarray(class_counts).astype(np.int64)
-        groups = metrics.class_groups(counts)
-    return TestSet(images, labels.astype(np.int32), 1, counts, names), groups
+    return TestSet(images, labels.astype(np.int32), 1, counts, names)
+
+
+def _protocols(groups: str, class_counts: Sequence[int] | None) -> dict[str, dict[str, np.ndarray]]:
+    """Divides the classes by protocol; there are none without the counts of training images.
+
+    Raises:
+      InputError: an unknown protocol, or one that needs the counts.
+    """
+    if class_counts is not None:
+        return metrics.groups_by_protocol(groups, class_counts)
+    if groups != "thirds":
+        raise InputError(
+            f"groups is {groups!r}, but class_counts is None; pass the training images per class"
+        )
+    return {}
 
 
 def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from robal_jax.evaluation.outcomes import Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import give_verdicts, stored_images
 from robal_jax.evaluation.victim import Victim
+from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.report import remove_report, write_report
 from robal_jax.reporting.results import (
     EvaluatedRun,
@@ -75,7 +76,7 @@ def store(
 
     results = Results(
         meta,
-        summary=metrics.summarize(labels, predictions, job.test.class_counts, groups=job.groups),
+        summary=_summary(job, labels, predictions),
         audit=_audit(sample, verdicts, curves),
         norms=_norms(victim, job, weights["params"]),
     )
@@ -90,6 +91,44 @@ def store(
         results.write(folder)
 
     hosts.by_first(write)
+
+
+def _summary(
+    job: builder.Evaluation, labels: np.ndarray, predictions: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Summarises outcomes in the groups of classes that are asked for."""
+    several = {} if list(job.protocols) == ["thirds"] else job.protocols
+    counts = job.test.class_counts
+    return metrics.summarize(labels, predictions, counts, groups=job.groups, protocols=several)
+
+
+def regroup(
+    job: builder.Evaluation,
+    about: Mapping[str, Any],
+    beside: pathlib.Path | None,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> None:
+    """Summarises stored outcomes again if other groups of classes are asked for; attacks nothing.
+
+    Args:
+      job: what was evaluated, and the groups.
+      about: values of :class:`Results` ``.meta``, of which those are taken that depend on the groups.
+      beside: folder of the evaluation at a common radius; None for none.
+      folder: of the results; its report is removed if they change.
+      say: receives messages for the user, line by line.
+    """
+    run = read_run(folder)
+    predictions = {name: found for name, found in run.predictions.items() if name != "worst"}
+    summary = _summary(job, run.examples["labels"], predictions)
+    if all(summary.get(key) == run.summary.get(key) for key in ("class_counts", "groups", "protocols")):
+        return
+    say("the classes are divided into other groups; no attack is run again")
+    meta = {name: value for name, value in run.meta.items() if name != "common_epsilon"}
+    meta |= {name: about[name] for name in ("config", "imbalance", "command") if about.get(name)}
+    meta |= {} if beside is None else at_common_radius(beside, meta)
+    remove_report(folder)
+    Results(meta, summary, run.audit, run.norms).write(folder)
 
 
 def _remove(folder: pathlib.Path) -> None:

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax import builder
+from robal_jax import builder, metrics
 from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, user_path
-from robal_jax.evaluation.findings import is_stored, publish, store
+from robal_jax.evaluation.findings import is_stored, publish, regroup, store
 from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
 from robal_jax.evaluation.victim import Victim
@@ -168,9 +168,13 @@ def attack_and_report(
     test_set = digest_of_images(job.test.images, job.test.labels)
     hosts.check_agreement("the test set", test_set)
     identity = {**subject.identity, "test_set_sha256": test_set}
+    for line in metrics.absent_groups(job.protocols):
+        say(line)
     with hosts.held_by_first(partial(alone_in, folder)):
         if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder, say)):
             say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
+            about = {**job.about, **subject.about, "command": command}
+            hosts.by_first(partial(regroup, job, about, subject.beside, folder, say))
         elif not _attack_and_store(subject._replace(identity=identity), victim, folder, command, stop):
             return False
         hosts.by_first(partial(shutil.rmtree, folder / UNFINISHED, ignore_errors=True))

@@ -14,7 +14,15 @@ from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
 from robal_jax.reporting.audit import audit_summary
-from robal_jax.reporting.names import BY_CLASS, display_name, folded, printed, threat, with_interval
+from robal_jax.reporting.names import (
+    BY_CLASS,
+    display_name,
+    folded,
+    group_name,
+    printed,
+    threat,
+    with_interval,
+)
 from robal_jax.reporting.results import EvaluatedRun
 
 TITLE = "Comparison of runs"
@@ -203,7 +211,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
         for row, members in by_method(runs).items()
         for seed, run in members.items()
     ]
-    header = ("Condition", "Run", *map(str.capitalize, groups))
+    header = ("Condition", "Run", *(group_name(group).capitalize() for group in groups))
     parts = "".join(sorted({f" ({run.meta['part']})" for run in runs if "part" in run.meta}))
     parts += f" ({BY_CLASS})" * ("class_epsilon" in first.meta)
     spread = " (mean ± standard deviation over seeds)" if by_seed else ""

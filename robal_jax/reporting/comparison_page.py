@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from robal_jax.reporting import comparison, figures, page
-from robal_jax.reporting.names import BY_CLASS, display_name, threat, with_interval
+from robal_jax.reporting.names import BY_CLASS, display_name, group_name, threat, with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
 
@@ -49,11 +49,13 @@ def comparison_html(runs: Sequence[EvaluatedRun]) -> str:
 
 
 def _sentences(pairs: Sequence[comparison.Paired]) -> list[tuple[str, str]]:
-    """Returns the differences of each method in all classes and in the tail, in words."""
+    """Returns the differences of each method in all classes and in the rarest group, in words."""
     rows: dict[str, list[comparison.Paired]] = {}
     for pair in pairs:
         rows.setdefault(pair.row, []).append(pair)
-    places = {"all": "on all test images", "tail": "in the tail classes"}
+    _, *groups = pairs[0].figures if pairs else ("all",)
+    places = {"all": "on all test images"}
+    places |= {rarest: f"in the {group_name(rarest)} classes" for rarest in groups[-1:]}
     return [
         (
             row,

@@ -27,7 +27,7 @@ from matplotlib.ticker import (
 
 from robal_jax.reporting import page
 from robal_jax.reporting.comparison import Paired
-from robal_jax.reporting.names import display_name, folded, shortened
+from robal_jax.reporting.names import display_name, folded, group_name, shortened
 from robal_jax.reporting.results import MANY_CLASSES, Gallery, Results
 
 # Okabe and Ito's colours: told apart in every common form of colour blindness.
@@ -79,10 +79,11 @@ def per_class_figure(results: Results) -> Figure:
 
 
 def attacks_figure(results: Results) -> Figure:
-    """Draws the accuracy under each attack, of all classes and of the tail side by side."""
+    """Draws the accuracy under each attack, of all classes and of the rarest group side by side."""
     series = [("accuracy", "All classes", BLUE, "o")]
-    if "tail" in results.groups:
-        series.append(("tail", "Tail classes", ORANGE, "s"))
+    if results.rarest:
+        label = f"{group_name(results.rarest).capitalize()} classes"
+        series.append((results.rarest, label, ORANGE, "s"))
     conditions = folded(
         (display_name(name), [condition[shown] for shown, *_ in series])
         for name, condition in results.conditions.items()
@@ -144,7 +145,7 @@ def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
             )
         axes.axhline(0, color="black", linewidth=1)
         axes.grid(axis="y", linewidth=0.5, alpha=0.6)
-        axes.set_xticks(range(len(groups)), [group.capitalize() for group in groups])
+        axes.set_xticks(range(len(groups)), [group_name(group).capitalize() for group in groups])
         axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set_title(re.sub(" (?=[+=] )", "\n", name), fontsize=11)
         axes.set_ylabel(f"Difference to {plain(shortened(reference, 30))} (points)")
@@ -361,9 +362,8 @@ def _class_axis(axes: Axes, results: Results, *, named: bool = True) -> None:
     for name, classes in results.groups.items():
         if named:
             place = (start + (len(classes) - 1) / 2, 1.01)
-            axes.text(
-                *place, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", style="italic"
-            )
+            style: Any = {"ha": "center", "va": "bottom", "style": "italic"}
+            axes.text(*place, group_name(name), transform=axes.get_xaxis_transform(), **style)
         start += len(classes)
         if start < len(order):
             axes.axvline(start - 0.5, color="black", linewidth=0.8, linestyle=":")

@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from robal_jax.reporting.names import AUTOATTACK, BY_CLASS, display_name, percent, threat, with_interval
+from robal_jax.reporting.names import (
+    AUTOATTACK,
+    BY_CLASS,
+    display_name,
+    group_name,
+    percent,
+    threat,
+    with_interval,
+)
 from robal_jax.reporting.results import Results
 
 
@@ -39,18 +47,20 @@ def in_words(results: Results) -> str:
 
 
 def tail_notes(results: Results, condition: str) -> list[str]:
-    """Returns the accuracy in the tail under a condition: ['tail 55.2 %']; nothing without a tail."""
-    row = results.conditions[condition]
-    return [f"tail {percent(row['tail'])} %"] if "tail" in results.groups else []
+    """Returns the accuracy in the rarest group under a condition: ['tail 55.2 %']; nothing without groups."""
+    row, rarest = results.conditions[condition], results.rarest
+    return [f"{group_name(rarest)} {percent(row[rarest])} %"] if rarest else []
 
 
 def _tail(results: Results, row: Mapping[str, Any]) -> str:
-    if "tail" not in results.groups:
+    if not results.rarest:
         return ""
-    text = f"; in the tail classes {with_interval(row['tail'], space=' % ')}"
-    if "head" not in results.groups:
+    first, last = next(iter(results.groups)), results.rarest
+    text = f"; in the {group_name(last)} classes {with_interval(row[last], space=' % ')}"
+    if first == "medium":
         return text
-    points = round(100 * (row["head"]["value"] - row["tail"]["value"]), 1)
+    points = round(100 * (row[first]["value"] - row[last]["value"]), 1)
     if not points:
-        return f"{text}, as in the head classes"
-    return f"{text}, {abs(points):.1f} points {'less' if points > 0 else 'more'} than in the head classes"
+        return f"{text}, as in the {group_name(first)} classes"
+    than = f"{'less' if points > 0 else 'more'} than in the {group_name(first)} classes"
+    return f"{text}, {abs(points):.1f} points {than}"

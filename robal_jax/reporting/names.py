@@ -72,6 +72,28 @@ def folded(rows: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
     return [(" = ".join(names), content) for names, content in found]
 
 
+_GROUPS = {"few": "few-shot", "many": "many-shot", "rest": "other"}
+
+PROTOCOLS = {
+    "thirds": "Thirds",
+    "last_80_percent": "Last 80 %",
+    "few": "Fewer than 20 images",
+    "last_five": "Last five",
+    "shots": "Many, medium, few shot",
+}
+"""Protocols of ``metrics.GROUPS`` for people."""
+
+
+def group_name(group: str) -> str:
+    """Returns the name of a group of classes in a sentence.
+
+    Example:
+      >>> group_name("tail"), group_name("few"), group_name("last_five")
+      ('tail', 'few-shot', 'last five')
+    """
+    return _GROUPS.get(group, group.replace("_", " "))
+
+
 def shortened(name: str, length: int = 18) -> str:
     """Returns a name of at most ``length`` characters: 'African hunting dog' -> 'African hunting d…'."""
     name = " ".join(name.split())

@@ -127,6 +127,16 @@ class Results:
         return groups if len(groups) > 1 else {}
 
     @property
+    def rarest(self) -> str:
+        """The group of the classes with the fewest training images; '' if there is none but the middle."""
+        return next((name for name in list(self.groups)[-1:] if name != "medium"), "")
+
+    @property
+    def protocols(self) -> Mapping[str, Any]:
+        """The groups of several protocols side by side, see :func:`metrics.summarize`; empty without them."""
+        return self.summary.get("protocols", {})
+
+    @property
     def training(self) -> Mapping[str, Any]:
         """The course of the training by epoch, see ``meta``; empty if it is not known."""
         return self.meta.get("training") or {}

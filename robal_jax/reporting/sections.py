@@ -13,6 +13,7 @@ from robal_jax.reporting.names import (
     ENSEMBLES,
     display_name,
     folded,
+    group_name,
     interval,
     percent,
     printed,
@@ -80,7 +81,7 @@ def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> lis
     meta, conditions = results.meta, {name: results.conditions[name] for name in results.headline}
     shown = {
         "accuracy": "All classes",
-        **{name: name.capitalize() for name in results.groups},
+        **{name: group_name(name).capitalize() for name in results.groups},
         "balanced_accuracy": "Balanced accuracy",
     }
     facts = [
@@ -158,15 +159,15 @@ def group_section(results: Results) -> list[page.Block]:
 
     blocks = []
     if groups:
-        *others, last = groups
+        *others, last = map(group_name, groups)
         blocks = [
             page.section(f"{', '.join(others)} and {last} classes".capitalize()),
             page.table(
                 ("Group", "Classes", "Training images per class"),
-                [(name, len(classes), count_range(classes)) for name, classes in groups.items()],
+                [(group_name(name), len(classes), count_range(classes)) for name, classes in groups.items()],
             ),
             page.paragraph("Accuracy in percent over the test images of the group, with 95 % intervals."),
-            _by_condition({name: name.capitalize() for name in groups}, conditions),
+            _by_condition({name: group_name(name).capitalize() for name in groups}, conditions),
         ]
     if "groups_of_ten" in conditions["clean"]:
         rows = folded(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from robal_jax.devices.output import Tolerant
 from robal_jax.reporting.headline import in_words
-from robal_jax.reporting.names import display_name, percent, with_interval
+from robal_jax.reporting.names import display_name, group_name, percent, with_interval
 from robal_jax.reporting.results import Results
 
 
@@ -24,7 +24,13 @@ def evaluation_table(results: Results, console: Console) -> None:
     """Prints a row per condition, in percent, and the outcome in words; the report has all intervals."""
     groups = list(results.summary["groups"])
     shown = (*groups, "balanced_accuracy", "f_score", "natural_error", "boundary_error")
-    headers = (*map(str.capitalize, groups), "Balanced", "Macro F", "Nat. err.", "Bound. err.")
+    headers = (
+        *(group_name(group).capitalize() for group in groups),
+        "Balanced",
+        "Macro F",
+        "Nat. err.",
+        "Bound. err.",
+    )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Percent of test images [95 % interval]")
     table.add_column("Condition", min_width=10)  # the one that breaks into lines where space is short
     for header in ("Accuracy", *headers):

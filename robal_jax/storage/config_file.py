@@ -22,6 +22,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.examples": 0,
     "evaluation.budget": {"name": "constant"},
     "evaluation.weights": "current",
+    "evaluation.groups": "thirds",
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
     "threat.scaled_steps": True,
@@ -70,6 +71,9 @@ NOT_JUDGED = (
     "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
 )  # fmt: skip
 """Beginnings of the names of the fields of an evaluation on which no look during the training depends."""
+
+GROUPING = ("evaluation.groups", "evaluation.head_classes", "evaluation.tail_classes")
+"""Names of the fields of an evaluation on which no attack depends: its figures follow from what is stored."""
 
 EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout", "train.select")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""

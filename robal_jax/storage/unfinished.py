@@ -10,7 +10,7 @@ import numpy as np
 
 from robal_jax.devices import hosts
 from robal_jax.errors import UNREACHABLE
-from robal_jax.storage.config_file import evaluation_fields
+from robal_jax.storage.config_file import GROUPING, evaluation_fields
 from robal_jax.storage.files import replacing
 
 SAVE_SECONDS = 30.0  # between two saves
@@ -33,7 +33,7 @@ class Unfinished:
         Args:
           path: of the file.
           identity: JSON values on which the results depend. The file is read only if it has the same values;
-            of ``config``, only the :func:`evaluation_fields` are compared.
+            of ``config``, only the fields of :func:`compared` count.
         """
         self._path, self._identity = path, json.loads(json.dumps(identity))
         self.arrays = hosts.by_first(self._read)
@@ -96,9 +96,12 @@ def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
 def compared(written: dict[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of ``written`` to compare with ``identity``.
 
-    Of ``config``, it has the fields that an evaluation depends on.
+    Of ``config``, it has the fields on which what an evaluation finds depends.
     """
     if "method" in written:  # robal_jax 0.1.0 stored everything that its report said
         written = {name: written.get(name) for name in identity}
     config = written.get("config")
-    return {**written, "config": evaluation_fields(config)} if isinstance(config, dict) else written
+    if not isinstance(config, dict):
+        return written
+    fields = {name: value for name, value in evaluation_fields(config).items() if name not in GROUPING}
+    return {**written, "config": fields}
