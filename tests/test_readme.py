@@ -41,6 +41,7 @@ def test_commands(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     method = next(code for code in PYTHON if "def inverse_frequency" in code)
     (tmp_path / "my_method.py").write_text(method)
+    (tmp_path / "my_statistics.py").write_text(next(code for code in PYTHON if "def errors" in code))
     assert len(BASH) > 4
     for command in BASH[2:]:
         assert ".venv/bin/python experiments/" in command

@@ -12,9 +12,11 @@ from conftest import ROOT
 
 from experiments import reproduce
 from experiments.paper.configs_readme import configs_readme
+from experiments.paper.cost import passes, seconds
 from experiments.paper.plan import Job, Request, commands, make_plan, row_config, run_name
 from experiments.paper.published import DATA_SETS, TABLES, published, rows_of
 from experiments.paper.table import assemble, markdown
+from robal_jax import cli
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.reporting.results import Results
 
@@ -355,15 +357,137 @@ def test_a_table_without_published_figures():
     assert "composition is ours" in text
 
 
+# ---------------------------------------------------------------- methods after the paper
+
+
+def test_a_follow_up_is_tested_against_the_row_above():
+    request = request_for("followups", "at", "trades", "self_distilled")
+    percents = {"at": (50, 52, 54), "trades": (51, 54, 56), "self_distilled": (51, 54, 56)}
+    results = {
+        key: {"": {seed: result(clean=80, pgd_20=x, worst=x) for seed, x in enumerate(values)}}
+        for key, values in percents.items()
+    }
+    table = assemble(request, results)
+    at, trades, student = table["rows"]
+    assert "above" not in at
+    tests = {(t["condition"], t["group"]): t for t in trades["above"]["tests"]}
+    # The differences 1, 2, 2: t = (5 / 3) / (sqrt(1 / 3) / sqrt(3)) = 5 with two degrees of freedom.
+    assert tests["pgd_20", "tail"] == {
+        "condition": "pgd_20", "group": "tail", "difference": 1.6667, "p": 0.0377,
+    }  # fmt: skip
+    assert tests["clean", "all"]["p"] is None
+    assert student["above"]["to"] == "trades"
+    text = markdown(table)
+    assert text.startswith("# Table followups on digits_lt: the methods after RoBal")
+    assert "ours − paper" not in text
+    lines = [
+        [cell.strip() for cell in x.split("|")[1:-1]] for x in text.splitlines() if x.startswith("| TRADES")
+    ]
+    assert lines[2][3:] == ["+0.0", "—", "+1.7", "0.038", "+1.7", "0.038"]
+    assert "58.25" in text
+    assert "second-hand" in text
+
+
+@pytest.mark.parametrize("name", ["followups", "augmentation"])
+def test_published_figures_have_a_protocol(name):
+    """Every figure says what it was measured with; what no source gives is a dash."""
+    found = [each for row in TABLES[name].rows for each in row.elsewhere]
+    assert len(found) > 8
+    for each in found:
+        assert all(each), each
+        assert each.source.startswith(("first-hand", "second-hand"))
+        assert (each.aa == "—") == (each.attack == "—")
+        assert any(figure != "—" for figure in (each.clean, each.pgd, each.aa))
+
+
+def test_a_row_brings_its_teacher():
+    plan = make_plan(request_for("followups", "self_distilled", seeds=(0, 1)))
+    jobs = trainings(plan)
+    assert [job.key for job in jobs] == ["balanced_teacher", "self_distilled"] * 2
+    for teacher, student in zip(jobs[::2], jobs[1::2], strict=True):
+        assert student.config.train.teacher == str(teacher.workdir)
+        assert student.start == teacher.workdir
+        assert teacher.config.train.sampler == "balanced"
+        assert student.seed == teacher.seed
+    lines = commands(plan_row("followups", "self_distilled"), request_for("followups", "self_distilled"))
+    assert [line.split()[1] for line in lines] == [
+        f"experiments/{x}.py" for x in ("train", "train", "evaluate")
+    ]
+    with pytest.raises(InputError, match=r"row 'self_distilled' sets config.train.teacher itself"):
+        make_plan(request_for("followups", "self_distilled", overrides=("train.teacher=x",)))
+
+
+def plan_row(table, key, data="digits_lt"):
+    return rows_of(table, data, [key])[0]
+
+
+def test_all_rows_have_one_protocol():
+    request = request_for("followups", data="cifar10_lt")
+    for row in request.rows:
+        config = row_config(row, request)
+        assert config.model.name == "resnet18"
+        assert (config.threat.epsilon, config.evaluation.epsilon) == (8 / 255, 8 / 255)
+        assert (config.train.epochs, config.train.batch_size) == (100, 128)
+        assert tuple(config.schedule.milestones) == (75, 90)
+        assert row.key.endswith(("_ra", "_aua")) == (config.train.augmentation != "crop_flip")
+    longer = row_config(
+        request.rows[0], request_for("followups", data="cifar10_lt", overrides=("train.epochs=9",))
+    )
+    assert longer.train.epochs == 9
+
+
+def test_several_splits():
+    seeds = ((0, 0), (0, 1))
+    plan = make_plan(request_for("followups", "at", data="cifar10_lt", seeds=seeds))
+    jobs = trainings(plan)
+    assert [(job.config.seed, job.config.data.seed) for job in jobs] == list(seeds)
+    assert len({job.workdir for job in jobs}) == 2
+    assert {job.workdir.parent for job in jobs} == {trainings(make_plan(
+        request_for("followups", "at", data="cifar10_lt")
+    ))[0].workdir.parent}  # fmt: skip
+    with pytest.raises(InputError, match=r"config.data.seed is set by --splits"):
+        make_plan(request_for("followups", "at", data="cifar10_lt", seeds=seeds, overrides=("data.seed=1",)))
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "expected"),
+    [
+        ("at", (), 2 * 7 + 2),
+        ("plain", (), 2),
+        ("trades", (), 2 * 7 + 3 + 2),
+        ("trades_awp", (), 2 * 7 + 2 * 5),
+        ("fast", (), 2 * 1 + 2),
+        ("robustlt_at", (), 2 * 7 + 2 + 2),
+        ("taet", ("train.epochs=60", "attack.first_epoch=31"), 2 * 7 * 0.5 + 2 + 1),
+        ("self_distilled", ("objective.igdm=1.0",), 2 * 7 + 5 + 2),
+        ("at", ("attack.free_steps=8",), 2),
+    ],
+)
+def test_passes_per_image(method, overrides, expected):
+    config = cli.load_config(f"{CONFIGS}/{method}.py:digits_lt")
+    assert passes(cli.apply_overrides(config, [f"--config.{each}" for each in overrides])) == expected
+
+
+def test_seconds_of_runs(tmp_path):
+    """100 images of a batch of 20 at 50 images per second, and 60 at 20: 2 + 3 seconds."""
+    rows = [{"step": 5, "images_per_second": 50.0}, {"step": 8, "images_per_second": 20.0}, {"step": 8}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"batch_size": 20}}))
+    assert seconds([tmp_path, tmp_path / "none"]) == pytest.approx(5.0)
+    assert seconds([tmp_path / "none"]) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "unknown table ''; use one of 1, 2, 3, 4, S6, S7"),
+        ([], "unknown table ''; use one of 1, 2, 3, 4, S6, S7, followups, augm"),
         (["--table=5"], "unknown table '5'"),
         (["--table=2", "--rows=at,ldam"], "no row 'ldam'; use one of plain, at, trades"),
         (["--table=4", "--rows=at_100"], "on digits_lt has no row 'at_100'"),
         (["--table=1", "--seeds=0"], "--seeds is '0'"),
         (["--table=1", "--seeds=two"], "--seeds is 'two'"),
+        (["--table=followups", "--splits=0"], "--splits is '0'"),
+        (["--table=followups", "--splits=2"], "each seed has its own subset; leave --splits out"),
         (["--table=1", "--data=mnist"], "unknown data set 'mnist'; use one of digits_lt, cifar10_lt"),
         (["--table=1", "--config.train.epoch=1"], "use 'train.epochs'"),
     ],

@@ -280,7 +280,7 @@ _BALANCED = "CIFAR-10, balanced"
 
 _RERUN = "second-hand: an independent rerun of the released code"
 
-_NOTED = "second-hand: a note on RobustLT's paper"
+_NOTED = "second-hand: a note on RobustLT"
 
 
 def _rerun(data: str, network: str, clean: str, pgd: str, aa: str) -> Elsewhere:
@@ -301,7 +301,7 @@ def _balanced(network: str, clean: str, pgd: str, aa: str, attack: str = "standa
     return Elsewhere(_BALANCED, network, clean, pgd, aa, attack, "8/255", "—", "first-hand")
 
 
-_TAET = "second-hand: a note on TAET's table"
+_TAET = "second-hand: a note on TAET"
 
 _AUGMENTED = ("randaugment,crop_flip", "autoaugment,crop_flip")
 

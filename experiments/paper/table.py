@@ -280,16 +280,11 @@ def _follow_up_blocks(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         size = "—" if row["smallest_class"] is None else str(row["smallest_class"])
         body.append([row["label"], size, f"{row['passes']:g}", *cells])
     parts = ["## Difference to the row above, and cost", aligned(header, body, left=1)]
-    header = ["Row", "Clean", "PGD-20", "AA", "AutoAttack", "ε", "Network", "Data", "Checkpoint", "Source"]
-    body = [
-        [row["label"], *(each[x] for x in (
-            "clean", "pgd", "aa", "attack", "epsilon", "network", "data", "checkpoint", "source"
-        ))]
-        for row in rows
-        for each in row["elsewhere"]
-    ]  # fmt: skip
+    kept = ("network", "data", "checkpoint", "source", "epsilon", "attack", "clean", "pgd", "aa")
+    header = ["Row", "Network", "Data", "Checkpoint", "Source", "ε", "AutoAttack", "Clean", "PGD-20", "AA"]
+    body = [[row["label"], *(each[x] for x in kept)] for row in rows for each in row["elsewhere"]]
     if body:
-        parts += ["## Published, each with its own protocol", aligned(header, body, left=1)]
+        parts += ["## Published, each with its own protocol", aligned(header, body, left=7)]
     without = [row["label"] for row in rows if not row["elsewhere"]]
     if without:
         parts += [f"No published figures that could be read, or none: {', '.join(without)}."]

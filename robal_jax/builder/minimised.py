@@ -186,7 +186,7 @@ def _check_told(
             f"config.train.logged_passes is {config.train.logged_passes!r}, but objective {name!r} takes no "
             "attack; use 'nat', or leave it empty"
         )
-    parts = {"objective": function, **by_section}
+    parts = {**by_section, "objective": function}
     for section, part in parts.items():
         if not gathered and told(part, {"class_statistics": gathered}) is not part:
             raise InputError(
