@@ -39,7 +39,8 @@ def assemble(
     shown = {key: results[key][setting] for key, setting in chosen.items()}
     ours = {key: _by_seed(by_seed) for key, by_seed in shown.items()}
     found = [result for by_seed in shown.values() for result in by_seed.values() if result]
-    groups = list(found[0].summary["groups"]) if found else []
+    # Classes with equal numbers of images are one group; such a row may stand among others.
+    groups = max((list(result.summary["groups"]) for result in found), key=len, default=[])
     rows: list[dict[str, Any]] = []
     for row in request.rows:
         entry: dict[str, Any] = {
