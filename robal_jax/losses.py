@@ -631,6 +631,8 @@ def rebalanced(
       [0.8318 0.5545]
     """
     _check(logits, labels, class_counts)
+    if "predicted" not in class_statistics:
+        raise ValueError("class_statistics have no 'predicted'; gather the statistics 'predictions'")
     weights = rebalanced_weights(class_counts, class_statistics["predicted"])
     return cross_entropy(logits, labels, class_weights=weights, axis_name=axis_name)
 

@@ -207,8 +207,7 @@ def pgd_at(
     Returns:
       The loss, and the moments in that order.
 
-    Source: Madry et al. (ICLR 2018), RoBal's baseline AT; the second term, REAT (Li et al.,
-      arXiv:2307.10205).
+    Source: Madry et al. (ICLR 2018), RoBal's baseline AT; the second term: REAT (arXiv:2307.10205).
     """
     adversarial = adversarial_images(attack, model, params, stats, batch)
     if tail_weight:

@@ -147,6 +147,10 @@ def taking_radii(class_counts):
             ("class_statistics.name=predictions", "class_statistics.logged=True"),
             "config.train.logged_passes is ''; set it to 'adv'",
         ),
+        (
+            ("loss.name=rebalanced", "threat.budget.name=cfa"),
+            "class_statistics have no 'predicted'; gather the statistics 'predictions'",
+        ),
         (("attack.first_epoch=0",), "config.attack.first_epoch is 0; it must be > 0"),
         (("attack.first_epoch=3", "attack.batch_norm=batch_update"), "needs an attack in every epoch"),
         (("objective.tail_divergence=all", "objective.tail_weight=1"), "it must be one of batch, pair"),
