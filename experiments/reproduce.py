@@ -58,14 +58,14 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
         raise InputError(
             "on digits_lt each seed has its own subset; leave --splits out, and give more --seeds"
         )
-    runs = [(seed, split) for seed in range(int(seeds)) for split in range(int(splits))]
+    runs = [(seed, split) if split else seed for seed in range(int(seeds)) for split in range(int(splits))]
     keys = [key.strip() for key in values["rows"].split(",") if key.strip()]
     if values["rows"] and not keys:
         raise InputError(f"--rows is {values['rows']!r}; give keys of rows, or leave it out")
     return Request(
         table=values["table"],
         data=data,
-        seeds=tuple(runs if int(splits) > 1 else range(int(seeds))),
+        seeds=tuple(runs),
         rows=rows_of(values["table"], data, keys),
         overrides=tuple(override.lstrip("-").removeprefix("config.") for override in overrides),
         out=pathlib.Path(values["out"] or "runs/tables"),

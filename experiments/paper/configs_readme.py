@@ -57,7 +57,8 @@ together. `experiments/reproduce.py` makes the paper's tables with these configs
 
 {table}
 
-Configs without a row in tables 1 and 2:
+Configs without a row in tables 1 and 2. `experiments/reproduce.py --table=followups` compares the methods
+after the paper, and shows what was published on them, with its protocols:
 
 {others}
 

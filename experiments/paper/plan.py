@@ -20,7 +20,7 @@ from robal_jax.errors import InputError
 from robal_jax.storage.config_file import differences, to_json, training_fields, without_neutral
 
 Run = int | tuple[int, int]
-"""A seed of a training, or a pair of it and the seed of the long-tailed subset."""
+"""A seed of a training, or a pair of it and the seed of another long-tailed subset than the usual one."""
 
 
 class Request(NamedTuple):

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-import numpy as np
 import scipy.stats
 
 from experiments.paper.cost import passes
@@ -58,9 +57,8 @@ def assemble(
         if len(row.settings) > 1:
             entry |= {"chosen": chosen[row.key], "chosen_among": list(row.settings)}
         if table.follow_up:
-            entry |= _of_follow_up(
-                row, request, shown[row.key], rows[-1] if rows else None, entry["ours_by_group"]
-            )
+            above = rows[-1]["key"] if rows else ""
+            entry |= _of_follow_up(row, request, shown[row.key], above, shown.get(above, {}), groups)
         if row.baseline != row.key and row.baseline in ours:
             those = ours[row.baseline]
             pairs = {name: _minus(values, those.get(name, {})) for name, values in ours[row.key].items()}
@@ -96,8 +94,9 @@ def _of_follow_up(
     row: Row,
     request: Request,
     found: Mapping[Run, Results | None],
-    above: Mapping[str, Any] | None,
-    by_group: Mapping[str, Any],
+    key_above: str,
+    above: Mapping[Run, Results | None],
+    by_group: Iterable[str],
 ) -> dict[str, Any]:
     """Returns what a table of follow-up methods adds to a row: sizes, costs, other protocols, a test."""
     counts = [result.summary.get("class_counts") for result in found.values() if result]
@@ -107,32 +106,27 @@ def _of_follow_up(
         "passes": round(passes(row_config(row, request)), 1),
         "elsewhere": [each._asdict() for each in row.elsewhere],
     }
-    if above is None:
+    if not key_above:
         return entry
-    ours = _statistics(_by_seed(found))
-    pairs = {(name, "all"): (ours, above["ours"], name) for name in ours}
-    for group, figures in by_group.items():
-        pairs |= {(name, group): (figures, above["ours_by_group"].get(group, {}), name) for name in figures}
-    tested = {
-        key: _paired(here[name]["values"], there[name]["values"])
-        for key, (here, there, name) in pairs.items()
-        if name in there and len(here[name]["values"]) == len(there[name]["values"])
-    }
-    entry["above"] = {
-        "to": above["key"],
-        "tests": [{"condition": c, "group": g, **t} for (c, g), t in tested.items()],
-    }
+    tests = []
+    for group in ("all", *by_group):
+        figure = "accuracy" if group == "all" else group
+        here, there = (_by_seed(runs, figure) for runs in (found, above))
+        for condition in here:
+            pairs = _minus(here[condition], there.get(condition, {}))
+            if pairs:
+                tests.append({"condition": condition, "group": group, **_paired(list(pairs.values()))})
+    entry["above"] = {"to": key_above, "tests": tests}
     return entry
 
 
-def _paired(here: Sequence[float], there: Sequence[float]) -> dict[str, float | None]:
-    """Returns the mean difference of paired runs, and the p-value of a two-sided paired t-test.
+def _paired(differences: Sequence[float]) -> dict[str, float | None]:
+    """Returns the mean of differences of paired runs, and the p-value of a two-sided paired t-test.
 
     Without a spread the test says nothing: the value is None.
     """
-    differences = np.subtract(here, there)
-    mean = round(float(differences.mean()), 4)
-    if len(differences) < 2 or not differences.std():
+    mean = round(statistics.fmean(differences), 4)
+    if len(set(differences)) < 2:
         return {"difference": mean, "p": None}
     return {"difference": mean, "p": round(float(scipy.stats.ttest_1samp(differences, 0.0).pvalue), 4)}
 
@@ -182,7 +176,8 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Results])
     if fields["train"]["max_steps"]:
         length += f", but {fields['train']['max_steps']} steps at most"
     model = ", ".join([fields["model"].pop("name"), *filter(None, [printed(fields["model"])])])
-    seeds = f"mean ± standard deviation over {len(request.seeds)} seeds, differences seed by seed"
+    unit = "seed" if all(isinstance(run, int) for run in request.seeds) else "run"
+    seeds = f"mean ± standard deviation over {len(request.seeds)} {unit}s, differences {unit} by {unit}"
     notes = [
         f"Ours: {data}; model {model}; {length}, unless the row's config says otherwise; last checkpoint; "
         f"{seeds if len(request.seeds) > 1 else 'one seed'}."
