@@ -80,6 +80,22 @@ def test_staged_and_weighted():
         losses.weighted_by_radius(Z, Y, base=losses.focal, radius_factors=radii[:2])
 
 
+@pytest.mark.parametrize(("epoch", "named"), [(4, "first"), (5, "then")])
+def test_a_loss_whose_turn_it_is_not_gives_no_nan(epoch, named):
+    def invalid(logits, labels):
+        del labels
+        return jnp.sqrt(-1.0 - logits[:, 0] ** 2)
+
+    pair = {"first": invalid, "then": invalid, named: losses.cross_entropy}
+
+    @jax.jit
+    def gradient(z, epoch):
+        return jax.grad(lambda z: losses.staged(z, Y, **pair, start=5, epoch=epoch).mean())(z)
+
+    wanted = jax.grad(lambda z: losses.cross_entropy(z, Y).mean())(Z)
+    np.testing.assert_allclose(gradient(Z, jnp.int32(epoch)), wanted, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("divergence", regularisers.DIVERGENCES)
 @pytest.mark.parametrize(
     "labels", [np.array([4, 0, 3, 4, 1, 2]), np.array([0, 1, 2, 0, 1, 2])], ids=["tail", "none"]
