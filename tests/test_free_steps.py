@@ -15,6 +15,7 @@ from robal_jax.data import epoch_order, to_float
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
+from robal_jax.training import step as training_step
 
 SMALL = ("train.batch_size=64", "train.steps_per_dispatch=3", "schedule.warmup=0", "schedule.milestones=()")
 
@@ -202,9 +203,13 @@ def test_a_state_without_free_steps_has_no_perturbations():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run with a checkpoint after every epoch of five steps, and the digest that it ends with."""
-    workdir = tmp_path_factory.mktemp("free") / "run"
-    return workdir, trained(workdir)
+    """A run with a checkpoint after every epoch of five steps, and its last digest; it compiles once."""
+    workdir, original, traces = tmp_path_factory.mktemp("free") / "run", training.train_chunk, []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training_step, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
+        made = trained(workdir)
+    assert len(traces) == 1
+    return workdir, made
 
 
 def trained(workdir):
@@ -227,15 +232,6 @@ def test_a_run_resumes_between_two_showings(finished, tmp_path):
     assert any("resuming at step 5 of 15" in line for line in lines)
     assert again.name == path.name
     assert digest == sha256
-
-
-def test_one_compilation_serves_a_run(monkeypatch, tmp_path):
-    from robal_jax.training import step as training_step
-
-    original, traces = training.train_chunk, []
-    monkeypatch.setattr(training_step, "train_chunk", lambda *a, **k: traces.append(1) or original(*a, **k))
-    trained(tmp_path / "run")
-    assert len(traces) == 1
 
 
 LAYOUTS = """
