@@ -7,7 +7,6 @@ import re
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -73,22 +72,6 @@ def quickly_compiled(monkeypatch):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
-@pytest.fixture
-def not_compiled(monkeypatch):
-    """The loop of a device runs operation by operation, with the devices' axis; the step is still traced."""
-
-    def on_one(chunk, devices):
-        mapped = jax.vmap(chunk, in_axes=None, out_axes=None, axis_name=parallel.AXIS, axis_size=1)
-
-        def run(state, data, rows, count, key, positions):
-            rows, positions = jax.tree.map(jnp.asarray, (rows, positions))
-            return mapped(state, data, rows, count, key, positions)
-
-        return run
-
-    monkeypatch.setitem(parallel.LAYOUTS, "jit", on_one)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", DATA)
 def test_builds(method, data):
@@ -101,28 +84,11 @@ def test_builds(method, data):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", DATA)
-def test_trains_two_steps(request, method, data):
-    """On one data set the loop is compiled; on the others it is traced and runs operation by operation."""
+def test_trains_two_steps(method, data):
     job = builder.training(toy_config(method, data))
-    if data == "cifar10_lt":
-        request.getfixturevalue("quickly_compiled")
-        before, state, sums = two_steps(job)
-    else:
-        request.getfixturevalue("not_compiled")
-        with jax.disable_jit():
-            before, state, sums = two_steps(job)
-    assert int(state.step) == 2
-    assert np.isfinite(float(sums["loss"]))
-    moved = [
-        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)
-    ]
-    assert any(moved)
-
-
-def two_steps(job):
-    """The parameters before two steps, the state after them, and the sums of their metrics."""
     state = jax.jit(lambda: initial_state(job))()
     before = jax.device_get(state.params)
     images = training.Examples(job.data.train_images, job.data.train_labels)
@@ -130,7 +96,13 @@ def two_steps(job):
     devices = jax.devices()
     state, images, key = parallel.replicate((state, images, jax.random.key(0)), devices)
     chunk = training.compiled_chunk(job, devices)
-    return before, *chunk(state, images, ids, 2, key, training.positions(job))
+    state, sums = chunk(state, images, ids, 2, key, training.positions(job))
+    assert int(state.step) == 2
+    assert np.isfinite(float(sums["loss"]))
+    moved = [
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)
+    ]
+    assert any(moved)
 
 
 @pytest.mark.parametrize("method", METHODS)
