@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 
@@ -83,10 +84,16 @@ def test_builds(method, data):
     builder.evaluation(again)  # with the training
 
 
+# Each is a compilation: without ROBAL_EVERY_CONFIG a method trains on one data set, the next on the next one.
+def left_out(method, data):
+    return list(DATA)[METHODS.index(method) % len(DATA)] != data and "ROBAL_EVERY_CONFIG" not in os.environ
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quickly_compiled")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(
+    ("method", "data"), [(method, data) for data in DATA for method in METHODS if not left_out(method, data)]
+)
 def test_trains_two_steps(method, data):
     job = builder.training(toy_config(method, data))
     state = jax.jit(lambda: initial_state(job))()
