@@ -14,7 +14,7 @@ from experiments import reproduce
 from experiments.paper.configs_readme import configs_readme
 from experiments.paper.cost import passes, seconds
 from experiments.paper.plan import Job, Request, commands, make_plan, row_config, run_name
-from experiments.paper.published import DATA_SETS, TABLES, published, rows_of
+from experiments.paper.published import DATA_SETS, TABLES, WITHOUT_TABLE, published, rows_of
 from experiments.paper.table import assemble, markdown
 from robal_jax import cli
 from robal_jax.errors import DivergedError, InputError
@@ -59,7 +59,7 @@ def test_number_of_rows():
         "S6": 16,
         "S7": 6,
         "followups": 25,
-        "augmentation": 16,
+        "augmentation": 18,
     }
 
 
@@ -97,6 +97,11 @@ def test_the_readme_of_the_configs_is_up_to_date():
                 figures = published(TABLES[name], row, data)
                 shown = [f"{figures[c]:.2f}" for c in ("clean", "pgd_20", "robal_aa") if figures]
                 assert all(f" {figure} |" in lines[f"{row.config}.py"] for figure in shown)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    for row in (*TABLES["followups"].rows, *TABLES["augmentation"].rows, *WITHOUT_TABLE):
+        for each in row.elsewhere:
+            named = [f"`{row.config}.py`: {row.label}", each.network, each.data]
+            assert any(line[:3] == named and line[-2:] == [each.pgd, each.aa] for line in cells)
 
 
 def test_table_1_shares_runs():
@@ -381,11 +386,51 @@ def test_a_follow_up_is_tested_against_the_row_above():
     assert text.startswith("# Table followups on digits_lt: the methods after RoBal")
     assert "ours − paper" not in text
     lines = [
-        [cell.strip() for cell in x.split("|")[1:-1]] for x in text.splitlines() if x.startswith("| TRADES")
+        [cell.strip() for cell in x.split("|")[1:-1]] for x in text.splitlines() if x.startswith("| TRADES ")
     ]
     assert lines[2][3:] == ["+0.0", "—", "+1.7", "0.038", "+1.7", "0.038"]
     assert "58.25" in text
     assert "second-hand" in text
+    assert "no figures: its paper's tables could not be read" in text
+
+
+def test_runs_of_the_same_seed_are_paired():
+    """The first row lacks seed 0, and the second seed 2: only seed 1 is left, which has no spread."""
+    request = request_for("followups", "at", "trades")
+    results = {
+        "at": {"": {0: None, 1: result(clean=50, worst=9), 2: result(clean=60, worst=9)}},
+        "trades": {"": {0: result(clean=10, worst=9), 1: result(clean=53, worst=9), 2: None}},
+    }
+    tests = assemble(request, results)["rows"][1]["above"]["tests"]
+    assert {"condition": "clean", "group": "all", "difference": 3.0, "p": None} in tests
+
+
+def test_equal_differences_have_no_p():
+    """80.3 - 80.2 and 50.3 - 50.2 are not the same double, but the same tenth of a point."""
+    request = request_for("followups", "at", "trades", seeds=(0, 1))
+    results = {
+        key: {"": {seed: result(clean=x + more, worst=9) for seed, x in enumerate((80.2, 50.2))}}
+        for key, more in (("at", 0.0), ("trades", 0.1))
+    }
+    tests = assemble(request, results)["rows"][1]["above"]["tests"]
+    assert {"condition": "clean", "group": "all", "difference": 0.1, "p": None} in tests
+
+
+def test_the_ratio_of_a_table_is_that_of_its_rows():
+    """The balanced reference is the first row, and has another ratio than the rest."""
+    one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}
+    request = request_for("followups", "at_balanced", "at", data="cifar10_lt", seeds=(0,))
+    notes = assemble(request, dict.fromkeys(("at_balanced", "at"), one))["notes"]
+    assert "CIFAR-10-LT, exp profile, IR 50;" in notes[0]
+
+
+def test_a_table_of_several_splits_says_so():
+    seeds = (0, (0, 1))
+    request = request_for("followups", "at", data="cifar10_lt", seeds=seeds)
+    found = {run: result(clean=80, pgd_20=50, worst=40) for run in seeds}
+    notes = assemble(request, {"at": {"": found}})["notes"]
+    assert "over 2 runs, each with its own seed and subset, differences run by run" in notes[0]
+    assert any("are not independent" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["followups", "augmentation"])
@@ -393,6 +438,8 @@ def test_published_figures_have_a_protocol(name):
     """Every figure says what it was measured with; what no source gives is a dash."""
     found = [each for row in TABLES[name].rows for each in row.elsewhere]
     assert len(found) > 8
+    for row in TABLES[name].rows:
+        assert bool(row.elsewhere) != bool(row.unpublished), row.key
     for each in found:
         assert all(each), each
         assert each.source.startswith(("first-hand", "second-hand"))
@@ -422,7 +469,7 @@ def plan_row(table, key, data="digits_lt"):
 
 
 def test_all_rows_have_one_protocol():
-    request = request_for("followups", data="cifar10_lt")
+    request, evaluations = request_for("followups", data="cifar10_lt"), []
     for row in request.rows:
         config = row_config(row, request)
         assert config.model.name == "resnet18"
@@ -430,6 +477,13 @@ def test_all_rows_have_one_protocol():
         assert (config.train.epochs, config.train.batch_size) == (100, 128)
         assert tuple(config.schedule.milestones) == (75, 90)
         assert row.key.endswith(("_ra", "_aua")) == (config.train.augmentation != "crop_flip")
+        evaluation = config.evaluation.to_dict()
+        methods_own = ("logit_scale", "tau_p", "weights")
+        evaluations.append({key: x for key, x in evaluation.items() if key not in methods_own})
+    assert all(each == evaluations[0] for each in evaluations)
+    assert evaluations[0]["step_size"] == 2 / 255
+    smaller = request_for("followups", data="cifar10_lt", overrides=("evaluation.epsilon=4/255",))
+    assert row_config(smaller.rows[2], smaller).evaluation.step_size == 1 / 255
     longer = row_config(
         request.rows[0], request_for("followups", data="cifar10_lt", overrides=("train.epochs=9",))
     )

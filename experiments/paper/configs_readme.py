@@ -1,10 +1,11 @@
 """``configs/README.md``: all config files, with the figures that the paper published for them."""
 
 import ast
+import itertools
 import pathlib
 
-from experiments.paper.published import CIFAR, TABLES, published
-from experiments.paper.table import aligned
+from experiments.paper.published import CIFAR, TABLES, WITHOUT_TABLE, published
+from experiments.paper.table import aligned, elsewhere_table
 from robal_jax.reporting.names import paper_name
 
 
@@ -26,8 +27,22 @@ def configs_readme(folder: pathlib.Path) -> str:
             others.append(f"- `{path.name}`: {about.partition(chr(10))[0]}")
     tables = [_with_overrides(name) for name in ("3", "4")]
     return _README.format(
-        table=aligned(header, body, left=2), others="\n".join(others), tables="\n\n".join(tables)
+        table=aligned(header, body, left=2),
+        others="\n".join(others),
+        after=_after_the_paper(),
+        tables="\n\n".join(tables),
     )
+
+
+def _after_the_paper() -> str:
+    """Returns the figures of the methods after the paper, each with its protocol."""
+    tables = (table.rows for table in TABLES.values() if table.follow_up)
+    rows = {row.key: row for row in (*itertools.chain(*tables), *WITHOUT_TABLE)}
+    by_config = sorted(rows.values(), key=lambda row: row.config)
+    named = [
+        (f"`{row.config}.py`: {row.label}", [e._asdict() for e in row.elsewhere], "") for row in by_config
+    ]
+    return elsewhere_table("Config", named)
 
 
 def _with_overrides(name: str) -> str:
@@ -57,10 +72,15 @@ together. `experiments/reproduce.py` makes the paper's tables with these configs
 
 {table}
 
-Configs without a row in tables 1 and 2. `experiments/reproduce.py --table=followups` compares the methods
-after the paper, and shows what was published on them, with its protocols:
+Configs without a row in tables 1 and 2:
 
 {others}
+
+Published figures of the methods after the paper, in percent, each with its protocol. AutoAttack with 10
+iterations is an upper estimate of that with 100. A dash: not known. `experiments/reproduce.py` trains these
+methods with one protocol, with `--table=followups` and `--table=augmentation`.
+
+{after}
 
 {tables}
 

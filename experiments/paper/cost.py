@@ -38,9 +38,8 @@ def passes(config: Any) -> float:
     forward += len(list(filter(None, train.logged_passes.split(","))))
     if attack.batch_norm.startswith("batch_update"):
         forward += steps + attack.batch_norm.endswith("end")
-    if (
-        attack.alignment
-    ):  # two gradients with respect to images, and the gradient of both: as much again, twice
+    if attack.alignment:
+        # Two gradients with respect to images, and the gradient of both: as much again, twice.
         forward, backward = forward + 2, backward + 6
     if attack.free_steps:
         return 2.0

@@ -84,6 +84,8 @@ PROTOCOL = ("evaluation.autoattack=robal_aa", "evaluation.audit.examples=0")
 def _protocol(row: Row, request: Request) -> tuple[str, ...]:
     """Returns the overrides of all rows of a table, but for fields that the row or the user sets."""
     own = {override.partition("=")[0] for override in (*row.overrides, *request.overrides)}
+    if own & {"threat.epsilon", "evaluation.epsilon"}:
+        own.add("evaluation.step_size")  # it follows the user's radius
     protocol = TABLES[request.table].protocol.get(request.data, ())
     return tuple(override for override in protocol if override.partition("=")[0] not in own)
 

@@ -11,6 +11,7 @@ import scipy.stats
 from experiments.paper.cost import passes
 from experiments.paper.plan import Request, Run, commands, row_config
 from experiments.paper.published import CHOSEN_BY, DATA_SETS, FAKE_GAINS, TABLES, Row, published
+from robal_jax.reporting.comparison import printed_p
 from robal_jax.reporting.names import display_name, paper_name, printed
 from robal_jax.reporting.results import Results
 from robal_jax.storage.config_file import to_json
@@ -105,6 +106,7 @@ def _of_follow_up(
         "smallest_class": min(smallest, default=None),
         "passes": round(passes(row_config(row, request)), 1),
         "elsewhere": [each._asdict() for each in row.elsewhere],
+        "unpublished": row.unpublished,
     }
     if not key_above:
         return entry
@@ -168,7 +170,8 @@ def _minus(these: Mapping[Any, float], those: Mapping[Any, float]) -> dict[Any, 
 
 def _notes(request: Request, published_on: str | None, found: Sequence[Results]) -> list[str]:
     table = TABLES[request.table]
-    fields = json.loads(to_json(row_config(request.rows[0], request)))
+    usual = [row for row in request.rows if not any("data.ratio" in each for each in row.overrides)]
+    fields = json.loads(to_json(row_config((usual or request.rows)[0], request)))
     data = f"{DATA_SETS[request.data]}, {fields['data']['profile']} profile"
     if len({override for row in table.rows for override in row.overrides if "data.ratio" in override}) < 2:
         data += f", IR {1 / fields['data']['ratio']:g}"
@@ -176,8 +179,9 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Results])
     if fields["train"]["max_steps"]:
         length += f", but {fields['train']['max_steps']} steps at most"
     model = ", ".join([fields["model"].pop("name"), *filter(None, [printed(fields["model"])])])
-    unit = "seed" if all(isinstance(run, int) for run in request.seeds) else "run"
-    seeds = f"mean ± standard deviation over {len(request.seeds)} {unit}s, differences {unit} by {unit}"
+    unit = "seed" if all(isinstance(run, int) for run in request.seeds) else "seed and subset"
+    over, each = ("seeds", unit) if unit == "seed" else (f"runs, each with its own {unit}", "run")
+    seeds = f"mean ± standard deviation over {len(request.seeds)} {over}, differences {each} by {each}"
     notes = [
         f"Ours: {data}; model {model}; {length}, unless the row's config says otherwise; last checkpoint; "
         f"{seeds if len(request.seeds) > 1 else 'one seed'}."
@@ -199,15 +203,18 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Results])
         notes.append("†: the paper itself says that the gain under PGD-20 is fake; compare AA.")
     if table.follow_up:
         notes.append(
-            "p: two-sided paired t-test over the runs, each with the run of the same seed in the row above; "
-            "not corrected for the number of tests. With three runs it finds only differences that are "
-            "several times their spread, and a large p does not say that two methods are equal."
+            f"p: two-sided paired t-test over the runs, each with the run of the same {unit} in the row "
+            "above; not corrected for the number of tests. With three runs p is below 0.05 only if the mean "
+            "difference is more than 2.5 times the standard deviation of the differences, and a large p does "
+            "not say that two methods are equal."
+            + " Runs of one seed, or of one subset, are not independent, as the test assumes."
+            * (each == "run")
         )
         notes.append(
             "Passes per image: forward and backward passes of the network per image shown, each counted as "
-            "one. Smallest class: its training images. Published figures are not compared with ours, "
-            "because no two protocols agree; AutoAttack with 10 iterations is an upper estimate of that "
-            "with 100."
+            "one, without the training of a teacher. Smallest class: its training images. Published figures "
+            "are not compared with ours, because no two protocols agree; AutoAttack with 10 iterations is "
+            "an upper estimate of that with 100."
         )
     return [*notes, *filter(None, [table.note])]
 
@@ -271,20 +278,35 @@ def _follow_up_blocks(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         cells = []
         for key in shown:
             test = tests.get(key)
-            p = "—" if test is None or test["p"] is None else f"{test['p']:.3f}"
+            p = "—" if test is None or test["p"] is None else printed_p(test["p"]).lstrip("p= ")
             cells += ["—" if test is None else _one_decimal(test["difference"], "+"), p]
         size = "—" if row["smallest_class"] is None else str(row["smallest_class"])
         body.append([row["label"], size, f"{row['passes']:g}", *cells])
     parts = ["## Difference to the row above, and cost", aligned(header, body, left=1)]
-    kept = ("network", "data", "checkpoint", "source", "epsilon", "attack", "clean", "pgd", "aa")
-    header = ["Row", "Network", "Data", "Checkpoint", "Source", "ε", "AutoAttack", "Clean", "PGD-20", "AA"]
-    body = [[row["label"], *(each[x] for x in kept)] for row in rows for each in row["elsewhere"]]
-    if body:
-        parts += ["## Published, each with its own protocol", aligned(header, body, left=7)]
-    without = [row["label"] for row in rows if not row["elsewhere"]]
-    if without:
-        parts += [f"No published figures that could be read, or none: {', '.join(without)}."]
-    return parts
+    figures = [(row["label"], row["elsewhere"], row["unpublished"]) for row in rows]
+    return [*parts, "## Published, each with its own protocol", elsewhere_table("Row", figures)]
+
+
+_ELSEWHERE = {
+    "network": "Network", "data": "Data", "checkpoint": "Checkpoint", "source": "Source", "epsilon": "ε",
+    "attack": "AutoAttack", "clean": "Clean", "pgd": "PGD-20", "aa": "AA",
+}  # fmt: skip
+
+
+def elsewhere_table(first: str, rows: Iterable[tuple[str, Sequence[Mapping[str, str]], str]]) -> str:
+    """Returns published figures with the protocol of each as a Markdown table.
+
+    Args:
+      first: heading of the first column.
+      rows: its cell, the fields of each ``Elsewhere``, and why there are none ('': no line then).
+    """
+    body = []
+    for label, figures, unpublished in rows:
+        body += [[label, *(figure[field] for field in _ELSEWHERE)] for figure in figures]
+        if unpublished:
+            why = {"source": f"no figures: {unpublished}"}
+            body.append([label, *(why.get(field, "—") for field in _ELSEWHERE)])
+    return aligned([first, *_ELSEWHERE.values()], body, left=7)
 
 
 def _label(row: Mapping[str, Any]) -> str:
