@@ -351,6 +351,10 @@ def squared_error(logits: chex.Array, other_logits: chex.Array) -> chex.Array:
     return jnp.sum((jax.nn.softmax(logits) - jax.nn.softmax(other_logits)) ** 2, axis=-1)
 
 
+HARL_TINY = 1e-10
+"""Is added to the divisors of :func:`harl`, as in the released code."""
+
+
 def harl(
     logits: chex.Array,
     labels: chex.Array,
@@ -364,7 +368,8 @@ def harl(
 
     ``L = alpha mean_c l_c + beta mean_c (l_c - mean_k l_k)^2 + gamma sum_c (l_c / sum_k l_k)^2``
 
-    where ``l_c`` is the mean cross entropy of the batch's images of class ``c``, and 0 if there is none.
+    where ``l_c`` is the mean cross entropy of the batch's images of class ``c``, and 0 if there is none. As
+    released, 1e-10 is added to divisors.
 
     Args:
       logits: ``z [B, K]``.
@@ -391,9 +396,8 @@ def harl(
     sums, counts = values @ own, own.sum(0)
     if axis_name is not None:
         sums, counts = jax.lax.psum((sums, counts), axis_name)
-    of_class = sums / jnp.maximum(counts, 1)
-    mean, total = of_class.mean(), of_class.sum()
-    shares = of_class / jnp.where(total > 0, total, 1.0)
+    of_class = sums / (counts + HARL_TINY)
+    mean, shares = of_class.mean(), of_class / (of_class.sum() + HARL_TINY)
     value = alpha * mean + beta * jnp.mean((of_class - mean) ** 2) + gamma * jnp.sum(shares**2)
     return jnp.full_like(values, value)
 
