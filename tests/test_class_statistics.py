@@ -109,6 +109,14 @@ def growing(class_counts):
     )
 
 
+def of_integers(class_counts):
+    return ClassStatistics(
+        lambda: {"a": jnp.zeros(2, int)},
+        lambda labels, logits: {"a": jnp.ones(2)},
+        lambda arrays, sums, epoch, ends: {"a": arrays["a"] + sums["a"]},
+    )
+
+
 def taking_radii(class_counts):
     return ClassStatistics(
         lambda: {"radii": jnp.zeros(2)}, lambda labels, logits: {}, lambda arrays, sums, epoch, ends: arrays
@@ -124,6 +132,11 @@ def taking_radii(class_counts):
         ),
         (("class_statistics.name=test_class_statistics:ten_numbers",), "must return robal_jax.class_stat"),
         (("class_statistics.name=test_class_statistics:growing",), "returns its arrays with 'a'"),
+        (
+            ("class_statistics.name=test_class_statistics:of_integers",),
+            r"begins with 'a' as int32\[2\], not floats \[2\], which a step cannot keep",
+        ),
+        (("train.images_per_class=100001",), r"images_per_class is 100001; it must be in 0..10\^5"),
         (
             ("class_statistics.name=test_class_statistics:taking_radii", "threat.budget.name=cfa"),
             "both keep an array 'radii'; rename that of your own",

@@ -38,7 +38,7 @@ CONTRACTS = {
     "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
     "perturbation": "return a robal_jax.perturbations.Perturbation whose params are like the params",
     "budget": "return one radius per class, [K] numbers > 0",
-    "class statistics": "return robal_jax.class_statistics.ClassStatistics whose arrays keep their shapes",
+    "class statistics": "return robal_jax.class_statistics.ClassStatistics of floats that keep their shapes",
     "average": "return a robal_jax.averages.Average of params, and perhaps stats, that are like the weights",
     "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
     "too, and return one per step",
@@ -380,7 +380,7 @@ def check_budget(name: str, budget: Any, classes: int) -> None:
         radii, before, after = jax.eval_shape(used, epoch, ends, *shapes)
     if not is_float(radii, (classes,)):
         raise broken("budget", name, f"returns radii as {described(radii)}")
-    problem = unlike(after, before)
+    problem = unlike(before, before) or unlike(after, before)
     if problem:
         raise broken("budget", name, f"returns its arrays with {problem}")
 
@@ -402,6 +402,9 @@ def check_class_statistics(name: str, statistics: Any, classes: int) -> None:
         raise broken(
             "class statistics", name, f"begins as {described(before)}, not as a dictionary of arrays,"
         )
+    problem = unlike(before, before)
+    if problem:
+        raise broken("class statistics", name, f"begins with {problem} which a step cannot keep")
     problem = unlike(after, before)
     if problem:
         raise broken("class statistics", name, f"returns its arrays with {problem}")

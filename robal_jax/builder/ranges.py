@@ -110,8 +110,7 @@ _FACTOR_FIELDS = (
 )  # fmt: skip
 
 _NOT_NEGATIVE_FIELDS = (
-    "attack.alignment", "attack.free_steps", "train.images_per_class",
-    "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
+    "attack.alignment", "attack.free_steps", "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
     "evaluation.audit.examples", "evaluation.examples", "optimizer.clip_norm", "optimizer.weight_decay",
 )  # fmt: skip
 
@@ -146,6 +145,7 @@ RANGES: dict[str, Rule] = {
         f"one of {', '.join(objectives.BATCH_NORM_ORDERS)}, or a list of nat and adv",
         lambda value: value in objectives.BATCH_NORM_ORDERS or _are_passes(value),
     ),
+    "train.images_per_class": ("in 0..10^5", lambda value: 0 <= value <= 10**5),
     "objective.tail_divergence": _one_of(regularisers.DIVERGENCES),
     **dict.fromkeys(("objective.tail_weight", "objective.kd", "objective.igdm"), NOT_NEGATIVE),
     "train.logged_passes": ("'', or a list of nat and adv", lambda value: not value or _are_passes(value)),
