@@ -6,8 +6,8 @@ AA:
     python experiments/train.py --config=configs/at_awp.py:cifar10_lt --workdir=runs/cifar10_lt/at_awp
 
 The released code attacks in training mode and moves the running statistics in each step of the attack:
-``--config.attack.batch_norm=batch_update_end --config.train.logged_passes=nat``. That costs evaluations with
-running statistics of attack iterates, so it is not the default here.
+``--config.attack.batch_norm=batch_update_end --config.train.logged_passes=nat``. The running statistics are
+then mostly those of half-made adversarial images, so it is not the default here.
 """
 
 from configs import base

@@ -81,21 +81,23 @@ def get_config(data: str) -> ConfigDict:
     # Epoch, counted from 1, in which the attack begins; before it, the images are shown as they are (TAET:
     # 41).
     config.attack.first_epoch = 1
-    # DAFA's released code: after each step another one of the common size, within the common epsilon.
+    # DAFA's released code around AT: each step by the class's radius is followed by one by the common radius,
+    # in the same direction, and the result stays within the common radius.
     config.attack.second_step = False
     config.attack.alignment = 0.0  # weight of GradAlign's regulariser (0.2 for 8/255 in its paper); 0: none
 
     config.optimizer = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 2e-4})
     config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     config.optimizer.trainable = ""  # beginning of the trained parameters' names ('classifier'); '': all
-    # Weights at which a step's gradient is taken: 'none' (the weights themselves), or 'awp' (gamma,
-    # start, an epoch, and direction).
+    # Weights at which a step's gradient is taken: 'none' (the weights themselves), or 'awp' (gamma;
+    # start, an epoch; direction; counts_pass).
     config.perturbation = ConfigDict({"name": "none"})
     # An average of the weights, kept beside them: 'none', 'ema' (decay; warmup in epochs), 'per_epoch' (CFA:
     # decay) or 'swa' (start in epochs).
     config.average = ConfigDict({"name": "none"})
     # What is gathered of the classes in one epoch, and read by losses and objectives in the next: 'none', or
-    # 'predictions' (REAT: how often each class is predicted for adversarial images).
+    # 'predictions' (REAT: how often each class is predicted for adversarial images; logged=True: in the
+    # logged pass, as RobustLT's code counts).
     config.class_statistics = ConfigDict({"name": "none"})
     # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='not_batch_norm'.
     config.optimizer.nesterov = False  # Nesterov's momentum
@@ -145,9 +147,9 @@ def _train() -> ConfigDict:
     config.augmentation = "crop_flip"
     config.mixing = "none"  # or 'cutmix': boxes of other images of the batch, each label with its share
     config.batch_norm_momentum = 0.1  # weight of a batch in the running statistics
-    # Training passes after each update, with the new weights, that only move the running statistics, in their
-    # order: 'adv,nat' in RobustLT's released code, 'nat' in those of CFA and AWP, which make them for their
-    # logs.
+    # Training passes of the new weights after each update. They train nothing and move only batch norm's
+    # running statistics. RobustLT's released code makes 'adv,nat', CFA's and AWP's 'nat', for the sake of
+    # their logs.
     config.logged_passes = ""
     # s in [0, 1): the loss becomes (1 - s) l(z, y) + s mean_k l(z, k), the loss of the attack stays as it is.
     config.label_smoothing = 0.0  # 0: none; 0.1 in Wang et al. (ICML 2023)

@@ -6,8 +6,8 @@ second-hand: AT 58.25 / 27.28, with RobustLT 61.59 / 28.97:
     python experiments/train.py --config=configs/robustlt_at.py:cifar10_lt \
         --workdir=runs/cifar10_lt/robustlt_at
 
-The released code trains a WideResNet-28-10 on three splits of the data, standardises the images in the
-network, which this config does not, and evaluates with steps of 1/255.
+The released code trains a WideResNet-28-10 on three long-tailed subsets of its own, standardises the images
+in the network, which this config does not, and evaluates with steps of 1/255.
 """
 
 from configs import base

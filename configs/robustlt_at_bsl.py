@@ -7,8 +7,8 @@ with AutoAugment:
     python experiments/train.py --config=configs/robustlt_at_bsl.py:cifar10_lt \
         --workdir=runs/cifar10_lt/robustlt_at_bsl
 
-The released code trains a WideResNet-28-10 on three splits of the data, standardises the images in the
-network, which this config does not, and evaluates with steps of 1/255.
+The released code trains a WideResNet-28-10 on three long-tailed subsets of its own, standardises the images
+in the network, which this config does not, and evaluates with steps of 1/255.
 """
 
 from configs import at_bsl, base
@@ -17,7 +17,7 @@ from configs import at_bsl, base
 def get_config(data: str = "digits_lt") -> base.ConfigDict:
     """The radii and their rise as published; the digits take those of CIFAR-10-LT."""
     config = at_bsl.get_config(data)
-    config.objective.batch_norm_order = "adv,nat"  # a pass that no loss reads
+    config.objective.batch_norm_order = "adv,nat"  # as released: no loss reads nat, which moves statistics
     if data != "digits_lt":
         config.train.augmentation = f"autoaugment,{config.train.augmentation}"
     return base.robustlt(config, data, beta_tiny=0.6)

@@ -6,8 +6,8 @@ second-hand: AWP 59.66 / 28.50, with RobustLT 65.22 / 29.11:
     python experiments/train.py --config=configs/robustlt_awp.py:cifar10_lt \
         --workdir=runs/cifar10_lt/robustlt_awp
 
-The released code trains a WideResNet-28-10 on three splits of the data, standardises the images in the
-network, which this config does not, and evaluates with steps of 1/255.
+The released code trains a WideResNet-28-10 on three long-tailed subsets of its own, standardises the images
+in the network, which this config does not, and evaluates with steps of 1/255.
 """
 
 from configs import at_awp, base

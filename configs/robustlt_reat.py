@@ -5,8 +5,8 @@ Zhang et al. (CVPR 2026). Not a row of RoBal's tables. Its figures on CIFAR-10-L
     python experiments/train.py --config=configs/robustlt_reat.py:cifar10_lt \
         --workdir=runs/cifar10_lt/robustlt_reat
 
-The released code trains a WideResNet-28-10 on three splits of the data, standardises the images in the
-network, which this config does not, and evaluates with steps of 1/255.
+The released code trains a WideResNet-28-10 on three long-tailed subsets of its own, standardises the images
+in the network, which this config does not, and evaluates with steps of 1/255.
 """
 
 from configs import base, reat

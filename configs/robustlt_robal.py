@@ -6,8 +6,8 @@ AA with 10 iterations, second-hand: RoBal 72.73 / 32.29 / 28.92, with RobustLT 7
     python experiments/train.py --config=configs/robustlt_robal.py:cifar10_lt \
         --workdir=runs/cifar10_lt/robustlt_robal
 
-The released code trains a WideResNet-28-10 on three splits of the data, standardises the images in the
-network, which this config does not, and evaluates with steps of 1/255.
+The released code trains a WideResNet-28-10 on three long-tailed subsets of its own, standardises the images
+in the network, which this config does not, and evaluates with steps of 1/255.
 """
 
 from configs import base, robal_n

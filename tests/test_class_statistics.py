@@ -158,7 +158,7 @@ def taking_radii(class_counts):
         ),
         (
             ("class_statistics.name=predictions", "class_statistics.logged=True"),
-            "config.train.logged_passes is ''; set it to 'adv'",
+            "config.train.logged_passes is ''; add 'adv'",
         ),
         (
             ("loss.name=rebalanced", "threat.budget.name=cfa"),
@@ -180,7 +180,9 @@ def test_statistics_need_an_objective_that_shows_attacks():
     config = cli.load_config("configs/at.py:digits_lt")
     changes = ("class_statistics.name=predictions", "objective.name=plain")
     config = cli.apply_overrides(config, [f"--config.{change}" for change in changes])
-    with pytest.raises(InputError, match="class statistics 'predictions' learns from adversarial images"):
+    with pytest.raises(
+        InputError, match="class statistics 'predictions' learns from the logits of adversarial images"
+    ):
         builder.training(config)
 
 

@@ -481,7 +481,7 @@ GIVEN = {"threat": {"budget": {"name": "given", "epsilons": (0.1, 0.2)}}}
         ),
         (
             {"threat": {"budget": {"name": "cfa"}}, "objective": {"name": "plain"}},
-            "budget 'cfa' learns from adversarial images, and objective 'plain' shows none; choose another",
+            "budget 'cfa' learns from the logits of adversarial images, and objective 'plain' reports none",
         ),
         (
             {"attack": {"batch_norm": "batch_update"}, "objective": {"name": "trades"}},
@@ -591,6 +591,10 @@ def test_budgets_and_averages_of_the_user_s_own(section, name, message):
         (["threat.budget.name=cfa", "train.epochs=11"], "'cfa' has no effect before epoch 12"),
         (["perturbation.name=awp", "perturbation.start=61"], "'awp' has no effect before epoch 61"),
         (["average.name=swa", "average.start=59"], "'swa' has no effect before epoch 61"),
+        (
+            ["objective.name=plain", "attack.first_epoch=2"],
+            "objective 'plain' takes no attack, so that config.th",
+        ),
         (["objective.name=plain", "threat.ramp=0.5"], "objective 'plain' takes no attack, so that config.th"),
     ],
 )

@@ -339,8 +339,8 @@ def check_shows_attacks(
     _, outcome = _program_of(name, objective, model, variables, images, known)
     if outcome.attacked is None or outcome.attacked.logits is None:
         raise InputError(
-            f"{learner} learns from adversarial images, and objective {name!r} shows none; choose "
-            "another of the two"
+            f"{learner} learns from the logits of adversarial images, and objective {name!r} reports none; "
+            "choose another of the two"
         )
 
 

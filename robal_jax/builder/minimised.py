@@ -61,7 +61,7 @@ def objective(
     if statistics is not None and statistics.logged and "adv" not in config.train.logged_passes:
         raise InputError(
             "config.class_statistics sees the logged pass of adversarial images, and "
-            f"config.train.logged_passes is {config.train.logged_passes!r}; set it to 'adv'"
+            f"config.train.logged_passes is {config.train.logged_passes!r}; add 'adv'"
         )
     _check_told(config, function, {"loss": loss, "attack.loss": inner_loss}, gathered)
     for section, made in ((config.loss, loss), (settings.loss, inner_loss)):

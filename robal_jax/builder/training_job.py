@@ -290,7 +290,9 @@ def doubts(config: ConfigDict) -> list[str]:
                 f"but the run has {epochs} epochs; set a lower config.{section}.{argument} or more epochs"
             )
     by_class = config.threat.budget.name != "constant" or config.threat.ramp
-    if (by_class or config.attack.batch_norm != "running") and not _attacks(config):
+    attack = config.attack
+    changed = attack.batch_norm != "running" or attack.first_epoch > 1 or attack.second_step
+    if (by_class or changed) and not _attacks(config):
         found.append(
             f"objective {config.objective.name!r} takes no attack, so that config.threat.budget, "
             "config.threat.ramp and config.attack have no effect; choose another, or leave them out"
