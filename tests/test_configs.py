@@ -30,13 +30,13 @@ FOLLOW_UPS = {
     for path in (ROOT / "configs").glob("*.py")
     if path.stem != "base" and re.search(r"base\.(follow_up|robustlt)\(", path.read_text())
 }
-DATA = {"digits_lt": 10, "cifar10_lt": 10, "cifar100_lt": 100}
 IMAGENETS = ("tiny_imagenet_lt", "imagenet_lt")
+DATA = {"digits_lt": 10, "cifar10_lt": 10, "cifar100_lt": 100, **dict.fromkeys(IMAGENETS, 20)}
 
 
-def toy_data(num_classes, ratio, profile, seed, path="", head=0, test_per_class=0):
-    """As many images as classes want, of 8 x 8 pixels; takes the keywords of the real data sets."""
-    del ratio, profile, seed, path, head, test_per_class
+def toy_data(num_classes, seed):
+    """As many images as classes want, of 8 x 8 pixels; the seed is that of the real data set."""
+    del seed
     labels = np.repeat(np.arange(num_classes), np.linspace(6, 1, num_classes).astype(int)).astype(np.int32)
     rng = np.random.RandomState(0)
     draw = lambda n: rng.randint(0, 256, (n, 8, 8, 3)).astype(np.uint8)  # noqa: E731
@@ -59,7 +59,8 @@ def toy_config(method, data):
     """The method's config with toy data and a toy network; nothing else is changed but sizes."""
     config = cli.load_config(f"configs/{method}.py:{data}")
     with config.unlocked():
-        config.data.name, config.data.num_classes = "test_configs:toy_data", DATA[data]
+        toy = {"name": "test_configs:toy_data", "num_classes": DATA[data], "seed": config.data.seed}
+        config.data = ConfigDict(toy)
         config.model = ConfigDict({"name": "test_configs:ToyBackbone"})
         config.train.batch_size, config.train.steps_per_dispatch = 8, 2
         config.attack.steps = 2
@@ -74,7 +75,7 @@ def quickly_compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", [data for data in DATA if data not in IMAGENETS])
 def test_builds(method, data):
     config = toy_config(method, data)
     assert config.is_locked

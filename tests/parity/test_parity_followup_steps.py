@@ -49,9 +49,10 @@ GIVEN_RADII = {"threat": {"budget": ConfigDict({"name": "given"})}}
 
 # Each mode is compiled. Those with a near relative are made by `pytest -m parity`, not by a whole test run.
 RELATIVES = (
-    "rlt_at", "robustlt_at_ep1", "robustlt_at_ep41", "robustlt_at_ep90", "robustlt_at_evalmode_ep41",
-    "robustlt_atbsl_evalmode_ep41", "at_awp", "cfa_at", "dafa_madry", "dafa_trades", "dm_trades",
-    "self_distill_kd", "taet_stage1",
+    "rlt_at", "rlt_reat", "rlt_awp", "robustlt_at_ep1", "robustlt_at_ep41", "robustlt_at_ep90",
+    "robustlt_atbsl_ep1", "robustlt_atbsl_ep90", "robustlt_at_evalmode_ep41", "robustlt_atbsl_evalmode_ep41",
+    "at_awp", "at_awp_released", "cfa_at", "dafa_madry", "dafa_trades", "dm_trades", "self_distill_kd",
+    "taet_stage1",
 )  # fmt: skip
 
 
