@@ -1,4 +1,4 @@
-"""What wraps the attack of an objective, or the objective for its attack.
+"""Wrappers of the attack of an objective, and of the objective for its attack.
 
 A wrapper has the arguments of an objective, see ``objectives``, and ``objective``, the one that it wraps.
 """
@@ -149,7 +149,7 @@ def aligned_gradients(
     threat: ThreatModel,
     **late: Any,
 ) -> tuple[chex.Array, Outcome]:
-    """GradAlign: adds how far the gradients at an image and at a random point of its ball are apart.
+    """GradAlign: adds how far the gradients at each image and at a random point of its ball are apart.
 
     ``weight * mean [1 - cos(grad_x CE(z(x), y), grad_x CE(z(x + u), y))]``, ``u ~ U(-epsilon, epsilon)``
 

@@ -15,7 +15,7 @@ import numpy as np
 
 
 class ClassStatistics(NamedTuple):
-    """What is gathered of the classes.
+    """Arrays that are gathered of the classes: how they begin, and how a step changes them.
 
     Attributes:
       init: makes the arrays before the first step, by name.

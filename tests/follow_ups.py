@@ -7,9 +7,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 
-LEARNING = ("robustlt_reat", "taet", "cfa", "dafa")
-"""Those with a state of the classes, or a loss of the whole batch: RBL and TAIL, HARL, radii and weights."""
-
 
 def get_config(method="robustlt_reat"):
     """Returns the config of a method for four classes and a network that compiles fast."""

@@ -163,7 +163,7 @@ def test_everything_at_once_on_any_devices():
 def test_what_is_learned_of_the_classes_on_any_devices():
     """Losses and statistics of the whole batch, and radii from them: seven steps, into the second epoch.
 
-    Others of ``follow_ups.LEARNING``: experiments/benchmarks/layouts.py; HARL: test_followup_losses.py.
+    TAET, CFA and DAFA: experiments/benchmarks/layouts.py with ``follow_ups``; HARL: test_followup_losses.py.
     """
     found = said(LEARNING)
     assert len(found) == 1

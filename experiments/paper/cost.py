@@ -1,4 +1,4 @@
-"""What a training costs: passes per image from its config, and seconds from its records."""
+"""The cost of a training: passes per image from its config, and seconds from its records."""
 
 import json
 import pathlib

@@ -36,9 +36,6 @@ EPOCH = 3  # steps
 # What the released codes do in these steps and our configs do not, or the other way round.
 AT = {"attack": {"start": "gaussian"}}
 CLIPPED = {"attack": {"start": "uniform_clipped"}}
-BATCH_MODE = {"attack": {"batch_norm": "batch"}}
-NESTEROV = {"optimizer": {"nesterov": True}}
-LOGGED = {"train": {"logged_passes": "adv,nat"}}
 EVALUATED = (
     {"attack": {"batch_norm": "running"}},
     {"train": {"logged_passes": ""}},
