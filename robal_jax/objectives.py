@@ -39,7 +39,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from robal_jax import attacks, losses, models, regularisers
+from robal_jax import attacks, budgets, losses, models, regularisers
 from robal_jax.attacks import Attack, LogitsFn, ThreatModel
 from robal_jax.keys import MIXING, fold_in
 
@@ -411,8 +411,8 @@ def trades(
     adv, moments_adv = model.train(params, stats, adversarial)
     nat_loss, divergence = loss(nat, batch.labels), losses.kl_divergence(nat, adv)
     if by_radius:
-        ratio = beta * radius_factors
-        value = ((nat_loss + ratio * divergence) / (1 + ratio)).mean()
+        weight = budgets.cfa_weight(radius_factors, beta, lambda2=0.0)
+        value = ((1 - weight) * nat_loss + weight * divergence).mean()
     else:
         value = nat_loss.mean() + beta * divergence.mean()
     once = {"nat": moments_nat, "adv": moments_adv}
