@@ -43,8 +43,9 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     Raises:
       InputError: unknown table, data set or row, or an invalid number of seeds.
     """
+    from experiments.paper.catalogue import rows_of
     from experiments.paper.plan import Request
-    from experiments.paper.published import DATA_SETS, rows_of
+    from experiments.paper.rows import DATA_SETS
 
     data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
     if data not in DATA_SETS:
@@ -212,8 +213,8 @@ def main(arguments: list[str]) -> None:
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
+    from experiments.paper.catalogue import TABLES
     from experiments.paper.plan import make_plan
-    from experiments.paper.published import TABLES
     from experiments.paper.table import assemble, markdown
     from robal_jax.devices import hosts
     from robal_jax.storage.claims import check_place

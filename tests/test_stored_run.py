@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from flax.traverse_util import flatten_dict
 
+from experiments.paper.catalogue import rows_of
 from experiments.paper.plan import Request, make_plan, run_name
-from experiments.paper.published import rows_of
 from robal_jax import builder, cli, evaluation, training
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop

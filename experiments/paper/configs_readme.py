@@ -4,7 +4,9 @@ import ast
 import itertools
 import pathlib
 
-from experiments.paper.published import CIFAR, TABLES, WITHOUT_TABLE, published
+from experiments.paper.catalogue import TABLES, published
+from experiments.paper.followups import WITHOUT_TABLE
+from experiments.paper.rows import CIFAR
 from experiments.paper.table import aligned, elsewhere_table
 from robal_jax.reporting.names import paper_name
 
@@ -84,7 +86,7 @@ methods with one protocol, with `--table=followups` and `--table=augmentation`.
 
 {tables}
 
-This file is made from `experiments/paper/published.py`:
+This file is made from the rows in `experiments/paper`:
 
     python -m experiments.paper.configs_readme
 """

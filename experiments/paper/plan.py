@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import unflatten_dict
 
-from experiments.paper.published import TABLES, Row
+from experiments.paper.catalogue import TABLES
+from experiments.paper.rows import Row
 from robal_jax import builder, cli
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import differences, to_json, training_fields, without_neutral
@@ -194,7 +195,7 @@ def make_plan(request: Request) -> Plan:
 
     for row in request.rows:
         settings = folders.setdefault(row.key, {setting: {} for setting in row.settings})
-        for seed in request.seeds:
+        for seed in request.seeds[: row.seeds or None]:
             workdir, more = training(row, seed, row.key)
             for setting, by_seed in settings.items():
                 folder = by_seed[seed] = _evaluation_folder(row, setting, seed, request)

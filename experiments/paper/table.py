@@ -8,9 +8,11 @@ from typing import Any
 
 import scipy.stats
 
+from experiments.paper.catalogue import TABLES, published
 from experiments.paper.cost import passes
 from experiments.paper.plan import Request, Run, commands, row_config
-from experiments.paper.published import CHOSEN_BY, DATA_SETS, FAKE_GAINS, TABLES, Row, published
+from experiments.paper.published import CHOSEN_BY, FAKE_GAINS
+from experiments.paper.rows import DATA_SETS, Row
 from robal_jax.reporting.comparison import printed_p
 from robal_jax.reporting.names import display_name, paper_name, printed
 from robal_jax.reporting.results import Results
