@@ -98,13 +98,27 @@ def read_results(folder: pathlib.Path) -> "Results | None":
         return None
 
 
+def evaluated_checkpoint(job: "Job", run: dict[str, str]) -> tuple[pathlib.Path, str]:
+    """Returns folder and sha256 of the checkpoint that an evaluation takes: the last one, or the best.
+
+    Raises:
+      InputError: the run has no best checkpoint.
+    """
+    from robal_jax.storage.best import default_checkpoint, read_best
+
+    path, best = default_checkpoint(job.workdir, job.config.train.select), read_best(job.workdir)
+    if path is None or best is None:
+        return job.workdir / CHECKPOINTS / run["checkpoint"], run["sha256"]
+    return path, best.sha256
+
+
 def is_done(job: "Job") -> bool:
-    """Returns whether a run is finished, or whether an evaluation used its run's last checkpoint."""
+    """Returns whether a run is finished, or whether an evaluation used the checkpoint that it is of."""
     run = finished(job.workdir)
     if job.folder is None or run is None:
         return run is not None
     results = read_results(job.folder)
-    return results is not None and results.meta["checkpoint_sha256"] == run["sha256"]
+    return results is not None and results.meta["checkpoint_sha256"] == evaluated_checkpoint(job, run)[1]
 
 
 def set_outdated_aside(folder: pathlib.Path, sha256: str, say: Callable[[str], None]) -> None:
@@ -129,14 +143,14 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
     from robal_jax.storage.files import write_whole
 
     if job.folder is not None:
-        run = read_json(job.workdir / "finished.json")
-        set_outdated_aside(job.folder, run["sha256"], say)
+        checkpoint, sha256 = evaluated_checkpoint(job, read_json(job.workdir / "finished.json"))
+        set_outdated_aside(job.folder, sha256, say)
         with contextlib.redirect_stdout(io.StringIO()):  # its table
             try:
                 evaluation.evaluate(
                     job.config,
                     job.workdir,
-                    checkpoint=job.workdir / CHECKPOINTS / run["checkpoint"],
+                    checkpoint=checkpoint,
                     folder=job.folder,
                     say=say,
                 )

@@ -305,6 +305,16 @@ def test_shares_after_each_stage():
     np.testing.assert_array_equal(np.flatnonzero(autoattack.broken_by(progress, 0)), WRONG_WHEN_CLEAN)
 
 
+@pytest.mark.parametrize("version", ["robal_aa", "standard", "plus", "rand", "apgd_ce"])
+def test_with_other_steps_it_is_not_called_autoattack(version):
+    stages = autoattack.stages(version, 4, threat=THREAT, steps=10)
+    labels = np.array([0, 1])
+    progress = autoattack.Progress(np.array([1, autoattack.ROBUST]), np.array([2, 1]), {})
+    found = autoattack.outcomes(version, stages, progress, labels)
+    assert list(found) == ["custom"]
+    np.testing.assert_array_equal(found["custom"], [2, 1])
+
+
 @pytest.mark.parametrize(
     ("version", "ends"),
     [

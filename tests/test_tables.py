@@ -1,5 +1,6 @@
 """The paper's tables: their data, the plan of runs, the assembled table, and experiments/reproduce.py."""
 
+import itertools
 import json
 import pathlib
 import signal
@@ -199,6 +200,28 @@ def test_folders_tell_settings_apart():
 def test_overrides_that_cannot_be(table, override, message):
     with pytest.raises(InputError, match=message):
         make_plan(request_for(table, overrides=(override,)))
+
+
+def test_further_evaluations_of_every_run():
+    rows = ("at", "robal_n", "la")
+    overrides = ("evaluation.examples=20",)
+    plan = make_plan(request_for("small", *rows, data="cifar10_lt", seeds=(0, 1), overrides=overrides))
+    ran = [(job.key, job.seed) for job in trainings(plan)]
+    assert sorted(ran) == [("at", 0), ("at", 1), ("la", 0), ("robal_n", 0), ("robal_n", 1)]
+    by_folder = {job.folder: (place, job) for place, job in enumerate(plan.jobs) if job.folder}
+    assert len(by_folder) == 4 * len(ran)
+    for (key, seed), name in itertools.product(ran, ("autoattack", "ten_iterations", "best")):
+        place, job = by_folder[plan.further[key][name][seed]]
+        settings = job.config.evaluation
+        assert settings.examples == 20  # what the user asks for counts
+        assert job.config.train.select == ("best" if name == "best" else "last")
+        assert settings.autoattack_steps == (10 if name == "ten_iterations" else 100)
+        needed = [job.workdir]
+        if name == "autoattack":
+            other = "robal_n" if key == "at" else "at"
+            needed.append(next(j.workdir for j in trainings(plan) if (j.key, j.seed) == (other, seed)))
+            assert settings.audit.surrogate == str(needed[1])
+        assert {j.workdir for j in plan.jobs[:place] if j.folder is None} >= set(needed)
 
 
 def test_commands():

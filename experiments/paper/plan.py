@@ -10,12 +10,13 @@ import hashlib
 import json
 import pathlib
 import shlex
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from flax.traverse_util import unflatten_dict
 
 from experiments.paper.catalogue import TABLES
-from experiments.paper.rows import Row
+from experiments.paper.rows import Further, Row, Table
 from robal_jax import builder, cli
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import differences, to_json, training_fields, without_neutral
@@ -72,10 +73,12 @@ class Plan(NamedTuple):
     Attributes:
       jobs: each after those it needs, no folder twice.
       folders: of evaluations, by row key, setting and seed.
+      further: of the table's further evaluations, by row key, name and seed.
     """
 
     jobs: list[Job]
     folders: dict[str, dict[str, dict[Run, pathlib.Path]]]
+    further: dict[str, dict[str, dict[Run, pathlib.Path]]]
 
 
 # The attacks of the paper's tables, whose AA is two of the four attacks of AutoAttack; no audits.
@@ -146,15 +149,16 @@ def _workdir(name: str, seed: Run, request: Request) -> pathlib.Path:
 
 
 @functools.cache
-def _evaluation_name(row: Row, setting: str, request: Request) -> str:
-    fields = without_neutral(json.loads(to_json(row_config(row, request, setting))))
-    section = unflatten_dict(fields, sep=".")["evaluation"]
-    return f"{row.config}-{_digest(run_name(row, request), json.dumps(section, sort_keys=True))}"
+def _evaluation_name(row: Row, request: Request, overrides: tuple[str, ...]) -> str:
+    config = row_config(row, request, *overrides)
+    section = unflatten_dict(without_neutral(json.loads(to_json(config))), sep=".")["evaluation"]
+    chosen = [] if config.train.select == "last" else [config.train.select]
+    return f"{row.config}-{_digest(run_name(row, request), json.dumps(section, sort_keys=True), *chosen)}"
 
 
-def _evaluation_folder(row: Row, setting: str, seed: Run, request: Request) -> pathlib.Path:
+def _evaluation_folder(row: Row, seed: Run, request: Request, *overrides: str) -> pathlib.Path:
     """Returns a folder named so that ``experiments/compare.py`` sees its parent as a run."""
-    name = _evaluation_name(row, setting, request)
+    name = _evaluation_name(row, request, overrides)
     return request.out / request.data / "evaluations" / name / _folder_of(seed) / "evaluation"
 
 
@@ -173,6 +177,18 @@ def _check_overrides(request: Request) -> None:
             raise InputError(f"row {row.key!r} sets config.{min(own & asked)} itself; remove the override")
 
 
+def _not_asked(overrides: Iterable[str], request: Request) -> tuple[str, ...]:
+    """Returns the overrides of fields that the user does not set."""
+    asked = {override.partition("=")[0] for override in request.overrides}
+    return tuple(override for override in overrides if override.partition("=")[0] not in asked)
+
+
+def _transfers_from(further: Further, row: Row, table: Table) -> Row | None:
+    """Returns the row whose run makes the images of an audit's transfer attack on a row, if any."""
+    rows = {each.key: each for each in table.rows}
+    return next((rows[key] for key in further.transfer if key != row.key), None)
+
+
 def make_plan(request: Request) -> Plan:
     """Returns everything to train and to evaluate for the rows of a request.
 
@@ -182,6 +198,8 @@ def make_plan(request: Request) -> Plan:
     _check_overrides(request)
     jobs: dict[pathlib.Path, Job] = {}
     folders: dict[str, dict[str, dict[Run, pathlib.Path]]] = {}
+    further: dict[str, dict[str, dict[Run, pathlib.Path]]] = {}
+    table = TABLES[request.table]
 
     def training(row: Row, seed: Run, key: str) -> tuple[pathlib.Path, tuple[str, ...]]:
         """Plans a row's run, after the run that it starts from; returns its folder and overrides."""
@@ -193,16 +211,25 @@ def make_plan(request: Request) -> Plan:
             jobs[workdir] = Job(key, seed, row_config(row, request, *more), workdir, start)
         return workdir, more
 
+    def evaluation(row: Row, seed: Run, workdir: pathlib.Path, folder: pathlib.Path, *more: str) -> None:
+        if folder not in jobs:
+            jobs[folder] = Job(row.key, seed, row_config(row, request, *more), workdir, folder=folder)
+
     for row in request.rows:
         settings = folders.setdefault(row.key, {setting: {} for setting in row.settings})
         for seed in request.seeds[: row.seeds or None]:
             workdir, more = training(row, seed, row.key)
+            for each in table.further:
+                own = _not_asked(each.overrides, request)
+                folder = _evaluation_folder(row, seed, request, *own)
+                further.setdefault(row.key, {}).setdefault(each.name, {})[seed] = folder
+                other = _transfers_from(each, row, table)
+                surrogate = training(other, seed, other.key)[0] if other else ""
+                evaluation(row, seed, workdir, folder, *more, *own, f"evaluation.audit.surrogate={surrogate}")
             for setting, by_seed in settings.items():
-                folder = by_seed[seed] = _evaluation_folder(row, setting, seed, request)
-                if folder not in jobs:
-                    config = row_config(row, request, *more, setting)
-                    jobs[folder] = Job(row.key, seed, config, workdir, folder=folder)
-    return Plan(list(jobs.values()), folders)
+                folder = by_seed[seed] = _evaluation_folder(row, seed, request, setting)
+                evaluation(row, seed, workdir, folder, *more, setting)
+    return Plan(list(jobs.values()), folders, further)
 
 
 def commands(row: Row, request: Request) -> list[str]:
@@ -220,6 +247,6 @@ def commands(row: Row, request: Request) -> list[str]:
     own = [each for each in (*PROTOCOL, *asked) if each.startswith("evaluation.")]
     evaluate = ["evaluate.py", f"--config=configs/{row.config}.py:{data}", f"--workdir={workdir}"]
     for setting in row.settings:
-        folder = f"--folder={_evaluation_folder(row, setting, seed, request)}"
+        folder = f"--folder={_evaluation_folder(row, seed, request, setting)}"
         lines.append([*evaluate, folder, *(f"--config.{each}" for each in (*own, setting) if each)])
     return started + [shlex.join(["python", f"experiments/{script}", *rest]) for script, *rest in lines]

@@ -76,8 +76,23 @@ class Row(NamedTuple):
     seeds: int = 0
 
 
+class Further(NamedTuple):
+    """A further evaluation of every run of a table.
+
+    Attributes:
+      name: of the evaluation.
+      overrides: its changes to the config of the row's evaluation.
+      transfer: keys of rows; the audit makes images on the run, of the same seed, of the first one that is
+        another row. (): none.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    transfer: tuple[str, ...] = ()
+
+
 class Table(NamedTuple):
-    """A table of the paper.
+    """A table that ``experiments/reproduce.py`` makes.
 
     Attributes:
       title: what it shows.
@@ -88,6 +103,7 @@ class Table(NamedTuple):
       protocol: overrides of all rows, by data set.
       follow_up: whether the table is of the methods after the paper: rows are compared with the row above,
         and figures of other protocols and costs are shown.
+      further: evaluations of every run that the table itself does not show.
     """
 
     title: str
@@ -97,3 +113,4 @@ class Table(NamedTuple):
     note: str = ""
     protocol: Mapping[str, tuple[str, ...]] = {}
     follow_up: bool = False
+    further: tuple[Further, ...] = ()

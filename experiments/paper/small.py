@@ -4,7 +4,7 @@ Its protocol, and what came out, are in ``experiments/results/cifar10_lt_small.m
 """
 
 from experiments.paper.followups import RANDAUGMENT
-from experiments.paper.rows import Elsewhere, Row, Table
+from experiments.paper.rows import Elsewhere, Further, Row, Table
 
 _PROTOCOL = (
     "model.name=resnet20", "threat.epsilon=8/255", "attack.steps=5", "optimizer.weight_decay=2e-4",
@@ -42,6 +42,15 @@ _ROWS = (
             _balanced("ResNet-20", "78.91", "—", "34.95", "first-hand: RobustBench"))),
 )  # fmt: skip
 
+_PART, _STANDARD = "evaluation.examples=1000", "evaluation.autoattack=standard"
+
+FURTHER = (
+    Further("autoattack", (_PART, _STANDARD, "evaluation.audit.examples=200"), transfer=("at", "robal_n")),
+    Further("ten_iterations", (_PART, _STANDARD, "evaluation.autoattack_steps=10")),
+    Further("best", (_PART, "train.select=best")),
+)
+"""On 1,000 test images: AutoAttack with the audit, the same with 10 iterations, and the best checkpoint."""
+
 SMALL = {
     "small": Table(
         "ResNet-20 on CIFAR-10-LT",
@@ -49,5 +58,6 @@ SMALL = {
         "AT",
         tuple(row._replace(data=("cifar10_lt",), seeds=row.seeds or 1) for row in _ROWS),
         protocol={"cifar10_lt": _PROTOCOL},
+        further=FURTHER,
     ),
 }

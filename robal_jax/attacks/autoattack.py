@@ -55,6 +55,9 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 }
 """Attacks of each version of the ensemble, in their order."""
 
+STEPS = 100
+"""Iterations of each run of APGD and FAB in AutoAttack."""
+
 CONDITIONS = {"standard": "autoattack", "plus": "autoattack_plus", "rand": "autoattack_rand"}
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
@@ -83,7 +86,7 @@ def autoattack(
     threat: ThreatModel,
     version: str | Sequence[str] = "standard",
     batch_size: int = 500,
-    steps: int = 100,
+    steps: int = STEPS,
     queries: int = 5000,
 ) -> Found:
     """Runs AutoAttack, or a part of it, on any model.
@@ -210,12 +213,14 @@ class Stage(NamedTuple):
       attack: runs one round.
       rounds: their number, each with a different target or start.
       first: number of the first round, counted over the whole ensemble from 1.
+      steps: of each run of APGD and FAB.
     """
 
     name: str
     attack: Round
     rounds: int
     first: int
+    steps: int = STEPS
 
     @property
     def last(self) -> int:
@@ -278,7 +283,7 @@ def stages(
     num_classes: int,
     *,
     threat: ThreatModel,
-    steps: int = 100,
+    steps: int = STEPS,
     queries: int = 5000,
 ) -> tuple[Stage, ...]:
     """Stages of a version or of a list of attacks.
@@ -316,7 +321,7 @@ def stages(
     targets = min(9, num_classes - 1)
     rounds = [{"apgd_t": targets, "fab_t": targets, "square": 1}.get(name, restarts) for name in names]
     return tuple(
-        Stage(name, partial(_ATTACKS[name], settings=settings), count, 1 + sum(rounds[:place]))
+        Stage(name, partial(_ATTACKS[name], settings=settings), count, 1 + sum(rounds[:place]), steps)
         for place, (name, count) in enumerate(zip(names, rounds, strict=True))
     )
 
@@ -485,13 +490,16 @@ def outcomes(
     """Predictions ``[n]`` under each part of the ensemble that has its own name.
 
     These are ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, if the ensemble begins with
-    them in their standard form, and the whole version by its name in ``CONDITIONS``.
+    them in their standard form, and the whole version by its name in ``CONDITIONS``. With another number of
+    steps than AutoAttack's there is only the whole, called ``custom``.
     """
     names = tuple(stage.name for stage in stages)
     if names == VERSIONS["standard"]:
         version = "standard"  # also if it was given as a list
     after = {}
-    if version not in ("plus", "rand"):
+    if stages[0].steps != STEPS:
+        version = "custom"
+    elif version not in ("plus", "rand"):
         if names[0] == "apgd_ce":
             after["apgd_ce"] = stages[0].last
         if names[:2] == VERSIONS["robal_aa"]:
