@@ -1,0 +1,131 @@
+"""The outcomes of a table's evaluations: the class of every image, stored in the repository and read back."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.paper.cost import seconds
+from experiments.paper.plan import Request, make_plan
+from experiments.paper.rows import Row
+from experiments.paper.small import SMALL
+from robal_jax import metrics
+from robal_jax.reporting.results import EvaluatedRun, read_run
+from robal_jax.storage.files import write_whole
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+TABLE = SMALL["small"]
+
+WHOLE = "whole"  # the evaluation that the table itself shows: the whole test set
+
+_FACTS = (
+    "method", "seed", "dataset", "imbalance", "part", "class_names", "norm", "epsilon", "step_size", "start",
+    "head", "logit_scale", "prior_adjustment", "weights", "main_attack", "autoattack", "autoattack_steps",
+    "selection", "held_out", "checkpoint_sha256", "test_set_sha256", "n", "evaluation_seed", "precision",
+    "ingredients", "stages", "commit", "versions", "device", "processor", "date", "seconds",
+)  # fmt: skip
+"""What is stored of the facts of an evaluation."""
+
+
+class Run(NamedTuple):
+    """A row's run of one seed.
+
+    Attributes:
+      row: of the table.
+      seed: of the training.
+      evaluations: by name, with figures made from the stored outcomes.
+      seconds: that its training took; None if it is not known.
+    """
+
+    row: Row
+    seed: int
+    evaluations: Mapping[str, EvaluatedRun]
+    seconds: float | None
+
+    @property
+    def label(self) -> str:
+        """The row, and the seed if the row has several."""
+        return f"{self.row.label}, seed {self.seed}" if self.row.seeds else self.row.label
+
+
+def request_for(out: pathlib.Path) -> Request:
+    """Returns the request of the whole table, with all seeds."""
+    rows = TABLE.rows
+    most = max(row.seeds for row in rows)
+    return Request("small", "cifar10_lt", tuple(range(most)), rows, out=out, configs=ROOT / "configs")
+
+
+def collect(out: pathlib.Path, stored: pathlib.Path) -> list[str]:
+    """Stores the outcomes of all finished evaluations; returns the names of the runs that have some."""
+    plan, found = make_plan(request_for(out)), []
+    trained = {(job.key, job.seed): job.workdir for job in plan.jobs if job.folder is None}
+    for row in TABLE.rows:
+        for seed in range(row.seeds):
+            folders = {WHOLE: plan.folders[row.key][""], **plan.further[row.key]}
+            runs = {
+                name: read_run(by_seed[seed])
+                for name, by_seed in folders.items()
+                if (by_seed[seed] / "results.json").is_file()
+            }
+            if runs:
+                name = f"{row.key}-{seed}"
+                store(stored / name, runs, seconds([trained[row.key, seed]]))
+                found.append(name)
+    return found
+
+
+def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float | None) -> None:
+    """Writes ``PATH.npz``, every image's class by evaluation and condition, and ``PATH.json``, the rest."""
+    arrays: dict[str, Any] = {}
+    facts = {}
+    for name, run in runs.items():
+        arrays[f"{name}/ids"] = run.examples["ids"].astype(np.uint16)
+        arrays[f"{name}/labels"] = run.examples["labels"].astype(np.uint8)
+        for condition, predictions in run.predictions.items():
+            if condition != "worst":
+                arrays[f"{name}/pred_{condition}"] = predictions.astype(np.uint8)
+        facts[name] = {
+            "meta": {key: run.meta[key] for key in _FACTS if key in run.meta},
+            "class_counts": run.summary["class_counts"],
+            "audit": run.audit,
+            "norms": run.norms,
+        }
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".npz").open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    content = {"seconds_of_training": training and round(training), "evaluations": facts}
+    write_whole(path.with_suffix(".json"), f"{json.dumps(content, ensure_ascii=False)}\n".encode())
+
+
+def read(stored: pathlib.Path) -> list[Run]:
+    """Returns the stored runs in the order of the table; all figures are computed from the outcomes."""
+    runs = []
+    for row in TABLE.rows:
+        for seed in range(row.seeds):
+            path = stored / f"{row.key}-{seed}.json"
+            if not path.is_file():
+                continue
+            content = json.loads(path.read_text())
+            with np.load(path.with_suffix(".npz")) as arrays:
+                evaluations = {
+                    name: _evaluated(name, facts, arrays) for name, facts in content["evaluations"].items()
+                }
+            runs.append(Run(row, seed, evaluations, content["seconds_of_training"]))
+    return runs
+
+
+def _evaluated(name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> EvaluatedRun:
+    """Returns an evaluation; its classes are divided by the long-tailed counts, also if its own are equal."""
+    examples = {
+        key.partition("/")[2]: np.asarray(arrays[key], np.int64)
+        for key in arrays
+        if key.partition("/")[0] == name
+    }
+    predictions = {key.removeprefix("pred_"): each for key, each in examples.items() if key[:5] == "pred_"}
+    counts = np.asarray(facts["class_counts"])
+    groups = metrics.class_groups(np.arange(len(counts), 0, -1) if len(set(counts)) == 1 else counts)
+    summary = metrics.summarize(examples["labels"], predictions, counts, groups=groups)
+    return EvaluatedRun(facts["meta"], summary, facts["audit"], facts["norms"], name=name, examples=examples)

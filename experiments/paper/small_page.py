@@ -1,0 +1,213 @@
+"""The figures of ``experiments/results/cifar10_lt_small.md``, from the stored outcome of every image.
+
+    python -m experiments.paper.small_page [OUT]
+
+OUT, the folder of ``reproduce.py --table=small``, is read first, and the outcomes of its evaluations are
+stored beside the page. Then the part of the page below ``MARK`` is written again, from what is stored alone.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from experiments.paper.cost import passes
+from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, read, request_for
+from experiments.paper.plan import row_config
+from experiments.paper.table import aligned
+from robal_jax import metrics
+from robal_jax.reporting.audit import audit_summary
+from robal_jax.reporting.comparison import printed_p
+from robal_jax.reporting.names import paper_name
+from robal_jax.storage.files import write_whole
+
+PAGE = ROOT / "experiments" / "results" / "cifar10_lt_small.md"
+STORED = PAGE.with_suffix("")
+MARK = "<!-- All below is made from the stored outcomes by experiments/paper/small_page.py. -->\n"
+
+PAIR = "robal_aa"
+
+
+def _percent(figure: Mapping[str, float] | None, *, interval: bool = False, sign: str = "") -> str:
+    if figure is None:
+        return "—"
+    ends = [f"{100 * figure[end]:{sign}.1f}" for end in ("low", "high")]
+    return f"{100 * figure['value']:{sign}.1f}" + (f" [{', '.join(ends)}]" if interval else "")
+
+
+def _of(run: Run, evaluation: str, condition: str, figure: str = "accuracy") -> dict[str, float] | None:
+    """Returns a figure of a run, None if the evaluation is not stored."""
+    found = run.evaluations.get(evaluation)
+    return None if found is None else found.conditions[condition][figure]
+
+
+def _right(run: Run, evaluation: str, condition: str, group: str = "all") -> np.ndarray | None:
+    """Returns whether the images of a group are classified correctly, by number; None if it is not stored."""
+    found = run.evaluations.get(evaluation)
+    if found is None:
+        return None
+    labels = found.examples["labels"]
+    member = slice(None) if group == "all" else np.isin(labels, found.summary["groups"][group])
+    return (found.predictions[condition] == labels)[member]
+
+
+def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## All 10,000 test images"
+    yield "Accuracy in percent. AA is the pair APGD-CE and APGD-T, as in the paper, here with 95 % intervals."
+    groups = ("head", "medium", "tail")
+    names = [paper_name(condition) for condition in TABLE.columns]
+    header = ["Row", *names, "[95 %]", *(f"Clean {g}" for g in groups), *(f"AA {g}" for g in groups)]
+    body = []
+    for run in runs:
+        interval = _percent(_of(run, WHOLE, PAIR), interval=True).partition(" ")[2] or "—"
+        cells = [_percent(_of(run, WHOLE, condition)) for condition in TABLE.columns]
+        by_group = [_percent(_of(run, WHOLE, c, group)) for c in ("clean", PAIR) for group in groups]
+        body.append([run.label, *cells, interval, *by_group])
+    yield aligned(header, body, left=1)
+
+
+def _differences(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## Difference to AT of the same seed under the pair"
+    yield (
+        "Points on the same 10,000 images, with 95 % intervals and the exact McNemar test. The intervals are "
+        "over images; the spread over seeds is not in them."
+    )
+    partners = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
+    header = ["Row", *(x for group in ("all", "head", "medium", "tail") for x in (group, "p"))]
+    body = []
+    for run in runs:
+        other = partners.get(run.seed)
+        if other is None or other is run:
+            continue
+        cells = []
+        for group in ("all", "head", "medium", "tail"):
+            first, second = (_right(each, WHOLE, PAIR, group) for each in (other, run))
+            if first is None or second is None:
+                cells += ["—", "—"]
+                continue
+            figure = metrics.paired_difference(first, second)
+            cells += [_percent(figure, interval=True, sign="+"), printed_p(figure["p_value"]).lstrip("p= ")]
+        body.append([run.label, *cells])
+    yield aligned(header, body, left=1)
+
+
+def _autoattack(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## AutoAttack on the same 1,000 test images"
+    yield (
+        "'standard': APGD-CE, APGD-T, FAB-T, Square. With 10 iterations of APGD and FAB it is an upper "
+        "estimate. 'Best' is the checkpoint that the held-out images choose, under the pair, beside the last."
+    )
+    header = [
+        "Row", "Clean", "AutoAttack", "tail", "10 iterations", "Pair, last", "Pair, best", "best is", "Audit"
+    ]  # fmt: skip
+    body = []
+    for run in runs:
+        best, main = run.evaluations.get("best"), run.evaluations.get("autoattack")
+        which = "—" if best is None else str(best.meta["selection"]).partition("(")[2].partition(",")[0]
+        body.append(
+            [
+                run.label,
+                _percent(_of(run, "autoattack", "clean")),
+                _percent(_of(run, "autoattack", "autoattack"), interval=True),
+                _percent(_of(run, "autoattack", "autoattack", "tail")),
+                _percent(_of(run, "ten_iterations", "custom")),
+                _percent(_of(run, "autoattack", PAIR)),
+                _percent(_of(run, "best", PAIR)),
+                which or "the last",
+                "—" if main is None else audit_summary(main.audit),
+            ]
+        )
+    yield aligned(header, body, left=1)
+
+
+def _errors(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## Natural and boundary error under the pair"
+    yield (
+        "Percent of the 10,000 images: wrong when clean; right when clean and wrong under attack. Last, the "
+        "share of those right when clean that the attack breaks."
+    )
+    body = []
+    for run in runs:
+        natural, boundary = (_of(run, WHOLE, PAIR, f"{kind}_error") for kind in ("natural", "boundary"))
+        share = "—"
+        if natural is not None and boundary is not None:
+            share = f"{100 * boundary['value'] / (1 - natural['value']):.1f}"
+        body.append([run.label, _percent(natural), _percent(boundary), share])
+    yield aligned(["Row", "Natural error", "Boundary error", "Broken of the right"], body, left=1)
+
+
+def _per_class(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## By class, clean and under the pair"
+    yield "Accuracy in percent on 1,000 test images per class; in brackets the images that were trained on."
+    first = runs[0].evaluations[next(iter(runs[0].evaluations))]
+    counts = first.summary["class_counts"]
+    header = ["Row", "", *(f"{first.class_name(i)} ({count})" for i, count in enumerate(counts))]
+    body = []
+    for run in runs:
+        found = run.evaluations.get(WHOLE)
+        for condition in ("clean", PAIR) if found else ():
+            recall = found.conditions[condition]["per_class"]["recall"]  # type: ignore[union-attr]
+            body.append([run.label, paper_name(condition), *map(_percent, recall)])
+    yield aligned(header, body, left=2)
+
+
+def _scales(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## Fake gain at small scales, and norms of the classifier"
+    yield (
+        "PGD-20 accuracy in percent on the audit's 200 images when all logits are multiplied by a factor: a "
+        "model whose accuracy rises at small or large factors is not more robust there. Norms: mean norm of "
+        "the class's weight vectors (of a cosine head, before they are normalised), head over tail."
+    )
+    audited = [(run, run.evaluations["autoattack"]) for run in runs if "autoattack" in run.evaluations]
+    curves = [(run, each.curves["scale"], each) for run, each in audited if "scale" in each.curves]
+    if not curves:
+        return
+    header = ["Row", *(f"{x:g}" for x in curves[0][1]["x"]), "Norms: head", "tail"]
+    body = []
+    for run, curve, found in curves:
+        weights = np.asarray((found.norms or {}).get("weights") or [np.nan] * 10)
+        ends = [weights[found.summary["groups"][group]].mean() for group in ("head", "tail")]
+        norms = ["—" if np.isnan(end) else f"{end:.2f}" for end in ends]
+        body.append([run.label, *map(_percent, curve["series"]["PGD-20"]), *norms])
+    yield aligned(header, body, left=1)
+
+
+def _costs(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## Cost"
+    yield "Passes: forward and backward passes per training image. Times on one core each, beside other work."
+    request, body = request_for(pathlib.Path("out")), []
+    for run in runs:
+        found = next(iter(run.evaluations.values()))
+        cost = "—" if run.seconds is None else f"{run.seconds:,}"
+        evaluated = sum(each.meta["seconds"] for each in run.evaluations.values())
+        facts = [found.meta["date"], found.meta["processor"], found.meta["checkpoint_sha256"][:12]]
+        body.append(
+            [run.label, f"{passes(row_config(run.row, request)):g}", cost, f"{evaluated:,.0f}", *facts]
+        )
+    header = ["Row", "Passes", "Training, s", "Evaluations, s", "Evaluated", "Processor", "Checkpoint sha256"]
+    yield aligned(header, body, left=1)
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Returns the part of the page that is made from the stored outcomes, as Markdown."""
+    if not runs:
+        return "No evaluation is stored yet.\n"
+    missing = [row.label for row in TABLE.rows if not any(run.row == row for run in runs)]
+    parts = [f"Not evaluated yet: {', '.join(missing)}."] if missing else []
+    for part in (_accuracies, _differences, _autoattack, _errors, _per_class, _scales, _costs):
+        parts += part(runs)
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Stores the outcomes of a folder, if one is named, and writes the page again."""
+    for out in arguments:
+        print("stored:", ", ".join(collect(pathlib.Path(out), STORED)) or "nothing")
+    text, mark, _ = PAGE.read_text().partition(MARK)
+    write_whole(PAGE, f"{text}{mark or MARK}\n{page(read(STORED))}".encode())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,113 @@
+"""The result on CIFAR-10-LT: outcomes are stored and read back, and the page says what they say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.paper import outcomes, small_page
+from robal_jax import metrics
+from robal_jax.reporting.results import EvaluatedRun
+
+CONDITIONS = ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "apgd_ce", "robal_aa")
+COUNTS = [4750, 3075, 1991, 1289, 834, 540, 349, 227, 147, 95]
+
+
+def evaluated(seed, n, conditions=CONDITIONS, counts=COUNTS, **meta):
+    """An evaluation in which each attack breaks a fifth of the images that are still right."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(10), n // 10)
+    found, right = {}, np.ones(n, bool)
+    for name in conditions:
+        right = right & (rng.random(n) > 0.2)
+        found[name] = np.where(right, labels, (labels + 1) % 10)
+    examples = {"labels": labels, "ids": np.arange(n), **{f"pred_{k}": v for k, v in found.items()}}
+    verdicts = [{"title": "Steps", "outcome": "passed"}]
+    curves = {"scale": {"x": [1.0, 10.0], "series": {"PGD-20": [{"value": 0.25, "low": 0, "high": 1}] * 2}}}
+    about = {
+        "method": "A", "dataset": "cifar10_lt", "main_attack": "pgd_20", "date": "2026-11-29", "seconds": 7.0,
+        "processor": "one", "checkpoint_sha256": "ab" * 32, "config": {"not": "stored"}, **meta,
+    }  # fmt: skip
+    return EvaluatedRun(
+        about,
+        metrics.summarize(labels, found, counts),
+        {"verdicts": verdicts, "curves": curves},
+        {"features": [1.0] * 10, "weights": list(np.arange(10, 0, -1.0))},
+        name="folder",
+        examples=examples,
+    )
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Seed 0 of AT and of RoBal-N, of which only AT has every evaluation, and of the balanced row."""
+    more = (*CONDITIONS, "autoattack")
+    best = {"selection": "best on held-out images (epoch 12 of 40, PGD-10 20.0 % as the mean of the classes)"}
+    at = {
+        "whole": evaluated(0, 2000),
+        "autoattack": evaluated(1, 500, more),
+        "ten_iterations": evaluated(2, 500, (*CONDITIONS[:5], "custom")),
+        "best": evaluated(3, 500, **best),
+    }
+    outcomes.store(tmp_path / "at-0", at, 1234.5)
+    outcomes.store(tmp_path / "robal_n-0", {"whole": evaluated(4, 2000)}, None)
+    outcomes.store(tmp_path / "n_fgsm_balanced-0", {"whole": evaluated(5, 2000, counts=[4750] * 10)}, 60.0)
+    return tmp_path, at
+
+
+def test_what_is_stored_is_read_back(stored):
+    folder, at = stored
+    runs = outcomes.read(folder)
+    assert [(run.row.key, run.seed, run.seconds) for run in runs] == [
+        ("at", 0, 1234), ("robal_n", 0, None), ("n_fgsm_balanced", 0, 60),
+    ]  # fmt: skip
+    for name, run in at.items():
+        found = runs[0].evaluations[name]
+        assert found.summary == run.summary
+        assert (found.audit, found.norms) == (run.audit, run.norms)
+        assert "config" not in found.meta and found.meta["method"] == "A"
+    # Its classes are divided like those of the long-tailed rows.
+    assert runs[2].evaluations["whole"].summary["groups"] == runs[0].evaluations["whole"].summary["groups"]
+
+
+def test_the_page_has_the_figures_of_the_outcomes(stored):
+    folder, at = stored
+    text = small_page.page(outcomes.read(folder))
+    assert "Not evaluated yet: LA, AT-BSL, RandAugment" in text
+    tables = {part.splitlines()[0].strip(): part for part in text.split("## ")[1:]}
+    lines = {
+        title: {x.split("|")[1].strip(): x for x in part.splitlines() if x[:1] == "|"}
+        for title, part in tables.items()
+    }
+    pair = at["whole"].conditions["robal_aa"]
+    first = lines["All 10,000 test images"]["AT, seed 0"]
+    assert f"{100 * pair['accuracy']['value']:.1f}" in first
+    assert f"[{100 * pair['accuracy']['low']:.1f}, {100 * pair['accuracy']['high']:.1f}]" in first
+    errors = lines["Natural and boundary error under the pair"]["AT, seed 0"].split("|")[2:5]
+    natural, boundary = (pair[f"{kind}_error"]["value"] for kind in ("natural", "boundary"))
+    assert [float(x) for x in errors] == pytest.approx(
+        [100 * natural, 100 * boundary, 100 * boundary / (1 - natural)], abs=0.0501
+    )
+    difference = lines["Difference to AT of the same seed under the pair"]
+    assert set(difference) >= {"RoBal-N, seed 0"} and "AT, seed 0" not in difference
+    right = [
+        (run.predictions["robal_aa"] == run.examples["labels"]) for run in (at["whole"], evaluated(4, 2000))
+    ]
+    figure = metrics.paired_difference(*right)
+    assert f"{100 * figure['value']:+.1f} [{100 * figure['low']:+.1f}" in difference["RoBal-N, seed 0"]
+    part = lines["AutoAttack on the same 1,000 test images"]
+    assert "| epoch 12 of 40 |" in part["AT, seed 0"] and "clean (1 of 1 checks run)" in part["AT, seed 0"]
+    assert set(part["RoBal-N, seed 0"].split("|")[2].strip()) == {"—"}
+
+
+def test_the_page_is_up_to_date():
+    """Every figure of the page follows from the outcomes that are stored beside it."""
+    _, mark, made = small_page.PAGE.read_text().partition(small_page.MARK)
+    runs = outcomes.read(small_page.STORED)
+    assert mark and made.strip() == small_page.page(runs).strip()
+
+
+def test_no_place_of_a_machine_is_stored():
+    for path in small_page.STORED.glob("*.json"):
+        text = json.dumps(json.loads(path.read_text()))
+        assert "/tmp" not in text and "/home" not in text and "/work" not in text, path.name
