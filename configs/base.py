@@ -199,12 +199,10 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # metrics.class_groups.
     config.head_classes = 0
     config.tail_classes = 0
-    # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'plus', 'rand', 'none', or a list
-    # such as 'apgd_ce,square'.
+    # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'torchattacks' (as that package
+    # runs AutoAttack, with 10 iterations, which much published work reports), 'plus', 'rand', 'none', or a
+    # list such as 'apgd_ce,square'.
     config.autoattack = "robal_aa"
-    # Iterations of APGD and FAB; with another number than 100 it is not AutoAttack, and not called so. Much
-    # published work has 10, the default of torchattacks since 3.4.0.
-    config.autoattack_steps = 100
     config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
     config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
     config.precision = "highest"  # a robust accuracy needs full float32

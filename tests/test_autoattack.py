@@ -107,10 +107,9 @@ def asked(monkeypatch):
     monkeypatch.setattr(autoattack, "fab", record("fab"))
     monkeypatch.setattr(autoattack, "square", record("square"))
 
-    def ask(version, name, number, value=0.95):
-        (stage,) = [
-            s for s in autoattack.stages(version, 10, threat=THREAT, steps=7, queries=11) if s.name == name
-        ]
+    def ask(version, name, number, value=0.95, steps=7):
+        stages = autoattack.stages(version, 10, threat=THREAT, steps=steps, queries=11)
+        (stage,) = [stage for stage in stages if stage.name == name]
         images = jnp.full((2, 2, 2, 1), value)
         found = stage.attack(
             lambda x: x, jax.random.split(jax.random.key(0), 2), images, jnp.zeros(2, int), number
@@ -128,7 +127,16 @@ def test_stages_pass_on_their_settings(asked):
     assert asked("rand", "apgd_dlr", 0)[1] == {**common, "loss": attacks.dlr, "eot": 20}
     for number in 0, 8:
         assert asked("standard", "apgd_t", number)[:2] == ("targeted_apgd", {**common, "rank": number + 2})
-    assert asked("standard", "square", 0)[:2] == ("square", {"threat": THREAT, "queries": 11})
+    for version in "standard", "torchattacks":
+        settings = {"threat": THREAT, "queries": 11, "rescaled": version == "torchattacks"}
+        assert asked(version, "square", 0)[:2] == ("square", settings)
+
+
+@pytest.mark.parametrize(("version", "steps"), [("standard", 100), ("torchattacks", 10), ("plus", 100)])
+def test_steps_of_the_versions(asked, version, steps):
+    assert asked(version, "apgd_t", 0, steps=None)[1]["steps"] == steps
+    assert asked(version, "fab_t", 0, steps=None)[1]["n_iter"] == steps
+    assert asked(version, "apgd_t", 0)[1]["steps"] == 7
 
 
 def test_fab_starts_at_the_image_and_then_at_random(asked):
@@ -305,21 +313,12 @@ def test_shares_after_each_stage():
     np.testing.assert_array_equal(np.flatnonzero(autoattack.broken_by(progress, 0)), WRONG_WHEN_CLEAN)
 
 
-@pytest.mark.parametrize("version", ["robal_aa", "standard", "plus", "rand", "apgd_ce"])
-def test_with_other_steps_it_is_not_called_autoattack(version):
-    stages = autoattack.stages(version, 4, threat=THREAT, steps=10)
-    labels = np.array([0, 1])
-    progress = autoattack.Progress(np.array([1, autoattack.ROBUST]), np.array([2, 1]), {})
-    found = autoattack.outcomes(version, stages, progress, labels)
-    assert list(found) == ["custom"]
-    np.testing.assert_array_equal(found["custom"], [2, 1])
-
-
 @pytest.mark.parametrize(
     ("version", "ends"),
     [
         ("robal_aa", {"apgd_ce": 1, "robal_aa": 4}),
         ("standard", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
+        ("torchattacks", {"torchattacks": 8}),
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),

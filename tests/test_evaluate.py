@@ -25,7 +25,6 @@ from robal_jax.attacks import ThreatModel, autoattack, clean_start
 from robal_jax.devices import cpu
 from robal_jax.errors import InputError
 from robal_jax.evaluation.victim import Victim
-from robal_jax.reporting.results import Results
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config
 from robal_jax.storage.progress import Meter, training_curve
@@ -446,16 +445,6 @@ def test_without_ensemble_and_audit(copy):
     folder, _ = run(copy, *SHORT)
     assert {path.name for path in folder.iterdir()} == FIGURES | TEXTS
     assert json.loads((folder / "results.json").read_text())["audit"] is None
-
-
-@pytest.mark.slow
-def test_an_ensemble_with_other_steps_says_so(copy):
-    fields = "evaluation.examples=20", "evaluation.autoattack_steps=3", "evaluation.autoattack=robal_aa"
-    folder, _ = run(copy, *fields, "evaluation.audit.examples=0")
-    results = Results.read(folder)
-    assert results.meta["autoattack_steps"] == 3
-    assert "custom" in results.conditions and not {"apgd_ce", "robal_aa"} & set(results.conditions)
-    assert "Iterations of APGD and FAB" in (folder / "report.md").read_text()
 
 
 @pytest.mark.slow

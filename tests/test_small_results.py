@@ -46,7 +46,7 @@ def stored(tmp_path):
     at = {
         "whole": evaluated(0, 2000),
         "autoattack": evaluated(1, 500, more),
-        "ten_iterations": evaluated(2, 500, (*CONDITIONS[:5], "custom")),
+        "torchattacks": evaluated(2, 500, (*CONDITIONS[:5], "torchattacks")),
         "best": evaluated(3, 500, **best),
     }
     outcomes.store(tmp_path / "at-0", at, 1234.5)

@@ -225,9 +225,10 @@ ODD_SIDES = (29, 21, 15, 11, 7, 5, 5, 3, 3, 3)
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-def test_sides_of_the_queries():
+@pytest.mark.parametrize(("queries", "rescaled"), [(2010, False), (300, True)])
+def test_sides_of_the_queries(queries, rescaled):
     """Every query's square, as the model sees it, where none is ever kept."""
-    image, changed, queries = jnp.full((1, 32, 32, 1), 0.5), [], 2010
+    image, changed = jnp.full((1, 32, 32, 1), 0.5), []
 
     def logits_fn(images):
         jax.debug.callback(lambda x: changed.append(int((x > 0.5).sum())), images, ordered=True)
@@ -239,10 +240,11 @@ def test_sides_of_the_queries():
 
     attacks.square(
         logits_fn, jax.random.split(jax.random.key(0), 1), image, jnp.array([0]),
-        threat=THREATS["linf"], queries=queries, draw=draw,
+        threat=THREATS["linf"], queries=queries, rescaled=rescaled, draw=draw,
     )  # fmt: skip
     jax.effects_barrier()
-    expected = [SIDES[sum(earlier > h for h in HALVINGS)] ** 2 for earlier in range(queries)]
+    numbers = [earlier * 10_000 // queries if rescaled else earlier for earlier in range(queries)]
+    expected = [SIDES[sum(number > h for h in HALVINGS)] ** 2 for number in numbers]
     np.testing.assert_array_equal(changed, [0, *expected])
     assert square_attack.HALVINGS == HALVINGS
 

@@ -210,12 +210,13 @@ def test_further_evaluations_of_every_run():
     assert sorted(ran) == [("at", 0), ("at", 1), ("la", 0), ("robal_n", 0), ("robal_n", 1)]
     by_folder = {job.folder: (place, job) for place, job in enumerate(plan.jobs) if job.folder}
     assert len(by_folder) == 4 * len(ran)
-    for (key, seed), name in itertools.product(ran, ("autoattack", "ten_iterations", "best")):
+    for (key, seed), name in itertools.product(ran, ("autoattack", "torchattacks", "best")):
         place, job = by_folder[plan.further[key][name][seed]]
         settings = job.config.evaluation
         assert settings.examples == 20  # what the user asks for counts
         assert job.config.train.select == ("best" if name == "best" else "last")
-        assert settings.autoattack_steps == (10 if name == "ten_iterations" else 100)
+        version = {"autoattack": "standard", "best": "robal_aa"}.get(name, name)
+        assert settings.autoattack == version
         needed = [job.workdir]
         if name == "autoattack":
             other = "robal_n" if key == "at" else "at"

@@ -23,7 +23,7 @@ WHOLE = "whole"  # the evaluation that the table itself shows: the whole test se
 
 _FACTS = (
     "method", "seed", "dataset", "imbalance", "part", "class_names", "norm", "epsilon", "step_size", "start",
-    "head", "logit_scale", "prior_adjustment", "weights", "main_attack", "autoattack", "autoattack_steps",
+    "head", "logit_scale", "prior_adjustment", "weights", "main_attack", "autoattack",
     "selection", "held_out", "checkpoint_sha256", "test_set_sha256", "n", "evaluation_seed", "precision",
     "ingredients", "stages", "commit", "versions", "device", "processor", "date", "seconds",
 )  # fmt: skip

@@ -46,10 +46,10 @@ _PART, _STANDARD = "evaluation.examples=1000", "evaluation.autoattack=standard"
 
 FURTHER = (
     Further("autoattack", (_PART, _STANDARD, "evaluation.audit.examples=200"), transfer=("at", "robal_n")),
-    Further("ten_iterations", (_PART, _STANDARD, "evaluation.autoattack_steps=10")),
+    Further("torchattacks", (_PART, "evaluation.autoattack=torchattacks")),
     Further("best", (_PART, "train.select=best")),
 )
-"""On 1,000 test images: AutoAttack with the audit, the same with 10 iterations, and the best checkpoint."""
+"""On 1,000 test images: AutoAttack with the audit; with 10 iterations; the pair on the best checkpoint."""
 
 SMALL = {
     "small": Table(

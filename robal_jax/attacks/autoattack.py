@@ -50,15 +50,22 @@ from robal_jax.models import closure
 VERSIONS: dict[str, tuple[str, ...]] = {
     "robal_aa": ("apgd_ce", "apgd_t"),
     "standard": ("apgd_ce", "apgd_t", "fab_t", "square"),
+    "torchattacks": ("apgd_ce", "apgd_t", "fab_t", "square"),
     "plus": ("apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"),
     "rand": ("apgd_ce", "apgd_dlr"),
 }
-"""Attacks of each version of the ensemble, in their order."""
+"""Attacks of each version of the ensemble, in their order.
 
-STEPS = 100
-"""Iterations of each run of APGD and FAB in AutoAttack."""
+'torchattacks' is AutoAttack as the package of that name runs it since its version 3.4.0: with 10 iterations
+instead of 100, and with Square's schedule rescaled. Its robust accuracy is an upper estimate of AutoAttack's.
+"""
 
-CONDITIONS = {"standard": "autoattack", "plus": "autoattack_plus", "rand": "autoattack_rand"}
+CONDITIONS = {
+    "standard": "autoattack",
+    "torchattacks": "torchattacks",
+    "plus": "autoattack_plus",
+    "rand": "autoattack_rand",
+}
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
 
@@ -86,7 +93,7 @@ def autoattack(
     threat: ThreatModel,
     version: str | Sequence[str] = "standard",
     batch_size: int = 500,
-    steps: int = STEPS,
+    steps: int | None = None,
     queries: int = 5000,
 ) -> Found:
     """Runs AutoAttack, or a part of it, on any model.
@@ -101,10 +108,10 @@ def autoattack(
       images: ``[n, H, W, C]``, floats within the bounds of the threat model.
       labels: integers ``[n]`` in ``0..K-1``.
       threat: allowed images; one radius, or one per class.
-      version: 'standard', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), 'none', or a list such as
-        'apgd_ce,square' or ['apgd_ce', 'square'].
+      version: 'standard', 'torchattacks', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), 'none', or a list
+        such as 'apgd_ce,square' or ['apgd_ce', 'square'].
       batch_size: number of images in each call.
-      steps: of each run of APGD and FAB; AutoAttack's is 100.
+      steps: of each run of APGD and FAB; those of the version if None: 100, for 'torchattacks' 10.
       queries: of Square; AutoAttack's is 5000.
 
     Returns:
@@ -129,7 +136,7 @@ def autoattack(
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     check_attack(threat, images, labels)
     checks.channels_last(images)
-    checks.at_least(1, batch_size=batch_size, steps=steps, queries=queries)
+    checks.at_least(1, batch_size=batch_size, queries=queries)
     version = version_name(version)
     keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))
     predict: Callable[..., chex.Array]
@@ -213,14 +220,12 @@ class Stage(NamedTuple):
       attack: runs one round.
       rounds: their number, each with a different target or start.
       first: number of the first round, counted over the whole ensemble from 1.
-      steps: of each run of APGD and FAB.
     """
 
     name: str
     attack: Round
     rounds: int
     first: int
-    steps: int = STEPS
 
     @property
     def last(self) -> int:
@@ -283,7 +288,7 @@ def stages(
     num_classes: int,
     *,
     threat: ThreatModel,
-    steps: int = STEPS,
+    steps: int | None = None,
     queries: int = 5000,
 ) -> tuple[Stage, ...]:
     """Stages of a version or of a list of attacks.
@@ -292,7 +297,7 @@ def stages(
       version: see :func:`autoattack`.
       num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes.
       threat: allowed images; one radius, or one per class.
-      steps: of each run of APGD and FAB; AutoAttack's is 100.
+      steps: see :func:`autoattack`.
       queries: of Square; AutoAttack's is 5000.
 
     Raises:
@@ -317,11 +322,14 @@ def stages(
                 "need fewer, such as apgd_ce,fab_t,square"
             )
     restarts = 5 if version == "plus" else 1
-    settings = _Settings(threat, steps, queries, eot=20 if version == "rand" else 0)
+    theirs = version == "torchattacks"
+    steps = (10 if theirs else 100) if steps is None else steps
+    checks.at_least(1, steps=steps)
+    settings = _Settings(threat, steps, queries, eot=20 if version == "rand" else 0, rescaled=theirs)
     targets = min(9, num_classes - 1)
     rounds = [{"apgd_t": targets, "fab_t": targets, "square": 1}.get(name, restarts) for name in names]
     return tuple(
-        Stage(name, partial(_ATTACKS[name], settings=settings), count, 1 + sum(rounds[:place]), steps)
+        Stage(name, partial(_ATTACKS[name], settings=settings), count, 1 + sum(rounds[:place]))
         for place, (name, count) in enumerate(zip(names, rounds, strict=True))
     )
 
@@ -332,6 +340,7 @@ class _Settings:
     steps: int
     queries: int
     eot: int
+    rescaled: bool
 
 
 def _apgd(
@@ -393,7 +402,8 @@ def _square(
     settings: _Settings,
 ) -> chex.Array:
     del number
-    return square(logits_fn, keys, images, labels, threat=settings.threat, queries=settings.queries)
+    threat, queries, rescaled = settings.threat, settings.queries, settings.rescaled
+    return square(logits_fn, keys, images, labels, threat=threat, queries=queries, rescaled=rescaled)
 
 
 _ATTACKS: dict[str, Callable[..., chex.Array]] = {
@@ -490,16 +500,13 @@ def outcomes(
     """Predictions ``[n]`` under each part of the ensemble that has its own name.
 
     These are ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, if the ensemble begins with
-    them in their standard form, and the whole version by its name in ``CONDITIONS``. With another number of
-    steps than AutoAttack's there is only the whole, called ``custom``.
+    them in their standard form, and the whole version by its name in ``CONDITIONS``.
     """
     names = tuple(stage.name for stage in stages)
-    if names == VERSIONS["standard"]:
-        version = "standard"  # also if it was given as a list
+    if version == ",".join(VERSIONS["standard"]):
+        version = "standard"  # given as a list
     after = {}
-    if stages[0].steps != STEPS:
-        version = "custom"
-    elif version not in ("plus", "rand"):
+    if version not in ("torchattacks", "plus", "rand"):
         if names[0] == "apgd_ce":
             after["apgd_ce"] = stages[0].last
         if names[:2] == VERSIONS["robal_aa"]:

@@ -29,6 +29,8 @@ from robal_jax.keys import fold_in, image_keys
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Numbers of earlier queries after which the share of the image that a square covers is halved again."""
 
+MEANT_FOR = 10_000  # queries
+
 TINY = 1e-12  # prevents 0 / 0 in a window without perturbation
 
 
@@ -50,6 +52,7 @@ def square(
     threat: ThreatModel,
     queries: int = 5000,
     p_init: float = 0.8,
+    rescaled: bool = False,
     draw: Draw = uniform_draw,
 ) -> chex.Array:
     """The Square Attack: random search for a small margin, from the logits alone.
@@ -62,6 +65,7 @@ def square(
       threat: allowed images.
       queries: largest number of queries per image, at least 1, after the one for its start.
       p_init: share of the image that the first squares cover, in (0, 1].
+      rescaled: squares shrink as many times, but over ``queries`` instead of 10,000; AutoAttack's do not.
       draw: source of the uniforms, a hook for tests: they replay the draws of another implementation.
 
     Returns:
@@ -84,7 +88,15 @@ def square(
     threat = check_attack(threat, images, labels)
     keys = image_keys(key, images)
     return square_search(
-        logits_fn, keys, images, labels, threat=threat, queries=queries, p_init=p_init, draw=draw
+        logits_fn,
+        keys,
+        images,
+        labels,
+        threat=threat,
+        queries=queries,
+        p_init=p_init,
+        rescaled=rescaled,
+        draw=draw,
     ).best
 
 
@@ -113,6 +125,7 @@ def square_search(
     threat: ThreatModel,
     queries: int = 5000,
     p_init: float = 0.8,
+    rescaled: bool = False,
     draw: Draw = uniform_draw,
 ) -> Search:
     """The search of :func:`square`, with its whole last state.
@@ -120,8 +133,8 @@ def square_search(
     ``x_{q+1} = x'`` if ``margin(x') < margin(x_q)``, else ``x_q``;  ``x' = propose(x_q)``
 
     while ``margin(x_q) > 0``, where the margin is ``z_y - max_{i != y} z_i``. The squares' share of the
-    image is ``p_init``, halved after each of ``HALVINGS`` queries, whatever ``queries`` is. The loop ends
-    when all images are misclassified. It compiles once, and contains the model once.
+    image is ``p_init``, halved after each of ``HALVINGS`` queries, whatever ``queries`` is unless it is
+    rescaled. The loop ends when all images are misclassified. It compiles once, and contains the model once.
 
     Args:
       logits_fn: see :func:`square`.
@@ -131,6 +144,7 @@ def square_search(
       threat: allowed images.
       queries: see :func:`square`.
       p_init: see :func:`square`.
+      rescaled: see :func:`square`.
       draw: see :func:`square`.
 
     Returns:
@@ -159,7 +173,9 @@ def square_search(
         return first(draw(keys, 0, start_draws), images)
 
     def propose(search: Search) -> chex.Array:
-        halvings = jnp.sum(search.number - 1 > jnp.array(HALVINGS))
+        earlier = search.number - 1
+        earlier = earlier * MEANT_FOR // queries if rescaled else earlier
+        halvings = jnp.sum(earlier > jnp.array(HALVINGS))
         following = threat.each(lambda threat, u, *of_image: moves(threat).propose(u, halvings, *of_image))
         return following(draw(keys, search.number, draws), search.best, images)
 

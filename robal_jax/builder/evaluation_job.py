@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -178,7 +178,7 @@ def evaluation_on(
     threat, step_size, by_class = radii_of(config, test.class_counts)
     version = settings.autoattack
     pixels = math.prod(test.images.shape[1:3])
-    ensemble = autoattack.stages(version, len(counts), threat=threat, steps=settings.autoattack_steps)
+    ensemble = autoattack.stages(version, len(counts), threat=threat)
     batch_size = at_once(settings.batch_size, pixels, platform)
     return Evaluation(
         test=test,
@@ -300,15 +300,9 @@ def _about(
         "evaluation_seed": settings.seed,
         "precision": settings.precision,
         **label,
-        **_ensemble_in_words(ensemble),
+        "autoattack": [stage.name for stage in ensemble],
         "config": json.loads(to_json(config)),
     }
-
-
-def _ensemble_in_words(ensemble: Sequence[autoattack.Stage]) -> dict[str, Any]:
-    """Returns the names of an ensemble's attacks, and their steps unless they are AutoAttack's."""
-    unusual = {"autoattack_steps": each.steps for each in ensemble if each.steps != autoattack.STEPS}
-    return {"autoattack": [stage.name for stage in ensemble], **unusual}
 
 
 def _generated(config: ConfigDict) -> dict[str, str]:

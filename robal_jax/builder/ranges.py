@@ -99,7 +99,7 @@ _POSITIVE_FIELDS = (
     "threat.epsilon", "attack.steps", "attack.step_size",
     "schedule.lr", "schedule.decay", "train.batch_size", "train.steps_per_dispatch",
     "train.accumulation_steps", "train.checkpoint_epochs", "train.keep_checkpoints",
-    "evaluation.batch_size", "evaluation.autoattack_steps", "evaluation.epsilon",
+    "evaluation.batch_size", "evaluation.epsilon",
     "evaluation.step_size", "objective.max_epsilon", "objective.search_steps",
     "attack.noise", "attack.reach", "attack.first_epoch", "perturbation.gamma",
 )  # fmt: skip
@@ -176,7 +176,7 @@ _INTEGERS = (
     "train.accumulation_steps", "train.reading_threads", "train.steps_per_dispatch",
     "train.checkpoint_epochs", "train.keep_checkpoints", "train.evaluate_epochs", "evaluation.batch_size",
     "evaluation.head_classes", "evaluation.tail_classes", "evaluation.audit.examples",
-    "evaluation.examples", "evaluation.autoattack_steps",
+    "evaluation.examples",
 )  # fmt: skip
 
 _NUMBERS = (

@@ -13,7 +13,7 @@ T = TypeVar("T")
 AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
 """Conditions that are AutoAttack, the strongest first."""
 
-ENSEMBLES = (*AUTOATTACK, "custom", "robal_aa")
+ENSEMBLES = (*AUTOATTACK, "torchattacks", "custom", "robal_aa")
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {
@@ -24,6 +24,7 @@ _NAMES = {
     "autoattack": "AutoAttack",
     "autoattack_plus": "AutoAttack plus",
     "autoattack_rand": "AutoAttack rand",
+    "torchattacks": "torchattacks' AutoAttack (10 iterations)",
     "custom": "Own ensemble",
 }
 

@@ -79,8 +79,7 @@ class Results:
           'common_epsilon' (the evaluation of the same weights at the common radius, if there is one:
           'folder', and 'accuracy' and 'tail', {condition: FIGURE}), 'step_size', 'start', 'evaluation_seed',
           'main_attack' (the one that counts if no ensemble was evaluated), 'autoattack' (names of the
-          ensemble's attacks), 'autoattack_steps' (iterations of APGD and FAB; missing if they are AutoAttack's
-          100), 'stages' ({attack: accuracy after it and all attacks before it});
+          ensemble's attacks), 'stages' ({attack: accuracy after it and all attacks before it});
         - the evaluation: 'versions' ({package: version}), 'commit' (of the checkout), 'device', 'processor',
           'date', 'seconds', 'command'.
       summary: what :func:`metrics.summarize` returns.

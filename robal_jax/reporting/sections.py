@@ -43,7 +43,6 @@ _META_LABELS = {
     "prior_adjustment": "Prior adjustment at test time",
     "main_attack": "Main attack",
     "autoattack": "Attacks of the ensemble",
-    "autoattack_steps": "Iterations of APGD and FAB (AutoAttack: 100)",
     "checkpoint": "Checkpoint",
     "selection": "Checkpoint chosen",
     "checkpoint_sha256": "Checkpoint SHA-256",

@@ -23,7 +23,6 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.budget": {"name": "constant"},
     "evaluation.weights": "current",
     "evaluation.groups": "thirds",
-    "evaluation.autoattack_steps": 100,
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
     "threat.scaled_steps": True,
