@@ -172,7 +172,7 @@ def test_another_head_stands_in_for_the_trained_one(copy):
         other.evaluation.head = {"name": "cosine", "scale": 3.0, "gamma": 0.0}
         other.evaluation.autoattack, other.evaluation.audit.examples = "none", 0
     said = []
-    folder = evaluation.evaluate(other, copy, folder=copy / "other", say=said.append)
+    folder = evaluation.evaluate(other, str(copy), folder=str(copy / "other"), say=said.append)
     assert folder == copy / "other"
     meta = json.loads((folder / "results.json").read_text())["meta"]
     assert (meta["method"], meta["head"]) == (

@@ -45,7 +45,7 @@ def tiny_config(*overrides):
 def run(workdir, *overrides):
     """Trains; the checkpoint's folder, its sha256 and all that was said."""
     said = []
-    path = training.train(tiny_config(*overrides), workdir, say=said.append)
+    path = training.train(tiny_config(*overrides), str(workdir), say=said.append)
     words = said[-1].split()
     assert words[:3] == ["checkpoint", str(path), "sha256"]
     return path, words[3], said

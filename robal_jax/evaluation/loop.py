@@ -64,10 +64,10 @@ SAME_IMAGES, SAME_LOGITS = 16, 1e-5
 
 def evaluate(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: str | pathlib.Path,
     *,
-    checkpoint: pathlib.Path | None = None,
-    folder: pathlib.Path | None = None,
+    checkpoint: str | pathlib.Path | None = None,
+    folder: str | pathlib.Path | None = None,
     command: str = "",
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
@@ -90,16 +90,15 @@ def evaluate(
         folder has another evaluation.
       ReportError: the results are stored, but the report could not be written; the same call writes it.
     """
-    say = hosts.speaker(say)
+    say, workdir = hosts.speaker(say), pathlib.Path(workdir)
     with hosts.stop_signals() as stop:
         check_same_model(config, workdir)
         job = builder.evaluation(config, class_counts_in_training(workdir))
         check_same_data(job.data_sha256, workdir, say)
         for line in job.test.notes:
             say(line)
-        if checkpoint is None:
-            checkpoint = default_checkpoint(workdir, job.select)
-        weights, path, sha256 = restore_weights(workdir, checkpoint, job.variables, say, job.weights)
+        chosen = default_checkpoint(workdir, job.select) if checkpoint is None else pathlib.Path(checkpoint)
+        weights, path, sha256 = restore_weights(workdir, chosen, job.variables, say, job.weights)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
         surrogate = _surrogate(config, job, sha256, say)
@@ -113,7 +112,7 @@ def evaluate(
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
-        folder = workdir / EVALUATION if folder is None else folder
+        folder = workdir / EVALUATION if folder is None else pathlib.Path(folder)
         beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
         subject = Subject(job, weights, surrogate, identity, about, beside)
         if not attack_and_report(subject, folder, command, stop, say):

@@ -96,7 +96,7 @@ def chunks(job: builder.Training, step: int) -> Generator[tuple[np.ndarray | Exa
 
 def train(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: str | pathlib.Path,
     *,
     say: Callable[[str], None] = print,
     track: Track | None = None,
@@ -116,6 +116,7 @@ def train(
       InputError: the config, the data or the workdir cannot be used; nothing was changed.
       DivergedError: a loss or gradient was not finite; the last good checkpoint is kept.
     """
+    workdir = pathlib.Path(workdir)
     say, folder = hosts.speaker(say), workdir / CHECKPOINTS
     with hosts.stop_signals() as stop:
         with hosts.only_first(lambda: announced("reading the data")):
