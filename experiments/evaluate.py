@@ -1,6 +1,7 @@
 """Evaluate: python experiments/evaluate.py --workdir=DIR [--config=FILE] [--config.evaluation.KEY=VALUE].
 
 --config=configs/tau_norm.py:cifar10_lt applies an inference-time method to a run trained without it.
+--model=cifar10_lt/at_resnet20 evaluates a model of the zoo, whose run it makes.
 """
 
 import pathlib
@@ -26,7 +27,8 @@ SHORT = {
 def main(arguments: list[str]) -> None:
     """Passes the config, the workdir and the checkpoint of the flags to ``robal_jax.evaluate``."""
     texts = {
-        "workdir": "folder of the run; its config is used",
+        "workdir": "folder of the run; its config is used; with --model runs/zoo/MODEL by default",
+        "model": "a model of the zoo, or the path of its card, in place of a run",
         "config": "another config; its head, logit scale and prior adjustment at inference are used",
         "folder": "folder of the results; WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD, "
         "with --budget WORKDIR/evaluation-BUDGET, with --weights WORKDIR/evaluation-WEIGHTS, with "
@@ -58,18 +60,25 @@ def main(arguments: list[str]) -> None:
         if values[flag]:
             overrides = cli.once([*overrides, f"--config.evaluation.{field}={values[flag]}"])
     workdir, checkpoint = cli.run_and_checkpoint(values)
-    if workdir is None:
+    if values["model"] and checkpoint:
+        raise InputError("--model has one checkpoint; leave out --checkpoint")
+    if workdir is None and not values["model"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
-    from robal_jax import builder, evaluation
+    from robal_jax import builder, evaluation, zoo
     from robal_jax.devices import hosts
     from robal_jax.storage.config_file import read_config, to_json
     from robal_jax.storage.names import EVALUATION
 
+    card = zoo.read_card(values["model"]) if values["model"] else {}
+    workdir = workdir or pathlib.Path("runs", "zoo", card["name"])
     hosts.start(*(values[name] for name in cli.PROCESSES))
-    hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
-    config = read_config(workdir)
-    builder.validate(config)
+    if card:
+        config = zoo.config_of(card)
+    else:
+        hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
+        config = read_config(workdir)
+        builder.validate(config)
     name = EVALUATION
     if values["config"]:
         config = builder.with_inference_of(config, cli.load_config(values["config"]))
@@ -89,6 +98,8 @@ def main(arguments: list[str]) -> None:
         name += f"-{config.evaluation.examples}-images"
     folder = pathlib.Path(values["folder"]) if values["folder"] else workdir / name
     command = f"{cli.as_started('python experiments/evaluate.py')} {shlex.join(arguments)}"
+    if card:
+        zoo.make_run(values["model"], workdir)
     evaluation.evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 
 

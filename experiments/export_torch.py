@@ -7,7 +7,6 @@ PyTorch's order, (c, h, w); a network that standardises its images has the buffe
 need PyTorch.
 """
 
-import hashlib
 import pathlib
 import sys
 
@@ -67,10 +66,10 @@ def main(arguments: list[str]) -> None:
 
     check_replaceable(out, '"checkpoint_sha256":')
 
-    from robal_jax import averages, builder, pytorch
+    from robal_jax import averages, builder, exchange, pytorch
     from robal_jax.storage import checkpoints
     from robal_jax.storage.best import default_checkpoint
-    from robal_jax.storage.config_file import read_config, to_json
+    from robal_jax.storage.config_file import read_config
 
     config = read_config(workdir)
     builder.validate(config)
@@ -80,17 +79,8 @@ def main(arguments: list[str]) -> None:
     params, stats = averages.chosen(arrays, which).values()
     network = pytorch.architecture(pytorch.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None
-    state_dict = pytorch.complete_state_dict(params, stats, prefixes, builder.standardisation(config))
-    resolved = to_json(config)
-    metadata = {
-        "format": "pt",
-        "method": config.method,
-        "config": resolved,
-        "config_sha256": hashlib.sha256(resolved.encode()).hexdigest(),
-        "checkpoint": str(path),
-        "checkpoint_sha256": sha256,
-    }
-    pytorch.write_weights(out, state_dict, metadata)
+    origin = {"checkpoint": str(path), "checkpoint_sha256": sha256}
+    state_dict = exchange.export_weights(out, config, params, stats, origin, prefixes)
     print(f"checkpoint {path} sha256 {sha256}")
     print(f"wrote {out}: a {network.name}, {network.num_classes} classes, {len(state_dict)} arrays")
     print(f"in PyTorch: model.load_state_dict(safetensors.torch.load_file({str(out)!r}))")

@@ -16,7 +16,7 @@ from robal_jax.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
-    """Passes the flags to ``robal_jax.zoo.import_weights``."""
+    """Passes the flags to ``robal_jax.exchange.import_weights``."""
     texts = {
         "weights": "a .safetensors file, or one that torch.save wrote",
         "config": "config file and data set, configs/robal_n.py:cifar10_lt or robal_n:cifar10_lt",
@@ -30,10 +30,10 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"--{name} is missing; usage: {__doc__}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
-    from robal_jax import zoo  # after the cheap checks: it imports JAX
+    from robal_jax import exchange  # after the cheap checks: it imports JAX
 
     weights, workdir = pathlib.Path(values["weights"]), pathlib.Path(values["workdir"])
-    zoo.import_weights(config, weights, workdir, values["entry"])
+    exchange.import_weights(config, weights, workdir, values["entry"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ starts without JAX:
 
 - :func:`evaluate_model`: attacks, AutoAttack, audit and report for any function from images to logits
 - :func:`load_run`: a trained run as a function from images to logits
+- :func:`load_model`: a model of the zoo as such a function, without data
 - :func:`autoattack`: the ensemble alone, adversarial images and the outcome of every attack
 - :func:`train`, :func:`evaluate`: what the scripts call, with a config
 - the threat model, the attacks, the losses and the heads
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from robal_jax.losses import robal as robal
     from robal_jax.losses import uniform_margin as uniform_margin
     from robal_jax.training import train as train
+    from robal_jax.zoo import load_model as load_model
 
 __version__ = "0.1.0"
 
@@ -65,10 +67,11 @@ _WHERE = {
         "class_temperature", "cross_entropy", "focal", "ldam", "logit_adjustment", "robal", "uniform_margin",
     ),
     "training": ("train",),
+    "zoo": ("load_model",),
 }  # fmt: skip
 _ROOMS = (
-    "attacks", "builder", "classifiers", "cli", "data", "devices", "errors", "evaluation", "keys", "losses",
-    "metrics", "models", "objectives", "optimizers", "pytorch", "reporting", "storage", "training",
+    "attacks", "builder", "classifiers", "cli", "data", "devices", "errors", "evaluation", "exchange", "keys",
+    "losses", "metrics", "models", "objectives", "optimizers", "pytorch", "reporting", "storage", "training",
     "zoo",
 )  # fmt: skip
 _NAMES = {name: room for room, names in _WHERE.items() for name in names}

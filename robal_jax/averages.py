@@ -205,7 +205,7 @@ def chosen(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
       which: one of ``WEIGHTS``.
 
     Raises:
-      InputError: there is no average, or ``which`` is another text.
+      InputError: there is no average, or nothing else, or ``which`` is another text.
 
     Example:
       >>> state = {"params": {"w": 1}, "stats": {"m": 2}, "average": {"params": {"w": 3}}}
@@ -216,6 +216,11 @@ def chosen(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
         raise InputError(f"weights is {which!r}; use {' or '.join(WEIGHTS)}")
     current = {name: checkpoint.get(name, {}) for name in Weights._fields}
     if which == "current":
+        if checkpoint.get("average") and not current["params"]:
+            raise InputError(
+                "config.evaluation.weights is 'current', but the checkpoint has only an average; "
+                "use 'average'"
+            )
         return current
     if not checkpoint.get("average"):
         raise InputError(

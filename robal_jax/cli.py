@@ -214,7 +214,18 @@ def add_shipped() -> None:
                 package.__path__.insert(0, str(folder))
 
 
-PATHS = ("workdir", "folder", "checkpoint", "surrogate", "out", "html", "weights", "data_dir", "config")
+PATHS = (
+    "workdir",
+    "folder",
+    "checkpoint",
+    "surrogate",
+    "out",
+    "html",
+    "weights",
+    "data_dir",
+    "config",
+    "model",
+)
 """Flags that name a path, in which ``~`` is the home folder, see :func:`user_path`."""
 
 

@@ -43,6 +43,7 @@ LAYERS = (
     {"reporting", "pytorch"},
     {"builder"},
     {"training", "evaluation", "cli"},  # none imports another
+    {"exchange"},
     {"zoo", "console"},
 )
 # The one module, or two, that know a library.
@@ -57,8 +58,8 @@ OWNERS = {
     "safetensors": {"pytorch.files"},
 }
 ROOMS = {name.partition(".")[0] for name in MODULES}
-# Whose functions receive a whole config; only the builder looks into it, and the zoo at the name of the data.
-READS_CONFIG = {name for name in MODULES if name.startswith("builder.")} | {"zoo"}
+# Whose functions receive a whole config; only the builder looks into it, and "exchange" at two names in it.
+READS_CONFIG = {name for name in MODULES if name.startswith("builder.")} | {"exchange"}
 
 
 def tree(path):

@@ -24,6 +24,17 @@ PACKAGES = SETUP["options"]["packages"].split()
 FOLDERS = dict(re.findall(r"(\S+) = (\S+)", SETUP["options"]["package_dir"]))
 """Folders of the packages that lie elsewhere in the repository."""
 
+
+def folder_of(package):
+    return ROOT / FOLDERS.get(package, package.replace(".", "/"))
+
+
+def data_files(package):
+    """Files of a package that are not Python."""
+    patterns = SETUP["options.package_data"].get(package, "").replace(",", " ").split()
+    return {path for pattern in patterns for path in folder_of(package).glob(pattern)}
+
+
 # ---------------------------------------------------------------- the wheel
 
 
@@ -39,9 +50,12 @@ def test_the_wheel_has_what_the_commands_need():
         "robal_jax.shipped.experiments": "experiments",
         "robal_jax.shipped.experiments.paper": "experiments/paper",
     }
+    assert data_files("robal_jax.shipped.experiments") == {
+        path for path in (ROOT / "experiments" / "zoo").rglob("*") if path.is_file()
+    }
     scripts = {path.stem for path in (ROOT / "experiments").glob("*.py")}
     assert scripts == {script for script, _ in console.COMMANDS.values()}
-    assert (ROOT / "robal_jax" / SETUP["options.package_data"]["robal_jax"]).is_file()
+    assert data_files("robal_jax") == {ROOT / "robal_jax" / "py.typed"}
     assert (ROOT / SETUP["metadata"]["license_files"]).is_file()
 
 
@@ -65,8 +79,10 @@ def installed(tmp_path_factory):
     for name in PACKAGES:
         target = site.joinpath(*name.split("."))
         target.mkdir(parents=True)
-        for path in (ROOT / FOLDERS.get(name, name.replace(".", "/"))).glob("*.py"):
-            shutil.copy(path, target)
+        for path in {*folder_of(name).glob("*.py"), *data_files(name)}:
+            place = target / path.relative_to(folder_of(name))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
     (folder / "my_method.py").write_text(MY_METHOD)
     (folder / "configs").mkdir()  # a user's own package of that name
     (folder / "configs" / "__init__.py").write_text("")
@@ -103,6 +119,7 @@ def installed(tmp_path_factory):
         ),
         (["train", "--config=configs/at.py", "--workdir=x"], "no config file configs/at.py; use at"),
         (["reproduce", "--table=1", "--config.seed=1"], "config.seed is set by --seeds"),
+        (["evaluate", "--model=digits_lt/at"], "no model 'digits_lt/at' in the zoo, and no such files; use "),
     ],
 )
 def test_one_line_from_another_folder(installed, arguments, message):

@@ -496,13 +496,6 @@ def test_an_old_pytorch(monkeypatch, tmp_path):
     refused(r"PyTorch 2\.5\.1\+cpu does not read files safely", pytorch.read_weights, some_file(tmp_path))
 
 
-def test_without_safetensors(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    message = r"needs the package safetensors; pip install 'robal_jax\[torch\]'"
-    refused(message, pytorch.read_weights, some_file(tmp_path, "x.safetensors"))
-    refused(message, pytorch.write_weights, tmp_path / "y.safetensors", STATE, {})
-
-
 def test_safetensors(safetensors, tmp_path):
     path = tmp_path / "x.safetensors"
     pytorch.write_weights(path, wrapped("module."), {"method": "AT"})

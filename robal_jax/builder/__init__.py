@@ -43,7 +43,13 @@ in its section::
 """
 
 from robal_jax.builder.arguments import SECTIONS, with_arguments
-from robal_jax.builder.evaluation_job import Evaluation, evaluation, with_inference_of, with_part_of
+from robal_jax.builder.evaluation_job import (
+    Evaluation,
+    evaluation,
+    evaluation_on,
+    with_inference_of,
+    with_part_of,
+)
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
 from robal_jax.builder.parts import (
@@ -75,6 +81,7 @@ __all__ = [
     "doubts",
     "evaluation",
     "evaluation_doubts",
+    "evaluation_on",
     "gathered_arrays",
     "model",
     "objective",

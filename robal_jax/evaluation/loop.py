@@ -49,6 +49,7 @@ from robal_jax.storage.workdir import (
     check_same_model,
     class_counts_in_training,
     digest_of_images,
+    origin_of,
     restore_weights,
     versions,
 )
@@ -107,6 +108,7 @@ def evaluate(
         about = {
             "checkpoint": str(path),
             "checkpoint_sha256": sha256,
+            **({"origin": origin} if (origin := origin_of(workdir)) else {}),
             **how_chosen(workdir, path, job.select, job.judged),
             "training": curve,
             **({"judged": course} if (course := judged_course(workdir)) else {}),

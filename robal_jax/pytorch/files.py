@@ -1,5 +1,6 @@
 """Files of weights: reading .safetensors and .pt without executing anything in them, writing .safetensors."""
 
+import json
 import pathlib
 import re
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from robal_jax.errors import InputError, one_line
 from robal_jax.pytorch.foreign import foreign
@@ -63,23 +65,23 @@ def write_weights(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], meta
     """Writes a ``.safetensors`` file, whole or not at all.
 
     Raises:
-      InputError: the file cannot be written, or the package safetensors is missing.
+      InputError: the file cannot be written.
     """
-    content = _safetensors().save(dict(state_dict), metadata | {FLATTENED: "c, h, w"})
+    content = _in_order(safetensors.numpy.save(dict(state_dict), metadata | {FLATTENED: "c, h, w"}))
     try:
         write_whole(path, content)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); choose another file") from error
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise InputError(
-            "a .safetensors file needs the package safetensors; pip install 'robal_jax[torch]'"
-        ) from error
-    return safetensors.numpy
+def _in_order(content: bytes) -> bytes:
+    """Sorts the metadata of a ``.safetensors`` file, whose order is random, for equal bytes each time."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _has_header(path: pathlib.Path) -> bool:
@@ -98,11 +100,10 @@ def _is_safetensors(path: pathlib.Path) -> bool:
 
 def _read_safetensors(path: pathlib.Path) -> tuple[Any, dict[str, str]]:
     """Reads the arrays and the metadata of a ``.safetensors`` file."""
-    library = _safetensors()
     try:
-        with library.safe_open(path, "numpy") as file:
+        with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-        return library.load_file(path), metadata
+        return safetensors.numpy.load_file(path), metadata
     except Exception as error:  # its own SafetensorError, and OSError, TypeError, ...
         raise InputError(
             f"cannot read {path} ({one_line(error)}); give an undamaged .safetensors file"

@@ -65,7 +65,8 @@ class Results:
         unknown keys too.
 
         - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
-          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'config' (all fields, nested),
+          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'origin' (of imported weights,
+          for people), 'config' (all fields, nested),
           'identity' (what tells an evaluation without a config from others), 'training' ({'epoch': numbers,
           name of a metric: its means}, up to the checkpoint), 'selection' (how the checkpoint was chosen, for
           people), 'selected_on_test' (True, if it was chosen on test images), 'held_out' (how many training
@@ -162,7 +163,7 @@ class Results:
           OSError: the folder cannot be written to.
         """
         content = {"meta": self.meta, "summary": self.summary, "audit": self.audit, "norms": self.norms}
-        texts = {RESULTS: _json_text(content), PER_CLASS: _per_class_csv(self)}
+        texts = {RESULTS: json_text(content), PER_CLASS: _per_class_csv(self)}
         for name, text in texts.items():
             write_whole(folder / name, text.encode(errors="backslashreplace"))
         return [folder / name for name in texts]
@@ -342,7 +343,7 @@ def _reading(file: pathlib.Path) -> Iterator[None]:
         raise InputError(f"{file} is damaged ({one_line(error)}); evaluate the run again") from error
 
 
-def _json_text(content: Mapping[str, Any]) -> str:
+def json_text(content: Mapping[str, Any]) -> str:
     """Returns JSON for people too: lists of numbers, such as rows of a confusion matrix, are on one line."""
     text = json.dumps(content, indent=1, allow_nan=False)
     # Only the layout changes: inside a string JSON writes a line break as \n.

@@ -43,6 +43,7 @@ _META_LABELS = {
     "prior_adjustment": "Prior adjustment at test time",
     "main_attack": "Main attack",
     "autoattack": "Attacks of the ensemble",
+    "origin": "Weights imported from",
     "checkpoint": "Checkpoint",
     "selection": "Checkpoint chosen",
     "checkpoint_sha256": "Checkpoint SHA-256",

@@ -21,7 +21,7 @@ from robal_jax.errors import InputError, one_line
 from robal_jax.storage import checkpoints
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import BEST, CHECKPOINTS, IMPORT, RECORD
-from robal_jax.storage.workdir import check_there
+from robal_jax.storage.workdir import check_there, imported_from
 
 
 class Record(NamedTuple):
@@ -161,7 +161,7 @@ def how_chosen(
     Args:
       workdir: folder of the run.
       path: folder of the checkpoint.
-      select: what the config says; it counts for an imported run only, of which nothing else is known.
+      select: what the config says; it counts for an imported run only, if nothing else is known of it.
       evaluated: what is evaluated, as ``Record.judged``.
 
     Returns:
@@ -170,8 +170,12 @@ def how_chosen(
     folder, best = os.path.realpath(path.parent), read_best(workdir)
     if best is not None and path.name == str(best.step) and folder == os.path.realpath(workdir / BEST):
         return chosen(best.text(evaluated), on_test=best.images == "test")
-    if (workdir / IMPORT).exists():
-        return stated(select)
+    imported = imported_from(workdir)
+    if imported is not None:
+        known: dict[str, Any] = {
+            name: imported[name] for name in ("selection", "selected_on_test") if name in imported
+        }
+        return known or stated(select)
     newest = checkpoints.steps(workdir / CHECKPOINTS)[-1:]
     if [path.name] == [str(step) for step in newest] and folder == os.path.realpath(workdir / CHECKPOINTS):
         return chosen("last")

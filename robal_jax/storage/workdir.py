@@ -253,6 +253,28 @@ def check_same_model(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
+def imported_from(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what an imported run says of its weights: 'weights', 'weights_sha256', 'network' and more.
+
+    None for a run that was trained here; {} if the file cannot be read.
+    """
+    if not (workdir / IMPORT).exists():
+        return None
+    try:
+        origin = json.loads((workdir / IMPORT).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
+
+
+def origin_of(workdir: pathlib.Path) -> str:
+    """Says where the weights of an imported run are from; '' if they were trained here, or nothing tells."""
+    origin = imported_from(workdir) or {}
+    names = ("weights", "network", "weights_sha256")
+    weights, network, sha256 = (origin.get(name) for name in names)
+    return f"{weights}, a {network}, sha256 {sha256}" if weights and network and sha256 else ""
+
+
 def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], None]) -> None:
     """Checks that an evaluation has the data of the run.
 
@@ -264,10 +286,11 @@ def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], Non
     Raises:
       InputError: the data are different.
     """
-    if (workdir / IMPORT).exists() or not (workdir / CONFIG).exists():
+    imported = imported_from(workdir)
+    if not (workdir / CONFIG).exists() or (imported is not None and "data_sha256" not in imported):
         return
     try:
-        trained_on = json.loads((workdir / VERSIONS).read_text())["data_sha256"]
+        trained_on = (imported or json.loads((workdir / VERSIONS).read_text()))["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         say(f"warning: {workdir / VERSIONS} does not say which data the run was trained on")
         return
@@ -281,7 +304,9 @@ def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], Non
 def class_counts_in_training(workdir: pathlib.Path) -> np.ndarray | None:
     """Returns the class counts of the mixture that a run was trained on; None without generated images."""
     try:
-        counts = json.loads((workdir / VERSIONS).read_text()).get("class_counts")
+        imported = imported_from(workdir)
+        trained = json.loads((workdir / VERSIONS).read_text()) if imported is None else imported
+        counts = trained.get("class_counts")
         return None if counts is None else np.array(counts, float)
     except (OSError, ValueError, AttributeError, TypeError):  # check_same_data says that it cannot be read
         return None

@@ -1,0 +1,37 @@
+"""Publish: python experiments/publish.py --workdir=DIR --out=FOLDER/NAME [--evaluations=FOLDER,FOLDER].
+
+Writes FOLDER/NAME.safetensors (the weights that the run's config evaluates), FOLDER/NAME.json (a card with
+the config, the figures of the evaluations and images to check the model on) and FOLDER/NAME.robustbench.json.
+robal_jax.load_model loads them; those in experiments/zoo ship with the library.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from robal_jax import cli
+from robal_jax.errors import InputError
+
+
+def main(arguments: list[str]) -> None:
+    """Passes the flags to ``robal_jax.zoo.publish``."""
+    texts = {
+        "workdir": "folder of the run, evaluated",
+        "out": "the files to write, without their endings: experiments/zoo/digits_lt/at_small_cnn",
+        "evaluations": "folders of results, with commas between; by default WORKDIR/evaluation",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    for name in ("workdir", "out"):
+        if not values[name]:
+            raise InputError(f"--{name} is missing; usage: {__doc__}")
+
+    from robal_jax import zoo  # after the cheap checks: it imports JAX
+
+    evaluations = [pathlib.Path(folder) for folder in values["evaluations"].split(",") if folder]
+    for file in zoo.publish(pathlib.Path(values["workdir"]), pathlib.Path(values["out"]), evaluations):
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

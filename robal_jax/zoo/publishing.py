@@ -1,0 +1,154 @@
+"""From a run and its evaluations to the three files of a model."""
+
+import datetime
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from robal_jax import exchange, pytorch
+from robal_jax.errors import InputError, one_line
+from robal_jax.evaluation import Run, load_run
+from robal_jax.reporting.results import Results, json_text, results_folder
+from robal_jax.storage.config_file import read_config
+from robal_jax.storage.files import check_replaceable, reason, write_whole
+from robal_jax.storage.names import VERSIONS
+from robal_jax.storage.workdir import class_counts_in_training, imported_from
+from robal_jax.zoo import cards
+from robal_jax.zoo.models import ENDINGS, NAME, load_model
+
+MARKS = ('"checkpoint_sha256":', '"weights_sha256":', '"number_forward_passes":')
+"""Texts in the beginnings of the three files, in the order of ``ENDINGS``."""
+
+INFERENCE = ("weights", "head", "logit_scale", "tau_p")
+"""Fields of ``config.evaluation`` that belong to the model."""
+
+
+def publish(
+    workdir: pathlib.Path, out: pathlib.Path, evaluations: Sequence[pathlib.Path] = ()
+) -> list[pathlib.Path]:
+    """Writes the weights of a run that its config evaluates, their card, and the card for RobustBench.
+
+    Args:
+      workdir: folder of a run that was trained here; its data must be at hand.
+      out: ``FOLDER/NAME``, the files without their endings; the model's name is that of the folder and NAME.
+      evaluations: folders of results of this run; that in ``workdir`` if there are none.
+
+    Returns:
+      The three files.
+
+    Raises:
+      InputError: the run, an evaluation or a file cannot be used.
+    """
+    name = f"{out.absolute().parent.name}/{out.name}"
+    if not re.fullmatch(NAME, name) or name.endswith(ENDINGS):
+        raise InputError(f"--out is {out}; name the files without their endings, FOLDER/NAME")
+    files = [out.with_name(f"{out.name}{ending}") for ending in ENDINGS]
+    for file, mark in zip(files, MARKS, strict=True):
+        check_replaceable(file, mark)
+    read_config(workdir)  # says what is wrong with a folder that is no run
+    if imported_from(workdir) is not None:
+        raise InputError(f"the weights of {workdir} were imported; publish a run that was trained here")
+    folders = [results_folder(path) for path in evaluations or [workdir]]
+    results = {folder.name: Results.read(folder) for folder in folders}
+    if len(results) < len(folders):
+        raise InputError("two evaluations have the same name; name each folder once")
+    made_with = _versions(workdir)
+    run = load_run(workdir)
+    for folder, each in results.items():
+        _check_is_of(run, folder, each)
+
+    weights_file, card_file, robustbench_file = files
+    config = ConfigDict(cards.without_paths(run.config)).lock()
+    origin = {"name": name, "checkpoint_sha256": run.sha256}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        state_dict = exchange.export_weights(weights_file, config, run.params, run.stats, origin)
+        network = pytorch.architecture(pytorch.shapes(state_dict))
+        architecture = network.name if network.model else str(run.config["model"]["name"])
+        images = cards.check_images(run.test.images.shape[1:], run.test.pixel_max)
+        logits = run.logits(images)
+        card = {
+            "name": name,
+            "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
+            "network": architecture,
+            **_described(workdir, run, results, made_with),
+            "check": cards.check_of(images, logits, cards.tolerance(state_dict, logits)),
+        }
+        write_whole(card_file, json_text(card).encode() + b"\n")
+        for_robustbench = cards.robustbench(cards.leading(list(results.values())), architecture)
+        write_whole(robustbench_file, (json.dumps(for_robustbench, indent=2) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"cannot write {out} ({reason(error, out)}); choose another --out") from error
+    load_model(card_file).check()
+    return files
+
+
+def _described(
+    workdir: pathlib.Path, run: Run, results: Mapping[str, Results], made_with: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what a card says of the model, its data and its figures."""
+    meta, data = next(iter(results.values())).meta, str(run.config["data"]["name"])
+    mixture = class_counts_in_training(workdir)
+    return {
+        "method": meta["method"],
+        "license": cards.LICENSE,
+        "published": datetime.date.today().isoformat(),
+        "data": {
+            "name": data,
+            "sha256": made_with.pop("data_sha256"),
+            "license": cards.DATA_LICENSES.get(data, "see the data set; no image is included"),
+            "imbalance": meta["imbalance"],
+            "images": list(run.test.images.shape[1:]),
+            "pixel_max": run.test.pixel_max,
+            "classes": list(run.test.class_names),
+            "class_counts": run.test.class_counts.tolist(),
+            **({} if mixture is None else {"trained_counts": mixture.tolist()}),
+            **{key: meta[key] for key in ("held_out", "generated") if key in meta},
+        },
+        "checkpoint": {
+            "sha256": run.sha256,
+            "step": run.checkpoint.name,
+            "weights": run.config["evaluation"]["weights"],
+            **{key: meta[key] for key in ("selection", "selected_on_test") if key in meta},
+        },
+        "trained_with": {key: made_with[key] for key in made_with if isinstance(made_with[key], str)},
+        "config": cards.without_paths(run.config),
+        "evaluations": {name: cards.figures(each) for name, each in results.items()},
+    }
+
+
+def _versions(workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads what a run was trained with, and the digest of its data."""
+    try:
+        found = dict(json.loads((workdir / VERSIONS).read_text()))
+        return {**found, "data_sha256": str(found["data_sha256"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"cannot read {workdir / VERSIONS} ({one_line(error)}); restore it, or train the run again"
+        ) from error
+
+
+def _check_is_of(run: Run, name: str, results: Results) -> None:
+    """Checks that an evaluation is of the weights that are published, as the config evaluates them.
+
+    Raises:
+      InputError: it is not.
+    """
+    sha256 = str(results.meta.get("checkpoint_sha256"))
+    if sha256 != run.sha256:
+        raise InputError(
+            f"{name} is of another checkpoint (sha256 {sha256[:12]}…; the run's is {run.sha256[:12]}…); "
+            "evaluate the run again, or name another evaluation"
+        )
+    theirs, ours = results.meta["config"]["evaluation"], run.config["evaluation"]
+    changed = [field for field in INFERENCE if theirs.get(field, ours[field]) != ours[field]]
+    if changed:
+        raise InputError(
+            f"{name} changes config.evaluation.{changed[0]} of the run, so it is of another model; name "
+            "another evaluation"
+        )

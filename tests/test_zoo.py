@@ -1,0 +1,430 @@
+"""The zoo: models that ship, models from a run, models as runs, and what is refused (robal_jax.zoo)."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+from conftest import ROOT
+from helpers import META, fake_results, fake_summary, verdict
+
+import robal_jax
+from experiments import evaluate, publish
+from robal_jax import cli, load_model, load_run, pytorch, training, zoo
+from robal_jax.errors import InputError
+from robal_jax.reporting.results import EVERYTHING, FLAGGED, PASSED, Results
+from robal_jax.storage import checkpoints
+from robal_jax.storage.config_file import differences, read_config
+from robal_jax.storage.workdir import imported_from, origin_of
+from robal_jax.zoo import cards
+
+ZOO = ROOT / "experiments" / "zoo"
+STORED = ROOT / "tests" / "stored_run"
+DIGITS = "digits_lt/at_small_cnn"
+NAMES = zoo.names()
+MODELS = [
+    pytest.param(name, marks=() if name.startswith("digits_lt/") else pytest.mark.slow) for name in NAMES
+]
+"""Those with larger networks take some seconds to compile."""
+
+
+def refused(message, function, *arguments):
+    with pytest.raises(InputError, match=message) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def card_of(name, ending="json"):
+    return json.loads((ZOO / f"{name}.{ending}").read_text())
+
+
+def texts(tree):
+    """All strings in a JSON value."""
+    if isinstance(tree, dict | list):
+        return [text for one in (tree.values() if isinstance(tree, dict) else tree) for text in texts(one)]
+    return [tree] if isinstance(tree, str) else []
+
+
+def results_for(run, **changes):
+    """An evaluation of a run that never took place."""
+    meta = {
+        **META, "imbalance": "long", "n": 200, "selection": "last", "checkpoint_sha256": run.sha256,
+        "config": run.config, **changes,
+    }  # fmt: skip
+    return fake_results(meta=meta)
+
+
+def metadata_of(weights):
+    with safetensors.safe_open(weights, "numpy") as file:
+        return file.metadata()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A stopped run with a fake evaluation."""
+    workdir = shutil.copytree(STORED, tmp_path_factory.mktemp("runs") / "run")
+    loaded = load_run(workdir)
+    (workdir / "evaluation" / "unfinished").rename(workdir / "unfinished")
+    results_for(loaded).write(workdir / "evaluation")
+    return workdir, loaded
+
+
+@pytest.fixture(scope="module")
+def published(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("zoo") / "digits_lt" / "mine"
+    zoo.publish(run[0], out)
+    return out
+
+
+@pytest.fixture
+def files(published, tmp_path):
+    """A copy that may be written to; the path of the card."""
+    return shutil.copytree(published.parent, tmp_path / "digits_lt") / "mine.json"
+
+
+# ---------------------------------------------------------------- the models that ship
+
+
+def test_each_model_has_three_files_and_nothing_else_ships():
+    assert DIGITS in NAMES
+    found = sorted(str(path.relative_to(ZOO)) for path in ZOO.rglob("*") if path.is_file())
+    endings = ("json", "robustbench.json", "safetensors")
+    assert found == sorted(f"{name}.{ending}" for name in NAMES for ending in endings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_reproduces_its_predictions(name):
+    model = load_model(name)
+    stored, data = model.card["check"], model.card["data"]
+    images = cards.check_images(data["images"], data["pixel_max"])
+    assert checkpoints.digest({"images": images}) == stored["images_sha256"]
+    logits = model.logits(images)
+    assert logits.shape == (64, len(data["classes"]))
+    sure = cards.sure(stored)
+    assert sure.sum() >= 60  # so that the check says something
+    np.testing.assert_array_equal(logits.argmax(1)[sure], np.array(stored["predictions"])[sure])
+    assert len(set(stored["predictions"])) >= len(data["classes"]) / 2
+    assert model.check() <= stored["tolerance"] < 1e-3 * np.abs(stored["logits"]).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_of_a_model_agree(name):
+    card, weights = card_of(name), ZOO / f"{name}.safetensors"
+    assert card["name"] == name
+    assert card["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    metadata = metadata_of(weights)
+    assert json.loads(metadata["config"]) == card["config"]
+    assert (metadata["name"], metadata["checkpoint_sha256"]) == (name, card["checkpoint"]["sha256"])
+    assert metadata["method"] == card["method"] == card["config"]["method"]
+    arrays = pytorch.read_weights(weights)
+    assert {array.dtype.name for key, array in arrays.items() if "num_batches" not in key} == {"float32"}
+
+    theirs = card_of(name, "robustbench.json")
+    figures = {
+        key: f"{100 * conditions[condition]['accuracy']['value']:.2f}"
+        for evaluation in card["evaluations"].values()
+        if theirs["footnote"].find(str(evaluation.get("part", f"{evaluation['n']} test images"))) >= 0
+        for conditions in [evaluation["conditions"]]
+        for key, condition in (("clean_acc", "clean"), ("autoattack_acc", "autoattack"))
+        if condition in conditions
+    }
+    assert {key: theirs[key] for key in figures} == figures
+    assert theirs["dataset"] == card["data"]["name"] == name.partition("/")[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_place_of_a_machine_is_published(name):
+    found = texts([card_of(name), card_of(name, "robustbench.json")])
+    found += texts(json.loads(metadata_of(ZOO / f"{name}.safetensors")["config"]))
+    found += metadata_of(ZOO / f"{name}.safetensors").values()
+    assert [text for text in found if text.startswith(("/", "~")) or "/tmp/" in text] == []
+
+
+def test_figures_have_intervals_and_their_settings():
+    evaluation = card_of(DIGITS)["evaluations"]["evaluation"]
+    assert {"n", "norm", "epsilon", "autoattack", "commit", "date", "device"} <= evaluation.keys()
+    assert {"clean", "pgd_20", "robal_aa", "autoattack", "worst"} <= evaluation["conditions"].keys()
+    for figures in evaluation["conditions"].values():
+        for name in ("accuracy", "head", "medium", "tail"):
+            assert 0 <= figures[name]["low"] <= figures[name]["value"] <= figures[name]["high"] <= 1
+        assert [len(bounds) for bounds in figures["per_class"].values()] == [10, 10, 10]
+
+
+# ---------------------------------------------------------------- a model as a function
+
+
+def test_a_published_run_is_the_same_function(run, published):
+    """With integers as with floats; its prior adjustment and scale are those of the run."""
+    (_, loaded), model = run, load_model(published)
+    images = loaded.test.images[::20]
+    np.testing.assert_array_equal(model.logits(images), loaded.logits(images))
+    floats = images / np.float32(16)
+    np.testing.assert_array_equal(model.logits_fn(floats), loaded.logits_fn(floats))
+    jax.tree.map(np.testing.assert_array_equal, (model.params, model.stats), (loaded.params, loaded.stats))
+    assert model.config == loaded.config
+    assert model.test.class_counts.tolist() == loaded.test.class_counts.tolist()
+    assert model.test.class_names == loaded.test.class_names
+    assert not len(model.test.images)
+    with pytest.raises(ValueError, match="images"):
+        model.logits(np.zeros((1, 4, 4, 1)))
+
+
+def test_a_model_by_each_of_its_paths(published):
+    models = [load_model(f"{published}{ending}") for ending in ("", ".json", ".safetensors")]
+    assert {model.sha256 for model in models} == {models[0].sha256}
+    assert robal_jax.load_model is load_model
+
+
+def test_the_check_can_fail(published):
+    model = load_model(published)
+    changed = jax.tree.map(lambda array: array * np.float32(1.01), model.params)
+    refused(
+        "digits_lt/mine does not compute what its card says", dataclasses.replace(model, params=changed).check
+    )
+
+
+@pytest.mark.parametrize("name", [DIGITS, "digits_lt/robal_n_small_cnn"])
+def test_rounding_stays_below_its_bound(name):
+    """In float64 nothing is rounded."""
+    model, images = load_model(name), cards.check_images((8, 8, 1), 16) / 16
+    with jax.enable_x64(True):
+        wide = jax.tree.map(np.float64, (model.params, model.stats))
+        exact = np.asarray(model.predict(*wide, images))
+    assert exact.dtype == np.float64
+    apart = np.abs(exact - np.array(model.card["check"]["logits"])).max()
+    assert 0 < apart < model.card["check"]["tolerance"] / 2
+
+
+def test_config_without_paths():
+    fields = {
+        "data": {"path": "data/mine", "name": "x"},
+        "generated": {"path": "/work/edm.npz", "share": 0.7},
+        "train": {"teacher": "~/runs/at/", "select": "last"},
+        "evaluation": {"audit": {"surrogate": "runs/at"}},
+    }
+    assert cards.without_paths(fields) == {
+        "data": {"path": "", "name": "x"},
+        "generated": {"path": "edm.npz", "share": 0.7},
+        "train": {"teacher": "at", "select": "last"},
+        "evaluation": {"audit": {"surrogate": ""}},
+    }
+
+
+def test_the_card_for_robustbench():
+    results = fake_results(meta={**META, "imbalance": "IR 50", "n": 200, "epsilon": 8 / 255})
+    plain = cards.robustbench(results, "ResNet-20")
+    conditions = results.conditions
+    assert plain["reported"] == f"{100 * conditions['pgd_20']['accuracy']['value']:.2f}"
+    assert "autoattack_acc" not in plain
+    assert (plain["eps"], plain["architecture"], plain["unreliable"]) == ("8/255", "ResNet-20", False)
+    assert plain["footnote"] == "Trained on a long tail: IR 50; evaluated on all 200 test images."
+    summary = fake_summary()
+    summary["conditions"]["autoattack"] = summary["conditions"]["new_attack"]
+    meta = {**results.meta, "part": "200 of 1000 test images", "generated": "uses generated data"}
+    for outcome in (PASSED, FLAGGED):
+        audit = {"examples": 9, "verdicts": [verdict("square", outcome, doubts=EVERYTHING)], "curves": {}}
+        full = cards.robustbench(Results(meta, summary, audit), "ResNet-20")
+        assert full["autoattack_acc"] == full["reported"]
+        assert full["unreliable"] == (outcome == FLAGGED)
+        assert full["footnote"].endswith("evaluated on 200 of 1000 test images; uses generated data.")
+        assert cards.leading([results, Results(meta, summary, audit)]).summary is summary
+
+
+# ---------------------------------------------------------------- what a load refuses
+
+
+def test_unknown_names(tmp_path, monkeypatch):
+    refused(f"no model 'at_small_cnn' in the zoo, .*use .*{DIGITS}", load_model, "at_small_cnn")
+    refused(f"use {DIGITS}$|one of {DIGITS}", load_model, "digits_lt/at_smal_cnn")
+    refused(f"use one of .*{DIGITS}", load_model, "")
+    refused("no model", load_model, ZOO)
+    refused("no model .*nowhere", zoo.make_run, tmp_path / "nowhere.json", tmp_path / "run")
+    refused("stored_run is a run, .*robal_jax.load_run$", load_model, STORED)
+
+
+def test_damaged_files(files):
+    card, weights = json.loads(files.read_text()), files.with_suffix(".safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused("is not what its card describes .*; restore both files", load_model, files)
+    weights.write_bytes(whole[:1000])
+    files.write_text(json.dumps(card | {"weights_sha256": hashlib.sha256(whole[:1000]).hexdigest()}))
+    refused("cannot read .*undamaged", load_model, files)
+    weights.write_bytes(whole)
+    files.write_text(json.dumps(card | {"weights_sha256": "0" * 64}))
+    refused("the card says 000000000000", load_model, files)
+    weights.unlink()
+    refused(r"cannot read .*mine\.safetensors \(No such file", load_model, files)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "cannot read the card"),
+        ("[]", "it has no name"),
+        ({"config": {}}, "config"),
+        ({"config": 3}, "the config in a card is damaged"),
+        ({"data": {}}, "damaged .*KeyError"),
+        ({"name": "../../x"}, "its name is '../../x'"),
+    ],
+)
+def test_damaged_cards(files, change, message):
+    card = json.loads(files.read_text())
+    files.write_text(change if isinstance(change, str) else json.dumps(card | change))
+    refused(message, load_model, files)
+
+
+# ---------------------------------------------------------------- a model as a run
+
+
+def test_a_run_of_a_model(published, run, tmp_path):
+    """It is made once, found again, and another one is left alone."""
+    zoo.make_run(published, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints", "config.json", "import.json",
+    ]  # fmt: skip
+    made = load_run(tmp_path / "run")
+    images = run[1].test.images[:50]
+    np.testing.assert_array_equal(made.logits(images), run[1].logits(images))
+    assert not differences(read_config(tmp_path / "run"), read_config(run[0]))
+    card = json.loads(published.with_suffix(".json").read_text())
+    sha256 = card["weights_sha256"]
+    assert origin_of(tmp_path / "run") == f"model digits_lt/mine of the zoo, a small_cnn, sha256 {sha256}"
+
+    before = (tmp_path / "run" / "import.json").stat().st_mtime_ns
+    zoo.make_run(published, tmp_path / "run")
+    assert (tmp_path / "run" / "import.json").stat().st_mtime_ns == before
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as after a kill
+    zoo.make_run(published, tmp_path / "run")
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [0]
+    refused("holds a run already; choose another workdir", zoo.make_run, DIGITS, tmp_path / "run")
+    refused("holds a run already; choose another workdir", zoo.make_run, published, run[0])
+
+
+def test_a_run_of_a_model_has_the_data_of_its_training(published, tmp_path):
+    zoo.make_run(published, tmp_path)
+    path = tmp_path / "import.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_sha256": "0" * 64}))
+    refused("the data differ from those of the run", load_run, tmp_path)
+
+
+# ---------------------------------------------------------------- what a publication refuses
+
+
+def test_what_cannot_be_published(run, tmp_path):
+    workdir, loaded = run
+    out = tmp_path / "digits_lt" / "mine"
+    refused("no evaluation in", zoo.publish, STORED, out)
+    refused("no run in", zoo.publish, tmp_path / "nothing", out)
+    for name in ("mine.json", "mine.safetensors", "my mine"):
+        refused("without their endings, FOLDER/NAME", zoo.publish, workdir, out.with_name(name))
+    same = [workdir / "evaluation"] * 2
+    refused("two evaluations have the same name", zoo.publish, workdir, out, same)
+    for changes, message in (
+        (
+            {"checkpoint_sha256": "0" * 64},
+            r"other is of another checkpoint \(sha256 000000000000…; the run's",
+        ),
+        ({"config": {"evaluation": {"tau_p": 2.0}}}, r"other changes config\.evaluation\.tau_p of the run"),
+    ):
+        folder = tmp_path / "other"
+        folder.mkdir(exist_ok=True)
+        results_for(loaded, **changes).write(folder)
+        refused(message, zoo.publish, workdir, out, [folder])
+    assert not out.parent.exists()
+
+
+def test_imported_weights_are_not_published(published, tmp_path):
+    zoo.make_run(published, tmp_path / "run")
+    refused(
+        "were imported; publish a run that was trained here", zoo.publish, tmp_path / "run", tmp_path / "x"
+    )
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json", "robustbench.json"])
+def test_no_other_file_is_replaced(run, tmp_path, ending):
+    path = tmp_path / f"mine.{ending}"
+    path.write_text("precious")
+    refused("is not an earlier output of this command", zoo.publish, run[0], tmp_path / "mine")
+    assert path.read_text() == "precious"
+
+
+def test_a_publication_is_replaced_by_the_same_bytes(run, files):
+    before = {path.name: path.read_bytes() for path in files.parent.iterdir()}
+    zoo.publish(run[0], files.with_suffix(""), [run[0] / "evaluation"])
+    assert {path.name: path.read_bytes() for path in files.parent.iterdir()} == before
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["none", "ema"])
+def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys, average):
+    """With held-out images, whose share changes the class counts, and with averaged weights."""
+    monkeypatch.chdir(tmp_path)
+    config = cli.load_config(f"{ROOT}/configs/robal_n.py:digits_lt")
+    fields = [
+        "train.epochs=1", "train.held_out=0.05", "attack.steps=1", "data.test_per_class=6",
+        f"average.name={average}", f"evaluation.weights={'current' if average == 'none' else 'average'}",
+        "evaluation.autoattack=apgd_ce", "evaluation.audit.examples=0",
+    ]  # fmt: skip
+    training.train(
+        cli.apply_overrides(config, [f"--config.{field}" for field in fields]), tmp_path / "trained"
+    )
+    part = "--examples=20"
+    evaluate.main(["--workdir=trained", part])
+    publish.main(["--workdir=trained", "--evaluations=trained/evaluation-20-images", "--out=digits_lt/mine"])
+    evaluate.main(["--model=digits_lt/mine", part])
+    made = tmp_path / "runs" / "zoo" / "digits_lt" / "mine"
+    first, second = (
+        np.load(folder / "evaluation-20-images" / "examples.npz") for folder in ("trained", made)
+    )
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+    card = json.loads((tmp_path / "digits_lt" / "mine.json").read_text())
+    trained = load_run(tmp_path / "trained")
+    assert card["data"]["class_counts"] == trained.test.class_counts.tolist() != [104, 74]
+    assert sum(card["data"]["class_counts"]) < 351
+    assert "held_out" in card["data"]
+    meta = Results.read(made / "evaluation-20-images").meta
+    assert meta["origin"].startswith("model digits_lt/mine of the zoo, a small_cnn, sha256 ")
+    assert meta["selection"] == "last"
+    assert meta.get("weights") == (None if average == "none" else "average (ema)")
+    assert "digits_lt/mine of the zoo" in (made / "evaluation-20-images" / "report.md").read_text()
+    assert imported_from(made)["data_sha256"] == card["data"]["sha256"]
+    if average == "ema":
+        refused(
+            "the checkpoint has only an average", evaluate.main, [f"--workdir={made}", "--weights=current"]
+        )
+
+
+def test_what_the_command_refuses(tmp_path, capsys):
+    refused(
+        "--model has one checkpoint",
+        evaluate.main,
+        [f"--model={DIGITS}", f"--checkpoint={STORED}/checkpoints/5"],
+    )
+    refused("no model 'x' in the zoo", evaluate.main, ["--model=x"])
+    for main, arguments, message in (
+        (evaluate.main, [], "--workdir is missing; usage: Evaluate"),
+        (publish.main, [f"--workdir={STORED}"], "--out is missing; usage: Publish"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main(arguments)
+    with pytest.raises(cli.Done):
+        evaluate.main(["--help"])
+    assert "--model: a model of the zoo" in capsys.readouterr().out
+
+
+def test_the_config_of_a_model_is_printed_without_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluate.main([f"--model={DIGITS}", "--print-config", "--examples=20"])
+    assert json.loads(capsys.readouterr().out)["evaluation"]["examples"] == 20
+    assert not list(tmp_path.iterdir())
