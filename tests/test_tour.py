@@ -1,0 +1,57 @@
+"""The notebook runs from its first cell to its last, and what it says comes out."""
+
+import os
+import re
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+TOUR = ROOT / "experiments" / "tour.ipynb"
+
+
+def texts(notebook):
+    """What each code cell prints."""
+    return [
+        "".join(output.get("text", "") for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def figures(text):
+    """The numbers after each name of a condition or of a model: 'AT: 69.1 % of all'."""
+    return {name: float(number) for name, number in re.findall(r"([\w-]+):? (\d+\.\d)", text)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of Jupyter's packages
+def test_the_tour(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    stored = nbformat.read(TOUR, 4)
+    made = nbformat.from_dict(stored.copy())
+    client = NotebookClient(made, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    audit = next(text for text in texts(made) if "saturated" in text)
+    honest, masked = (
+        figures(line) for line in audit.splitlines() if line.startswith(("as it is", "saturated"))
+    )
+    assert masked["pgd_20"] > honest["pgd_20"] + 10
+    assert abs(masked["robal_aa"] - honest["robal_aa"]) <= 2
+    first, second = audit.split("saturated:")
+    assert "flagged" not in first and "flagged: Zero gradients" in second
+    (compared,) = (text for text in texts(made) if text.startswith("AT: "))
+    assert set(figures(compared)) >= {"AT", "RoBal-N", "method"}
+
+
+def test_the_tour_is_stored_with_its_outputs():
+    notebook = nbformat.read(TOUR, 4)
+    nbformat.validate(notebook)
+    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(
+        range(1, 1 + sum(cell.cell_type == "code" for cell in notebook.cells))
+    )
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert TOUR.stat().st_size < 500_000
