@@ -16,7 +16,7 @@ import robal_jax
 from experiments import evaluate, publish
 from robal_jax import cli, load_model, load_run, pytorch, training, zoo
 from robal_jax.errors import InputError
-from robal_jax.reporting.results import EVERYTHING, FLAGGED, PASSED, Results
+from robal_jax.reporting.results import EVERYTHING, FLAGGED, PASSED, Results, read_run
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import differences, read_config
 from robal_jax.storage.workdir import imported_from, origin_of
@@ -369,7 +369,7 @@ def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     config = cli.load_config(f"{ROOT}/configs/robal_n.py:digits_lt")
     fields = [
-        "train.epochs=1", "train.held_out=0.05", "attack.steps=1", "data.test_per_class=6",
+        "train.epochs=4", "train.held_out=0.05", "attack.steps=1", "data.test_per_class=6",
         f"average.name={average}", f"evaluation.weights={'current' if average == 'none' else 'average'}",
         "evaluation.autoattack=apgd_ce", "evaluation.audit.examples=0",
     ]  # fmt: skip
@@ -381,9 +381,7 @@ def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys,
     publish.main(["--workdir=trained", "--evaluations=trained/evaluation-20-images", "--out=digits_lt/mine"])
     evaluate.main(["--model=digits_lt/mine", part])
     made = tmp_path / "runs" / "zoo" / "digits_lt" / "mine"
-    first, second = (
-        np.load(folder / "evaluation-20-images" / "examples.npz") for folder in ("trained", made)
-    )
+    first, second = (read_run(run / "evaluation-20-images").examples for run in (tmp_path / "trained", made))
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
