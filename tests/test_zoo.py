@@ -14,12 +14,13 @@ from helpers import META, fake_results, fake_summary, verdict
 
 import robal_jax
 from experiments import evaluate, publish
-from robal_jax import cli, load_model, load_run, pytorch, training, zoo
+from robal_jax import builder, cli, load_model, load_run, pytorch, training, zoo
 from robal_jax.errors import InputError
 from robal_jax.reporting.results import EVERYTHING, FLAGGED, PASSED, Results, read_run
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import differences, read_config
-from robal_jax.storage.workdir import imported_from, origin_of
+from robal_jax.storage.workdir import class_counts_in_training, imported_from, origin_of
+from robal_jax.training import fine_tuned_state
 from robal_jax.zoo import cards
 
 ZOO = ROOT / "experiments" / "zoo"
@@ -56,6 +57,10 @@ def results_for(run, **changes):
         "config": run.config, **changes,
     }  # fmt: skip
     return fake_results(meta=meta)
+
+
+def model_images():
+    return cards.check_images((8, 8, 1), 16)
 
 
 def metadata_of(weights):
@@ -310,6 +315,42 @@ def test_a_run_of_a_model_has_the_data_of_its_training(published, tmp_path):
     path = tmp_path / "import.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"data_sha256": "0" * 64}))
     refused("the data differ from those of the run", load_run, tmp_path)
+
+
+@pytest.mark.parametrize("which", ["current", "average"])
+def test_a_run_can_start_from_a_model(files, tmp_path, which):
+    """An average is the only weights of its checkpoint, so it cannot be taken for the current ones."""
+    card = json.loads(files.read_text())
+    card["checkpoint"]["weights"] = card["config"]["evaluation"]["weights"] = which
+    card["config"]["average"] = {"name": "none" if which == "current" else "ema"}
+    files.write_text(json.dumps(card))
+    zoo.make_run(files, tmp_path / "run")
+    found = checkpoints.read_latest(tmp_path / "run")
+    assert bool(found.tree["average"]) == (not found.tree["params"]) == (which == "average")
+    job = builder.training(read_config(tmp_path / "run"))
+    state = fine_tuned_state(job, found, lambda line: None)
+    model = load_model(files)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.stats), (model.params, model.stats))
+    np.testing.assert_array_equal(
+        *(one.logits(model_images()) for one in (model, load_run(tmp_path / "run")))
+    )
+
+
+def test_class_counts_of_a_mixture(files, tmp_path):
+    """A model that was trained with generated images has their class counts for its prior."""
+    shutil.copytree(ZOO / "digits_lt", files.parent, dirs_exist_ok=True)
+    card = card_of("digits_lt/robal_n_small_cnn")
+    tau, counts = card["config"]["evaluation"]["tau_p"], np.array(card["data"]["class_counts"])
+    plain = load_model("digits_lt/robal_n_small_cnn").logits(model_images())
+    card["data"]["trained_counts"] = counts[::-1].astype(float).tolist()
+    path = files.with_name("robal_n_small_cnn.json")
+    path.write_text(json.dumps(card))
+    zoo.make_run(path, tmp_path / "run")
+    assert class_counts_in_training(tmp_path / "run").tolist() == card["data"]["trained_counts"]
+    for mixed in (load_model(path), load_run(tmp_path / "run")):
+        assert mixed.test.class_counts.tolist() == counts.tolist()  # of the groups
+        moved = mixed.logits(model_images()) - plain
+        np.testing.assert_allclose(moved, np.tile(tau * np.log(counts / counts[::-1]), (64, 1)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- what a publication refuses
