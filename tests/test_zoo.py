@@ -237,6 +237,8 @@ def test_the_card_for_robustbench():
         assert full["unreliable"] == (outcome == FLAGGED)
         assert full["footnote"].endswith("evaluated on 200 of 1000 test images; uses generated data.")
         assert cards.leading([results, Results(meta, summary, audit)]).summary is summary
+        by_class = Results({**meta, "class_epsilon": [0.1] * 10}, summary, audit)
+        assert cards.leading([by_class, results]) is results
 
 
 # ---------------------------------------------------------------- what a load refuses
@@ -331,9 +333,11 @@ def test_a_run_can_start_from_a_model(files, tmp_path, which):
     state = fine_tuned_state(job, found, lambda line: None)
     model = load_model(files)
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.stats), (model.params, model.stats))
-    np.testing.assert_array_equal(
-        *(one.logits(model_images()) for one in (model, load_run(tmp_path / "run")))
-    )
+    made = load_run(tmp_path / "run")
+    np.testing.assert_array_equal(made.logits(model_images()), model.logits(model_images()))
+    if which == "average":
+        with pytest.raises(InputError, match="the checkpoint has only an average; use 'average'"):
+            load_run(tmp_path / "run", weights="current")
 
 
 def test_class_counts_of_a_mixture(files, tmp_path):
