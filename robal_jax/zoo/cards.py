@@ -83,7 +83,7 @@ def figures(results: Results) -> dict[str, Any]:
 
 
 def leading(evaluations: Sequence[Results]) -> Results:
-    """Returns the evaluation that counts: at one radius, with AutoAttack, of the most images, in this order."""
+    """Returns the evaluation that counts: at one radius, then with AutoAttack, then of the most images."""
 
     def rank(one: Results) -> tuple[bool, bool, int]:
         return "class_epsilon" not in one.meta, "autoattack" in one.conditions, one.meta["n"]
