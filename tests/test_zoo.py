@@ -14,12 +14,13 @@ from helpers import META, fake_results, fake_summary, verdict
 
 import robal_jax
 from experiments import evaluate, publish
-from robal_jax import cli, load_model, load_run, pytorch, training, zoo
+from robal_jax import builder, cli, load_model, load_run, pytorch, training, zoo
 from robal_jax.errors import InputError
-from robal_jax.reporting.results import EVERYTHING, FLAGGED, PASSED, Results
+from robal_jax.reporting.results import EVERYTHING, FLAGGED, PASSED, Results, read_run
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import differences, read_config
-from robal_jax.storage.workdir import imported_from, origin_of
+from robal_jax.storage.workdir import class_counts_in_training, imported_from, origin_of
+from robal_jax.training import fine_tuned_state
 from robal_jax.zoo import cards
 
 ZOO = ROOT / "experiments" / "zoo"
@@ -56,6 +57,10 @@ def results_for(run, **changes):
         "config": run.config, **changes,
     }  # fmt: skip
     return fake_results(meta=meta)
+
+
+def model_images():
+    return cards.check_images((8, 8, 1), 16)
 
 
 def metadata_of(weights):
@@ -232,6 +237,8 @@ def test_the_card_for_robustbench():
         assert full["unreliable"] == (outcome == FLAGGED)
         assert full["footnote"].endswith("evaluated on 200 of 1000 test images; uses generated data.")
         assert cards.leading([results, Results(meta, summary, audit)]).summary is summary
+        by_class = Results({**meta, "class_epsilon": [0.1] * 10}, summary, audit)
+        assert cards.leading([by_class, results]) is results
 
 
 # ---------------------------------------------------------------- what a load refuses
@@ -312,6 +319,44 @@ def test_a_run_of_a_model_has_the_data_of_its_training(published, tmp_path):
     refused("the data differ from those of the run", load_run, tmp_path)
 
 
+@pytest.mark.parametrize("which", ["current", "average"])
+def test_a_run_can_start_from_a_model(files, tmp_path, which):
+    """An average is the only weights of its checkpoint, so it cannot be taken for the current ones."""
+    card = json.loads(files.read_text())
+    card["checkpoint"]["weights"] = card["config"]["evaluation"]["weights"] = which
+    card["config"]["average"] = {"name": "none" if which == "current" else "ema"}
+    files.write_text(json.dumps(card))
+    zoo.make_run(files, tmp_path / "run")
+    found = checkpoints.read_latest(tmp_path / "run")
+    assert bool(found.tree["average"]) == (not found.tree["params"]) == (which == "average")
+    job = builder.training(read_config(tmp_path / "run"))
+    state = fine_tuned_state(job, found, lambda line: None)
+    model = load_model(files)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.stats), (model.params, model.stats))
+    made = load_run(tmp_path / "run")
+    np.testing.assert_array_equal(made.logits(model_images()), model.logits(model_images()))
+    if which == "average":
+        with pytest.raises(InputError, match="the checkpoint has only an average; use 'average'"):
+            load_run(tmp_path / "run", weights="current")
+
+
+def test_class_counts_of_a_mixture(files, tmp_path):
+    """A model that was trained with generated images has their class counts for its prior."""
+    shutil.copytree(ZOO / "digits_lt", files.parent, dirs_exist_ok=True)
+    card = card_of("digits_lt/robal_n_small_cnn")
+    tau, counts = card["config"]["evaluation"]["tau_p"], np.array(card["data"]["class_counts"])
+    plain = load_model("digits_lt/robal_n_small_cnn").logits(model_images())
+    card["data"]["trained_counts"] = counts[::-1].astype(float).tolist()
+    path = files.with_name("robal_n_small_cnn.json")
+    path.write_text(json.dumps(card))
+    zoo.make_run(path, tmp_path / "run")
+    assert class_counts_in_training(tmp_path / "run").tolist() == card["data"]["trained_counts"]
+    for mixed in (load_model(path), load_run(tmp_path / "run")):
+        assert mixed.test.class_counts.tolist() == counts.tolist()  # of the groups
+        moved = mixed.logits(model_images()) - plain
+        np.testing.assert_allclose(moved, np.tile(tau * np.log(counts / counts[::-1]), (64, 1)), atol=1e-5)
+
+
 # ---------------------------------------------------------------- what a publication refuses
 
 
@@ -369,7 +414,7 @@ def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     config = cli.load_config(f"{ROOT}/configs/robal_n.py:digits_lt")
     fields = [
-        "train.epochs=1", "train.held_out=0.05", "attack.steps=1", "data.test_per_class=6",
+        "train.epochs=4", "train.held_out=0.05", "attack.steps=1", "data.test_per_class=6",
         f"average.name={average}", f"evaluation.weights={'current' if average == 'none' else 'average'}",
         "evaluation.autoattack=apgd_ce", "evaluation.audit.examples=0",
     ]  # fmt: skip
@@ -381,9 +426,7 @@ def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys,
     publish.main(["--workdir=trained", "--evaluations=trained/evaluation-20-images", "--out=digits_lt/mine"])
     evaluate.main(["--model=digits_lt/mine", part])
     made = tmp_path / "runs" / "zoo" / "digits_lt" / "mine"
-    first, second = (
-        np.load(folder / "evaluation-20-images" / "examples.npz") for folder in ("trained", made)
-    )
+    first, second = (read_run(run / "evaluation-20-images").examples for run in (tmp_path / "trained", made))
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])

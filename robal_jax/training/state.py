@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robal_jax import builder
+from robal_jax import averages, builder
 from robal_jax.averages import Weights
 from robal_jax.errors import InputError
 from robal_jax.keys import INITIAL_WEIGHTS, key_of
@@ -120,7 +120,9 @@ def _flat(params: chex.ArrayTree, stats: chex.ArrayTree) -> dict[str, Any]:
 
 
 def _of_checkpoint(found: checkpoints.Found[dict[str, Any]]) -> dict[str, Any]:
-    return _flat(found.tree["params"], found.tree.get("stats", {}))
+    """Returns the weights of a checkpoint: the current ones, or the average if it has no others."""
+    which = "current" if found.tree.get("params") else "average"
+    return _flat(**averages.chosen(found.tree, which))
 
 
 def _check_fits(

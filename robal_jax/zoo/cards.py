@@ -83,8 +83,12 @@ def figures(results: Results) -> dict[str, Any]:
 
 
 def leading(evaluations: Sequence[Results]) -> Results:
-    """Returns the evaluation that counts: with AutoAttack before without, then that of the most images."""
-    return max(evaluations, key=lambda one: ("autoattack" in one.conditions, one.meta["n"]))
+    """Returns the evaluation that counts: at one radius, then with AutoAttack, then of the most images."""
+
+    def rank(one: Results) -> tuple[bool, bool, int]:
+        return "class_epsilon" not in one.meta, "autoattack" in one.conditions, one.meta["n"]
+
+    return max(evaluations, key=rank)
 
 
 def robustbench(results: Results, architecture: str) -> dict[str, Any]:
