@@ -21,8 +21,8 @@ def texts(notebook):
 
 
 def figures(text):
-    """The numbers after each name of a condition or of a model: 'AT: 69.1 % of all'."""
-    return {name: float(number) for name, number in re.findall(r"([\w-]+):? (\d+\.\d)", text)}
+    """The number after each name of a condition: 'pgd_20 74.0'."""
+    return {name: float(number) for name, number in re.findall(r"(\w+) (\d+\.\d)", text)}
 
 
 @pytest.mark.slow
@@ -41,8 +41,10 @@ def test_the_tour(tmp_path, monkeypatch):
     assert abs(masked["robal_aa"] - honest["robal_aa"]) <= 2
     first, second = audit.split("saturated:")
     assert "flagged" not in first and "flagged: Zero gradients" in second
-    (compared,) = (text for text in texts(made) if text.startswith("AT: "))
-    assert set(figures(compared)) >= {"AT", "RoBal-N", "method"}
+    (compared,) = (text for text in texts(made) if "difference to AT" in text)
+    shares = re.findall(r"^(.+), (all|tail): (\d+\.\d) % survive", compared, re.MULTILINE)
+    assert [name for name, group, _ in shares if group == "tail"] == ["AT", "RoBal-N", "My method"]
+    assert all(20 < float(share) < 95 for *_, share in shares)
 
 
 def test_the_tour_is_stored_with_its_outputs():
