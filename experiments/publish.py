@@ -19,7 +19,8 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of the run, evaluated",
         "out": "the files to write, without their endings: experiments/zoo/digits_lt/at_small_cnn",
-        "evaluations": "folders of results, with commas between; by default WORKDIR/evaluation",
+        "evaluations": "folders of results, with commas between; by default WORKDIR/evaluation. The card "
+        "names them like the folders, or as in whole=runs/x/evaluation",
     }
     values = cli.parse(arguments, texts, __doc__)
     for name in ("workdir", "out"):
@@ -28,7 +29,13 @@ def main(arguments: list[str]) -> None:
 
     from robal_jax import zoo  # after the cheap checks: it imports JAX
 
-    evaluations = [pathlib.Path(folder) for folder in values["evaluations"].split(",") if folder]
+    evaluations: dict[str, pathlib.Path] = {}
+    for each in filter(None, values["evaluations"].split(",")):
+        name, named, folder = each.rpartition("=")
+        name = name if named else pathlib.Path(folder).name
+        if name in evaluations:
+            raise InputError(f"two evaluations are named {name!r}; name them, as in whole={folder}")
+        evaluations[name] = pathlib.Path(folder)
     for file in zoo.publish(pathlib.Path(values["workdir"]), pathlib.Path(values["out"]), evaluations):
         print(f"wrote {file}")
 

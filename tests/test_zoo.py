@@ -367,8 +367,9 @@ def test_what_cannot_be_published(run, tmp_path):
     refused("no run in", zoo.publish, tmp_path / "nothing", out)
     for name in ("mine.json", "mine.safetensors", "my mine"):
         refused("without their endings, FOLDER/NAME", zoo.publish, workdir, out.with_name(name))
-    same = [workdir / "evaluation"] * 2
-    refused("two evaluations have the same name", zoo.publish, workdir, out, same)
+    same = f"--evaluations={workdir}/evaluation,evaluation={workdir}"
+    arguments = [f"--workdir={workdir}", f"--out={out}", same]
+    refused("two evaluations are named 'evaluation'; name them, as in whole=", publish.main, arguments)
     for changes, message in (
         (
             {"checkpoint_sha256": "0" * 64},
@@ -379,7 +380,7 @@ def test_what_cannot_be_published(run, tmp_path):
         folder = tmp_path / "other"
         folder.mkdir(exist_ok=True)
         results_for(loaded, **changes).write(folder)
-        refused(message, zoo.publish, workdir, out, [folder])
+        refused(message, zoo.publish, workdir, out, {"other": folder})
     assert not out.parent.exists()
 
 
@@ -400,7 +401,7 @@ def test_no_other_file_is_replaced(run, tmp_path, ending):
 
 def test_a_publication_is_replaced_by_the_same_bytes(run, files):
     before = {path.name: path.read_bytes() for path in files.parent.iterdir()}
-    zoo.publish(run[0], files.with_suffix(""), [run[0] / "evaluation"])
+    zoo.publish(run[0], files.with_suffix(""), {"evaluation": run[0]})
     assert {path.name: path.read_bytes() for path in files.parent.iterdir()} == before
 
 
@@ -423,7 +424,9 @@ def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys,
     )
     part = "--examples=20"
     evaluate.main(["--workdir=trained", part])
-    publish.main(["--workdir=trained", "--evaluations=trained/evaluation-20-images", "--out=digits_lt/mine"])
+    publish.main(
+        ["--workdir=trained", "--evaluations=part=trained/evaluation-20-images", "--out=digits_lt/mine"]
+    )
     evaluate.main(["--model=digits_lt/mine", part])
     made = tmp_path / "runs" / "zoo" / "digits_lt" / "mine"
     first, second = (read_run(run / "evaluation-20-images").examples for run in (tmp_path / "trained", made))

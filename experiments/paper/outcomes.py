@@ -11,7 +11,7 @@ from experiments.paper.cost import seconds
 from experiments.paper.plan import Request, make_plan
 from experiments.paper.rows import Row
 from experiments.paper.small import SMALL
-from robal_jax import metrics
+from robal_jax import metrics, zoo
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage.files import write_whole
 
@@ -75,6 +75,19 @@ def collect(out: pathlib.Path, stored: pathlib.Path) -> list[str]:
                 store(stored / name, runs, seconds([trained[row.key, seed]]))
                 found.append(name)
     return found
+
+
+def publish_models(out: pathlib.Path, zoo_folder: pathlib.Path) -> list[str]:
+    """Publishes the runs of seed 0 whose main evaluations are finished; returns their names in the zoo."""
+    plan, published = make_plan(request_for(out)), []
+    trained = {job.key: job.workdir for job in plan.jobs if job.folder is None and job.seed == 0}
+    for row in TABLE.rows:
+        folders = {WHOLE: plan.folders[row.key][""][0], "autoattack": plan.further[row.key]["autoattack"][0]}
+        if all((folder / "results.json").is_file() for folder in folders.values()):
+            name = f"{row.key}_resnet20"
+            zoo.publish(trained[row.key], zoo_folder / name, folders)
+            published.append(name)
+    return published
 
 
 def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float | None) -> None:

@@ -2,8 +2,9 @@
 
     python -m experiments.paper.small_page [OUT]
 
-OUT, the folder of ``reproduce.py --table=small``, is read first, and the outcomes of its evaluations are
-stored beside the page. Then the part of the page below ``MARK`` is written again, from what is stored alone.
+OUT, the folder of ``reproduce.py --table=small``, is read first: the outcomes of its evaluations are stored
+beside the page, and its models are published in ``experiments/zoo``. Then the part of the page below ``MARK``
+is written again, from what is stored alone.
 """
 
 import pathlib
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from experiments.paper.cost import passes
-from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, read, request_for
+from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, publish_models, read, request_for
 from experiments.paper.plan import row_config
 from experiments.paper.table import aligned
 from robal_jax import metrics
@@ -24,6 +25,7 @@ from robal_jax.storage.files import write_whole
 
 PAGE = ROOT / "experiments" / "results" / "cifar10_lt_small.md"
 STORED = PAGE.with_suffix("")
+ZOO = ROOT / "experiments" / "zoo" / "cifar10_lt"
 MARK = "<!-- All below is made from the stored outcomes by experiments/paper/small_page.py. -->\n"
 
 PAIR = "robal_aa"
@@ -205,6 +207,7 @@ def main(arguments: Sequence[str]) -> None:
     """Stores the outcomes of a folder, if one is named, and writes the page again."""
     for out in arguments:
         print("stored:", ", ".join(collect(pathlib.Path(out), STORED)) or "nothing")
+        print("published:", ", ".join(publish_models(pathlib.Path(out), ZOO)) or "nothing")
     text, mark, _ = PAGE.read_text().partition(MARK)
     write_whole(PAGE, f"{text}{mark or MARK}\n{page(read(STORED))}".encode())
     print(PAGE)

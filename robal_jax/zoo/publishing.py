@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from robal_jax.evaluation import Run, load_run
 from robal_jax.reporting.results import Results, json_text, results_folder
 from robal_jax.storage.config_file import read_config
 from robal_jax.storage.files import check_replaceable, reason, write_whole
-from robal_jax.storage.names import VERSIONS
+from robal_jax.storage.names import EVALUATION, VERSIONS
 from robal_jax.storage.workdir import class_counts_in_training, imported_from
 from robal_jax.zoo import cards
 from robal_jax.zoo.models import ENDINGS, NAME, load_model
@@ -29,14 +29,15 @@ INFERENCE = ("weights", "head", "logit_scale", "tau_p")
 
 
 def publish(
-    workdir: pathlib.Path, out: pathlib.Path, evaluations: Sequence[pathlib.Path] = ()
+    workdir: pathlib.Path, out: pathlib.Path, evaluations: Mapping[str, pathlib.Path] | None = None
 ) -> list[pathlib.Path]:
     """Writes the weights of a run that its config evaluates, their card, and the card for RobustBench.
 
     Args:
       workdir: folder of a run that was trained here; its data must be at hand.
       out: ``FOLDER/NAME``, the files without their endings; the model's name is that of the folder and NAME.
-      evaluations: folders of results of this run; that in ``workdir`` if there are none.
+      evaluations: folders of results of this run, by the names that the card gives them; if None, that in
+        ``workdir``.
 
     Returns:
       The three files.
@@ -53,14 +54,12 @@ def publish(
     read_config(workdir)  # says what is wrong with a folder that is no run
     if imported_from(workdir) is not None:
         raise InputError(f"the weights of {workdir} were imported; publish a run that was trained here")
-    folders = [results_folder(path) for path in evaluations or [workdir]]
-    results = {folder.name: Results.read(folder) for folder in folders}
-    if len(results) < len(folders):
-        raise InputError("two evaluations have the same name; name each folder once")
+    folders = evaluations or {EVALUATION: workdir}
+    results = {name: Results.read(results_folder(path)) for name, path in folders.items()}
     made_with = _versions(workdir)
     run = load_run(workdir)
-    for folder, each in results.items():
-        _check_is_of(run, folder, each)
+    for each_name, each in results.items():
+        _check_is_of(run, str(folders[each_name]), each)
 
     weights_file, card_file, robustbench_file = files
     config = ConfigDict(cards.without_paths(run.config)).lock()
