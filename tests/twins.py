@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from experiments.benchmarks.torch_networks import conv
+from experiments.benchmarks.torch_networks import CifarResNet, conv
+
+__all__ = ["CifarResNet", "DeepMindWideResNet", "PreActResNet18"]
 
 
 class PreActBlock(nn.Module):
@@ -38,52 +40,6 @@ class PreActResNet18(nn.Module):
     def forward(self, x):
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         x = self.bn(x).relu() if self.bn is not None else x
-        return self.linear(x.mean((2, 3)))
-
-
-class WithZeros(nn.Module):
-    """Shortcut A: every other pixel, a half of the new channels before the old ones, the other half after."""
-
-    def forward(self, x):
-        x = x[:, :, ::2, ::2]
-        half = torch.zeros_like(x[:, : x.shape[1] // 2])
-        return torch.cat((half, x, half), 1)
-
-
-class CifarBlock(nn.Module):
-    """Post-activation."""
-
-    def __init__(self, inputs, outputs, shortcut):
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
-        if stride == 1:
-            self.shortcut = nn.Sequential()
-        elif shortcut == "A":
-            self.shortcut = WithZeros()
-        else:
-            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, 2), nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        return (y + self.shortcut(x)).relu()
-
-
-class CifarResNet(nn.Module):
-    """ResNet of depth ``6 n + 2``: three stages of ``n`` blocks."""
-
-    def __init__(self, depth, shortcut, num_classes=10):
-        super().__init__()
-        self.conv1, self.bn1, inputs = conv(3, 16, 3), nn.BatchNorm2d(16), 16
-        for stage, width in enumerate((16, 32, 64), 1):
-            blocks = [CifarBlock(inputs if i == 0 else width, width, shortcut) for i in range(depth // 6)]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-            inputs = width
-        self.linear = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
         return self.linear(x.mean((2, 3)))
 
 

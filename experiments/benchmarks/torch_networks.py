@@ -105,6 +105,43 @@ class ResNet18(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class WithZeros(nn.Module):
+    """Shortcut A: every other pixel, a half of the new channels before the old ones, the other half after."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, C, H, W]`` to ``[B, 2 C, H / 2, W / 2]``."""
+        x = x[:, :, ::2, ::2]
+        half = torch.zeros_like(x[:, : x.shape[1] // 2])
+        return torch.cat((half, x, half), 1)
+
+
+class CifarBlock(BasicBlock):
+    """A block of the ResNets for CIFAR, with shortcut A or B."""
+
+    def __init__(self, inputs: int, outputs: int, shortcut: str) -> None:
+        super().__init__(inputs, outputs, 1 if inputs == outputs else 2)
+        if shortcut == "A" and inputs != outputs:
+            self.shortcut = WithZeros()
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth ``6 n + 2``: three stages of ``n`` blocks."""
+
+    def __init__(self, depth: int, shortcut: str, num_classes: int | None = 10) -> None:
+        super().__init__()
+        self.conv1, self.bn1, inputs = conv(3, 16, 3), nn.BatchNorm2d(16), 16
+        for stage, width in enumerate((16, 32, 64), 1):
+            blocks = [CifarBlock(inputs if i == 0 else width, width, shortcut) for i in range(depth // 6)]
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            inputs = width
+        self.linear = nn.Identity() if num_classes is None else nn.Linear(64, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, 3, H, W]`` to features or logits."""
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.linear(x.mean((2, 3)))
+
+
 class Bottleneck(nn.Module):
     """Post-activation; the 3x3 convolution has the stride."""
 
@@ -193,6 +230,7 @@ BACKBONES: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "digits_cnn": lambda: (SmallCNN(), 64),
     "wrn_16_2": lambda: (WideResNet(16, 2), 128),
     "resnet18": lambda: (ResNet18(), 512),
+    "resnet20": lambda: (CifarResNet(20, "A", None), 64),
     "wrn_34_10": lambda: (WideResNet(34, 10), 640),
 }
 

@@ -1,0 +1,107 @@
+"""A model of the zoo in PyTorch under torchattacks' attacks with AutoAttack's settings, beside our outcomes.
+
+    python -m experiments.benchmarks.zoo_torch --model=cifar10_lt/at_resnet20 --evaluation=FOLDER --images=200
+
+The weights are the exported file, read by PyTorch; FOLDER is an evaluation of this model by AutoAttack, whose
+first images are attacked again. Prints, per attack, how many images survive it and all attacks before it on
+either side, and how many outcomes differ. Needs PyTorch and torchattacks (pip install --no-deps torchattacks)
+and the data set, --data=FILE.npz.
+"""
+
+import pathlib
+import sys
+import time
+
+import numpy as np
+import safetensors.torch
+import torch
+import torchattacks
+
+from experiments.benchmarks import torch_networks as nets
+from robal_jax import cli, zoo
+from robal_jax.reporting.results import read_run
+from robal_jax.zoo.models import FOLDER
+
+
+class Scaled(torch.nn.Module):
+    """The network as it is evaluated: ``scale * logits - tau * log prior``."""
+
+    def __init__(self, network: torch.nn.Module, scale: float, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.network, self.scale, self.bias = network, scale, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[B, 3, H, W]`` to logits."""
+        return self.scale * self.network(x) - self.bias
+
+
+def in_torch(name: str) -> torch.nn.Module:
+    """Returns a model of the zoo in PyTorch, in evaluation mode."""
+    card = zoo.read_card(name)
+    settings, data = card["config"]["evaluation"], card["data"]
+    backbone, width = nets.BACKBONES[card["config"]["model"]["name"]]()
+    classes = len(data["classes"])
+    head = card["config"]["head"]
+    classifier = (
+        nets.CosineHead(width, classes, moving=False, scale=head["scale"], gamma=head["gamma"])
+        if head["name"] == "cosine"
+        else torch.nn.Linear(width, classes)
+    )
+    network = nets.RoBal(backbone, classifier)
+    network.load_state_dict(safetensors.torch.load_file(FOLDER / f"{name}.safetensors"), strict=False)
+    counts = torch.tensor(data.get("trained_counts", data["class_counts"]), dtype=torch.float32)
+    bias = settings["tau_p"] * (counts / counts.sum()).log()
+    return Scaled(network, settings["logit_scale"], bias).eval()
+
+
+def main(arguments: list[str]) -> None:
+    """Attacks the model of the flags in PyTorch."""
+    texts = {
+        "model": "name in the zoo",
+        "evaluation": "folder of its evaluation by AutoAttack",
+        "images": "number of images, 200 by default",
+        "data": "an .npz file with test_images",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    run, model = read_run(pathlib.Path(values["evaluation"])), in_torch(values["model"])
+    chosen = np.sort(
+        np.random.default_rng(0).permutation(len(run.examples["ids"]))[: int(values["images"] or 200)]
+    )
+    with np.load(values["data"]) as data:
+        images = data["test_images"][run.examples["ids"][chosen]]
+    x = torch.tensor(np.moveaxis(images, -1, 1).astype(np.float32) / 255).contiguous()
+    y = torch.tensor(run.examples["labels"][chosen]).long()
+    eps = run.meta["epsilon"]
+    common = {"norm": "Linf", "eps": eps}
+    attacks = {
+        "apgd_ce": torchattacks.APGD(model, **common, steps=100, loss="ce"),
+        "robal_aa": torchattacks.APGDT(model, **common, steps=100, n_classes=10),
+        "fab_t": torchattacks.FAB(model, **common, steps=100, multi_targeted=True, n_classes=10),
+        "autoattack": torchattacks.Square(model, **common, n_queries=5000, resc_schedule=False),
+    }
+
+    @torch.no_grad()
+    def right(shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(shown).argmax(1) == labels
+
+    def ours(condition: str) -> np.ndarray:
+        found = run.predictions[condition] == run.examples["labels"]
+        return (found & (run.predictions["clean"] == run.examples["labels"]))[chosen]
+
+    robust = right(x, y)
+    print(f"{values['model']}, {len(y)} images: clean {int(robust.sum())}, ours {int(ours('clean').sum())}")
+    for name, attack in attacks.items():
+        started, before = time.monotonic(), robust.clone()
+        if before.any():
+            found = attack(x[before], y[before])
+            far = (found - x[before]).abs().flatten(1).amax(1) > eps * (1 + 1e-5)  # FAB's may leave the ball
+            robust[before] = right(found, y[before]) | far
+        line = f"after {name}: {int(robust.sum())} in PyTorch"
+        if name in run.conditions:
+            same = ours(name)
+            line += f", ours {int(same.sum())}, {int((robust.numpy() != same).sum())} outcomes differ"
+        print(f"{line}; {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
