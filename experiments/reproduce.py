@@ -227,7 +227,7 @@ def main(arguments: list[str]) -> None:
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
-    from experiments.paper.catalogue import TABLES
+    from experiments.paper.catalogue import heading
     from experiments.paper.plan import make_plan
     from experiments.paper.table import assemble, markdown
     from robal_jax.devices import hosts
@@ -239,7 +239,7 @@ def main(arguments: list[str]) -> None:
     folder = request.out / request.data
     path = folder / f"table{request.table}.md"
     check_place(folder)
-    check_replaceable(path, f"# {'Table' if TABLES[request.table].follow_up else 'RoBal table'} ")
+    check_replaceable(path, f"# {heading(request.table)} ")
     check_replaceable(path.with_suffix(".json"), '"table": ')
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))

@@ -11,6 +11,11 @@ from robal_jax.errors import InputError
 TABLES: dict[str, Table] = {**PAPER, **FOLLOW_UPS, **SMALL}
 
 
+def heading(name: str) -> str:
+    """Returns how the Markdown of a table begins: 'RoBal table 1', or 'Table followups'."""
+    return f"{'RoBal table' if name in PAPER else 'Table'} {name}"
+
+
 def rows_of(name: str, data: str, keys: Sequence[str] = ()) -> tuple[Row, ...]:
     """Returns the rows of a table that a data set has, or the named ones among them.
 

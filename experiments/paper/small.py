@@ -53,7 +53,7 @@ FURTHER = (
 
 SMALL = {
     "small": Table(
-        "ResNet-20 on CIFAR-10-LT",
+        "AT, RoBal and later methods under one protocol",
         ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "robal_aa"),
         "AT",
         tuple(row._replace(data=("cifar10_lt",), seeds=row.seeds or 1) for row in _ROWS),

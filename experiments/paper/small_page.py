@@ -16,7 +16,7 @@ import numpy as np
 from experiments.paper.cost import passes
 from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, publish_models, read, request_for
 from experiments.paper.plan import row_config
-from experiments.paper.table import aligned
+from experiments.paper.table import aligned, elsewhere_table
 from robal_jax import metrics
 from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.comparison import printed_p
@@ -192,13 +192,23 @@ def _costs(runs: Sequence[Run]) -> Iterator[str]:
     yield aligned(header, body, left=1)
 
 
+def _published(runs: Sequence[Run]) -> Iterator[str]:
+    rows = {run.row.label: run.row.elsewhere for run in runs if run.row.elsewhere}
+    if not rows:
+        return
+    yield "## Published at this size, on the balanced training set"
+    yield elsewhere_table(
+        "Row", [(label, [each._asdict() for each in found], "") for label, found in rows.items()]
+    )
+
+
 def page(runs: Sequence[Run]) -> str:
     """Returns the part of the page that is made from the stored outcomes, as Markdown."""
     if not runs:
         return "No evaluation is stored yet.\n"
     missing = [row.label for row in TABLE.rows if not any(run.row == row for run in runs)]
     parts = [f"Not evaluated yet: {', '.join(missing)}."] if missing else []
-    for part in (_accuracies, _differences, _autoattack, _errors, _per_class, _scales, _costs):
+    for part in (_accuracies, _differences, _autoattack, _errors, _per_class, _scales, _published, _costs):
         parts += part(runs)
     return "\n\n".join(parts) + "\n"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import scipy.stats
 
-from experiments.paper.catalogue import TABLES, published
+from experiments.paper.catalogue import TABLES, heading, published
 from experiments.paper.cost import passes
 from experiments.paper.plan import Request, Run, commands, row_config
 from experiments.paper.published import CHOSEN_BY, FAKE_GAINS
@@ -250,9 +250,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     def to_paper(row: Mapping[str, Any], name: str, _: str) -> str:
         return _figure(row["ours_minus_published"].get(name), seeds, "+")
 
-    kind = "Table" if table.get("follow_up") else "RoBal table"
     parts = [
-        f"# {kind} {table['table']} on {DATA_SETS[table['data']]}: {table['title']}",
+        f"# {heading(table['table'])} on {DATA_SETS[table['data']]}: {table['title']}",
         *block("Accuracy in percent", level, rows, [*sides, *((attack, name) for name in table["groups"])]),
     ]
     if compared := [row for row in rows if "difference" in row]:
