@@ -24,7 +24,7 @@ _NAMES = {
     "autoattack": "AutoAttack",
     "autoattack_plus": "AutoAttack plus",
     "autoattack_rand": "AutoAttack rand",
-    "torchattacks": "torchattacks' AutoAttack (10 iterations)",
+    "torchattacks": "torchattacks (10 iterations)",
     "custom": "Own ensemble",
 }
 
