@@ -274,8 +274,14 @@ def test_damaged_files(files):
         ("{", "cannot read the card"),
         ("[]", "it has no name"),
         ({"config": {}}, "config"),
-        ({"config": 3}, "the config in a card is damaged"),
-        ({"data": {}}, "damaged .*KeyError"),
+        ({"config": 3}, "its entry 'config' is 3"),
+        ({"config": {"evaluation": 3}}, "config"),
+        ({"data": {}}, "cannot read the card .*KeyError: 'images'"),
+        ({"weights_sha256": None}, "its entry 'weights_sha256' is None"),
+        ({"checkpoint": {}}, "cannot read the card .*KeyError: 'weights'"),
+        ({"check": {}}, "cannot read the card .*KeyError: 'logits'"),
+        ({"check": {"logits": [["a"] * 10]}}, "cannot read the card .*could not convert string to float"),
+        ({"check": {"logits": [[0.0] * 9], "tolerance": 1}}, "numbers of classes, counts and logits differ"),
         ({"name": "../../x"}, "its name is '../../x'"),
     ],
 )
@@ -283,6 +289,27 @@ def test_damaged_cards(files, change, message):
     card = json.loads(files.read_text())
     files.write_text(change if isinstance(change, str) else json.dumps(card | change))
     refused(message, load_model, files)
+
+
+@pytest.mark.parametrize("field", ["model", "head", "loss", "evaluation.head"])
+def test_a_card_runs_no_code(files, tmp_path, field):
+    card, sections = json.loads(files.read_text()), field.split(".")
+    inside = card["config"]
+    for section in sections[:-1]:
+        inside = inside[section]
+    inside[sections[-1]] = {"name": "os:mkdir", "path": str(tmp_path / "made")}
+    files.write_text(json.dumps(card))
+    message = rf"names code to run: config\.{field}\.name is 'os:mkdir'; if you trust its author"
+    refused(message, load_model, files)
+    refused(message, zoo.make_run, files, tmp_path / "run")
+    assert not (tmp_path / "made").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_no_file_to_write(run, tmp_path):
+    """Nothing is written if one of the three places is taken."""
+    (tmp_path / "mine.robustbench.json").mkdir()
+    refused("mine.robustbench.json is a folder; choose another file", zoo.publish, run[0], tmp_path / "mine")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- a model as a run

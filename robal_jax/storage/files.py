@@ -20,9 +20,11 @@ def check_replaceable(path: pathlib.Path, mark: str) -> None:
       mark: a text that the beginning of such an output contains.
 
     Raises:
-      InputError: it is another file, which would be lost.
+      InputError: it is another file, which would be lost, or a folder.
     """
     try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; choose another file")
         if path.is_file():
             with path.open("rb") as file:
                 beginning = file.read(BEGINNING)

@@ -16,10 +16,10 @@ from robal_jax import builder, cli, exchange, pytorch
 from robal_jax.averages import Weights
 from robal_jax.data import TestSet
 from robal_jax.devices import hosts
-from robal_jax.errors import InputError, one_line, user_path
+from robal_jax.errors import InputError, one_line, shown, user_path
 from robal_jax.evaluation import Run
 from robal_jax.storage import checkpoints
-from robal_jax.storage.config_file import to_json, with_neutral
+from robal_jax.storage.config_file import flatten, to_json, with_neutral
 from robal_jax.storage.names import CHECKPOINTS, CONFIG
 from robal_jax.storage.workdir import imported_from
 from robal_jax.zoo.cards import check_images
@@ -29,11 +29,16 @@ FOLDER = cli.SHIPPED / "experiments" / "zoo"
 WEIGHTS, CARD, ROBUSTBENCH = ENDINGS = (".safetensors", ".json", ".robustbench.json")
 """Endings of the three files of a model."""
 
+LONGEST = 1000  # characters of a name or path
+
 NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 """Form of the name of a model, DATA/NAME."""
 
-NEEDED = ("name", "config", "weights_sha256", "data", "checkpoint", "network", "check")
-"""Entries of a card without which a model cannot be loaded."""
+NEEDED = {
+    "name": str, "config": dict, "weights_sha256": str, "data": dict, "checkpoint": dict, "network": str,
+    "check": dict,
+}  # fmt: skip
+"""Entries of a card without which a model cannot be loaded, and their types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +85,17 @@ def names() -> list[str]:
     return sorted(f"{file.parent.name}/{file.name.removesuffix(WEIGHTS)}" for file in files)
 
 
-def load_model(name: str | pathlib.Path) -> Model:
+def load_model(name: str | pathlib.Path, *, trust_code: bool = False) -> Model:
     """Loads a model of the zoo, or from files elsewhere; no data set is needed.
+
+    Logits are in the order of ``test.class_names``, which is that of the class counts, not always that of the
+    data set's labels.
 
     Args:
       name: of the model, such as 'digits_lt/at_small_cnn', see :func:`names`; or the path of its weights or
         of its card.
+      trust_code: a card may name functions of its author's, ``module:function``, which are then imported and
+        called; without it such a card is refused, so that no file can run code.
 
     Returns:
       The model, at its logit scale and with its prior adjustment, like a run that :func:`load_run` loads.
@@ -111,11 +121,8 @@ def load_model(name: str | pathlib.Path) -> Model:
             f"{weights} is not what its card describes (sha256 {sha256[:12]}…, and the card says "
             f"{card['weights_sha256'][:12]}…); restore both files"
         )
-    config = config_of(card)
-    try:
-        test, trained = _test_set(card["data"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the card of {name} is damaged ({one_line(error)}); restore it") from error
+    config = config_of(card, trust_code=trust_code)
+    test, trained = _test_set(card["data"])
     job = builder.evaluation_on(config, test, np.arange(0), trained)
     state_dict = pytorch.read_weights(weights)
     (params, stats), _, _ = exchange.converted(config, state_dict, Weights(**job.variables))
@@ -133,22 +140,56 @@ def read_card(name: str | pathlib.Path) -> dict[str, Any]:
     path = stem.with_name(f"{stem.name}{CARD}")
     try:
         card = json.loads(path.read_bytes())
-        missing = [entry for entry in NEEDED if entry not in card]
-        if missing:
-            raise ValueError(f"it has no {missing[0]}")
-        if not re.fullmatch(NAME, card["name"]):
-            raise ValueError(f"its name is {card['name']!r}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        _check_card(card)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise InputError(f"cannot read the card {path} ({one_line(error)}); restore it") from error
     return card
 
 
-def config_of(card: dict[str, Any]) -> ConfigDict:
+def _check_card(card: dict[str, Any]) -> None:
+    """Raises an error of Python's, such as ValueError, if an entry is missing or of a wrong kind."""
+    for entry, kind in NEEDED.items():
+        if entry not in card:
+            raise ValueError(f"it has no {entry}")
+        if not isinstance(card[entry], kind):
+            raise ValueError(f"its entry {entry!r} is {shown(card[entry])}")
+    if not re.fullmatch(NAME, card["name"]):
+        raise ValueError(f"its name is {card['name']!r}")
+    test, trained = _test_set(card["data"])
+    classes, logits = len(test.class_counts), np.array(card["check"]["logits"], float)
+    if (
+        not classes
+        == len(test.class_names)
+        == logits.shape[-1]
+        == len(test.class_counts if trained is None else trained)
+    ):
+        raise ValueError("its numbers of classes, counts and logits differ")
+    if test.class_counts.min() < 1 or not 1 <= test.pixel_max <= 255 or len(test.images.shape) != 4:
+        raise ValueError("its class counts, pixel_max or shape of an image cannot be")
+    float(card["check"]["tolerance"]), str(card["data"]["sha256"]), card["checkpoint"]["weights"]
+
+
+def config_of(card: dict[str, Any], *, trust_code: bool = False) -> ConfigDict:
     """Returns the config in a card; fields that were added since get their neutral values.
 
+    Args:
+      card: of a model.
+      trust_code: see :func:`load_model`.
+
     Raises:
-      InputError: it cannot be used.
+      InputError: it cannot be used, or it names functions that are not the library's.
     """
+    # Names of functions to import have a colon, and nothing else that the library writes into a config.
+    foreign = [
+        f"config.{field} is {shown(value)}"
+        for field, value in flatten(card["config"]).items()
+        if field != "method" and ":" in str(value)
+    ]
+    if foreign and not trust_code:
+        raise InputError(
+            f"the card of {card['name']} names code to run: {foreign[0]}; if you trust its author, load "
+            "it with load_model(..., trust_code=True)"
+        )
     try:
         config = ConfigDict(with_neutral(card["config"])).lock()
     except (TypeError, ValueError, AttributeError) as error:
@@ -204,6 +245,8 @@ def _stem(name: str | pathlib.Path) -> pathlib.Path:
         if path.name.endswith(ending):
             path = path.with_name(path.name.removesuffix(ending))
             break
+    if len(text) > LONGEST:
+        raise InputError(f"the name of a model has {len(text)} characters; use {_one_of(known)}")
     if path.name and any(path.with_name(f"{path.name}{ending}").is_file() for ending in (WEIGHTS, CARD)):
         return path
     if (path / CONFIG).is_file():

@@ -47,7 +47,10 @@ def publish(
     """
     name = f"{out.absolute().parent.name}/{out.name}"
     if not re.fullmatch(NAME, name) or name.endswith(ENDINGS):
-        raise InputError(f"--out is {out}; name the files without their endings, FOLDER/NAME")
+        raise InputError(
+            f"--out is {out}; name the files without their endings, FOLDER/NAME, of letters, digits, '_', "
+            "'-' and '.'"
+        )
     files = [out.with_name(f"{out.name}{ending}") for ending in ENDINGS]
     for file, mark in zip(files, MARKS, strict=True):
         check_replaceable(file, mark)
@@ -83,7 +86,7 @@ def publish(
         write_whole(robustbench_file, (json.dumps(for_robustbench, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"cannot write {out} ({reason(error, out)}); choose another --out") from error
-    load_model(card_file).check()
+    load_model(card_file, trust_code=True).check()
     return files
 
 
