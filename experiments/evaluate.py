@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
         "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the newest one, or with "
         "config.train.select=best the best one",
         "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",
-        "autoattack": "robal_aa, standard, plus, rand, none or a list: config.evaluation.autoattack",
+        "autoattack": "robal_aa, standard, torchattacks, plus, rand, none or a list of attacks: "
+        "config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
         "budget": "radii by class: constant (the standard) or by_frequency: config.evaluation.budget.name",
         "weights": "current or average, the run's config.average: config.evaluation.weights",

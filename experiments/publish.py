@@ -31,10 +31,13 @@ def main(arguments: list[str]) -> None:
 
     evaluations: dict[str, pathlib.Path] = {}
     for each in filter(None, values["evaluations"].split(",")):
-        name, named, folder = each.rpartition("=")
-        name = name if named else pathlib.Path(folder).name
+        name, _, folder = each.partition("=")
+        if not folder or "/" in name:  # it is a path, which may itself have this sign
+            name, folder = pathlib.Path(each).name, each
         if name in evaluations:
             raise InputError(f"two evaluations are named {name!r}; name them, as in whole={folder}")
+        if not name:
+            raise InputError(f"--evaluations has {each!r}; write a name before '=', as in whole={folder}")
         evaluations[name] = pathlib.Path(folder)
     for file in zoo.publish(pathlib.Path(values["workdir"]), pathlib.Path(values["out"]), evaluations):
         print(f"wrote {file}")

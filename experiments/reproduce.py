@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it imports JAX
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FLAGS = {
-    "table": "1, 2, 3, 4, S6, S7, followups or augmentation",
+    "table": "1, 2, 3, 4, S6, S7, followups, augmentation or small",
     "data": "digits_lt (the default), cifar10_lt or cifar100_lt",
     "seeds": "number of seeds, counted from 0; 3 by default",
     "splits": "number of long-tailed subsets per seed, config.data.seed from 0; 1 by default",

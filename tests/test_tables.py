@@ -239,6 +239,22 @@ def test_commands():
     assert f"--workdir={workdir}" in post[1]
 
 
+def test_commands_of_further_evaluations():
+    request = request_for("small", "at", data="cifar10_lt", overrides=("evaluation.audit.examples=10",))
+    first, *evaluations = commands(request.rows[0], request)
+    assert "train.py" in first and len(evaluations) == 4
+    folders = set()
+    for line in evaluations:
+        fields = [word.partition("=")[0] for word in line.split() if word.startswith("--config.")]
+        assert len(set(fields)) == len(fields)  # the command line refuses a field with two values
+        assert "--config.evaluation.audit.examples=10" in line
+        folders.add(next(word for word in line.split() if word.startswith("--folder=")))
+    assert len(folders) == 4
+    assert [("surrogate" in line, "select=best" in line) for line in evaluations] == [
+        (False, False), (True, False), (False, False), (False, True),
+    ]  # fmt: skip
+
+
 def result(**percent):
     """Results in which every condition has less accuracy in the tail by ten points, in the head more."""
     conditions = {

@@ -220,13 +220,17 @@ def test_config_without_paths():
 
 
 def test_the_card_for_robustbench():
-    results = fake_results(meta={**META, "imbalance": "IR 50", "n": 200, "epsilon": 8 / 255})
+    results = fake_results(
+        meta={**META, "imbalance": "IR 50", "n": 200, "epsilon": 8 / 255, "norm": "L-infinity"}
+    )
     plain = cards.robustbench(results, "ResNet-20")
     conditions = results.conditions
     assert plain["reported"] == f"{100 * conditions['pgd_20']['accuracy']['value']:.2f}"
     assert "autoattack_acc" not in plain
     assert (plain["eps"], plain["architecture"], plain["unreliable"]) == ("8/255", "ResNet-20", False)
-    assert plain["footnote"] == "Trained on a long tail: IR 50; evaluated on all 200 test images."
+    assert plain["footnote"] == (
+        "Trained on a long tail: IR 50; evaluated on all 200 test images; reported under PGD-20 at L∞ 8/255."
+    )
     summary = fake_summary()
     summary["conditions"]["autoattack"] = summary["conditions"]["new_attack"]
     meta = {**results.meta, "part": "200 of 1000 test images", "generated": "uses generated data"}
@@ -235,10 +239,15 @@ def test_the_card_for_robustbench():
         full = cards.robustbench(Results(meta, summary, audit), "ResNet-20")
         assert full["autoattack_acc"] == full["reported"]
         assert full["unreliable"] == (outcome == FLAGGED)
-        assert full["footnote"].endswith("evaluated on 200 of 1000 test images; uses generated data.")
+        assert full["footnote"].endswith(
+            "evaluated on 200 of 1000 test images; reported under AutoAttack at L∞ 8/255; uses generated data."
+        )
         assert cards.leading([results, Results(meta, summary, audit)]).summary is summary
         by_class = Results({**meta, "class_epsilon": [0.1] * 10}, summary, audit)
         assert cards.leading([by_class, results]) is results
+        assert "not the standard threat model" in cards.robustbench(by_class, "ResNet-20")["footnote"]
+        weaker = Results({**meta, "config": {"threat": {"epsilon": 0.1}}}, summary, audit)
+        assert cards.leading([weaker, results]) is results
 
 
 # ---------------------------------------------------------------- what a load refuses

@@ -243,10 +243,20 @@ def commands(row: Row, request: Request) -> list[str]:
     if first:
         asked += [f"{first[0]}={_workdir(run_name(first[1], request), seed, request)}"]
     train = ["train.py", f"--config=configs/{name.rpartition('-')[0]}.py:{data}", f"--workdir={workdir}"]
-    lines = [[*train, *(f"--config.{override}" for override in asked)]]
+    lines = [[*train, *(f"--config.{each}" for each in asked)]]
     own = [each for each in (*PROTOCOL, *asked) if each.startswith("evaluation.")]
     evaluate = ["evaluate.py", f"--config=configs/{row.config}.py:{data}", f"--workdir={workdir}"]
-    for setting in row.settings:
-        folder = f"--folder={_evaluation_folder(row, seed, request, setting)}"
-        lines.append([*evaluate, folder, *(f"--config.{each}" for each in (*own, setting) if each)])
+
+    def evaluation(*changes: str) -> list[str]:
+        folder = _evaluation_folder(row, seed, request, *changes)
+        typed = {each.partition("=")[0]: each for each in (*own, *changes) if each}  # the last one counts
+        return [*evaluate, f"--folder={folder}", *(f"--config.{each}" for each in typed.values())]
+
+    lines += map(evaluation, row.settings)
+    table = TABLES[request.table]
+    for each in table.further:
+        lines.append(evaluation(*_not_asked(each.overrides, request)))
+        if other := _transfers_from(each, row, table):
+            surrogate = _workdir(run_name(other, request), seed, request)
+            lines[-1].append(f"--config.evaluation.audit.surrogate={surrogate}")
     return started + [shlex.join(["python", f"experiments/{script}", *rest]) for script, *rest in lines]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from robal_jax.reporting.names import radius
+from robal_jax.reporting.names import BY_CLASS, display_name, radius, threat
 from robal_jax.reporting.results import EVERYTHING, FLAGGED, Results, outcome_of
 from robal_jax.storage.checkpoints import digest
 
@@ -83,10 +83,17 @@ def figures(results: Results) -> dict[str, Any]:
 
 
 def leading(evaluations: Sequence[Results]) -> Results:
-    """Returns the evaluation that counts: at one radius, then with AutoAttack, then of the most images."""
+    """Returns the evaluation that counts.
 
-    def rank(one: Results) -> tuple[bool, bool, int]:
-        return "class_epsilon" not in one.meta, "autoattack" in one.conditions, one.meta["n"]
+    It is one at a single radius, at that of the training, with AutoAttack, and of the most images, in this
+    order of importance.
+    """
+
+    def rank(one: Results) -> tuple[bool, bool, bool, int]:
+        trained = one.meta.get("config", {}).get("threat", {}).get("epsilon")
+        at_trained = trained is None or one.meta.get("epsilon") == trained
+        single = "class_epsilon" not in one.meta
+        return single, at_trained, "autoattack" in one.conditions, one.meta["n"]
 
     return max(evaluations, key=rank)
 
@@ -94,7 +101,8 @@ def leading(evaluations: Sequence[Results]) -> Results:
 def robustbench(results: Results, architecture: str) -> dict[str, Any]:
     """Returns the figures of an evaluation in the form of RobustBench's ``model_info``, texts in percent.
 
-    RobustBench has no field for the number of images or for a long tail, so the footnote says them.
+    RobustBench has no field for the number of images, for a long tail or for another attack than AutoAttack,
+    so the footnote says them.
     'autoattack_acc' is that of the whole AutoAttack, and missing without it; 'reported' is that of the
     strongest attack that was made.
 
@@ -107,7 +115,14 @@ def robustbench(results: Results, architecture: str) -> dict[str, Any]:
 
     verdicts = (results.audit or {}).get("verdicts", [])
     images = meta.get("part") or f"all {meta['n']} test images"
-    notes = [f"Trained on a long tail: {meta['imbalance']}", f"evaluated on {images}", *_generated(meta)]
+    attack = results.headline_attack
+    notes = [
+        f"Trained on a long tail: {meta['imbalance']}",
+        f"evaluated on {images}",
+        f"reported under {display_name(attack)} at {threat(meta)}",
+        *([BY_CLASS] if "class_epsilon" in meta else []),
+        *_generated(meta),
+    ]
     return {
         "link": "N/A",
         "name": f"{meta['method']} (robal_jax)",
@@ -119,7 +134,7 @@ def robustbench(results: Results, architecture: str) -> dict[str, Any]:
         "architecture": architecture,
         "eps": radius(meta["epsilon"]),
         "clean_acc": percent("clean"),
-        "reported": percent(results.headline_attack),
+        "reported": percent(attack),
         **({"autoattack_acc": percent("autoattack")} if "autoattack" in conditions else {}),
         "unreliable": any(
             outcome_of(verdict) == FLAGGED and verdict.get("doubts") == EVERYTHING for verdict in verdicts
