@@ -1,5 +1,6 @@
 """The result on CIFAR-10-LT: outcomes are stored and read back, and the page says what they say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from experiments.paper import outcomes, small_page
 from robal_jax import metrics
+from robal_jax.errors import InputError
 from robal_jax.reporting.results import EvaluatedRun
 
 CONDITIONS = ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "apgd_ce", "robal_aa")
@@ -73,14 +75,14 @@ def test_what_is_stored_is_read_back(stored):
 def test_the_page_has_the_figures_of_the_outcomes(stored):
     folder, at = stored
     text = small_page.page(outcomes.read(folder))
-    assert "Not evaluated yet: LA, AT-BSL, RandAugment" in text
+    assert "Not evaluated yet: LA; AT-BSL, RandAugment; RobustLT" in text
     tables = {part.splitlines()[0].strip(): part for part in text.split("## ")[1:]}
     lines = {
         title: {x.split("|")[1].strip(): x for x in part.splitlines() if x[:1] == "|"}
         for title, part in tables.items()
     }
     pair = at["whole"].conditions["robal_aa"]
-    first = lines["All 10,000 test images"]["AT, seed 0"]
+    first = lines["All 2,000 test images"]["AT, seed 0"]
     assert f"{100 * pair['accuracy']['value']:.1f}" in first
     assert f"[{100 * pair['accuracy']['low']:.1f}, {100 * pair['accuracy']['high']:.1f}]" in first
     errors = lines["Natural and boundary error under the pair"]["AT, seed 0"].split("|")[2:5]
@@ -95,9 +97,38 @@ def test_the_page_has_the_figures_of_the_outcomes(stored):
     ]
     figure = metrics.paired_difference(*right)
     assert f"{100 * figure['value']:+.1f} [{100 * figure['low']:+.1f}" in difference["RoBal-N, seed 0"]
-    part = lines["AutoAttack on the same 1,000 test images"]
+    part = lines["AutoAttack on the same 500 test images"]
     assert "| epoch 12 of 40 |" in part["AT, seed 0"] and "clean (1 of 1 checks run)" in part["AT, seed 0"]
     assert set(part["RoBal-N, seed 0"].split("|")[2].strip()) == {"—"}
+
+
+def test_what_cannot_be_read(stored):
+    folder, _ = stored
+
+    def refused(message):
+        with pytest.raises(InputError, match=message) as error:
+            outcomes.read(folder)
+        assert "\n" not in str(error.value)
+
+    reversed_ids = evaluated(4, 2000)
+    arrays = {name: values[::-1] for name, values in reversed_ids.examples.items()}
+    other = dataclasses.replace(reversed_ids, examples=arrays)
+    outcomes.store(folder / "robal_n-0", {"whole": other}, None)
+    refused("'whole' of AT, seed 0 and RoBal-N, seed 0 have different images")
+    outcomes.store(folder / "robal_n-0", {"whole": evaluated(4, 2000, CONDITIONS[:5])}, None)
+    refused("'whole' has no outcomes under robal_aa")
+    (folder / "robal_n-0.npz").unlink()
+    refused(r"robal_n-0.json or its .npz cannot be read \(FileNotFoundError")
+    (folder / "robal_n-0.json").write_text("{")
+    refused(r"robal_n-0.json or its .npz cannot be read \(JSONDecodeError")
+
+
+def test_a_page_of_one_row_has_no_empty_table(stored):
+    folder, _ = stored
+    for path in folder.glob("[!a]*"):
+        path.unlink()
+    text = small_page.page(outcomes.read(folder))
+    assert "Difference to AT" not in text and "All 2,000 test images" in text
 
 
 def test_the_page_is_up_to_date():

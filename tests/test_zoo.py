@@ -240,7 +240,7 @@ def test_the_card_for_robustbench():
         assert full["autoattack_acc"] == full["reported"]
         assert full["unreliable"] == (outcome == FLAGGED)
         assert full["footnote"].endswith(
-            "evaluated on 200 of 1000 test images; reported under AutoAttack at L∞ 8/255; uses generated data."
+            "200 of 1000 test images; reported under AutoAttack at L∞ 8/255; uses generated data."
         )
         assert cards.leading([results, Results(meta, summary, audit)]).summary is summary
         by_class = Results({**meta, "class_epsilon": [0.1] * 10}, summary, audit)

@@ -12,6 +12,7 @@ from experiments.paper.plan import Request, make_plan
 from experiments.paper.rows import Row
 from experiments.paper.small import SMALL
 from robal_jax import metrics, zoo
+from robal_jax.errors import InputError, one_line
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage.files import write_whole
 
@@ -113,21 +114,66 @@ def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float 
     write_whole(path.with_suffix(".json"), f"{json.dumps(content, ensure_ascii=False)}\n".encode())
 
 
+NEEDED = {
+    WHOLE: TABLE.columns,
+    "autoattack": ("clean", "robal_aa", "autoattack"),
+    "torchattacks": ("torchattacks",),
+    "best": ("robal_aa",),
+}
+"""Conditions that each evaluation has."""
+
+
 def read(stored: pathlib.Path) -> list[Run]:
-    """Returns the stored runs in the order of the table; all figures are computed from the outcomes."""
+    """Returns the stored runs in the order of the table; all figures are computed from the outcomes.
+
+    Raises:
+      InputError: a stored file is missing or damaged, or an evaluation is another than that of the table.
+    """
     runs = []
     for row in TABLE.rows:
         for seed in range(row.seeds):
             path = stored / f"{row.key}-{seed}.json"
             if not path.is_file():
                 continue
-            content = json.loads(path.read_text())
-            with np.load(path.with_suffix(".npz")) as arrays:
-                evaluations = {
-                    name: _evaluated(name, facts, arrays) for name, facts in content["evaluations"].items()
-                }
-            runs.append(Run(row, seed, evaluations, content["seconds_of_training"]))
-    return runs
+            try:
+                content = json.loads(path.read_text())
+                with np.load(path.with_suffix(".npz")) as arrays:
+                    evaluations = {
+                        name: _evaluated(name, facts, arrays)
+                        for name, facts in content["evaluations"].items()
+                    }
+                runs.append(Run(row, seed, evaluations, content["seconds_of_training"]))
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise InputError(
+                    f"{path} or its .npz cannot be read ({one_line(error)}); restore both"
+                ) from error
+            _check_evaluations(path, evaluations)
+    _check_images(runs)
+    return [run for run in runs if run.evaluations]
+
+
+def _check_evaluations(path: pathlib.Path, evaluations: Mapping[str, EvaluatedRun]) -> None:
+    """Raises if an evaluation is not one of the table."""
+    for name, found in evaluations.items():
+        lacking = [each for each in NEEDED.get(name, [name]) if each not in found.conditions]
+        if lacking:
+            raise InputError(
+                f"{path}: the evaluation {name!r} has no outcomes under {lacking[0]}; store one that "
+                "reproduce.py made without other overrides than the place of the data"
+            )
+
+
+def _check_images(runs: list[Run]) -> None:
+    """Raises if two runs were not evaluated on the same images, in the same order."""
+    first: dict[str, tuple[str, np.ndarray]] = {}
+    for run in runs:
+        for name, found in run.evaluations.items():
+            other, ids = first.setdefault(name, (run.label, found.examples["ids"]))
+            if not np.array_equal(ids, found.examples["ids"]):
+                raise InputError(
+                    f"the evaluations {name!r} of {other} and {run.label} have different images; make both "
+                    "with the same settings"
+                )
 
 
 def _evaluated(name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> EvaluatedRun:

@@ -54,8 +54,16 @@ def _right(run: Run, evaluation: str, condition: str, group: str = "all") -> np.
     return (found.predictions[condition] == labels)[member]
 
 
+def _size(runs: Sequence[Run], evaluation: str) -> str:
+    """Returns the number of test images of an evaluation, which is the same in all runs."""
+    sizes = [
+        len(run.evaluations[evaluation].examples["ids"]) for run in runs if evaluation in run.evaluations
+    ]
+    return f"{max(sizes, default=0):,}"
+
+
 def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## All 10,000 test images"
+    yield f"## All {_size(runs, WHOLE)} test images"
     yield "Accuracy in percent. AA is the pair APGD-CE and APGD-T, as in the paper, here with 95 % intervals."
     groups = ("head", "medium", "tail")
     names = [paper_name(condition) for condition in TABLE.columns]
@@ -72,8 +80,8 @@ def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
 def _differences(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Difference to AT of the same seed under the pair"
     yield (
-        "Points on the same 10,000 images, with 95 % intervals and the exact McNemar test. The intervals are "
-        "over images; the spread over seeds is not in them."
+        f"Points on the same {_size(runs, WHOLE)} images, with 95 % intervals and the exact McNemar test. The "
+        "intervals are over images; the spread over seeds is not in them."
     )
     partners = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
     header = ["Row", *(x for group in ("all", "head", "medium", "tail") for x in (group, "p"))]
@@ -95,11 +103,11 @@ def _differences(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _autoattack(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## AutoAttack on the same 1,000 test images"
+    yield f"## AutoAttack on the same {_size(runs, 'autoattack')} test images"
     yield (
-        "'standard': APGD-CE, APGD-T, FAB-T, Square. 'torchattacks' is the same with 10 iterations, as that "
-        "package runs it, and an upper estimate; much published work reports it. 'Best' is the checkpoint "
-        "that the held-out images choose; it stands under the pair beside the last one."
+        "AutoAttack is 'standard': APGD-CE, APGD-T, FAB-T, Square. 'torchattacks' is the same as that "
+        "package runs it: with 10 iterations, and with Square's schedule rescaled. It is an upper estimate. "
+        "'Best' is the checkpoint that the held-out images choose; it stands under the pair beside the last."
     )
     header = [
         "Row", "Clean", "AutoAttack", "tail", "torchattacks", "Pair, last", "Pair, best", "best is", "Audit"
@@ -127,8 +135,8 @@ def _autoattack(runs: Sequence[Run]) -> Iterator[str]:
 def _errors(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Natural and boundary error under the pair"
     yield (
-        "Percent of the 10,000 images: wrong when clean; right when clean and wrong under attack. Last, the "
-        "share of those right when clean that the attack breaks."
+        f"Percent of the {_size(runs, WHOLE)} images: wrong when clean; right when clean and wrong under "
+        "attack. Last, the share of those right when clean that the attack breaks."
     )
     body = []
     for run in runs:
@@ -142,7 +150,7 @@ def _errors(runs: Sequence[Run]) -> Iterator[str]:
 
 def _per_class(runs: Sequence[Run]) -> Iterator[str]:
     yield "## By class, clean and under the pair"
-    yield "Accuracy in percent on 1,000 test images per class; in brackets the images that were trained on."
+    yield "Accuracy in percent on the test images of each class; in brackets the images that were trained on."
     first = runs[0].evaluations[next(iter(runs[0].evaluations))]
     counts = first.summary["class_counts"]
     header = ["Row", "", *(f"{first.class_name(i)} ({count})" for i, count in enumerate(counts))]
@@ -158,9 +166,9 @@ def _per_class(runs: Sequence[Run]) -> Iterator[str]:
 def _scales(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Fake gain at small scales, and norms of the classifier"
     yield (
-        "PGD-20 accuracy in percent on the audit's 200 images when all logits are multiplied by a factor: a "
-        "model whose accuracy rises at small or large factors is not more robust there. Norms: mean norm of "
-        "the class's weight vectors (of a cosine head, before they are normalised), head over tail."
+        "PGD-20 accuracy in percent on the images of the audit's sample when all logits are multiplied by a "
+        "factor: a model whose accuracy rises at small or large factors is not more robust there. Norms: the "
+        "mean norm of the weight vectors of head and tail classes (of a cosine head, before it normalises)."
     )
     audited = [(run, run.evaluations["autoattack"]) for run in runs if "autoattack" in run.evaluations]
     curves = [(run, each.curves["scale"], each) for run, each in audited if "scale" in each.curves]
@@ -207,9 +215,11 @@ def page(runs: Sequence[Run]) -> str:
     if not runs:
         return "No evaluation is stored yet.\n"
     missing = [row.label for row in TABLE.rows if not any(run.row == row for run in runs)]
-    parts = [f"Not evaluated yet: {', '.join(missing)}."] if missing else []
+    parts = [f"Not evaluated yet: {'; '.join(missing)}."] if missing else []
     for part in (_accuracies, _differences, _autoattack, _errors, _per_class, _scales, _published, _costs):
-        parts += part(runs)
+        blocks = list(part(runs))
+        has_rows = bool(blocks) and len(blocks[-1].splitlines()) > 2
+        parts += blocks if has_rows else []
     return "\n\n".join(parts) + "\n"
 
 
