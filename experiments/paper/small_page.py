@@ -80,8 +80,8 @@ def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
 def _differences(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Difference to AT of the same seed under the pair"
     yield (
-        f"Points on the same {_size(runs, WHOLE)} images, with 95 % intervals and the exact McNemar test. The "
-        "intervals are over images; the spread over seeds is not in them."
+        f"Points on the same {_size(runs, WHOLE)} images, with 95 % intervals and the exact McNemar test. "
+        "The intervals are over images; the spread over seeds is not in them."
     )
     partners = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
     header = ["Row", *(x for group in ("all", "head", "medium", "tail") for x in (group, "p"))]
