@@ -10,6 +10,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from ml_collections import ConfigDict
+
 from robal_jax import cli
 from robal_jax.errors import InputError
 from robal_jax.storage.names import CONFIG
@@ -22,6 +24,32 @@ SHORT = {
     "weights": "weights",
     "surrogate": "audit.surrogate",
 }
+
+
+def run_of(model: str, workdir: pathlib.Path | None) -> tuple[pathlib.Path, ConfigDict]:
+    """Returns the folder and the config of the run to evaluate, which for a model is not made yet.
+
+    Args:
+      model: of the zoo; '' for a run.
+      workdir: of the run; None for the usual place of a model.
+
+    Raises:
+      InputError: there is no such run or model, or its config cannot be used.
+    """
+    from robal_jax import builder
+    from robal_jax.devices import hosts
+    from robal_jax.storage.config_file import read_config
+
+    if model:
+        from robal_jax import zoo
+
+        card = zoo.read_card(model)
+        return workdir or pathlib.Path("runs", "zoo", card["name"]), zoo.config_of(card)
+    assert workdir is not None
+    hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
+    config = read_config(workdir)
+    builder.validate(config)
+    return workdir, config
 
 
 def main(arguments: list[str]) -> None:
@@ -66,20 +94,13 @@ def main(arguments: list[str]) -> None:
     if workdir is None and not values["model"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
 
-    from robal_jax import builder, evaluation, zoo
+    from robal_jax import builder, evaluation
     from robal_jax.devices import hosts
-    from robal_jax.storage.config_file import read_config, to_json
+    from robal_jax.storage.config_file import to_json
     from robal_jax.storage.names import EVALUATION
 
-    card = zoo.read_card(values["model"]) if values["model"] else {}
-    workdir = workdir or pathlib.Path("runs", "zoo", card["name"])
     hosts.start(*(values[name] for name in cli.PROCESSES))
-    if card:
-        config = zoo.config_of(card)
-    else:
-        hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
-        config = read_config(workdir)
-        builder.validate(config)
+    workdir, config = run_of(values["model"], workdir)
     name = EVALUATION
     if values["config"]:
         config = builder.with_inference_of(config, cli.load_config(values["config"]))
@@ -99,7 +120,9 @@ def main(arguments: list[str]) -> None:
         name += f"-{config.evaluation.examples}-images"
     folder = pathlib.Path(values["folder"]) if values["folder"] else workdir / name
     command = f"{cli.as_started('python experiments/evaluate.py')} {shlex.join(arguments)}"
-    if card:
+    if values["model"]:
+        from robal_jax import zoo
+
         zoo.make_run(values["model"], workdir)
     evaluation.evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 

@@ -12,7 +12,7 @@ TOUR = ROOT / "experiments" / "tour.ipynb"
 
 
 def texts(notebook):
-    """What each code cell prints."""
+    """Returns the texts that the code cells print."""
     return [
         "".join(output.get("text", "") for output in cell.outputs)
         for cell in notebook.cells

@@ -163,6 +163,21 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
     return run
 
 
+def torch_ensemble(model: Any, epsilon: float, steps: int, queries: int) -> dict[str, Callable[[], Any]]:
+    """Returns makers of torchattacks' L-infinity attacks, by our names; other settings are AutoAttack's."""
+    import torchattacks
+
+    common = {"norm": "Linf", "eps": epsilon}
+    iterated = {**common, "steps": steps}
+    return {
+        "apgd_ce": lambda: torchattacks.APGD(model, **iterated, loss="ce"),
+        "apgd_dlr": lambda: torchattacks.APGD(model, **iterated, loss="dlr"),
+        "apgd_t": lambda: torchattacks.APGDT(model, **iterated, n_classes=CLASSES),
+        "fab_t": lambda: torchattacks.FAB(model, **iterated, multi_targeted=True, n_classes=CLASSES),
+        "square": lambda: torchattacks.Square(model, **common, n_queries=queries, resc_schedule=False),
+    }
+
+
 def theirs(network: Network, attack: str, settings: Settings, channels_last: bool) -> Way:
     """Returns the same attack of torchattacks on the same weights."""
     import torch
@@ -180,19 +195,8 @@ def theirs(network: Network, attack: str, settings: Settings, channels_last: boo
     y = torch.tensor(network.labels, device=device).long().split(settings.batch)
 
     eps = settings.epsilon
-    common = {"norm": "Linf", "eps": eps}
-    made: dict[str, Callable[[], Any]] = {
-        "pgd_20": lambda: torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=20),
-        "apgd_ce": lambda: torchattacks.APGD(model, **common, steps=settings.steps, loss="ce"),
-        "apgd_dlr": lambda: torchattacks.APGD(model, **common, steps=settings.steps, loss="dlr"),
-        "apgd_t": lambda: torchattacks.APGDT(model, **common, steps=settings.steps, n_classes=CLASSES),
-        "fab_t": lambda: torchattacks.FAB(
-            model, **common, steps=settings.steps, multi_targeted=True, n_classes=CLASSES
-        ),
-        "square": lambda: torchattacks.Square(
-            model, **common, n_queries=settings.queries, resc_schedule=False
-        ),
-    }
+    made = torch_ensemble(model, eps, settings.steps, settings.queries)
+    made["pgd_20"] = lambda: torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=20)
     names = (attack,) if attack == "pgd_20" else autoattack.attack_names(attack)
     chosen = [made[name]() for name in names]
 

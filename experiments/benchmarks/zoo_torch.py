@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.zoo_torch --model=cifar10_lt/at_resnet20 --evaluation=FOLDER --images=200
 
-The weights are the exported file, read by PyTorch; FOLDER is an evaluation of this model by AutoAttack, whose
-first images are attacked again. Prints, per attack, how many images survive it and all attacks before it on
-either side, and how many outcomes differ. Needs PyTorch and torchattacks (pip install --no-deps torchattacks)
-and the data set, --data=FILE.npz.
+The weights are the exported file, read by PyTorch; FOLDER is an evaluation of this model by AutoAttack, of
+whose images some, drawn at random, are attacked again. Prints, per attack, how many images survive it and all
+attacks before it on either side, and how many outcomes differ. Needs the data set (--data=FILE.npz), PyTorch
+and torchattacks (pip install --no-deps torchattacks).
 """
 
 import pathlib
@@ -15,9 +15,9 @@ import time
 import numpy as np
 import safetensors.torch
 import torch
-import torchattacks
 
 from experiments.benchmarks import torch_networks as nets
+from experiments.benchmarks.evaluation import torch_ensemble
 from robal_jax import cli, zoo
 from robal_jax.reporting.results import read_run
 from robal_jax.zoo.models import FOLDER
@@ -72,13 +72,8 @@ def main(arguments: list[str]) -> None:
     x = torch.tensor(np.moveaxis(images, -1, 1).astype(np.float32) / 255).contiguous()
     y = torch.tensor(run.examples["labels"][chosen]).long()
     eps = run.meta["epsilon"]
-    common = {"norm": "Linf", "eps": eps}
-    attacks = {
-        "apgd_ce": torchattacks.APGD(model, **common, steps=100, loss="ce"),
-        "robal_aa": torchattacks.APGDT(model, **common, steps=100, n_classes=10),
-        "fab_t": torchattacks.FAB(model, **common, steps=100, multi_targeted=True, n_classes=10),
-        "autoattack": torchattacks.Square(model, **common, n_queries=5000, resc_schedule=False),
-    }
+    attacks = torch_ensemble(model, eps, steps=100, queries=5000)
+    outcomes = {"apgd_ce": "apgd_ce", "apgd_t": "robal_aa", "fab_t": "", "square": "autoattack"}
 
     @torch.no_grad()
     def right(shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -90,15 +85,15 @@ def main(arguments: list[str]) -> None:
 
     robust = right(x, y)
     print(f"{values['model']}, {len(y)} images: clean {int(robust.sum())}, ours {int(ours('clean').sum())}")
-    for name, attack in attacks.items():
+    for name, outcome in outcomes.items():
         started, before = time.monotonic(), robust.clone()
         if before.any():
-            found = attack(x[before], y[before])
+            found = attacks[name]()(x[before], y[before])
             far = (found - x[before]).abs().flatten(1).amax(1) > eps * (1 + 1e-5)  # FAB's may leave the ball
             robust[before] = right(found, y[before]) | far
         line = f"after {name}: {int(robust.sum())} in PyTorch"
-        if name in run.conditions:
-            same = ours(name)
+        if outcome:
+            same = ours(outcome)
             line += f", ours {int(same.sum())}, {int((robust.numpy() != same).sum())} outcomes differ"
         print(f"{line}; {time.monotonic() - started:.0f} s", flush=True)
 

@@ -15,6 +15,7 @@ from robal_jax import metrics, zoo
 from robal_jax.errors import InputError, one_line
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage.files import write_whole
+from robal_jax.zoo.cards import SETTINGS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,12 +24,10 @@ TABLE = SMALL["small"]
 WHOLE = "whole"  # the evaluation that the table itself shows: the whole test set
 
 _FACTS = (
-    "method", "seed", "dataset", "imbalance", "part", "class_names", "norm", "epsilon", "step_size", "start",
-    "head", "logit_scale", "prior_adjustment", "weights", "main_attack", "autoattack",
-    "selection", "held_out", "checkpoint_sha256", "test_set_sha256", "n", "evaluation_seed", "precision",
-    "ingredients", "stages", "commit", "versions", "device", "processor", "date", "seconds",
+    "method", "seed", "dataset", "imbalance", "class_names", "weights", "main_attack", "selection",
+    "held_out", "checkpoint_sha256", "ingredients", *SETTINGS,
 )  # fmt: skip
-"""What is stored of the facts of an evaluation."""
+"""Entries of an evaluation's ``meta`` that are stored."""
 
 
 class Run(NamedTuple):

@@ -71,7 +71,7 @@ class Row(NamedTuple):
     baseline: str = "at"
     data: tuple[str, ...] = tuple(DATA_SETS)
     teacher: str = ""
-    elsewhere: tuple["Elsewhere", ...] = ()
+    elsewhere: tuple[Elsewhere, ...] = ()
     unpublished: str = ""
     seeds: int = 0
 

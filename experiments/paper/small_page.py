@@ -17,9 +17,8 @@ from experiments.paper.cost import passes
 from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, publish_models, read, request_for
 from experiments.paper.plan import row_config
 from experiments.paper.table import aligned, elsewhere_table
-from robal_jax import metrics
 from robal_jax.reporting.audit import audit_summary
-from robal_jax.reporting.comparison import printed_p
+from robal_jax.reporting.comparison import difference, printed_p
 from robal_jax.reporting.names import paper_name
 from robal_jax.storage.files import write_whole
 
@@ -42,16 +41,6 @@ def _of(run: Run, evaluation: str, condition: str, figure: str = "accuracy") -> 
     """Returns a figure of a run, None if the evaluation is not stored."""
     found = run.evaluations.get(evaluation)
     return None if found is None else found.conditions[condition][figure]
-
-
-def _right(run: Run, evaluation: str, condition: str, group: str = "all") -> np.ndarray | None:
-    """Returns whether the images of a group are classified correctly, by number; None if it is not stored."""
-    found = run.evaluations.get(evaluation)
-    if found is None:
-        return None
-    labels = found.examples["labels"]
-    member = slice(None) if group == "all" else np.isin(labels, found.summary["groups"][group])
-    return (found.predictions[condition] == labels)[member]
 
 
 def _size(runs: Sequence[Run], evaluation: str) -> str:
@@ -88,15 +77,11 @@ def _differences(runs: Sequence[Run]) -> Iterator[str]:
     body = []
     for run in runs:
         other = partners.get(run.seed)
-        if other is None or other is run:
+        if other is None or other is run or not all(WHOLE in each.evaluations for each in (run, other)):
             continue
         cells = []
         for group in ("all", "head", "medium", "tail"):
-            first, second = (_right(each, WHOLE, PAIR, group) for each in (other, run))
-            if first is None or second is None:
-                cells += ["—", "—"]
-                continue
-            figure = metrics.paired_difference(first, second)
+            figure = difference(run.evaluations[WHOLE], other.evaluations[WHOLE], PAIR, group)
             cells += [_percent(figure, interval=True, sign="+"), printed_p(figure["p_value"]).lstrip("p= ")]
         body.append([run.label, *cells])
     yield aligned(header, body, left=1)

@@ -1,4 +1,4 @@
-"""What the card of a model says: its config, its figures, and images on which everybody can check it."""
+"""The card of a model: its config, its figures, and images on which anyone can check it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ SETTINGS = (
     "prior_adjustment", "evaluation_seed", "precision", "autoattack", "stages", "test_set_sha256", "versions",
     "commit", "device", "processor", "date", "seconds",
 )  # fmt: skip
-"""What a card repeats of the ``meta`` of an evaluation."""
+"""Entries of an evaluation's ``meta`` that a card repeats."""
 
 CHECKED = 64
 COARSE = 4  # numbers per side from which an image of the check is interpolated

@@ -156,17 +156,15 @@ def _check_card(card: dict[str, Any]) -> None:
     if not re.fullmatch(NAME, card["name"]):
         raise ValueError(f"its name is {card['name']!r}")
     test, trained = _test_set(card["data"])
-    classes, logits = len(test.class_counts), np.array(card["check"]["logits"], float)
-    if (
-        not classes
-        == len(test.class_names)
-        == logits.shape[-1]
-        == len(test.class_counts if trained is None else trained)
-    ):
+    logits = np.array(card["check"]["logits"], float)
+    sizes = {len(test.class_counts), len(test.class_names), logits.shape[-1]}
+    if len(sizes | ({len(trained)} if trained is not None else set())) > 1:
         raise ValueError("its numbers of classes, counts and logits differ")
     if test.class_counts.min() < 1 or not 1 <= test.pixel_max <= 255 or len(test.images.shape) != 4:
         raise ValueError("its class counts, pixel_max or shape of an image cannot be")
-    float(card["check"]["tolerance"]), str(card["data"]["sha256"]), card["checkpoint"]["weights"]
+    for section, entry in (("data", "sha256"), ("checkpoint", "weights"), ("check", "tolerance")):
+        if card[section].get(entry) is None:
+            raise ValueError(f"its entry {section!r} has no {entry}")
 
 
 def config_of(card: dict[str, Any], *, trust_code: bool = False) -> ConfigDict:

@@ -34,7 +34,7 @@ def publish(
     """Writes the weights of a run that its config evaluates, their card, and the card for RobustBench.
 
     Args:
-      workdir: folder of a run that was trained here; its data must be at hand.
+      workdir: folder of a run that was trained here; its data set is read.
       out: ``FOLDER/NAME``, the files without their endings; the model's name is that of the folder and NAME.
       evaluations: folders of results of this run, by the names that the card gives them; if None, that in
         ``workdir``.
@@ -58,11 +58,11 @@ def publish(
     if imported_from(workdir) is not None:
         raise InputError(f"the weights of {workdir} were imported; publish a run that was trained here")
     folders = evaluations or {EVALUATION: workdir}
-    results = {name: Results.read(results_folder(path)) for name, path in folders.items()}
+    results = {key: Results.read(results_folder(folder)) for key, folder in folders.items()}
     made_with = _versions(workdir)
     run = load_run(workdir)
-    for each_name, each in results.items():
-        _check_is_of(run, str(folders[each_name]), each)
+    for key, folder in folders.items():
+        _check_is_of(run, str(folder), results[key])
 
     weights_file, card_file, robustbench_file = files
     config = ConfigDict(cards.without_paths(run.config)).lock()
