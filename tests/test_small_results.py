@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.paper import outcomes, small_page
+from experiments.paper import claims, outcomes, small_page
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting.results import EvaluatedRun
@@ -100,6 +100,31 @@ def test_the_page_has_the_figures_of_the_outcomes(stored):
     part = lines["AutoAttack on the same 500 test images"]
     assert "| epoch 12 of 40 |" in part["AT, seed 0"] and "clean (1 of 1 checks run)" in part["AT, seed 0"]
     assert set(part["RoBal-N, seed 0"].split("|")[2].strip()) == {"—"}
+
+
+def test_claims_are_answered(stored):
+    """Every claim, with the runs that can tell; a better run is found better, and a worse one worse."""
+    folder, at = stored
+    found = claims.answers(outcomes.read(folder))
+    assert [(each.run, each.claim.split(" with more ")[0][:40]) for each in found] == [
+        ("RoBal-N, seed 0", "RoBal is more robust than AT under the p"),
+        ("RoBal-N, seed 0", "RoBal is more robust than AT on the tail"),
+        ("RoBal-N, seed 0", "The boundary error of RoBal is lower tha"),
+        ("AT, seed 0", "PGD-20 finds less when the logits are mu"),
+        ("AT, seed 0", "The weight vectors of AT's classifier ar"),
+    ]
+    assert found[-1].figure.startswith("rank correlation +1.00") and found[-1].answer == "yes"
+    assert (
+        found[-2].answer == "undecided" and found[-2].figure == "factor 1: 25.0 % [0.0, 100.0], +0.0 points"
+    )
+
+    labels = at["whole"].examples["labels"]
+    for wrong, expected in ((labels + 1) % 10, ["no", "no", "no"]), (labels, ["yes", "yes", "yes"]):
+        examples = {**at["whole"].examples, "pred_robal_aa": wrong}
+        other = dataclasses.replace(at["whole"], examples=examples)
+        outcomes.store(folder / "robal_n-0", {"whole": other}, None)
+        found = claims.answers(outcomes.read(folder))
+        assert [each.answer for each in found if each.run == "RoBal-N, seed 0"] == expected
 
 
 def test_what_cannot_be_read(stored):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from experiments.paper.claims import PAIR, answers
 from experiments.paper.cost import passes
 from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, publish_models, read, request_for
 from experiments.paper.plan import row_config
@@ -26,8 +27,6 @@ PAGE = ROOT / "experiments" / "results" / "cifar10_lt_small.md"
 STORED = PAGE.with_suffix("")
 ZOO = ROOT / "experiments" / "zoo" / "cifar10_lt"
 MARK = "<!-- All below is made from the stored outcomes by experiments/paper/small_page.py. -->\n"
-
-PAIR = "robal_aa"
 
 
 def _percent(figure: Mapping[str, float] | None, *, interval: bool = False, sign: str = "") -> str:
@@ -49,6 +48,20 @@ def _size(runs: Sequence[Run], evaluation: str) -> str:
         len(run.evaluations[evaluation].examples["ids"]) for run in runs if evaluation in run.evaluations
     ]
     return f"{max(sizes, default=0):,}"
+
+
+def _claims(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## What the paper says, and what came out here"
+    yield (
+        "'Yes' and 'no': the 95 % interval lies on one side of 0, or the test rejects at 5 %; for factors, "
+        "the interval at the best factor lies above the accuracy at factor 1. Intervals are over images. The "
+        "paper's networks are larger, and its runs twice as long."
+    )
+    body, before = [], ""
+    for claim, run, figure, answer in answers(runs):
+        body.append(["" if claim == before else claim, run, figure, answer])
+        before = claim
+    yield aligned(["Claim", "Run", "Here", "Answer"], body, left=4)
 
 
 def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
@@ -201,7 +214,17 @@ def page(runs: Sequence[Run]) -> str:
         return "No evaluation is stored yet.\n"
     missing = [row.label for row in TABLE.rows if not any(run.row == row for run in runs)]
     parts = [f"Not evaluated yet: {'; '.join(missing)}."] if missing else []
-    for part in (_accuracies, _differences, _autoattack, _errors, _per_class, _scales, _published, _costs):
+    for part in (
+        _claims,
+        _accuracies,
+        _differences,
+        _autoattack,
+        _errors,
+        _per_class,
+        _scales,
+        _published,
+        _costs,
+    ):
         blocks = list(part(runs))
         has_rows = bool(blocks) and len(blocks[-1].splitlines()) > 2
         parts += blocks if has_rows else []
