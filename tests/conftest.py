@@ -7,8 +7,12 @@ import sys
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs of the tests run once or twice, so that XLA's optimisation takes longer than it saves.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# The older emitters and one module per program halve the time of a compilation.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 import jax
 import numpy as np
@@ -26,7 +30,17 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+OPTIMISED = os.environ["XLA_FLAGS"]
+UNOPTIMISED = f"{OPTIMISED} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def with_devices(count, **more):
+    """The environment of a process that sees ``count`` CPU devices, and more variables."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {**os.environ, "XLA_FLAGS": flags, **more}
+
 
 collect_ignore = ["twins.py"]  # needs PyTorch, and has no doctest
 
@@ -35,6 +49,18 @@ def pytest_collection_finish():
     """Spares the garbage collector a look at modules and tests, which live to the end."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unoptimised():
+    """XLA does not optimise, here and in the processes that tests start.
+
+    Most programs run once or twice, so that optimising them takes longer than it saves.
+    """
+    jax.devices()  # XLA reads its flags once
+    jax.config.update("jax_disable_most_optimizations", True)
+    with mock.patch.dict(os.environ, XLA_FLAGS=UNOPTIMISED):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +115,17 @@ def reference(golden, request):
 
 
 @pytest.fixture(scope="module")
-def float64():
-    """JAX computes in float64."""
+def optimised(unoptimised):
+    """XLA optimises a little, here and in the processes that are started: for programs that run long."""
+    with mock.patch.dict(os.environ, XLA_FLAGS=OPTIMISED):
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def float64(optimised):
+    """JAX computes in float64, in which convolutions are slow if XLA does not optimise."""
     with jax.enable_x64(True):
         yield
 

@@ -617,6 +617,7 @@ def test_nothing_is_measured_before_it_is_called_for():
     assert "transfer" in plans(victim(), victim())
 
 
+@pytest.mark.slow
 def test_arrays_are_of_the_sample(measured):
     images, labels, means = data()
     honest = measured["honest"]
@@ -768,6 +769,7 @@ def test_square_and_shown_and_crafted():
     assert search(keys, images, labels, threat=ThreatModel(1e-5), queries=5)["right"].all()
 
 
+@pytest.mark.slow
 def test_gradients_are_looked_at_where_an_attack_meets_them():
     """At the clean images, where PGD starts, and one step later."""
     keys, _, labels = few(6)

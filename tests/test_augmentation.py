@@ -149,6 +149,7 @@ def test_resized_crop_depends_on_the_own_key_only():
     assert len({one.tobytes() for one in np.asarray(twins)}) == 6
 
 
+@pytest.mark.slow
 def test_the_whole_image_as_part_is_the_image_itself():
     image = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
     same = _resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
@@ -316,6 +317,7 @@ def signed(name, bins, number):
     return [(name, magnitude), (name, -magnitude if name in policies.SIGNED else magnitude)]
 
 
+@pytest.mark.slow
 def test_randaugment_draws_two_of_fourteen_operations_and_their_signs():
     entries = [each for name in policies.RANDAUGMENT for each in signed(name, 31, 8)]
     assert len(entries) == 28
@@ -323,6 +325,7 @@ def test_randaugment_draws_two_of_fourteen_operations_and_their_signs():
     compare_draws(randaugment, distribution({pair: times / 784 for pair, times in pairs.items()}))
 
 
+@pytest.mark.slow
 def test_autoaugment_draws_a_pair_and_whether_each_half_is_applied():
     pairs = collections.Counter()
     for choices in policies.CIFAR10:
@@ -516,6 +519,7 @@ def test_one_name_alone_gets_the_keys_themselves(name):
     assert np.array_equal(found, direct)
 
 
+@pytest.mark.slow
 def test_a_list_is_applied_in_its_order_with_a_stream_of_the_key_for_each():
     dataset = data((8, 6))
     found = augmentation("randaugment,crop_flip,crop_flip,cutout", dataset)(KEYS, some(dataset))
@@ -525,6 +529,7 @@ def test_a_list_is_applied_in_its_order_with_a_stream_of_the_key_for_each():
     assert np.array_equal(found, cutout(streams[3], images))
 
 
+@pytest.mark.slow
 def test_what_follows_the_resizing_sees_images_of_the_new_size():
     dataset = data((8, 8), stored=(12, 10))
     found = augmentation("crop_flip,resized_crop_flip,cutout", dataset)(KEYS, some(dataset))

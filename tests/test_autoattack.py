@@ -420,6 +420,7 @@ def assert_sound(found, norm, logits_fn):
         assert (after <= before).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", EPSILONS)
 def test_an_ensemble_finds_allowed_images(norm):
     logits_fn, _, _, _ = problem()
@@ -487,6 +488,7 @@ def test_one_key_is_split_by_position():
     same_found(found, ensemble("linf", 8, "apgd_ce")[0])  # problem() splits this key
 
 
+@pytest.mark.slow
 def test_a_random_model():
     """Each image's noise comes from its key; the version 'rand' averages over it."""
     logits_fn, images, labels, keys = problem()

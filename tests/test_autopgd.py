@@ -20,7 +20,6 @@ LOSSES = {"ce": losses.cross_entropy, "dlr": attacks.dlr}
 ROUNDINGS = {"linf": 2.0**-24, "l2": np.sqrt(SIZE) * 2.0**-25 + 4 * 2.0**-24}
 each_norm = pytest.mark.parametrize("norm", THREATS)
 each_search = pytest.mark.parametrize(("norm", "name"), [("linf", "ce"), ("linf", "dlr"), ("l2", "ce")])
-compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RNG = np.random.RandomState(0)
 INNER, OUTER = RNG.randn(SIZE, 6) / 2, RNG.randn(6, CLASSES)
@@ -53,7 +52,7 @@ def searched(norm, name):
     _, images, labels = batch()
     start = start_of(norm)
     search = partial(autopgd.search, logits_fn, threat=THREATS[norm], steps=STEPS, loss=LOSSES[name])
-    state, (x, logits) = compiled(partial(search, observe=lambda *seen: seen))(start, images, labels)
+    state, (x, logits) = jax.jit(partial(search, observe=lambda *seen: seen))(start, images, labels)
     return state, jnp.concatenate([start[None], x]), jnp.concatenate([logits_fn(start)[None], logits])
 
 
@@ -63,7 +62,7 @@ def states(norm, name):
     _, images, labels = batch()
     look = partial(attacks.loss_gradient, logits_fn, LOSSES[name])
 
-    @compiled
+    @jax.jit
     def step(state, number, window):
         x = autopgd.next_images(state, images, THREATS[norm], number == 0)
         return autopgd.judge(state, x, *look(x, labels), labels, window, 0.75)
@@ -140,7 +139,7 @@ def test_search_is_the_published_one(norm, name):
     with jax.enable_x64(True):
         inputs = jnp.asarray(start), jnp.asarray(np.float64(images)), jnp.asarray(labels)
         search = partial(autopgd.search, logits_fn, threat=THREATS[norm], steps=STEPS, loss=LOSSES[name])
-        state, path = compiled(partial(search, observe=lambda x, _: x))(*inputs)
+        state, path = jax.jit(partial(search, observe=lambda x, _: x))(*inputs)
     assert path.dtype == np.float64
     sizes = set()
     for i in range(COUNT):
@@ -231,6 +230,7 @@ def test_the_best_is_the_highest_loss_on_the_way(norm, name):
     assert 0 < np.sum(state.robust) < COUNT
 
 
+@pytest.mark.slow
 @each_search
 def test_step_sizes_are_halved_at_checks_and_the_best_only_gets_better(norm, name):
     way, windows = states(norm, name), autopgd.check_windows(STEPS)
@@ -250,7 +250,7 @@ def test_step_sizes_are_halved_at_checks_and_the_best_only_gets_better(norm, nam
 
 @functools.cache
 def attack(norm, steps=STEPS):
-    return compiled(partial(attacks.apgd, logits_fn, threat=THREATS[norm], steps=steps))
+    return jax.jit(partial(attacks.apgd, logits_fn, threat=THREATS[norm], steps=steps))
 
 
 @each_norm
@@ -280,7 +280,7 @@ def test_an_image_s_result_is_its_own(norm):
 
 def test_one_key_for_all_and_one_step():
     _, images, labels = batch()
-    found = compiled(partial(attacks.apgd, logits_fn, threat=THREATS["linf"], steps=1))
+    found = jax.jit(partial(attacks.apgd, logits_fn, threat=THREATS["linf"], steps=1))
     one = found(jax.random.key(3), images, labels)
     np.testing.assert_array_equal(one, found(image_keys(jax.random.key(3), images), images, labels))
     assert distances("linf", one, images).max() <= EPSILONS["linf"] + ROUNDINGS["linf"]
@@ -289,7 +289,7 @@ def test_one_key_for_all_and_one_step():
 def test_no_gradient_flows_back():
     keys, images, labels = batch()
     run = partial(attacks.apgd, logits_fn, threat=THREATS["linf"], steps=1)
-    gradient = compiled(jax.grad(lambda x: run(keys, x, labels).sum()))(images)
+    gradient = jax.jit(jax.grad(lambda x: run(keys, x, labels).sum()))(images)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(images))
 
 
@@ -297,8 +297,8 @@ def test_apgd_is_at_least_as_strong_as_pgd_20():
     keys, images, labels = batch(60)
     threat = ThreatModel(0.05)
     settings = {"threat": threat, "steps": 20}
-    ours = compiled(partial(attacks.apgd, logits_fn, **settings))(keys, images, labels)
-    theirs = compiled(partial(attacks.pgd, logits_fn, **settings, step_size=0.05 / 4))(keys, images, labels)
+    ours = jax.jit(partial(attacks.apgd, logits_fn, **settings))(keys, images, labels)
+    theirs = jax.jit(partial(attacks.pgd, logits_fn, **settings, step_size=0.05 / 4))(keys, images, labels)
     logits = [logits_fn(x) for x in (images, theirs, ours)]
     loss = [float(losses.cross_entropy(z, labels).mean()) for z in logits]
     right = [float((z.argmax(-1) == labels).mean()) for z in logits]
@@ -316,13 +316,14 @@ def random_fn(x, keys):
     return logits_fn(x + 0.1 * noise)
 
 
+@pytest.mark.slow
 def test_a_random_model_is_attacked_with_the_keys():
     keys, images, labels = batch()
     settings = {"threat": THREATS["linf"], "steps": 4, "eot": 2}
     start = start_of("linf")
     search = partial(autopgd.search, **settings, observe=lambda x, logits: logits)
 
-    @compiled
+    @jax.jit
     def run(keys):
         return search(random_fn, start, images, labels, keys=keys)
 
@@ -330,11 +331,11 @@ def test_a_random_model_is_attacked_with_the_keys():
     jax.tree.map(np.testing.assert_array_equal, run(keys), (state, logits))
     other, _ = run(keys[::-1])
     assert not np.array_equal(other.x, state.x)
-    plain, _ = compiled(partial(autopgd.search, logits_fn, threat=THREATS["linf"], steps=4))(
+    plain, _ = jax.jit(partial(autopgd.search, logits_fn, threat=THREATS["linf"], steps=4))(
         start, images, labels
     )
     ignored = lambda x, keys: logits_fn(x)  # noqa: E731
-    calm, _ = compiled(lambda keys: search(ignored, start, images, labels, keys=keys))(keys)
+    calm, _ = jax.jit(lambda keys: search(ignored, start, images, labels, keys=keys))(keys)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), calm, plain)
 
 
@@ -346,7 +347,7 @@ def test_noise_is_new_in_every_step():
         return noise + 0 * logits_fn(x)
 
     search = partial(autopgd.search, only_noise, threat=THREATS["linf"], steps=4, eot=1)
-    state, logits = compiled(partial(search, observe=lambda x, logits: logits))(
+    state, logits = jax.jit(partial(search, observe=lambda x, logits: logits))(
         images, images, labels, keys=keys
     )
     assert len(np.unique(logits)) == logits.size
@@ -359,7 +360,7 @@ def test_apgd_hands_its_keys_to_a_random_model():
     keys, images, labels = batch()
     settings, start = {"threat": THREATS["linf"], "steps": 3, "eot": 2}, start_of("linf")
 
-    @compiled
+    @jax.jit
     def runs(keys):
         state, _ = autopgd.search(random_fn, start, images, labels, keys=keys, **settings)
         return attacks.apgd(random_fn, keys, images, labels, **settings), state
@@ -420,6 +421,7 @@ def test_difference_of_logits_ratios():
     np.testing.assert_array_equal(kinds["targeted"][0](logits, labels) > 0, ahead)
 
 
+@pytest.mark.slow
 def test_level_logits_give_finite_losses():
     level = jnp.zeros((2, CLASSES))
     labels, targets = jnp.array([0, 1]), jnp.array([1, 0])
@@ -449,7 +451,7 @@ def test_targets_are_the_classes_of_a_rank_and_share_one_compilation():
     clean = prototypes(images)
     labels, traces = clean.argmax(-1), []
 
-    @compiled
+    @jax.jit
     def run(rank):
         traces.append(rank)
         return attacks.targeted_apgd(
@@ -468,5 +470,5 @@ def test_targets_are_the_classes_of_a_rank_and_share_one_compilation():
     np.testing.assert_array_equal(np.argmax([reached(z) for z in logits], 0), np.arange(CLASSES - 1))
     assert reached(logits[0])[0] > 0
     settings = {"threat": THREATS["linf"], "steps": 20}
-    second = compiled(partial(attacks.targeted_apgd, prototypes, **settings))(keys, images, labels)
+    second = jax.jit(partial(attacks.targeted_apgd, prototypes, **settings))(keys, images, labels)
     np.testing.assert_allclose(reached(prototypes(second)), reached(logits[0]), atol=0.02)

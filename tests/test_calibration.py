@@ -106,6 +106,7 @@ def test_the_table_counts_by_kind_and_check(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.skipif(
     "ROBAL_CALIBRATION" not in os.environ, reason="set ROBAL_CALIBRATION=1; it audits seven models"
 )

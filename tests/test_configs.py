@@ -67,13 +67,6 @@ def toy_config(method, data):
     return config
 
 
-@pytest.fixture
-def quickly_compiled(monkeypatch):
-    """XLA does not optimise: these tests wait for compilations only."""
-    options = {"xla_backend_optimization_level": 0}
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", [data for data in DATA if data not in IMAGENETS])
 def test_builds(method, data):
@@ -91,7 +84,6 @@ def left_out(method, data):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize(
     ("method", "data"), [(method, data) for data in DATA for method in METHODS if not left_out(method, data)]
 )

@@ -811,6 +811,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_that_breaks_its_contract(name):
     refused(f"optimizer 'test_contracts:{name}' {OPTIMIZERS[name]}", "optimizer", name)

@@ -1,14 +1,13 @@
 """The commands of experiments/devices.md run, on four fake devices a process."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, with_devices
 from flax.traverse_util import flatten_dict
 
 from robal_jax import cli
@@ -19,15 +18,10 @@ BASH = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 def run(command, folder, cache):
     """What a block prints; processes that it starts in the background print into it too."""
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
     done = subprocess.run(
         ["bash", "-euc", command.replace(".venv/bin/python", sys.executable)],
         cwd=folder,
-        env=env,
+        env=with_devices(4, JAX_COMPILATION_CACHE_DIR=str(cache)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_devices
 
 from robal_jax import (
     attacks,
@@ -321,11 +322,8 @@ evaluation.evaluate(config, pathlib.Path(workdir))
 def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble):
     fields = "evaluation.audit.examples=0", f"train.layout={layout}", f"evaluation.autoattack={ensemble}"
     overrides = [f"--config.{field}" for field in fields]
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
-    env = {**os.environ, "XLA_FLAGS": flags}
-    done = subprocess.run(
-        subprocess_command(EVALUATED, copy, *overrides), env=env, capture_output=True, text=True, check=False
-    )
+    command = subprocess_command(EVALUATED, copy, *overrides)
+    done = subprocess.run(command, env=with_devices(4), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found, expected = examples(copy / "evaluation"), examples(evaluated / "evaluation")
     assert "pred_apgd_ce" in found

@@ -58,6 +58,7 @@ def content(folder):
 # ---------------------------------------------------------------- the same settings
 
 
+@pytest.mark.slow
 def test_the_same_settings_are_done(copy, no_attack, capsys):
     before = content(copy / "evaluation")
     folder, said = evaluate(copy)

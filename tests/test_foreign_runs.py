@@ -205,6 +205,7 @@ def build(folder):
             assert len(str(error)) < 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "value"),
     [("robal_n", ...), ("deferred", ...), ("deferred", None), ("robal_n", "x"), ("deferred", [1.5, "a"]),

@@ -29,13 +29,6 @@ def free_config(*changes):
     return cli.apply_overrides(config, [f"--config.{change}" for change in changes])
 
 
-@pytest.fixture
-def quickly_compiled(monkeypatch):
-    """XLA does not optimise: these tests wait for compilations only."""
-    options = {"xla_backend_optimization_level": 0}
-    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=options))
-
-
 def steps_of(job, dispatches, count=1):
     """Makes some dispatches; the state after each, and the sums."""
     devices = jax.devices()[:count]
@@ -64,7 +57,7 @@ def in_linf(delta, gradient, radius):
     return np.clip(delta + radius * np.sign(gradient), -radius, radius)
 
 
-@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("showings", "norm", "smoothing"), [(1, "linf", 0), (3, "linf", 0.1), (8, "linf", 0), (3, "l2", 0)]
 )
@@ -114,6 +107,7 @@ def test_a_run_is_the_loop_of_the_paper(showings, norm, smoothing):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_showings_share_their_images():
     """Augmented and mixed with the numbers of the first showing, whatever the dispatch."""
     shown, weights = [], jnp.zeros(())
@@ -181,7 +175,7 @@ def test_a_perturbation_stays_in_its_ball(norm):
     assert ((delta < 0) & (images == 0)).any()
 
 
-@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.slow
 def test_radii_by_class_with_a_ramp_and_cfa():
     """The ramp's radius is 0 in the first epoch; CFA learns from the images that are shown."""
     changes = ("threat.budget.name=cfa", "threat.ramp=0.5", "train.epochs=4", "train.accumulation_steps=2")
@@ -219,6 +213,7 @@ def trained(workdir):
     return path, lines[-1].split()[-1], lines
 
 
+@pytest.mark.slow
 def test_a_run_resumes_between_two_showings(finished, tmp_path):
     workdir, (path, sha256, lines) = finished
     assert any("free steps, each batch is shown 3 times in a row" in line for line in lines)

@@ -159,6 +159,7 @@ def test_the_ensemble_does_not_count_what_it_cannot_show():
     assert np.abs(found.images - images).max() <= 0.01 + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_models_of_a_low_precision(dtype, scale):

@@ -413,6 +413,7 @@ def test_the_best_checkpoint_is_evaluated(looked):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_two_processes_choose_the_same_checkpoint(tmp_path):
     found = []
     for place in (Layout("jit", 1), Layout("jit", 1, 2)):

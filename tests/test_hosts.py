@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, with_devices
 
 from experiments.benchmarks.layouts import finish, free_port
 from robal_jax.devices import hosts
@@ -94,8 +94,7 @@ print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()
 @pytest.mark.slow
 def test_what_the_first_process_does_for_all(tmp_path):
     port, log = free_port(), tmp_path / "log"
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = with_devices(2, PYTHONPATH=str(ROOT))
     commands = [[sys.executable, "-c", SCRIPT, f"127.0.0.1:{port}", "2", str(i), str(log)] for i in range(2)]
     processes = [
         subprocess.Popen(

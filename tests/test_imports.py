@@ -137,6 +137,7 @@ def test_the_builder_reads_config_fields():
     assert sum(len(config_reads(name)) for name in READS_CONFIG) > 20
 
 
+@pytest.mark.slow
 def test_tensorflow_and_torch_are_not_imported():
     code = (
         "import sys; sys.modules['torch'] = None;"  # tensorboardX tries it

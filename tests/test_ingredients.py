@@ -333,6 +333,7 @@ def mixed_on(devices):
     return jax.tree.map(lambda x: np.asarray(x.reshape(8, *x.shape[2:])), found)
 
 
+@pytest.mark.slow
 def test_partners_may_be_on_any_device():
     images, partners = mixed_on(1)
     for devices in (2, 4):
@@ -403,6 +404,7 @@ def test_radii_of_a_batch_bound_its_attack(digits):
         assert (distance[1:4] > 0.4 * radii[1:4]).all()
 
 
+@pytest.mark.slow
 def test_batch_statistics_in_the_attack(digits):
     """They couple the images: what is found for one depends on the others."""
     model, params, stats, batch = digits

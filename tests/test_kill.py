@@ -40,7 +40,7 @@ def arguments(workdir, epochs=EPOCHS):
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory):
+def env(tmp_path_factory, optimised):
     """The compilation cache only makes the restarts faster; what is compiled is the same.
 
     In float64, because on two devices a sign of a gradient that is 0 but for its rounding may flip: that was

@@ -646,6 +646,7 @@ def test_label_smoothing_of_the_cross_entropy_is_pytorch_s(base):
     np.testing.assert_allclose(found, numpy_label_smoothed(Z, Y, 0.2), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_both_ways_to_smooth_a_cross_entropy_agree():
     """Value and gradient, with logits at which a softmax is 0 or 1."""

@@ -223,6 +223,7 @@ def test_strided_gradient_multiplies_no_zeros(size):
     assert sum(math.prod(equation.invars[1].aval.shape[:2]) for equation in gradient) == size**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "side", "channels"), [(96, 8, 64), (32, 7, 4), (64, 4, 3)])
 def test_cpu_convolution_of_large_batches(batch, side, channels):
     """Its ways for large and wide ones, Winograd's and gradients in pieces of the batch, agree with XLA."""
@@ -439,6 +440,7 @@ NEW = {
 SMALL = {"wide": partial(models.WideResNet, 10, 1), "small_cnn": models.SmallCNN, **NEW}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_backbone_standardises_before_its_first_convolution(name):
     """With kernels of ones the first convolution's output tells what it received."""
@@ -458,6 +460,7 @@ def test_every_backbone_standardises_before_its_first_convolution(name):
     np.testing.assert_allclose(stem(standard, images), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name == "deepmind" else pytest.param(name, marks=pytest.mark.slow) for name in NEW]
 )
@@ -604,6 +607,7 @@ def test_initial_convolution_is_he_normal_by_outputs():
     assert float(params["kernel"].std()) == pytest.approx(np.sqrt(2 / (3 * 3 * 64)), rel=0.03)
 
 
+@pytest.mark.slow
 def test_precision_reaches_every_product_and_its_gradients():
     network = models.Network(models.WideResNet(10, 1), classifiers.CosineHead(10))
     model = models.functional(network, precision="highest")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, with_devices
 
 from robal_jax import (
     attacks,
@@ -527,8 +527,7 @@ def check_parts_against_the_whole(parts):
 def test_regularisers_are_those_of_the_whole_batch_on_four_devices():
     code = "import test_objectives; test_objectives.check_parts_against_the_whole(4)"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
+    env = with_devices(4, PYTHONPATH=path)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -5,14 +5,13 @@ experiments/benchmarks/layouts.py.
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, with_devices
 
 from robal_jax import builder, cli, training
 from robal_jax.devices import parallel
@@ -133,9 +132,7 @@ for method in ("robustlt_reat",):
 
 
 def said(script):
-    # Each program runs once, so that XLA's optimisation takes longer than it saves.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"}
+    env = with_devices(4, PYTHONPATH=str(ROOT), JAX_ENABLE_X64="1")
     command = [sys.executable, "-W", "error", "-c", script, str(ROOT)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

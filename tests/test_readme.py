@@ -35,6 +35,7 @@ def test_python_examples(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_commands(tmp_path, monkeypatch):
     """All commands after the two that install, in order, in a folder like the repository's root."""
     for name in ("configs", "experiments"):

@@ -223,6 +223,7 @@ def test_verdict_of_the_audit(outcomes, overall, words):
     assert found[1].startswith(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "now"), [(True, FLAGGED), (False, PASSED), (None, NOT_RUN)])
 def test_results_of_older_versions_are_read(before, now, tmp_path, undrawn):
     old = verdict("a", now)
@@ -424,6 +425,7 @@ def test_training_commit_and_processor(tmp_path, undrawn):
     assert json.loads((tmp_path / "results.json").read_text())["meta"]["training"] == training
 
 
+@pytest.mark.slow
 def test_accuracy_by_radius(tmp_path, undrawn):
     audit = {"examples": 50, "verdicts": [], "curves": {"epsilon": curve([0, 0.1], PGD=[0.9, 0.5])}}
     write_report(tmp_path, fake_results(audit=audit))

@@ -45,6 +45,7 @@ def weights_of(workdir):
     return flatten_dict({"params": tree["params"], "stats": tree["stats"]}, sep="/")
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_same_weights(stored):
     start, said = weights_of(stored), []
     training.train(config_file.read_config(stored), stored, say=said.append)
@@ -80,6 +81,7 @@ def test_it_can_be_loaded(stored):
     assert run.logits(run.test.images[:3]).shape == (3, 10)
 
 
+@pytest.mark.slow
 def test_a_field_added_later_changes_nothing_while_it_is_neutral(stored, added):
     old, new = config_file.read_config(stored), with_field(config_file.read_config(STORED), 0.0)
     assert old.train.average_decay == 0.0  # filled in

@@ -325,6 +325,7 @@ def test_relatives_of_resnet18_are_told_apart(changes, name):
     assert pytorch.architecture(found)[:2] == (name, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stem", "name"), [("imagenet", "ResNet-50"), ("small", "small ResNet-50")])
 def test_resnet50_has_torchvisions_names_and_is_told_apart(stem, name):
     network = models.Network(models.ResNet50(stem=stem), classifiers.LinearHead(3))

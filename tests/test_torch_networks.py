@@ -91,6 +91,7 @@ def agree(found, expected, dtype):
 # ---------------------------------------------------------------- sizes, names and shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sizes(name):
     section, _, _, size = NETWORKS[name]

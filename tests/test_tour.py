@@ -27,6 +27,7 @@ def figures(text):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Jupyter's packages
+@pytest.mark.usefixtures("optimised")
 def test_the_tour(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     stored = nbformat.read(TOUR, 4)

@@ -79,6 +79,7 @@ def newest(workdir):
 # ---------------------------------------------------------------- an undisturbed run
 
 
+@pytest.mark.slow
 def test_two_runs_are_the_same(finished, tmp_path):
     workdir, sha256 = finished
     _, again, _ = run(tmp_path)
@@ -114,6 +115,7 @@ def test_another_seed_is_another_run(finished):
     assert not np.array_equal(training.step_ids(job, 0), training.step_ids(other, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", parallel.LAYOUTS)
 def test_one_compilation_serves_the_whole_run(layout, monkeypatch, tmp_path):
     original, traces = training.train_chunk, []
@@ -317,6 +319,7 @@ def kill():
     raise KilledError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("look", "step"),
     [(1, 2), pytest.param(4, 7, marks=pytest.mark.slow), pytest.param(6, 10, marks=pytest.mark.slow)],
@@ -336,6 +339,7 @@ def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     assert rows(tmp_path) == rows(finished[0])
 
 
+@pytest.mark.slow
 def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_path):
     monkeypatch.setattr(training.loop, "LONG_DISPATCH", 0.0)
     with monkeypatch.context() as patched:
@@ -346,6 +350,7 @@ def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_pat
     assert [line.partition(" take")[0] for line in said if "a signal to stop waits" in line] == ["1 steps"]
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_path):
     with monkeypatch.context() as patched, pytest.raises(KilledError):
         interrupt(patched, 8, kill)

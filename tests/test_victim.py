@@ -1,6 +1,5 @@
 """Work on numbered images, whatever batches and devices make of them (robal_jax.evaluation.victim)."""
 
-import os
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, with_devices
 
 from robal_jax.devices import parallel
 from robal_jax.evaluation.victim import Victim
@@ -166,9 +165,7 @@ for layout in parallel.LAYOUTS:
 
 @pytest.mark.slow
 def test_four_devices_give_exactly_the_outputs_of_one():
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(ROOT), str(ROOT / "tests")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=with_devices(4), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:-1] == ["jit 4 6 19", "pmap 4 6 19"]

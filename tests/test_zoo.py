@@ -162,6 +162,7 @@ def test_figures_have_intervals_and_their_settings():
 # ---------------------------------------------------------------- a model as a function
 
 
+@pytest.mark.slow
 def test_a_published_run_is_the_same_function(run, published):
     """With integers as with floats; its prior adjustment and scale are those of the run."""
     (_, loaded), model = run, load_model(published)

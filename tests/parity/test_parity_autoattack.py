@@ -17,7 +17,7 @@ from parity import nhwc
 
 from robal_jax.attacks import ThreatModel, autoattack
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 SEEDS, BATCH = 3, 100
 

@@ -34,6 +34,7 @@ def attacked(reference):
     return logits_fn, images, labels, jnp.clip(start, 0, 1), threat, targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [10, 100])
 @pytest.mark.parametrize("name", ["ce", "dlr", "dlr-targeted"])
 def test_every_step(reference, attacked, name, steps):

@@ -53,6 +53,7 @@ def test_projection(reference):
     reference.check("FAB", FILE, "projection_linf/d", found)
 
 
+@pytest.mark.slow
 def test_targeted_runs(reference):
     logits_fn, images, _ = attacked(reference)
     reference.check("FAB", FILE, "clean_logits", logits_fn(images))
@@ -62,6 +63,7 @@ def test_targeted_runs(reference):
         reference.check("FAB", FILE, f"{name}/pred", predictions, 0)
 
 
+@pytest.mark.slow
 def test_targeted_runs_in_float32(reference):
     with jax.enable_x64(False):
         for name, found, distances, predictions in traces(reference):

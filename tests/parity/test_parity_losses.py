@@ -129,6 +129,7 @@ def of_logits(counts, labels, z):
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 100])
 def test_every_stored_array(reference, classes):
     counts, labels = reference(FILE, f"c{classes}/samples_per_cls"), reference(FILE, f"c{classes}/labels")
