@@ -695,7 +695,9 @@ def batch_normalised(params, stats, images):
 
 def purified(params, stats, images):
     def confidence(x):
-        return jax.nn.log_softmax(nearest_mean(params, stats, x)).max(-1).sum()
+        # Not log_softmax(z).max(-1): where XLA computes it twice, no value need equal the maximum.
+        logits = nearest_mean(params, stats, x)
+        return (logits.max(-1) - jax.nn.logsumexp(logits, -1)).sum()
 
     return nearest_mean(params, stats, images + 0.01 * jax.grad(confidence)(images))
 
