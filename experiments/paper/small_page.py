@@ -42,11 +42,14 @@ def _of(run: Run, evaluation: str, condition: str, figure: str = "accuracy") -> 
     return None if found is None else found.conditions[condition][figure]
 
 
+def _with(evaluation: str, runs: Sequence[Run]) -> list[Run]:
+    """Returns the runs of which an evaluation is stored."""
+    return [run for run in runs if evaluation in run.evaluations]
+
+
 def _size(runs: Sequence[Run], evaluation: str) -> str:
     """Returns the number of test images of an evaluation, which is the same in all runs."""
-    sizes = [
-        len(run.evaluations[evaluation].examples["ids"]) for run in runs if evaluation in run.evaluations
-    ]
+    sizes = [len(run.evaluations[evaluation].examples["ids"]) for run in _with(evaluation, runs)]
     return f"{max(sizes, default=0):,}"
 
 
@@ -71,7 +74,7 @@ def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
     names = [paper_name(condition) for condition in TABLE.columns]
     header = ["Row", *names, "[95 %]", *(f"Clean {g}" for g in groups), *(f"AA {g}" for g in groups)]
     body = []
-    for run in runs:
+    for run in _with(WHOLE, runs):
         interval = _percent(_of(run, WHOLE, PAIR), interval=True).partition(" ")[2] or "—"
         cells = [_percent(_of(run, WHOLE, condition)) for condition in TABLE.columns]
         by_group = [_percent(_of(run, WHOLE, c, group)) for c in ("clean", PAIR) for group in groups]
@@ -137,12 +140,11 @@ def _errors(runs: Sequence[Run]) -> Iterator[str]:
         "attack. Last, the share of those right when clean that the attack breaks."
     )
     body = []
-    for run in runs:
-        natural, boundary = (_of(run, WHOLE, PAIR, f"{kind}_error") for kind in ("natural", "boundary"))
-        share = "—"
-        if natural is not None and boundary is not None:
-            share = f"{100 * boundary['value'] / (1 - natural['value']):.1f}"
-        body.append([run.label, _percent(natural), _percent(boundary), share])
+    for run in _with(WHOLE, runs):
+        pair = run.evaluations[WHOLE].conditions[PAIR]
+        natural, boundary = (pair[f"{kind}_error"] for kind in ("natural", "boundary"))
+        share = boundary["value"] / (1 - natural["value"])
+        body.append([run.label, _percent(natural), _percent(boundary), f"{100 * share:.1f}"])
     yield aligned(["Row", "Natural error", "Boundary error", "Broken of the right"], body, left=1)
 
 
@@ -153,10 +155,9 @@ def _per_class(runs: Sequence[Run]) -> Iterator[str]:
     counts = first.summary["class_counts"]
     header = ["Row", "", *(f"{first.class_name(i)} ({count})" for i, count in enumerate(counts))]
     body = []
-    for run in runs:
-        found = run.evaluations.get(WHOLE)
-        for condition in ("clean", PAIR) if found else ():
-            recall = found.conditions[condition]["per_class"]["recall"]  # type: ignore[union-attr]
+    for run in _with(WHOLE, runs):
+        for condition in ("clean", PAIR):
+            recall = run.evaluations[WHOLE].conditions[condition]["per_class"]["recall"]
             body.append([run.label, paper_name(condition), *map(_percent, recall)])
     yield aligned(header, body, left=2)
 
@@ -168,7 +169,7 @@ def _scales(runs: Sequence[Run]) -> Iterator[str]:
         "factor: a model whose accuracy rises at small or large factors is not more robust there. Norms: the "
         "mean norm of the weight vectors of head and tail classes (of a cosine head, before it normalises)."
     )
-    audited = [(run, run.evaluations["autoattack"]) for run in runs if "autoattack" in run.evaluations]
+    audited = [(run, run.evaluations["autoattack"]) for run in _with("autoattack", runs)]
     curves = [(run, each.curves["scale"], each) for run, each in audited if "scale" in each.curves]
     if not curves:
         return
