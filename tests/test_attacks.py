@@ -567,6 +567,7 @@ def choose(results, success, score):
     return np.stack([results[n, image] for image, n in enumerate(best)]), best
 
 
+@pytest.mark.slow
 def test_restarts_keep_the_best_of_their_runs():
     count = 40
     keys = image_keys(jax.random.key(2), jnp.zeros(count))

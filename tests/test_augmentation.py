@@ -112,6 +112,7 @@ def parts():
     return {"top": top, "left": left, "height": height, "width": abs(width), "flipped": width < 0}
 
 
+@pytest.mark.slow
 def test_resized_crops_have_the_area_and_the_ratio_of_the_definition(parts):
     area = parts["height"] * parts["width"] / SIDE**2
     assert 0.06 < area.min() < 0.11

@@ -434,6 +434,7 @@ def test_an_ensemble_finds_allowed_images(norm):
     assert left["fab_t"] > left["square"] > 0
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing():
     """Neither what is found nor, from two batches on, how often the model is traced."""
     (eight, traced), (all_at_once, traced_once) = ensemble("linf", 8), ensemble("linf", 100)

@@ -293,6 +293,7 @@ def test_no_gradient_flows_back():
     np.testing.assert_array_equal(gradient, jnp.zeros_like(images))
 
 
+@pytest.mark.slow
 def test_apgd_is_at_least_as_strong_as_pgd_20():
     keys, images, labels = batch(60)
     threat = ThreatModel(0.05)
@@ -445,6 +446,7 @@ def prototypes(x):
     return -20 * jnp.square(x.reshape(len(x), 1, -1) - means[None]).sum(-1)
 
 
+@pytest.mark.slow
 def test_targets_are_the_classes_of_a_rank_and_share_one_compilation():
     keys, images, _ = batch(6)
     images = 0.3 + 0.4 * images

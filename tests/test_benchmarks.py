@@ -243,6 +243,7 @@ def test_every_mutation_of_the_library_is_another_program():
         assert mutations.tests_of(mutation.file)[0] == mutation.file
 
 
+@pytest.mark.slow
 def test_mutations_of_a_lower_count_come_first():
     assert mutations.draw(seed=0, count=24)[:9] == mutations.draw(seed=0, count=9)
     assert mutations.draw(seed=0, count=8) != mutations.draw(seed=1, count=8)

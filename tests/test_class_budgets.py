@@ -206,6 +206,7 @@ def common(results, folder="run/evaluation"):
     }
 
 
+@pytest.mark.slow
 def test_every_output_says_so(tmp_path):
     audit = {
         "examples": 5,

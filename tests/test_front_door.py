@@ -224,6 +224,7 @@ def test_another_model_does_not_resume_it(digits, tmp_path, monkeypatch):
     np.testing.assert_array_equal(other.predictions["clean"], np.argmax(-model(images), -1))
 
 
+@pytest.mark.slow
 def test_outcomes_of_the_ensemble_alone(digits):
     images, labels = digits
     model = plain(images, labels)
@@ -303,6 +304,7 @@ def test_numbers_of_numpy_are_numbers(digits, tmp_path):
     assert found.summary == same.summary
 
 
+@pytest.mark.slow
 def test_a_run_predicts_integers_and_floats(run):
     images = run.test.images[:7]
     logits = run.logits(images)

@@ -147,6 +147,7 @@ def logarithmic(x):
     return (x + 0.01 * jnp.where(x > 0, jnp.log(x), 0.0)) @ WEIGHT
 
 
+@pytest.mark.slow
 def test_the_ensemble_does_not_count_what_it_cannot_show():
     images = IMAGES.at[:, 0, 0].set(0.0)
     labels = jnp.argmax(logarithmic(images), -1)

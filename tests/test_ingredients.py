@@ -152,6 +152,7 @@ def test_averages_over_epochs_move_at_their_ends(name):
         np.testing.assert_allclose(kept["stats"]["mean"], -expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_average_of_equal_weights_has_their_statistics_estimated_anew():
     """SWA's statistics are the mean over the epoch of the averaged network's own moments."""
     optimizer, average = optax.sgd(0.1), averages.swa(3)
@@ -385,6 +386,7 @@ def outcome_of(digits, *changes, known=objectives.NOTHING_KNOWN):
     return jax.jit(partial(objective, model))(params, stats, batch, known)
 
 
+@pytest.mark.slow
 def test_n_fgsm_leaves_the_ball(digits):
     """Its noise is twice as wide, and nothing is projected but to the pixels' range."""
     n_fgsm = ("attack.steps=1", "attack.noise=2", "attack.reach=3", "attack.step_size=0.1")

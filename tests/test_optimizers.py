@@ -108,6 +108,7 @@ def test_one_cycle_is_pytorch_s(total, pct_start, div, final):
     np.testing.assert_allclose(repeated, np.repeat(expected, 2), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_optax_s_one_cycle_is_pytorch_s_if_the_peak_is_at_a_step():
     for total, pct_start, same in ((400, 0.025, True), (10, 0.25, False)):

@@ -132,6 +132,7 @@ def test_one_line_from_another_folder(installed, arguments, message):
 # ---------------------------------------------------------------- the console command
 
 
+@pytest.mark.slow
 def test_help_starts_without_jax():
     code = """
 import sys

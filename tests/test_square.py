@@ -109,6 +109,7 @@ def test_invariants(norm):
     assert len(traced) == 1, "traced again"
 
 
+@pytest.mark.slow
 @each_norm
 def test_margins_fall_and_fooled_images_are_left_alone(norm):
     search, _ = searcher(norm)
@@ -141,6 +142,7 @@ def test_ends_when_all_are_fooled(norm):
     assert 1 < found.number == found.queries_used.max() < 200
 
 
+@pytest.mark.slow
 @each_norm
 def test_finds_what_random_noise_does_not(norm):
     logits_fn, _ = model()

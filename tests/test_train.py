@@ -87,6 +87,7 @@ def test_two_runs_are_the_same(finished, tmp_path):
     assert rows(tmp_path) == rows(workdir)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished):
     workdir, sha256 = finished
     assert [row["step"] for row in rows(workdir)] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
@@ -103,6 +104,7 @@ def test_what_a_run_leaves(finished):
     assert rows(workdir)[-1]["loss"] < 0.8 * rows(workdir)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_as_many_epochs_apart_as_told(finished, tmp_path):
     _, sha256, _ = run(tmp_path, "train.checkpoint_epochs=2")
     assert checkpoints.steps(tmp_path / "checkpoints") == [10, 15]  # and one at the end
@@ -218,6 +220,7 @@ def test_images_and_labels_that_a_step_sees():
         np.testing.assert_allclose(sums["seen"], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_has_the_mean_gradient():
     """Of an objective whose images do not know of each other: that of the whole batch, up to rounding."""
     weight, images = (
@@ -461,6 +464,7 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
 SLOW_DAMAGES = (pytest.param(damage, marks=pytest.mark.slow) for damage in (zero, lose, truncate, empty))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_a_bit, *SLOW_DAMAGES])
 def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     damage(newest(copy))
