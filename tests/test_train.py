@@ -322,7 +322,6 @@ def kill():
     raise KilledError
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("look", "step"),
     [(1, 2), pytest.param(4, 7, marks=pytest.mark.slow), pytest.param(6, 10, marks=pytest.mark.slow)],
@@ -464,7 +463,6 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
 SLOW_DAMAGES = (pytest.param(damage, marks=pytest.mark.slow) for damage in (zero, lose, truncate, empty))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_a_bit, *SLOW_DAMAGES])
 def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     damage(newest(copy))

@@ -16,7 +16,7 @@ ROBAL = ("robal_n", "robal_r")
 
 
 class Answer(NamedTuple):
-    """What one run says about one claim.
+    """The answer of one run to one claim.
 
     Attributes:
       claim: of the paper, a full sentence.
@@ -92,7 +92,7 @@ def _fake_gain(run: Run) -> Iterator[Answer]:
     figures = dict(zip(curve["x"], curve["series"]["PGD-20"], strict=True))
     best = max(figures, key=lambda factor: figures[factor]["value"])
     gain = 100 * (figures[best]["value"] - figures[1.0]["value"])
-    seen = figures[best]["low"] > figures[1.0]["value"]
+    seen = figures[best]["low"] > figures[1.0]["high"]  # both are uncertain, and the best is chosen
     ends = ", ".join(f"{100 * figures[best][end]:.1f}" for end in ("low", "high"))
     figure = f"factor {best:g}: {100 * figures[best]['value']:.1f} % [{ends}], {gain:+.1f} points"
     claim = (

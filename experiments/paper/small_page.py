@@ -57,7 +57,7 @@ def _claims(runs: Sequence[Run]) -> Iterator[str]:
     yield "## What the paper says, and what came out here"
     yield (
         "'Yes' and 'no': the 95 % interval lies on one side of 0, or the test rejects at 5 %; for factors, "
-        "the interval at the best factor lies above the accuracy at factor 1. Intervals are over images. The "
+        "the interval at the best factor lies above that at factor 1. Intervals are over images. The "
         "paper's networks are larger, and its runs twice as long."
     )
     body, before = [], ""
