@@ -124,7 +124,9 @@ class Evaluation:
     protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
-def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> Evaluation:
+def evaluation(
+    config: ConfigDict, trained_counts: np.ndarray | None = None, platform: str | None = None
+) -> Evaluation:
     """Builds everything that an evaluation needs, and checks it.
 
     Args:
@@ -132,6 +134,7 @@ def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> 
       trained_counts: class counts that the model was trained with, ``[K]``, for its head and for the prior
         that is subtracted from its logits; those of the training set if None. Groups of classes are always
         those of the training set, without generated images.
+      platform: of the devices, such as 'tpu'; that of JAX's default devices if None.
 
     Raises:
       InputError: a field of the config, or the data, cannot be used.
@@ -140,13 +143,17 @@ def evaluation(config: ConfigDict, trained_counts: np.ndarray | None = None) -> 
     data = dataset(config)
     trained, held = hold_out(config, data)
     test, ids, part = part_to_evaluate(config, trained.test_set)
-    job = evaluation_on(config, test, ids, trained_counts)
+    job = evaluation_on(config, test, ids, trained_counts, platform)
     held_out = {"held_out": held.text} if held else {}
     return dataclasses.replace(job, about=job.about | part | held_out, data_sha256=data_digest(data))
 
 
 def evaluation_on(
-    config: ConfigDict, test: TestSet, ids: np.ndarray, trained_counts: np.ndarray | None = None
+    config: ConfigDict,
+    test: TestSet,
+    ids: np.ndarray,
+    trained_counts: np.ndarray | None = None,
+    platform: str | None = None,
 ) -> Evaluation:
     """Builds an evaluation on given images.
 
@@ -155,11 +162,12 @@ def evaluation_on(
       test: the images, and the class counts of the training set.
       ids: numbers of the images, ascending; their noise follows from them.
       trained_counts: see :func:`evaluation`.
+      platform: see :func:`evaluation`.
 
     Raises:
       InputError: a field of the config cannot be used.
     """
-    settings, platform = config.evaluation, jax.default_backend()
+    settings, platform = config.evaluation, platform or jax.default_backend()
     counts = test.class_counts if trained_counts is None else trained_counts
     protocols = groups_of(config, test.class_counts)
     head = settings.head if settings.head.name else config.head

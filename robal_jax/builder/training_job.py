@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -116,8 +116,12 @@ class Training:
     judged_on: str
 
 
-def training(config: ConfigDict) -> Training:
+def training(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Training:
     """Builds everything that a training run needs, and checks it.
+
+    Args:
+      config: of the run.
+      devices: all that the run will have, those of a target too (``devices.targets``); those present if None.
 
     Raises:
       InputError: a field of the config, or the data, cannot be used.
@@ -136,11 +140,12 @@ def training(config: ConfigDict) -> Training:
     radii_of(config, data.class_counts)
     part_to_evaluate(config, data.test_set)
     optimise, schedule = optimizer(config, steps_per_epoch)
-    images = _images_of_a_step(config, data)
+    devices = jax.devices() if devices is None else devices
+    images = _images_of_a_step(config, data, len(devices))
     network = model(
         config,
         source.class_counts,
-        platform=jax.default_backend(),
+        platform=devices[0].platform,
         precision=train.precision,
         axis_name=parallel.AXIS,
         sync_batch_norm=train.sync_batch_norm,
@@ -250,9 +255,8 @@ def _check_functions(
     contracts.check_optimizer(names[1], optimise, variables[0])
 
 
-def _images_of_a_step(config: ConfigDict, data: Dataset) -> jax.ShapeDtypeStruct:
+def _images_of_a_step(config: ConfigDict, data: Dataset, devices: int) -> jax.ShapeDtypeStruct:
     """Returns the shape of the images that the devices see at once, ``[devices, B, H, W, C]``."""
-    devices = jax.device_count()
     each = max(config.train.batch_size // (devices * config.train.accumulation_steps), 1)
     shape = (devices, each, *data.test_images.shape[1:])
     return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))

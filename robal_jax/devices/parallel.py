@@ -44,7 +44,7 @@ def share(size: int) -> slice:
     return slice(part * jax.process_index(), part * (jax.process_index() + 1))
 
 
-def _mesh(devices: list[jax.Device]) -> Mesh:
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (AXIS,))
 
 
@@ -81,16 +81,9 @@ def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
     Returns:
       A chunk that takes this process's share of ``rows`` and ``positions``.
     """
-    mesh, everywhere = _mesh(devices), PartitionSpec()
-    by_row, by_position = PartitionSpec(None, None, AXIS), PartitionSpec(None, AXIS)
-    mapped = jax.shard_map(
-        chunk,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, by_row, everywhere, everywhere, by_position),
-        out_specs=everywhere,
-        check_vma=False,  # the chunk itself averages over the devices
-    )
-    compiled = jax.jit(mapped, donate_argnums=0)
+    mesh = _mesh(devices)
+    compiled = _chunk_over(mesh, chunk)
+    by_row, by_position = _CHUNK_SPECS[2], _CHUNK_SPECS[5]
 
     def run(
         state: chex.ArrayTree, data: Any, rows: Any, count: int, key: chex.PRNGKey, positions: np.ndarray
@@ -100,6 +93,45 @@ def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
         return compiled(state, data, rows, np.int32(count), key, positions)
 
     return run
+
+
+_CHUNK_SPECS = (
+    PartitionSpec(),  # state
+    PartitionSpec(),  # data
+    PartitionSpec(None, None, AXIS),  # rows
+    PartitionSpec(),  # count
+    PartitionSpec(),  # key
+    PartitionSpec(None, AXIS),  # positions
+)
+"""How the arguments of a chunk are spread over the devices."""
+
+
+def _chunk_over(mesh: Mesh, chunk: Chunk) -> jax.stages.Wrapped:
+    mapped = jax.shard_map(
+        chunk,
+        mesh=mesh,
+        in_specs=_CHUNK_SPECS,
+        out_specs=PartitionSpec(),
+        check_vma=False,  # the chunk itself averages over the devices
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def lower_chunk(chunk: Chunk, devices: Sequence[jax.Device], *shapes: Any) -> jax.stages.Lowered:
+    """Lowers a chunk in the layout ``jit`` for devices that need not be there.
+
+    Args:
+      chunk: for one device, with the mapped axis ``AXIS``.
+      devices: of a target, see ``devices.targets``.
+      *shapes: of the six arguments of a chunk, over all devices, trees of ``jax.ShapeDtypeStruct``.
+    """
+    mesh = _mesh(devices)
+    return _chunk_over(mesh, chunk).lower(*map(partial(_placed, mesh), _CHUNK_SPECS, shapes))
+
+
+def _placed(mesh: Mesh, spec: PartitionSpec, shapes: chex.ArrayTree) -> chex.ArrayTree:
+    where = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
 
 
 def _global(mesh: Mesh, spec: PartitionSpec, tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -173,13 +205,34 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
             return everyone(outputs)
 
         return run
-    mesh, part, whole = _mesh(devices), PartitionSpec(AXIS), PartitionSpec()
-    compiled = jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=(part, whole), out_specs=part, check_vma=False)
-    )
+    mesh = _mesh(devices)
+    compiled = _spread_over(mesh, function)
     if alone:
         return compiled
-    return lambda parts, shared: everyone(compiled(_global(mesh, part, parts), shared))
+    return lambda parts, shared: everyone(compiled(_global(mesh, _PARTS, parts), shared))
+
+
+_PARTS, _SHARED = PartitionSpec(AXIS), PartitionSpec()
+
+
+def _spread_over(mesh: Mesh, function: Spread) -> jax.stages.Wrapped:
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(_PARTS, _SHARED), out_specs=_PARTS, check_vma=False)
+    return jax.jit(mapped)
+
+
+def lower_spread(
+    function: Spread, devices: Sequence[jax.Device], parts: chex.ArrayTree, shared: chex.ArrayTree
+) -> jax.stages.Lowered:
+    """Lowers work on images in the layout ``jit`` for devices that need not be there.
+
+    Args:
+      function: for one device, as in :func:`spread`.
+      devices: of a target, see ``devices.targets``.
+      parts: shapes of all images and what belongs to them, ``[n, ...]``.
+      shared: shapes of the rest.
+    """
+    mesh = _mesh(devices)
+    return _spread_over(mesh, function).lower(_placed(mesh, _PARTS, parts), _placed(mesh, _SHARED, shared))
 
 
 def in_batches(

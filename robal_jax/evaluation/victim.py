@@ -20,6 +20,27 @@ Work = Callable[..., chex.ArrayTree]
 """``(logits_fn, keys [b], images [b, H, W, C], labels [b], *parts [b, ...], **shared) -> [b, ...]``."""
 
 
+def on_batch(work: Work, predict: Callable[..., chex.Array], pixel_max: int) -> parallel.Spread:
+    """Returns work as one device does it on its part of the images.
+
+    Args:
+      work: on a model and floats in [0, 1].
+      predict: ``(params, stats, images) -> logits``.
+      pixel_max: the pixel value that becomes 1.
+
+    Returns:
+      ``((numbers [b], images [b, H, W, C], labels [b], *parts), ((params, stats, key), shared)) -> [b, ...]``.
+    """
+
+    def on_device(parts: tuple, shared: tuple) -> chex.ArrayTree:
+        (numbers, images, labels, *more), ((params, stats, key), extra) = parts, shared
+        keys = numbered_keys(key, numbers)
+        logits_fn = partial(predict, params, stats)
+        return work(logits_fn, keys, as_float(images, pixel_max), labels, *more, **extra)
+
+    return on_device
+
+
 class Victim:
     """A model and the images that it is attacked on.
 
@@ -90,13 +111,7 @@ class Victim:
         """
         predict = self._predict if predict is None else predict
 
-        def on_batch(parts: tuple, shared: tuple) -> chex.ArrayTree:
-            (numbers, images, labels, *more), ((params, stats, key), extra) = parts, shared
-            keys = numbered_keys(key, numbers)
-            logits_fn = partial(predict, params, stats)
-            return work(logits_fn, keys, as_float(images, self.pixel_max), labels, *more, **extra)
-
-        compiled = parallel.spread(on_batch, self._layout, self._devices)
+        compiled = parallel.spread(on_batch(work, predict, self.pixel_max), self._layout, self._devices)
 
         def run(ids: np.ndarray, *parts: np.ndarray, **shared: np.ndarray) -> chex.ArrayTree:
             def on_devices(mine: np.ndarray, *more: np.ndarray) -> chex.ArrayTree:

@@ -374,10 +374,8 @@ def _mixed(
     return mixed[positions], objectives.Partners(their_labels[partners[positions]], shares)
 
 
-def compiled_chunk(
-    job: builder.Training, devices: list[jax.Device]
-) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
-    """Compiles :func:`train_chunk` for all devices."""
+def chunk_of(job: builder.Training) -> parallel.Chunk:
+    """Returns :func:`train_chunk` for a training, as each of its devices computes it."""
     step_fn = partial(
         train_step,
         model=job.model,
@@ -396,7 +394,7 @@ def compiled_chunk(
             job.settings.logged_passes,
         ),
     )
-    chunk = partial(
+    return partial(
         train_chunk,
         step_fn=step_fn,
         steps_per_epoch=job.steps_per_epoch,
@@ -406,4 +404,10 @@ def compiled_chunk(
         showings=job.free_steps.showings if job.free_steps else 0,
         axis_name=parallel.AXIS,
     )
-    return parallel.LAYOUTS[job.settings.layout](chunk, devices)
+
+
+def compiled_chunk(
+    job: builder.Training, devices: list[jax.Device]
+) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
+    """Compiles :func:`train_chunk` for all devices."""
+    return parallel.LAYOUTS[job.settings.layout](chunk_of(job), devices)
