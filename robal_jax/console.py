@@ -16,6 +16,7 @@ COMMANDS = {
     "import": ("import_torch", "makes a run from the weights of a PyTorch network"),
     "export": ("export_torch", "writes a checkpoint as a PyTorch state_dict"),
     "publish": ("publish", "writes the weights of an evaluated run with a card"),
+    "compile": ("compile", "estimates memory and time on accelerators that need not be there"),
     "prepare": ("prepare_data", "downloads CIFAR-10 or CIFAR-100"),
 }
 """Name of each command to the name of its script and its line in ``--help``."""

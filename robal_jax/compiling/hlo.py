@@ -8,10 +8,9 @@ How often a loop runs is not written in the text of all compilers; :meth:`Progra
 condition, whose bound may come from a constant far outside of the loop.
 """
 
-import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "token": 0, "opaque": 0}
@@ -91,7 +90,8 @@ def arrays(shape: str) -> list[Array]:
     found = []
     for dtype, sizes, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(Array(dtype, tuple(map(int, filter(None, sizes.split(",")))), int(space[1]) if space else 0))
+        numbers = tuple(int(size) for size in sizes.split(",") if size)
+        found.append(Array(dtype, numbers, int(space[1]) if space else 0))
     return found
 
 
@@ -152,26 +152,36 @@ class Program:
             number = above if above < number else 0
         return ""
 
-    def executed(self) -> Iterator[tuple[str, Instruction, int]]:
-        """Yields the instructions of the program with how often each is executed.
+    def executed(
+        self, start: str, times: int = 1, *, loops: bool = True
+    ) -> Iterator[tuple[str, Instruction, int]]:
+        """Yields the instructions of a computation, and of those that it calls, with how often each is executed.
 
         A fused instruction is not one by itself. A loop whose number of steps is not known counts as one
         step, and both branches of a condition count.
 
+        Args:
+          start: name of the computation.
+          times: how often it is executed.
+          loops: whether the instructions in its loops are meant, too.
+
         Yields:
           The computation's name, the instruction, and the number of times.
         """
-        yield from self._within(self.entry, 1)
-
-    def _within(self, computation: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
-        for each in self.computations[computation].values():
-            yield computation, each, times
-            if each.opcode == "while":
-                steps = self.trips(each.name, computation) or 1
-                yield from self._within(each.attribute("body"), times * steps)
+        for each in self.computations[start].values():
+            yield start, each, times
+            if each.opcode == "while" and loops:
+                steps = self.trips(each.name, start) or 1
+                yield from self.executed(each.attribute("body"), times * steps)
             elif each.opcode in ("call", "conditional", "async-start"):
                 for called in each.called:
-                    yield from self._within(called, times)
+                    yield from self.executed(called, times, loops=loops)
+
+    def endless(self) -> str:
+        """Returns the body of the first loop of the program whose number of steps is not known, '' for none."""
+        loops = (each for each in self.computations[self.entry].values() if each.opcode == "while")
+        bodies = [x.attribute("body") for x in loops if self.trips(x.name, self.entry) is None]
+        return bodies[0] if bodies else ""
 
     def fused(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """Yields an instruction and all that it is fused from, with their computations."""
@@ -179,15 +189,6 @@ class Program:
             for each in self.computations.get(called, {}).values():
                 yield called, each
                 yield from self.fused(each)
-
-    @functools.cached_property
-    def _bodies(self) -> Mapping[str, str]:
-        return {
-            each.attribute("body"): each.name
-            for instructions in self.computations.values()
-            for each in instructions.values()
-            if each.opcode == "while"
-        }
 
     def trips(self, loop: str, computation: str) -> int | None:
         """Returns how many steps a loop makes at most, None if the data decide it alone.
@@ -200,15 +201,9 @@ class Program:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest):
             return int(known[1])
         condition = instruction.attribute("condition")
-        inner = self.computations[condition]
-        bounds = [
-            self._steps(condition, each)
-            for name, each in [(condition, each) for each in inner.values()]
-            + [pair for each in inner.values() for pair in self.fused(each)]
-            if each.opcode == "compare" and name == condition
-        ]
-        found = [bound for bound in bounds if bound is not None]
-        return min(found) if found else None
+        compares = [each for each in self.computations[condition].values() if each.opcode == "compare"]
+        bounds = [steps for each in compares if (steps := self._steps(condition, each)) is not None]
+        return min(bounds, default=None)
 
     def _steps(self, condition: str, compare: Instruction) -> int | None:
         """Returns the steps until ``i < n`` fails, for a counter ``i`` that grows by 1."""
@@ -218,26 +213,21 @@ class Program:
         return None if first is None or bound is None else bound - first
 
     def _value(self, computation: str, name: str) -> int | None:
-        """Returns the integer that an instruction holds when its computation is entered, None if not known."""
-        each = self.computations[computation].get(name)
-        if each is None:
-            return None
+        """Returns the integer that an instruction holds at the start, None if it is not known.
+
+        What enters a loop is taken as what it holds in every step.
+        """
+        instructions = self.computations[computation]
+        each = instructions[name]
         if each.opcode == "constant":
             return int(each.operands[0]) if re.fullmatch(r"-?\d+", each.operands[0]) else None
         if each.opcode in _ALIASES:
             return self._value(computation, each.operands[0])
-        if each.opcode == "get-tuple-element" and computation in self._callers:
-            source = self.computations[computation][each.operands[0]]
-            index, (outer, caller) = int(each.attribute("index")), self._callers[computation]
-            if source.opcode == "parameter":
-                given = self.computations[outer][self.computations[outer][caller].operands[0]]
-                return self._element(outer, given, index)
-        return None
-
-    def _element(self, computation: str, given: Instruction, index: int) -> int | None:
-        """Returns the integer in a tuple, None if it is not known."""
-        if given.opcode == "tuple":
-            return self._value(computation, given.operands[index])
+        if each.opcode == "get-tuple-element" and instructions[each.operands[0]].opcode == "parameter":
+            outer, caller = self._callers.get(computation, ("", ""))
+            given = self.computations[outer][self.computations[outer][caller].operands[0]] if outer else None
+            if given is not None and given.opcode == "tuple":
+                return self._value(outer, given.operands[int(each.attribute("index"))])
         return None
 
 

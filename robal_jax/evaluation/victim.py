@@ -29,7 +29,7 @@ def on_batch(work: Work, predict: Callable[..., chex.Array], pixel_max: int) -> 
       pixel_max: the pixel value that becomes 1.
 
     Returns:
-      ``((numbers [b], images [b, H, W, C], labels [b], *parts), ((params, stats, key), shared)) -> [b, ...]``.
+      ``((numbers [b], images [b, H, W, C], labels [b], *parts), ((params, stats, key), shared)) -> outputs``.
     """
 
     def on_device(parts: tuple, shared: tuple) -> chex.ArrayTree:

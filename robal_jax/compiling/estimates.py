@@ -1,0 +1,158 @@
+"""Memory, work and time of each program of a run, as its compiler estimates them."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from robal_jax import builder
+from robal_jax.compiling import programs
+from robal_jax.compiling.cost import KINDS, Cost, Operation, cost_of
+from robal_jax.compiling.hlo import Program
+from robal_jax.devices.chips import Chip
+from robal_jax.errors import InputError, one_line
+
+HEAVIEST = 20
+"""Operations that are named."""
+
+
+class Memory(NamedTuple):
+    """Memory of a program on one device, in bytes.
+
+    Attributes:
+      arguments: of the inputs.
+      in_place: inputs whose memory the outputs take.
+      outputs: in all.
+      temporaries: of everything between.
+    """
+
+    arguments: int
+    in_place: int
+    outputs: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """All that is there at once."""
+        return self.arguments + self.outputs - self.in_place + self.temporaries
+
+
+class Estimate(NamedTuple):
+    """What the compiler says of a program.
+
+    Attributes:
+      name: 'train' for a step of the training; 'conditions', or the attack of which it is a round.
+      images: per device.
+      seconds: of the compilation.
+      memory: None if the program does not fit.
+      cost: None if the program does not fit.
+      problem: why it does not fit, '' if it does.
+    """
+
+    name: str
+    images: int
+    seconds: float
+    memory: Memory | None
+    cost: Cost | None
+    problem: str = ""
+
+
+def estimates(
+    config: ConfigDict, devices: Sequence[jax.Device], names: Sequence[str] = ()
+) -> Iterator[Estimate]:
+    """Compiles the programs of a run, one after the other.
+
+    Args:
+      config: of the run.
+      devices: of a target, or those present.
+      names: of the programs, see :class:`Estimate`; all if there are none.
+
+    Raises:
+      InputError: a field of the config cannot be used, the batch cannot be spread over the devices, or there
+        is no program of a name.
+    """
+    training = builder.training(config, devices)
+    batch, parts = training.settings.batch_size, training.settings.accumulation_steps
+    if batch % (len(devices) * parts):
+        raise InputError(
+            f"config.train.batch_size is {batch}; it must be a multiple of {len(devices) * parts}, the "
+            "number of devices" + " times config.train.accumulation_steps" * (parts > 1)
+        )
+    evaluation = builder.evaluation(config, platform=devices[0].platform)
+    known = ["train", *programs.evaluation_names(evaluation)]
+    if unknown := sorted(set(names) - set(known)):
+        raise InputError(f"there is no program {unknown[0]!r}; use some of {', '.join(known)}")
+    for name in [name for name in known if not names or name in names]:
+        if name == "train":
+            yield _estimate(name, programs.training_chunk(training, devices), batch // len(devices))
+        else:
+            lowered = programs.evaluation_step(evaluation, name, devices)
+            yield _estimate(name, lowered, evaluation.batch_size)
+
+
+def _estimate(name: str, lowered: jax.stages.Lowered, images: int) -> Estimate:
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        problem = f"needs {used[1]} of {used[2]}" if used else one_line(error)
+        return Estimate(name, images, time.perf_counter() - started, None, None, problem)
+    seconds, found, text = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
+    assert found is not None, "the compiler does not tell the program's memory"
+    assert text is not None, "the compiler does not show the program"
+    memory = Memory(
+        arguments=found.argument_size_in_bytes,
+        in_place=found.alias_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+    )
+    return Estimate(name, images, seconds, memory, cost_of(Program(text)))
+
+
+def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
+    """Returns an estimate as JSON values, with the time and the share of the peak that follow from a chip."""
+    values: dict[str, Any] = {"program": estimate.name, "images_per_device": estimate.images}
+    values["compile_seconds"] = round(estimate.seconds, 1)
+    memory, cost = estimate.memory, estimate.cost
+    if memory is None or cost is None:
+        return values | {"fits": False, "problem": estimate.problem}
+    values["memory_bytes"] = memory._asdict() | {"total": memory.total}
+    values["fits"] = None if chip is None else memory.total <= chip.memory
+    values |= {"flops": cost.total("flops"), "bytes_moved": cost.total("bytes")}
+    values["transfers"] = {name: {"count": n, "bytes": size} for name, (n, size) in cost.transfers.items()}
+    values["operations"] = {
+        where: {
+            kind: {field: cost.total(field, in_loop=in_loop, kind=kind) for field in ("times", "bytes")}
+            for kind in KINDS
+        }
+        for where, in_loop in (("in_loops", True), ("outside", False))
+    }
+    if chip is None:
+        return values
+    if cycles := cost.total("cycles"):
+        values["estimated_cycles"] = {"all": cycles, "in_loops": cost.total("cycles", in_loop=True)}
+    of_each = [(seconds_of(each, chip), each) for each in cost.operations]
+    seconds = sum(time for time, _ in of_each)
+    heaviest = sorted(of_each, key=lambda pair: -pair[0])[:HEAVIEST]
+    return values | {
+        "estimated_seconds": seconds,
+        "estimated_images_per_second": estimate.images / seconds,
+        "estimated_share_of_peak": cost.total("flops") / (seconds * chip.peak),
+        "heaviest": [{"share": time / seconds, **each._asdict()} for time, each in heaviest],
+    }
+
+
+def seconds_of(operation: Operation, chip: Chip) -> float:
+    """Returns the time of operations: the compiler's cycles; without them the roofline, a lower bound.
+
+    ``max(flops / peak, bytes / bandwidth)``
+    """
+    if chip.about:
+        return max(operation.flops / chip.peak, operation.bytes / chip.bandwidth)
+    return operation.cycles / chip.clock

@@ -1,0 +1,70 @@
+"""Estimates in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+UNITS = {"train": "a step"}
+"""What is counted of a program, by its name; of the others, a batch."""
+
+
+def described(values: Mapping[str, Any], memory: int | None) -> str:
+    """Returns the lines of a program.
+
+    Args:
+      values: of ``estimates.as_values``.
+      memory: of a device, in bytes; None if it is not known.
+    """
+    unit = UNITS.get(values["program"], "a batch")
+    head = f"{values['program']}: {values['images_per_device']} images per device"
+    head += f", compiled in {values['compile_seconds']:.0f} s"
+    if values["fits"] is False:
+        return f"{head}\n  does not fit: {values.get('problem') or _memory(values['memory_bytes'], memory)}"
+    lines = [f"memory      {_memory(values['memory_bytes'], memory)}"]
+    lines.append(
+        f"work        {_si(values['flops'])}FLOP and {_si(values['bytes_moved'])}B to and from memory, {unit}"
+    )
+    sent = [f"{x['count']} {name}, {_si(x['bytes'])}B" for name, x in values["transfers"].items()]
+    lines.append(f"transfers   {'; '.join(sent) or 'none'}")
+    for where, counts in values["operations"].items():
+        found = ", ".join(
+            f"{x['times']} {kind} ({_si(x['bytes'])}B)" for kind, x in counts.items() if x["times"]
+        )
+        lines.append(f"operations  {where.replace('_', ' ')}: {found or 'none'}")
+    lines += _time(values, unit)
+    return "\n  ".join([head, *lines])
+
+
+def _memory(memory: Mapping[str, int], available: int | None) -> str:
+    parts = f"{_si(memory['arguments'])}B arguments ({_si(memory['in_place'])}B of them in place), "
+    parts += f"{_si(memory['temporaries'])}B temporaries, {_si(memory['total'])}B in all"
+    if available is None:
+        return parts
+    return f"{parts}, {memory['total'] / available:.0%} of {_si(available)}B"
+
+
+def _time(values: Mapping[str, Any], unit: str) -> list[str]:
+    if "estimated_seconds" not in values:
+        return []
+    cycles, at_least = values.get("estimated_cycles"), "at least "
+    lines = []
+    if cycles:
+        share, at_least = cycles["in_loops"] / cycles["all"], ""
+        lines.append(f"estimate    {_si(cycles['all'])}cycles {unit}, {share:.0%} of them in loops")
+    lines.append(
+        f"estimate    {at_least}{1e3 * values['estimated_seconds']:.3g} ms {unit}, "
+        f"{values['estimated_images_per_second']:.3g} images per second and device, "
+        f"{values['estimated_share_of_peak']:.0%} of the peak in bfloat16"
+    )
+    lines.append("heaviest    share, times, kind, output, operation, place")
+    for each in values["heaviest"]:
+        what = f"{each['kind']:12} {each['shape']:28} {each['name']}  {each['place']}"
+        lines.append(f"  {each['share']:6.1%} {each['times']:5} {what}".rstrip())
+    return lines
+
+
+def _si(value: float) -> str:
+    """Returns a number with three digits and the letter of its size: '1.23 G'."""
+    for letter, size in ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g} "
