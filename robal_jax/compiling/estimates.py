@@ -49,6 +49,7 @@ class Estimate(NamedTuple):
       seconds: of the compilation.
       memory: None if the program does not fit.
       cost: None if the program does not fit.
+      once: of what a dispatch of training steps does besides its steps; None for other programs.
       problem: why it does not fit, '' if it does.
     """
 
@@ -57,6 +58,7 @@ class Estimate(NamedTuple):
     seconds: float
     memory: Memory | None
     cost: Cost | None
+    once: Cost | None = None
     problem: str = ""
 
 
@@ -102,7 +104,7 @@ def _estimate(name: str, lowered: jax.stages.Lowered, images: int) -> Estimate:
             raise
         used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
         problem = f"needs {used[1]} of {used[2]}" if used else one_line(error)
-        return Estimate(name, images, time.perf_counter() - started, None, None, problem)
+        return Estimate(name, images, time.perf_counter() - started, None, None, problem=problem)
     seconds, found, text = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
     assert found is not None, "the compiler does not tell the program's memory"
     assert text is not None, "the compiler does not show the program"
@@ -112,7 +114,10 @@ def _estimate(name: str, lowered: jax.stages.Lowered, images: int) -> Estimate:
         outputs=found.output_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
     )
-    return Estimate(name, images, seconds, memory, cost_of(Program(text)))
+    program = Program(text)
+    step = program.endless() if name == "train" else ""
+    once = cost_of(program, program.entry, loops=False) if step else None
+    return Estimate(name, images, seconds, memory, cost_of(program, step or program.entry), once)
 
 
 def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
@@ -139,6 +144,10 @@ def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
         values["estimated_cycles"] = {"all": cycles, "in_loops": cost.total("cycles", in_loop=True)}
     of_each = [(seconds_of(each, chip), each) for each in cost.operations]
     seconds = sum(time for time, _ in of_each)
+    if estimate.once is not None:
+        values["estimated_seconds_per_dispatch"] = sum(
+            seconds_of(each, chip) for each in estimate.once.operations
+        )
     heaviest = sorted(of_each, key=lambda pair: -pair[0])[:HEAVIEST]
     return values | {
         "estimated_seconds": seconds,

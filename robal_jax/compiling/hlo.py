@@ -155,7 +155,7 @@ class Program:
     def executed(
         self, start: str, times: int = 1, *, loops: bool = True
     ) -> Iterator[tuple[str, Instruction, int]]:
-        """Yields the instructions of a computation, and of those that it calls, with how often each is executed.
+        """Yields the instructions of a computation and of all that it calls, with how often each runs.
 
         A fused instruction is not one by itself. A loop whose number of steps is not known counts as one
         step, and both branches of a condition count.
@@ -178,7 +178,7 @@ class Program:
                     yield from self.executed(called, times, loops=loops)
 
     def endless(self) -> str:
-        """Returns the body of the first loop of the program whose number of steps is not known, '' for none."""
+        """Returns the body of the first loop whose number of steps is not known, '' for none."""
         loops = (each for each in self.computations[self.entry].values() if each.opcode == "while")
         bodies = [x.attribute("body") for x in loops if self.trips(x.name, self.entry) is None]
         return bodies[0] if bodies else ""

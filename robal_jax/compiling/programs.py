@@ -22,11 +22,11 @@ def training_chunk(job: builder.Training, devices: Sequence[jax.Device]) -> jax.
     steps = settings.steps_per_dispatch
     by_part = settings.accumulation_steps, settings.batch_size // settings.accumulation_steps
     rows: Any = shape((steps, *by_part), jnp.int32)
-    data: training.Examples | None = training.Examples(
-        shape(job.images.shape, jnp.uint8), shape(job.labels.shape, jnp.int32)
-    )
-    if not isinstance(job.images, np.ndarray):
-        rows, data = training.Examples(shape((*rows.shape, *job.images.shape[1:]), jnp.uint8), rows), None
+    data: training.Examples | None = None
+    if isinstance(job.images, np.ndarray):
+        data = training.Examples(shape(job.images.shape, jnp.uint8), shape(job.labels.shape, jnp.int32))
+    else:
+        rows = training.Examples(shape((*rows.shape, *job.images.shape[1:]), jnp.uint8), rows)
     state = jax.eval_shape(partial(training.initial_state, job))
     if settings.teacher:
         state = dataclasses.replace(state, teacher={"params": state.params, "stats": state.stats})

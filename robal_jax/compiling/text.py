@@ -55,6 +55,8 @@ def _time(values: Mapping[str, Any], unit: str) -> list[str]:
         f"{values['estimated_images_per_second']:.3g} images per second and device, "
         f"{values['estimated_share_of_peak']:.0%} of the peak in bfloat16"
     )
+    if "estimated_seconds_per_dispatch" in values:
+        lines.append(f"dispatch    {1e3 * values['estimated_seconds_per_dispatch']:.3g} ms besides its steps")
     lines.append("heaviest    share, times, kind, output, operation, place")
     for each in values["heaviest"]:
         what = f"{each['kind']:12} {each['shape']:28} {each['name']}  {each['place']}"

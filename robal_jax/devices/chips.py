@@ -103,6 +103,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # of the machine that is asked for otherwise; the topology decides
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at once
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
