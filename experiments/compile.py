@@ -23,6 +23,7 @@ TEXTS = {
     "topology": "v5e:4x8, v5p:2x2x2, v6e:4x4, h100:8 or the like; the devices present if not given",
     "programs": "some of train, conditions and the ensemble's attacks, with commas between; all by default",
     "json": "file for the figures",
+    "largest": "compiles for twice the images as well, and estimates how many would fit",
 }
 
 CIFAR = {"cifar10_lt": 10, "cifar100_lt": 100}
@@ -44,7 +45,7 @@ def black_images(name: str, folder: pathlib.Path) -> pathlib.Path:
 def main(arguments: list[str]) -> None:
     """Prints the estimates of the programs of ``robal_jax.compiling``."""
     arguments, overrides = cli.split_overrides(arguments)
-    values = cli.parse(arguments, TEXTS, __doc__)
+    values = cli.parse(arguments, TEXTS, __doc__, switches=("largest",))
     if not values["config"]:
         raise InputError(f"--config is missing; usage: {__doc__}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> None:
             with config.unlocked():
                 config.data.path = str(black_images(config.data.name, pathlib.Path(folder)))
         names = [name.strip() for name in values["programs"].split(",") if name.strip()]
-        for each in estimates.estimates(config, devices, names):
+        for each in estimates.estimates(config, devices, names, largest=bool(values["largest"])):
             found.append(estimates.as_values(each, chip))
             print(f"\n{described(found[-1], chip and chip.memory)}", flush=True)
     if values["json"]:

@@ -43,7 +43,7 @@ LAYERS = (
     {"reporting", "pytorch"},
     {"builder"},
     {"training", "evaluation", "cli"},  # none imports another
-    {"exchange"},
+    {"exchange", "compiling"},
     {"zoo", "console"},
 )
 # The one module, or two, that know a library.

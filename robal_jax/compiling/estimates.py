@@ -2,7 +2,8 @@
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,7 @@ class Estimate(NamedTuple):
       memory: None if the program does not fit.
       cost: None if the program does not fit.
       once: of what a dispatch of training steps does besides its steps; None for other programs.
+      doubled: memory with twice the images; None if it was not asked for, or does not fit.
       problem: why it does not fit, '' if it does.
     """
 
@@ -59,11 +61,12 @@ class Estimate(NamedTuple):
     memory: Memory | None
     cost: Cost | None
     once: Cost | None = None
+    doubled: Memory | None = None
     problem: str = ""
 
 
 def estimates(
-    config: ConfigDict, devices: Sequence[jax.Device], names: Sequence[str] = ()
+    config: ConfigDict, devices: Sequence[jax.Device], names: Sequence[str] = (), *, largest: bool = False
 ) -> Iterator[Estimate]:
     """Compiles the programs of a run, one after the other.
 
@@ -71,11 +74,37 @@ def estimates(
       config: of the run.
       devices: of a target, or those present.
       names: of the programs, see :class:`Estimate`; all if there are none.
+      largest: whether each is compiled for twice the images as well, for :func:`largest_batch`.
 
     Raises:
       InputError: a field of the config cannot be used, the batch cannot be spread over the devices, or there
         is no program of a name.
     """
+    found = _programs(config, devices)
+    if unknown := sorted(set(names) - set(found)):
+        raise InputError(f"there is no program {unknown[0]!r}; use some of {', '.join(found)}")
+    more = _programs(_doubled(config), devices) if largest else {}
+    for name, (images, lower) in found.items():
+        if not names or name in names:
+            estimate = _estimate(name, images, lower())
+            if name in more and estimate.memory is not None:
+                estimate = estimate._replace(doubled=_estimate(name, 2 * images, more[name][1]()).memory)
+            yield estimate
+
+
+def _doubled(config: ConfigDict) -> ConfigDict:
+    """Returns a config with twice the images in every batch."""
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+        other.train.batch_size *= 2
+        other.evaluation.batch_size *= 2
+    return other
+
+
+def _programs(
+    config: ConfigDict, devices: Sequence[jax.Device]
+) -> dict[str, tuple[int, Callable[[], jax.stages.Lowered]]]:
+    """Returns the programs by name: images per device, and a function that lowers."""
     training = builder.training(config, devices)
     batch, parts = training.settings.batch_size, training.settings.accumulation_steps
     if batch % (len(devices) * parts):
@@ -84,18 +113,14 @@ def estimates(
             "number of devices" + " times config.train.accumulation_steps" * (parts > 1)
         )
     evaluation = builder.evaluation(config, platform=devices[0].platform)
-    known = ["train", *programs.evaluation_names(evaluation)]
-    if unknown := sorted(set(names) - set(known)):
-        raise InputError(f"there is no program {unknown[0]!r}; use some of {', '.join(known)}")
-    for name in [name for name in known if not names or name in names]:
-        if name == "train":
-            yield _estimate(name, programs.training_chunk(training, devices), batch // len(devices))
-        else:
-            lowered = programs.evaluation_step(evaluation, name, devices)
-            yield _estimate(name, lowered, evaluation.batch_size)
+    steps = {
+        name: (evaluation.batch_size, partial(programs.evaluation_step, evaluation, name, devices))
+        for name in programs.evaluation_names(evaluation)
+    }
+    return {"train": (batch // len(devices), partial(programs.training_chunk, training, devices)), **steps}
 
 
-def _estimate(name: str, lowered: jax.stages.Lowered, images: int) -> Estimate:
+def _estimate(name: str, images: int, lowered: jax.stages.Lowered) -> Estimate:
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -128,6 +153,8 @@ def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
     if memory is None or cost is None:
         return values | {"fits": False, "problem": estimate.problem}
     values["memory_bytes"] = memory._asdict() | {"total": memory.total}
+    if chip is not None:
+        values["estimated_largest_images_per_device"] = largest_batch(estimate, chip)
     values["fits"] = None if chip is None else memory.total <= chip.memory
     values |= {"flops": cost.total("flops"), "bytes_moved": cost.total("bytes")}
     values["transfers"] = {name: {"count": n, "bytes": size} for name, (n, size) in cost.transfers.items()}
@@ -155,6 +182,18 @@ def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
         "estimated_share_of_peak": cost.total("flops") / (seconds * chip.peak),
         "heaviest": [{"share": time / seconds, **each._asdict()} for time, each in heaviest],
     }
+
+
+def largest_batch(estimate: Estimate, chip: Chip) -> int | None:
+    """Returns about how many images per device would fit, if the memory grows evenly with them.
+
+    None if the program was not compiled for two sizes of the batch, or if the larger one does not fit.
+    """
+    if estimate.memory is None or estimate.doubled is None:
+        return None
+    each = (estimate.doubled.total - estimate.memory.total) / estimate.images
+    left = chip.memory - estimate.memory.total
+    return estimate.images + int(left / each) if each > 0 else None
 
 
 def seconds_of(operation: Operation, chip: Chip) -> float:

@@ -6,6 +6,9 @@ from typing import Any
 UNITS = {"train": "a step"}
 """What is counted of a program, by its name; of the others, a batch."""
 
+FAR = 64
+"""So many times the images are too far from what was compiled for a number to mean something."""
+
 
 def described(values: Mapping[str, Any], memory: int | None) -> str:
     """Returns the lines of a program.
@@ -20,6 +23,9 @@ def described(values: Mapping[str, Any], memory: int | None) -> str:
     if values["fits"] is False:
         return f"{head}\n  does not fit: {values.get('problem') or _memory(values['memory_bytes'], memory)}"
     lines = [f"memory      {_memory(values['memory_bytes'], memory)}"]
+    if largest := values.get("estimated_largest_images_per_device"):
+        known = largest < FAR * values["images_per_device"]
+        lines[0] += f"; {f'about {largest:,}' if known else 'far more'} images per device would fit"
     lines.append(
         f"work        {_si(values['flops'])}FLOP and {_si(values['bytes_moved'])}B to and from memory, {unit}"
     )

@@ -1,0 +1,184 @@
+"""What a compiled program's text says of it, and the command that compiles for devices that are not there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from robal_jax.compiling.cost import cost_of
+from robal_jax.compiling.hlo import Program
+from robal_jax.devices import chips, targets
+from robal_jax.errors import InputError
+
+# ruff: noqa: E501
+# In the form of the TPU's compiler: the bound of the inner loop comes from outside of the outer one, whose
+# own bound is an argument. %inner multiplies in fast memory, S(1).
+TEXT = """HloModule jit_f, is_scheduled=true
+
+FileNames
+1 "/home/user/robal_jax/training/step.py"
+2 "/home/user/jax/lax.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=9 end_line=9 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+
+%less (p: (s32[], bf16[8,8], s32[])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, bf16[8,8]{1,0:T(8,128)S(1)}, s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %n.1 = s32[] get-tuple-element(%p.1), index=2
+  ROOT %lt.1 = pred[] compare(%i.1, %n.1), direction=LT
+}
+
+%fused (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%inner (p: (s32[], bf16[8,8], s32[])) -> (s32[], bf16[8,8], s32[]) {
+  %p.2 = (s32[], bf16[8,8]{1,0:T(8,128)S(1)}, s32[]) parameter(0)
+  %x.2 = bf16[8,8]{1,0:T(8,128)S(1)} get-tuple-element(%p.2), index=1
+  %f.2 = bf16[8,8]{1,0:T(8,128)S(1)} fusion(%x.2, %x.2), kind=kOutput, calls=%fused, metadata={op_name="jit(f)/while/body/jvp(Net)/conv1/dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"100"}
+  ROOT %t.2 = (s32[], bf16[8,8]{1,0}, s32[]) tuple(%p.2, %f.2, %p.2)
+}
+
+%any (p: (s32[], s32[], s32[], bf16[8,8])) -> pred[] {
+  %p.3 = (s32[], s32[], s32[], bf16[8,8]) parameter(0)
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  %n.3 = s32[] get-tuple-element(%p.3), index=1
+  ROOT %lt.3 = pred[] compare(%i.3, %n.3), direction=LT
+}
+
+%outer (p: (s32[], s32[], s32[], bf16[8,8])) -> (s32[], s32[], s32[], bf16[8,8]) {
+  %p.4 = (s32[], s32[], s32[], bf16[8,8]) parameter(0)
+  %n.4 = s32[] get-tuple-element(%p.4), index=2
+  %x.4 = bf16[8,8]{1,0} get-tuple-element(%p.4), index=3
+  %zero = s32[] constant(0)
+  %t.4 = (s32[], bf16[8,8], s32[]) tuple(%zero, %x.4, %n.4)
+  %while.1 = (s32[], bf16[8,8], s32[]) while(%t.4), condition=%less, body=%inner
+  %all-reduce.1 = bf16[8,8]{1,0} all-reduce(%x.4), channel_id=1, to_apply=%fused, backend_config={"estimated_cycles":"7"}
+  ROOT %r.4 = (s32[], s32[], s32[], bf16[8,8]) tuple(%p.4, %p.4, %p.4, %all-reduce.1)
+}
+
+ENTRY %main (n: s32[], x: bf16[8,8]) -> (s32[], s32[], s32[], bf16[8,8]) {
+  %n.5 = s32[] parameter(0)
+  %x.5 = bf16[8,8]{1,0} parameter(1)
+  %first = s32[] constant(0)
+  %five = s32[] constant(5)
+  %copy.5 = s32[] copy(%five)
+  %y.5 = bf16[8,8]{1,0} copy(%x.5), backend_config={"estimated_cycles":"30"}
+  %t.5 = (s32[], s32[], s32[], bf16[8,8]) tuple(%first, %n.5, %copy.5, %y.5)
+  ROOT %while.2 = (s32[], s32[], s32[], bf16[8,8]) while(%t.5), condition=%any, body=%outer
+}
+"""
+
+
+def test_loops_of_a_program():
+    program = Program(TEXT)
+    assert program.trips("while.1", "outer") == 5
+    assert program.trips("while.2", "main") is None
+    assert program.endless() == "outer"
+
+
+def test_cost_of_a_step_and_of_a_dispatch():
+    program = Program(TEXT)
+    step = cost_of(program, "outer")
+    assert step.total("flops") == 5 * 2 * 8**3
+    assert step.total("cycles") == 5 * 100 + 7
+    assert step.total("bytes") == 2 * 128  # the transfer's; the loop's operands are in fast memory
+    assert step.transfers == {"all-reduce": (1, 128)}
+    product = next(each for each in step.operations if each.kind == "convolution")
+    assert (product.name, product.place, product.times) == ("conv1/dot_general", "training/step.py:7", 5)
+    assert cost_of(program, "main", loops=False).total("cycles") == 30
+
+
+@pytest.mark.usefixtures("optimised")
+def test_products_of_a_real_program():
+    """A convolution with stride 2 and both its gradients, in a loop, as formulas count them."""
+
+    def loss(kernel, images):
+        out = jax.lax.conv_general_dilated(
+            images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(out**2)
+
+    def f(kernel, images):
+        def step(_, carry):
+            gradients = jax.grad(loss, (0, 1))(*carry)
+            return jax.tree.map(lambda x, g: x - 1e-3 * g, carry, gradients)
+
+        return jax.lax.fori_loop(0, 7, step, (kernel, images))
+
+    shapes = (3, 3, 4, 6), (2, 8, 8, 4)
+    compiled = jax.jit(f).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+    program = Program(compiled.as_text())
+    assert cost_of(program, program.entry).total("flops") == 7 * 3 * 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
+
+
+def test_chips_are_known_or_refused():
+    for name, chip in chips.CHIPS.items():
+        assert 0.9e9 < chip.clock < 2e9, name
+    with pytest.raises(InputError, match=r"unknown chip 'v5x' .* use v5"):
+        chips.chip_of("v5x:2x4")
+    with pytest.raises(InputError, match="number of GPUs"):
+        targets.devices_of("h100:many")
+
+
+def test_settings_for_a_target():
+    environment = {"XLA_FLAGS": "--a=b", "JAX_PLATFORMS": "cuda"}
+    chips.prepare("h100:8", environment)
+    assert environment == {"XLA_FLAGS": "--a=b --xla_gpu_autotune_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")
+def test_missing_compiler_is_named():
+    with pytest.raises(InputError, match=r"install robal_jax\[tpu-compile\]"):
+        targets.devices_of("v5e:2x4")
+
+
+def compiled(tmp_path, *flags):
+    """What robal-jax compile writes for RoBal-N on the digits."""
+    path = tmp_path / "figures.json"
+    command = [sys.executable, ROOT / "experiments/compile.py", "--config=robal_n:digits_lt"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [*command, f"--json={path}", *flags], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_command_on_the_devices_present(tmp_path):
+    found, text = compiled(tmp_path, "--programs=train")
+    (program,) = found["programs"]
+    assert program["program"] == "train"
+    assert program["memory_bytes"]["temporaries"] > 0
+    assert "nothing is measured" in text
+    steps = 7  # of the attack, the only loop whose length is known
+    assert program["operations"]["in_loops"]["convolution"]["times"] % steps == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs robal_jax[tpu-compile]")
+def test_command_for_a_tpu(tmp_path):
+    found, _ = compiled(tmp_path, "--topology=v5e:2x4", "--config.train.batch_size=64", "--programs=train")
+    (program,) = found["programs"]
+    assert program["fits"]
+    assert program["transfers"]["all-reduce"]["count"] > 0
+    assert program["estimated_cycles"]["all"] > program["estimated_cycles"]["in_loops"] > 0
