@@ -163,7 +163,8 @@ def model(
         features = check("model", names["model"], backbone, images)
         check("head", names["head"], classifier, features, len(class_counts))
     network = models.Network(backbone, classifier)
-    return models.functional(network, precision=precision, piece=cpu_piece() if on_cpu else None)
+    piece = cpu_piece() if on_cpu else None
+    return models.functional(network, precision=precision, piece=piece, one_pass=not on_cpu)
 
 
 def optimizer(

@@ -136,8 +136,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: chex.Array, train: bool) -> chex.Array:
         """``[..., C]`` to the same shape."""
-        width, axes = x.shape[-1:], tuple(range(x.ndim - 1))
-        given = x.dtype
+        width, given = x.shape[-1:], x.dtype
         scale = self.param("scale", nn.initializers.ones, width)
         bias = self.param("bias", nn.initializers.zeros, width)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
@@ -145,17 +144,57 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.promote_types(given, scale.dtype))  # statistics are never bfloat16
         mean, var = running_mean.value, running_var.value
         if train and not self.is_initializing():
-            mean, count = x.mean(axes), x.size // x.shape[-1]
+            count = x.size // x.shape[-1]
             if self.axis_name is not None:
-                mean, count = lax.pmean(mean, self.axis_name), count * lax.axis_size(self.axis_name)
+                count *= lax.axis_size(self.axis_name)
             if count < 2:
                 raise ValueError("batch norm needs more than one value per channel; use a larger batch")
-            var = jnp.square(x - last_axis(mean, x)).mean(axes)
-            if self.axis_name is not None:
-                var = lax.pmean(var, self.axis_name)
+            mean, var = self.moments(x, running_mean.value)
             running_mean.value, running_var.value = mean, var * (count / (count - 1))
         factor = lax.rsqrt(var + BATCH_NORM_EPSILON) * scale
         return ((x - last_axis(mean, x)) * last_axis(factor, x) + last_axis(bias, x)).astype(given)
+
+    def moments(self, x: chex.Array, near: chex.Array) -> tuple[chex.Array, chex.Array]:
+        """Returns mean and biased variance of a batch, ``[C]`` each, in two passes over it."""
+        del near
+        axes = tuple(range(x.ndim - 1))
+        mean = _over_devices(x.mean(axes), self.axis_name)
+        return mean, _over_devices(jnp.square(x - last_axis(mean, x)).mean(axes), self.axis_name)
+
+
+def moments_in_one_pass(
+    x: chex.Array, near: chex.Array, axis_name: str | None = None
+) -> tuple[chex.Array, chex.Array]:
+    """Mean and biased variance of a batch in one pass over it, with one transfer between devices.
+
+    ``d = x - near``; ``mean = near + E[d]``; ``var = max(E[d^2] - E[d]^2, 0)``
+
+    An accelerator that waits for its memory needs about half the time of two passes, forward and backward.
+    The rounding error of the variance grows with the squared distance of ``near`` from the mean, in units of
+    the standard deviation; running means are near enough.
+
+    Args:
+      x: ``[..., C]``.
+      near: ``[C]``, a guess of the mean, such as the running one; no gradient flows into it.
+      axis_name: mapped axis over which the batch is spread, if any.
+
+    Returns:
+      The mean and the variance, ``[C]`` each.
+
+    Example:
+      >>> mean, var = moments_in_one_pass(jnp.array([[1.0], [2.0], [6.0]]), near=jnp.array([2.5]))
+      >>> print(mean, jnp.array_str(var, precision=3))
+      [3.] [4.667]
+    """
+    near = lax.stop_gradient(near)
+    apart, axes = x - last_axis(near, x), tuple(range(x.ndim - 1))
+    both = jnp.stack([apart.mean(axes), jnp.square(apart).mean(axes)])
+    first, second = _over_devices(both, axis_name)
+    return near + first, jnp.maximum(second - jnp.square(first), 0.0)
+
+
+def _over_devices(mean: chex.Array, axis_name: str | None) -> chex.Array:
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
 def last_axis(vector: chex.Array, like: chex.Array) -> chex.Array:

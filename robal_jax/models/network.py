@@ -1,5 +1,6 @@
 """A network as functions of arrays."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from robal_jax.models.layers import BatchNorm, moments_in_one_pass
 
 
 class Network(nn.Module):
@@ -56,7 +59,9 @@ PRECISIONS = {
 """Precision of matrix products, and the type in which a network computes; None for its parameters' type."""
 
 
-def functional(network: nn.Module, *, precision: str = "default", piece: int | None = None) -> Model:
+def functional(
+    network: nn.Module, *, precision: str = "default", piece: int | None = None, one_pass: bool = False
+) -> Model:
     """The :class:`Model` of a linen module with call signature ``(images, train)``.
 
     Args:
@@ -68,6 +73,9 @@ def functional(network: nn.Module, *, precision: str = "default", piece: int | N
       piece: number of pixels (images times height times width) that ``predict`` takes at once. A larger batch
         is split into pieces of this size, if they divide it evenly; None takes each batch at once. The logits
         are the same up to rounding; a smaller piece fits better into a processor's caches.
+
+      one_pass: whether batch norm reads a training batch once for its statistics, see
+        ``layers.moments_in_one_pass``, as accelerators prefer it.
 
     Returns:
       The network's functions.
@@ -108,7 +116,8 @@ def functional(network: nn.Module, *, precision: str = "default", piece: int | N
     def training_pass(
         params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array, **options: Any
     ) -> tuple[Any, chex.ArrayTree]:
-        with nn.intercept_methods(_refuse_running_values):
+        forms = nn.intercept_methods(_in_one_pass) if one_pass else contextlib.nullcontext()
+        with forms, nn.intercept_methods(_refuse_running_values):
             found, moments = apply(params, stats, images, train=True, mutable=["batch_stats"], **options)
         return found, moments.get("batch_stats", {})
 
@@ -128,6 +137,14 @@ def _with_features(network: Network, images: chex.Array, train: bool) -> tuple[c
     """Returns the logits of a network, and the features from which they are made."""
     features = network.backbone(images, train)
     return network.classifier(features, train), features
+
+
+def _in_one_pass(call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
+    """Calls a module's method; batch norm's moments are computed in one pass."""
+    if isinstance(context.module, BatchNorm) and context.method_name == "moments":
+        x, near = args
+        return moments_in_one_pass(x, near, context.module.axis_name)
+    return call(*args, **options)
 
 
 def _refuse_running_values(call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
