@@ -152,6 +152,7 @@ def as_attacked(model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTr
     """Returns the current model with its running statistics; no gradient flows back to it."""
     # Stopped here and not only after the attack, so that the attack's loop is not differentiated at all.
     params, stats = jax.lax.stop_gradient((params, stats))
+    params, stats = model.ready(params, stats)  # once, not in every step of the attack
     return lambda images: model.predict(params, stats, images)
 
 

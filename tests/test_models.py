@@ -143,7 +143,7 @@ def test_statistics_in_one_pass_are_those_of_two():
         network = models.Network(
             models.SmallCNN((4, 4, 4), 8, axis_name=axis_name), classifiers.LinearHead(3)
         )
-        model = models.functional(network, one_pass=one_pass)
+        model = models.functional(network, accelerator=one_pass)
 
         def loss(params, images):
             logits, moments = model.train(params, stats, images)
@@ -171,6 +171,21 @@ def test_statistics_in_one_pass_are_those_of_two():
     bound = 1e-10
     for each in found, found_2:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=bound, atol=bound), each, wanted)
+
+
+def test_weights_made_ready_predict_the_same():
+    """To the bit: only the place of the computation changes."""
+    network = models.Network(models.WideResNet(10, 1), classifiers.LinearHead(3))
+    model = models.functional(network, precision="bfloat16", accelerator=True, cast_kernels=True)
+    images = jnp.asarray(np.random.RandomState(0).rand(2, 8, 8, 3), jnp.float32)
+    params, stats = jax.jit(model.init)(jax.random.key(0), images)
+    stats = arrays_like(stats, 1)
+    ready = model.ready(params, stats)
+    kernels = [x for x in jax.tree.leaves(ready[0]["backbone"]) if x.ndim == 4]
+    assert kernels
+    assert {x.dtype for x in kernels} == {jnp.dtype(jnp.bfloat16)}
+    with jax.disable_jit():
+        np.testing.assert_array_equal(model.predict(*ready, images), model.predict(params, stats, images))
 
 
 def test_variance_in_one_pass_is_not_negative():

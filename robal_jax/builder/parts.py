@@ -164,7 +164,13 @@ def model(
         check("head", names["head"], classifier, features, len(class_counts))
     network = models.Network(backbone, classifier)
     piece = cpu_piece() if on_cpu else None
-    return models.functional(network, precision=precision, piece=piece, one_pass=not on_cpu)
+    return models.functional(
+        network,
+        precision=precision,
+        piece=piece,
+        accelerator=not on_cpu,
+        cast_kernels=":" not in names["model"],
+    )
 
 
 def optimizer(

@@ -151,7 +151,9 @@ class BatchNorm(nn.Module):
                 raise ValueError("batch norm needs more than one value per channel; use a larger batch")
             mean, var = self.moments(x, running_mean.value)
             running_mean.value, running_var.value = mean, var * (count / (count - 1))
-        factor = lax.rsqrt(var + BATCH_NORM_EPSILON) * scale
+        factor = batch_norm_factor(var, scale)
+        if not train and self.has_variable("batch_stats", "factor"):  # from Model.ready
+            factor = self.get_variable("batch_stats", "factor")
         return ((x - last_axis(mean, x)) * last_axis(factor, x) + last_axis(bias, x)).astype(given)
 
     def moments(self, x: chex.Array, near: chex.Array) -> tuple[chex.Array, chex.Array]:
@@ -160,6 +162,11 @@ class BatchNorm(nn.Module):
         axes = tuple(range(x.ndim - 1))
         mean = _over_devices(x.mean(axes), self.axis_name)
         return mean, _over_devices(jnp.square(x - last_axis(mean, x)).mean(axes), self.axis_name)
+
+
+def batch_norm_factor(var: chex.Array, scale: chex.Array) -> chex.Array:
+    """``scale / sqrt(var + 1e-5)``, ``[C]``, by which batch norm multiplies."""
+    return lax.rsqrt(var + BATCH_NORM_EPSILON) * scale
 
 
 def moments_in_one_pass(

@@ -10,9 +10,10 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from robal_jax.models.layers import BatchNorm, moments_in_one_pass
+from robal_jax.models.layers import BatchNorm, batch_norm_factor, moments_in_one_pass
 
 
 class Network(nn.Module):
@@ -31,6 +32,10 @@ class Network(nn.Module):
         return self.classifier(self.backbone(images, train), train)
 
 
+def _as_they_are(params: chex.ArrayTree, stats: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    return params, stats
+
+
 class Model(NamedTuple):
     """A network as functions of arrays.
 
@@ -41,6 +46,8 @@ class Model(NamedTuple):
       features: ``(params, stats, images) -> [B, D]``, the input of the head in ``predict``.
       train_features: ``(params, stats, images) -> (logits, features, moments)``, ``train`` with the input of
         the head.
+      ready: ``(params, stats) -> (params, stats)`` for many calls of ``predict``: what does not depend on the
+        images is done.
     """
 
     init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
@@ -48,6 +55,7 @@ class Model(NamedTuple):
     train: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], tuple[chex.Array, chex.ArrayTree]]
     features: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
     train_features: Callable[..., tuple[chex.Array, chex.Array, chex.ArrayTree]]
+    ready: Callable[[chex.ArrayTree, chex.ArrayTree], tuple[chex.ArrayTree, chex.ArrayTree]] = _as_they_are
 
 
 PRECISIONS = {
@@ -60,7 +68,12 @@ PRECISIONS = {
 
 
 def functional(
-    network: nn.Module, *, precision: str = "default", piece: int | None = None, one_pass: bool = False
+    network: nn.Module,
+    *,
+    precision: str = "default",
+    piece: int | None = None,
+    accelerator: bool = False,
+    cast_kernels: bool = False,
 ) -> Model:
     """The :class:`Model` of a linen module with call signature ``(images, train)``.
 
@@ -74,8 +87,9 @@ def functional(
         is split into pieces of this size, if they divide it evenly; None takes each batch at once. The logits
         are the same up to rounding; a smaller piece fits better into a processor's caches.
 
-      one_pass: whether batch norm reads a training batch once for its statistics, see
-        ``layers.moments_in_one_pass``, as accelerators prefer it.
+      accelerator: whether the forms are used that accelerators prefer: batch norm reads a training batch once
+        for its statistics (``layers.moments_in_one_pass``), and ``ready`` computes its factors.
+      cast_kernels: whether ``ready`` also casts the kernels of convolutions, because all are of ``Conv``.
 
     Returns:
       The network's functions.
@@ -116,7 +130,7 @@ def functional(
     def training_pass(
         params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array, **options: Any
     ) -> tuple[Any, chex.ArrayTree]:
-        forms = nn.intercept_methods(_in_one_pass) if one_pass else contextlib.nullcontext()
+        forms = nn.intercept_methods(_in_one_pass) if accelerator else contextlib.nullcontext()
         with forms, nn.intercept_methods(_refuse_running_values):
             found, moments = apply(params, stats, images, train=True, mutable=["batch_stats"], **options)
         return found, moments.get("batch_stats", {})
@@ -130,7 +144,20 @@ def functional(
     def features(params: chex.ArrayTree, stats: chex.ArrayTree, images: chex.Array) -> chex.Array:
         return apply(params, stats, images, train=False, method=lambda net, x, train: net.backbone(x, train))
 
-    return Model(init, predict, training_pass, features, train_features)
+    def ready(params: chex.ArrayTree, stats: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        weights, values = flatten_dict(params), flatten_dict(stats)
+        for *place, name in list(values):
+            if name == "var" and (*place, "scale") in weights:
+                factor = batch_norm_factor(values[*place, "var"], weights[*place, "scale"])
+                values[*place, "factor"] = factor
+        for path, leaf in weights.items():
+            if cast_kernels and compute is not None and path[-1] == "kernel" and leaf.ndim == 4:
+                weights[path] = leaf.astype(compute)
+        return unflatten_dict(weights), unflatten_dict(values)
+
+    return Model(
+        init, predict, training_pass, features, train_features, ready if accelerator else _as_they_are
+    )
 
 
 def _with_features(network: Network, images: chex.Array, train: bool) -> tuple[chex.Array, chex.Array]:
