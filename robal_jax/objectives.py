@@ -148,6 +148,22 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
+def passes(
+    model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree, *shown: chex.Array
+) -> list[tuple[chex.Array, chex.ArrayTree]]:
+    """Makes a training pass of each of several batches, ``[B, H, W, C]`` each.
+
+    An accelerator makes them as one, with the statistics of each batch: half the operations and transfers.
+
+    Returns:
+      Logits and moments of each batch.
+    """
+    if not model.joint:
+        return [model.train(params, stats, images) for images in shown]
+    found = jax.vmap(partial(model.train, params, stats))(jnp.stack(shown))
+    return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(shown))]
+
+
 def as_attacked(model: models.Model, params: chex.ArrayTree, stats: chex.ArrayTree) -> LogitsFn:
     """Returns the current model with its running statistics; no gradient flows back to it."""
     # Stopped here and not only after the attack, so that the attack's loop is not differentiated at all.
@@ -349,8 +365,7 @@ def regularised(
     Source: RoBal (Wu et al., CVPR 2021), and the other regularisers of its released code.
     """
     adversarial = adversarial_images(attack, model, params, stats, batch)
-    adv, moments_adv = model.train(params, stats, adversarial)
-    nat, moments_nat = model.train(params, stats, batch.images)
+    (adv, moments_adv), (nat, moments_nat) = passes(model, params, stats, adversarial, batch.images)
     function, more_passes = REGULARISERS[regulariser]
     adv_loss = loss(adv, batch.labels).mean()
     nat_loss = losses.cross_entropy(nat, batch.labels).mean()
@@ -408,8 +423,7 @@ def trades(
     if attack_divergence:
         attack = partial(attack, loss=lambda z, _: losses.kl_divergence(expected, z))
     adversarial = adversarial_images(attack, model, params, stats, batch)
-    nat, moments_nat = model.train(params, stats, batch.images)
-    adv, moments_adv = model.train(params, stats, adversarial)
+    (nat, moments_nat), (adv, moments_adv) = passes(model, params, stats, batch.images, adversarial)
     nat_loss, divergence = loss(nat, batch.labels), losses.kl_divergence(nat, adv)
     if by_radius:
         weight = budgets.cfa_weight(radius_factors, beta, lambda2=0.0)
@@ -446,8 +460,7 @@ def mart(
     Source: Wang et al. (ICLR 2020), equations 8 to 11.
     """
     adversarial = adversarial_images(attack, model, params, stats, batch)
-    nat, moments_nat = model.train(params, stats, batch.images)
-    adv, moments_adv = model.train(params, stats, adversarial)
+    (nat, moments_nat), (adv, moments_adv) = passes(model, params, stats, batch.images, adversarial)
     missed = -jnp.expm1(-losses.cross_entropy(nat, batch.labels))  # 1 - p_y
     divergence = (losses.kl_divergence(nat, adv) * missed).mean()
     value = losses.boosted_cross_entropy(adv, batch.labels).mean() + beta * divergence
@@ -540,8 +553,7 @@ def mma(
     right = jnp.argmax(logits_fn(images), axis=-1) == labels
     length = jnp.where(right, length, 0.0)
     shown = jnp.where(right.reshape(-1, *(1 for _ in images.shape[1:])), boundary, images)
-    near, moments_near = model.train(params, stats, shown)
-    nat, moments_nat = model.train(params, stats, batch.images)
+    (near, moments_near), (nat, moments_nat) = passes(model, params, stats, shown, batch.images)
     near_loss = jnp.where(length < max_epsilon, loss(near, labels), 0.0).mean()
     value = nat_weight * loss(nat, labels).mean() + (1 - nat_weight) * near_loss
     metrics = {"nat_accuracy": accuracy(nat, labels), "margin": length.mean()}

@@ -173,6 +173,26 @@ def test_statistics_in_one_pass_are_those_of_two():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=bound, atol=bound), each, wanted)
 
 
+def test_passes_made_as_one_keep_their_own_statistics():
+    network = models.Network(models.SmallCNN((4, 4, 4), 8), classifiers.LinearHead(3))
+    with jax.enable_x64(True):
+        nat, adv = (
+            jnp.asarray(np.random.RandomState(0).rand(2, 6, 8, 8, 1))
+            * jnp.array([1.0, 0.5])[:, None, None, None, None]
+        )
+        model = models.functional(network)
+        params, stats = jax.tree.map(lambda x: x.astype(float), model.init(jax.random.key(0), nat))
+        found = []
+        for accelerator in False, True:
+            model = models.functional(network, accelerator=accelerator)
+            found.append(jax.jit(partial(objectives.passes, model))(params, stats, nat, adv))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10), *found)
+    (_, moments_nat), (_, moments_adv) = found[1]
+    assert (
+        np.abs(moments_nat["backbone"]["bn1"]["mean"] - moments_adv["backbone"]["bn1"]["mean"]).max() > 0.01
+    )
+
+
 def test_weights_made_ready_predict_the_same():
     """To the bit: only the place of the computation changes."""
     network = models.Network(models.WideResNet(10, 1), classifiers.LinearHead(3))
@@ -189,7 +209,8 @@ def test_weights_made_ready_predict_the_same():
 
 
 def test_variance_in_one_pass_is_not_negative():
-    _, var = models.layers.moments_in_one_pass(jnp.full((7, 1), 100.1), jnp.zeros(1))
+    one, zero = jnp.ones(1), jnp.zeros(1)
+    _, _, var = models.layers.normalised_in_one_pass(jnp.full((7, 1), 100.1), one, zero, zero)
     assert var >= 0
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from robal_jax.models.layers import BatchNorm, batch_norm_factor, moments_in_one_pass
+from robal_jax.models.layers import BatchNorm, batch_norm_factor, normalised_in_one_pass
 
 
 class Network(nn.Module):
@@ -48,6 +48,7 @@ class Model(NamedTuple):
         the head.
       ready: ``(params, stats) -> (params, stats)`` for many calls of ``predict``: what does not depend on the
         images is done.
+      joint: whether several training passes are better made as one, by ``jax.vmap`` over the batches.
     """
 
     init: Callable[[chex.PRNGKey, chex.Array], tuple[chex.ArrayTree, chex.ArrayTree]]
@@ -56,6 +57,7 @@ class Model(NamedTuple):
     features: Callable[[chex.ArrayTree, chex.ArrayTree, chex.Array], chex.Array]
     train_features: Callable[..., tuple[chex.Array, chex.Array, chex.ArrayTree]]
     ready: Callable[[chex.ArrayTree, chex.ArrayTree], tuple[chex.ArrayTree, chex.ArrayTree]] = _as_they_are
+    joint: bool = False
 
 
 PRECISIONS = {
@@ -88,7 +90,8 @@ def functional(
         are the same up to rounding; a smaller piece fits better into a processor's caches.
 
       accelerator: whether the forms are used that accelerators prefer: batch norm reads a training batch once
-        for its statistics (``layers.moments_in_one_pass``), and ``ready`` computes its factors.
+        for its statistics (``layers.normalised_in_one_pass``), ``ready`` computes its factors, and training
+        passes are ``joint``.
       cast_kernels: whether ``ready`` also casts the kernels of convolutions, because all are of ``Conv``.
 
     Returns:
@@ -155,9 +158,8 @@ def functional(
                 weights[path] = leaf.astype(compute)
         return unflatten_dict(weights), unflatten_dict(values)
 
-    return Model(
-        init, predict, training_pass, features, train_features, ready if accelerator else _as_they_are
-    )
+    found = Model(init, predict, training_pass, features, train_features)
+    return found._replace(ready=ready, joint=True) if accelerator else found
 
 
 def _with_features(network: Network, images: chex.Array, train: bool) -> tuple[chex.Array, chex.Array]:
@@ -167,10 +169,10 @@ def _with_features(network: Network, images: chex.Array, train: bool) -> tuple[c
 
 
 def _in_one_pass(call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
-    """Calls a module's method; batch norm's moments are computed in one pass."""
-    if isinstance(context.module, BatchNorm) and context.method_name == "moments":
-        x, near = args
-        return moments_in_one_pass(x, near, context.module.axis_name)
+    """Calls a module's method; batch norm normalises in one pass."""
+    if isinstance(context.module, BatchNorm) and context.method_name == "normalised":
+        x, scale, bias, near = args
+        return normalised_in_one_pass(x, scale, bias, near, context.module.axis_name)
     return call(*args, **options)
 
 
