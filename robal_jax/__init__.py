@@ -56,8 +56,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "attacks": (
-        "ThreatModel", "apgd", "ddn", "dlr", "fab", "fmn", "multi_targeted", "negative_margin", "pgd", "scaled",
-        "square", "targeted_apgd",
+        "ThreatModel", "apgd", "ddn", "dlr", "fab", "fmn", "multi_targeted", "negative_margin", "pgd",
+        "scaled", "square", "targeted_apgd",
     ),
     "attacks.autoattack": ("autoattack",),
     "classifiers": (
@@ -72,9 +72,9 @@ _WHERE = {
     "zoo": ("load_model",),
 }  # fmt: skip
 _ROOMS = (
-    "attacks", "builder", "classifiers", "cli", "data", "devices", "errors", "evaluation", "exchange", "keys",
-    "losses", "metrics", "models", "objectives", "optimizers", "pytorch", "reporting", "storage", "training",
-    "zoo",
+    "attacks", "builder", "classifiers", "cli", "data", "devices", "distances", "errors", "evaluation",
+    "exchange", "keys", "losses", "metrics", "models", "objectives", "optimizers", "pytorch", "reporting",
+    "storage", "training", "zoo",
 )  # fmt: skip
 _NAMES = {name: room for room, names in _WHERE.items() for name in names}
 

@@ -2,8 +2,8 @@
 
 The network of a digits run is built in PyTorch with the same weights, and all attacks use the same test
 images and the same constants. Prints the robust accuracy, the number of images on which a peer differs from
-ours, and the seconds per image. Needs PyTorch, foolbox and torchattacks (pip install foolbox; pip install
---no-deps torchattacks).
+ours, and the seconds per image; then the median distances of the minimum-norm attacks. Needs PyTorch, foolbox
+and torchattacks (pip install foolbox; pip install --no-deps torchattacks).
 """
 
 import pathlib
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchattacks
+from foolbox.attacks.gradient_descent_base import clip_lp_norms
 
 from experiments.benchmarks import evaluation, torch_networks
 from robal_jax import attacks, builder, cli
@@ -74,13 +75,87 @@ def main(arguments: list[str]) -> None:
                 f"{np.sum(robust != their_robust)} | {seconds / count:.4f} | {their_seconds / count:.4f} | "
                 f"{first - seconds:.1f} |"
             )
+    print_distances(our_distances(logits_fn, images, labels, norm), their_distances(twin, x, y, norm))
 
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Returns the seconds of an attack, and which images are still classified correctly."""
+    """Returns the seconds of an attack, and what it returns."""
     started = time.perf_counter()
-    robust = run()
-    return time.perf_counter() - started, robust
+    outcomes = run()
+    return time.perf_counter() - started, outcomes
+
+
+Distances = dict[str, dict[str, Callable[[], np.ndarray]]]
+"""By attack and peer: returns one distance per image, infinity where nothing was found."""
+
+
+def print_distances(ours: dict[str, Callable[[], np.ndarray]], theirs: Distances) -> None:
+    """Prints a table in Markdown; a ratio is that of the distances of one image, ours over the peer's."""
+    heads = (
+        "attack", "ours, median", "found", "peer", "theirs, median", "found", "ratio, median",
+        "ratio, 5 % to 95 %", "ours s/image", "theirs s/image", "compile s",
+    )  # fmt: skip
+    for row in (heads, ("---",) * len(heads)):
+        print(f"| {' | '.join(row)} |")
+    for name, attack in ours.items():
+        first, _ = timed(attack)
+        seconds, mine = timed(attack)
+        for peer, run in theirs[name].items():
+            their_seconds, other = timed(run)
+            both = np.isfinite(mine) & np.isfinite(other) & (mine > 0)
+            low, middle, high = np.percentile(mine[both] / other[both], (5, 50, 95))
+            print(
+                f"| {name} | {np.median(mine):.4f} | {np.isfinite(mine).sum()} | {peer} | "
+                f"{np.median(other):.4f} | {np.isfinite(other).sum()} | "
+                f"{middle:.4f} | {low:.4f} to {high:.4f} | "
+                f"{seconds / len(mine):.4f} | {their_seconds / len(mine):.4f} | {first - seconds:.1f} |"
+            )
+
+
+def our_distances(
+    logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, norm: str
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Returns the minimum-norm attacks of this norm, compiled."""
+    chosen = {"fmn": attacks.fmn} | ({"ddn": attacks.ddn} if norm == "l2" else {})
+
+    def distances(attack: Callable) -> np.ndarray:
+        return np.asarray(attack(images, jnp.asarray(labels)).distance)
+
+    return {
+        name: partial(
+            distances, jax.jit(partial(attack, logits_fn, None, threat=ThreatModel(1.0, norm), n_iter=STEPS))
+        )
+        for name, attack in chosen.items()
+    }
+
+
+def their_distances(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, norm: str) -> Distances:
+    """Returns the same attacks of foolbox, with as many steps."""
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+
+    def distances(attack: Any) -> np.ndarray:
+        shown = attack(wrapped, x, y, epsilons=None)[1]
+        length = (shown - x).flatten(1).norm(float("inf") if norm == "linf" else 2, dim=1)
+        fooled = (model(shown).argmax(1) != y).numpy()
+        return np.where(fooled, length.numpy(), np.inf)
+
+    if norm == "linf":
+        return {"fmn": {"foolbox": partial(distances, foolbox.attacks.LInfFMNAttack(steps=STEPS))}}
+    return {
+        "fmn": {
+            "foolbox": partial(distances, foolbox.attacks.L2FMNAttack(steps=STEPS)),
+            "foolbox, projected": partial(distances, ProjectedFMN(steps=STEPS)),
+        },
+        "ddn": {"foolbox": partial(distances, foolbox.attacks.DDNAttack(steps=STEPS))},
+    }
+
+
+class ProjectedFMN(foolbox.attacks.L2FMNAttack):
+    """FMN of foolbox with the paper's projection; that of foolbox 3.3.4 divides norms by themselves."""
+
+    def project(self, x: Any, x0: Any, epsilon: Any) -> Any:
+        """Moves candidates into the L2 ball of each image's radius."""
+        return x0 + clip_lp_norms(x - x0, norm=epsilon, p=2)
 
 
 def our_attacks(

@@ -17,8 +17,8 @@ An attack is put together from these components:
   cross entropy; :func:`negative_margin` makes CW of PGD, and :func:`dlr` ignores the scale of the logits.
 - *Loop*: :func:`pgd` (``projected_gradient``; also FGSM, MIM, CW and EOT), :func:`apgd` (``autopgd``), which
   chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, :func:`square`
-  (``square_attack``), which needs no gradient, and :func:`fmn` and :func:`ddn` (``minimum_norm``), which return
-  distances, too.
+  (``square_attack``), which needs no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the
+  distance, too, and return it.
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
   a model.

@@ -59,13 +59,13 @@ def fmn(
 
     ``x_{t+1} = project_{epsilon_t}(x_t + alpha_t g / ||g||_2)``,  ``g = -grad (z_y - max_{i != y} z_i)``
 
-    If ``x_t`` is misclassified, ``epsilon_t = min((1 - gamma_t) epsilon_{t-1}, d)`` with the smallest distance
-    ``d`` so far, otherwise ``(1 + gamma_t) epsilon_{t-1}``; while nothing is found, it is at least
+    If ``x_t`` is misclassified, ``epsilon_t = min((1 - gamma_t) epsilon_{t-1}, d)`` with the smallest
+    distance ``d`` so far, otherwise ``(1 + gamma_t) epsilon_{t-1}``; while nothing is found, it is at least
     ``||x_t - x|| + |z_y - max_{i != y} z_i| / ||g||_*`` with the dual norm, where a linear model would change
-    its prediction. Half a cosine takes ``alpha_t`` to a hundredth of the step size, and ``gamma_t`` to 0.001.
+    its prediction. Half a cosine takes ``alpha_t`` to a hundredth of the step size, ``gamma_t`` to 0.001.
 
-    In the paper the radius is this estimate alone while nothing is found. Where it falls short of the boundary
-    by a rounding, as it does on a linear model, the search would then stay there for good.
+    In the paper the radius is this estimate alone while nothing is found. Where it falls short of the
+    boundary by a rounding, as it may on a linear model, the search would then stay there for good.
 
     Args:
       logits_fn: the model; the logits of an image must not depend on other images, so batch norm uses its
@@ -153,8 +153,8 @@ def ddn(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range, or the norm is not L2.
 
-    Source: Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and
-    Defenses" (CVPR 2019), algorithm 1.
+    Source: Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks
+    and Defenses" (CVPR 2019), algorithm 1.
 
     Example:
       >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))  # class 1 is bright
@@ -166,7 +166,7 @@ def ddn(
     checks.positive(step_size=step_size, init_norm=init_norm)
     checks.below_one(gamma=gamma)
     if isinstance(threat, ThreatModel) and threat.norm != "l2":
-        raise ValueError(f"ddn minimises L2, and the threat model's norm is {threat.norm!r}; use fmn, or 'l2'")
+        raise ValueError(f"ddn minimises L2, and the norm is {threat.norm!r}; use fmn, or norm 'l2'")
 
     def move(at: _Place, threat: ThreatModel, images: chex.Array, progress: chex.Array) -> _Move:
         radius = at.radius * jnp.where(at.fooled, 1 - gamma, 1 + gamma).astype(images.dtype)
@@ -256,8 +256,8 @@ def _search(
         progress = (t / n_iter).astype(x.dtype)
         return *move(place, threat, images, progress), closest
 
-    everywhere = jnp.full(labels.shape, jnp.inf, images.dtype)
-    start = images, jnp.full_like(everywhere, first_radius), Closest(images, everywhere, labels != labels)
+    radius, nowhere = (jnp.full(labels.shape, value, images.dtype) for value in (first_radius, jnp.inf))
+    start = images, radius, Closest(images, nowhere, jnp.isfinite(nowhere))
     x, _, closest = jax.lax.fori_loop(0, n_iter, step, start)
     logits = checks.logits_of(len(images), logits_fn(x))
     return jax.lax.stop_gradient(keep(closest, x, jnp.argmax(logits, axis=-1) != labels))
@@ -275,5 +275,5 @@ def _unit(vectors: chex.Array) -> chex.Array:
 
 def _farthest(threat: ThreatModel, images: chex.Array) -> chex.Array:
     """Distance ``[B]`` of each image from the image farthest from it within the bounds."""
-    middle = (threat.lower + threat.upper) / 2
-    return threat.distance(jnp.where(images > middle, threat.lower, threat.upper).astype(images.dtype), images)
+    is_bright = images > (threat.lower + threat.upper) / 2
+    return threat.distance(jnp.where(is_bright, threat.lower, threat.upper), images)
