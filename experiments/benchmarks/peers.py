@@ -41,8 +41,9 @@ def main(arguments: list[str]) -> None:
         "examples": "test images, 200",
         "norm": "linf (the default) or l2",
         "epsilon": "radius; the run's by default",
+        "distances": "the minimum-norm attacks only",
     }
-    values = cli.parse(arguments, texts, __doc__)
+    values = cli.parse(arguments, texts, __doc__, switches=("distances",))
     if not values["workdir"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
@@ -61,8 +62,17 @@ def main(arguments: list[str]) -> None:
     print(f"{count} images, {norm}, epsilon {threat.epsilon:g}, largest difference of logits {apart:.1e}")
     print(f"clean accuracy {np.mean(clean.argmax(-1) == labels):.3f}")
 
-    ours = our_attacks(logits_fn, images, labels, threat)
-    theirs = their_attacks(twin, x, y, threat)
+    if not values["distances"]:
+        print_robust(our_attacks(logits_fn, images, labels, threat), their_attacks(twin, x, y, threat))
+    print_distances(our_distances(logits_fn, images, labels, norm), their_distances(twin, x, y, norm))
+
+
+Runs = dict[str, Callable[[], np.ndarray]]
+"""By attack, or by peer: returns one outcome per image."""
+
+
+def print_robust(ours: Runs, theirs: dict[str, Runs]) -> None:
+    """Prints a table in Markdown; an outcome is whether the image is still classified correctly."""
     print("| attack | ours | peer | theirs | differing images | ours s/image | theirs s/image | compile s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, attack in ours.items():
@@ -72,10 +82,9 @@ def main(arguments: list[str]) -> None:
             their_seconds, their_robust = timed(run)
             print(
                 f"| {name} | {robust.mean():.3f} | {peer} | {their_robust.mean():.3f} | "
-                f"{np.sum(robust != their_robust)} | {seconds / count:.4f} | {their_seconds / count:.4f} | "
-                f"{first - seconds:.1f} |"
+                f"{np.sum(robust != their_robust)} | {seconds / len(robust):.4f} | "
+                f"{their_seconds / len(robust):.4f} | {first - seconds:.1f} |"
             )
-    print_distances(our_distances(logits_fn, images, labels, norm), their_distances(twin, x, y, norm))
 
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
@@ -85,12 +94,11 @@ def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
     return time.perf_counter() - started, outcomes
 
 
-Distances = dict[str, dict[str, Callable[[], np.ndarray]]]
-"""By attack and peer: returns one distance per image, infinity where nothing was found."""
+def print_distances(ours: Runs, theirs: dict[str, Runs]) -> None:
+    """Prints a table in Markdown; an outcome is a distance, infinite where nothing was found.
 
-
-def print_distances(ours: dict[str, Callable[[], np.ndarray]], theirs: Distances) -> None:
-    """Prints a table in Markdown; a ratio is that of the distances of one image, ours over the peer's."""
+    A ratio is that of the distances of one image, ours over the peer's, where both found something.
+    """
     heads = (
         "attack", "ours, median", "found", "peer", "theirs, median", "found", "ratio, median",
         "ratio, 5 % to 95 %", "ours s/image", "theirs s/image", "compile s",
@@ -112,9 +120,7 @@ def print_distances(ours: dict[str, Callable[[], np.ndarray]], theirs: Distances
             )
 
 
-def our_distances(
-    logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, norm: str
-) -> dict[str, Callable[[], np.ndarray]]:
+def our_distances(logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, norm: str) -> Runs:
     """Returns the minimum-norm attacks of this norm, compiled."""
     chosen = {"fmn": attacks.fmn} | ({"ddn": attacks.ddn} if norm == "l2" else {})
 
@@ -129,7 +135,7 @@ def our_distances(
     }
 
 
-def their_distances(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, norm: str) -> Distances:
+def their_distances(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, norm: str) -> dict[str, Runs]:
     """Returns the same attacks of foolbox, with as many steps."""
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
 
@@ -158,9 +164,7 @@ class ProjectedFMN(foolbox.attacks.L2FMNAttack):
         return x0 + clip_lp_norms(x - x0, norm=epsilon, p=2)
 
 
-def our_attacks(
-    logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, threat: ThreatModel
-) -> dict[str, Callable[[], np.ndarray]]:
+def our_attacks(logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, threat: ThreatModel) -> Runs:
     """Returns PGD, FGSM and each attack of AutoAttack alone, compiled."""
     key, clean = jax.random.key(0), np.asarray(logits_fn(images)).argmax(-1)
     pgd = partial(attacks.pgd, logits_fn, key, threat=threat, steps=20, step_size=threat.epsilon / 8)
@@ -191,9 +195,7 @@ def our_attacks(
             pass
         return progress.broken_in == autoattack.ROBUST
 
-    runs: dict[str, Callable[[], np.ndarray]] = {
-        name: partial(simple, attack) for name, attack in alone.items()
-    }
+    runs: Runs = {name: partial(simple, attack) for name, attack in alone.items()}
     for name in ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"):
         (stage,) = autoattack.stages(name, 10, threat=threat)
         runs[name] = partial(staged, stage, jax.jit(partial(stage.attack, logits_fn)))
@@ -202,7 +204,7 @@ def our_attacks(
 
 def their_attacks(
     model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel
-) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
+) -> dict[str, Runs]:
     """Returns the same attacks of both peers, with the constants of AutoAttack."""
     norm, eps = {"linf": "Linf", "l2": "L2"}[threat.norm], threat.epsilon
     right = (model(x).argmax(1) == y).numpy()
