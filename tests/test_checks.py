@@ -214,7 +214,7 @@ SETTINGS = [  # attack, settings, message
     ("fmn", {"threat": 0.1}, "threat is a float; pass robal_jax.ThreatModel"),
     ("ddn", {"step_size": 0.0}, "step_size is 0; it must be finite and > 0"),
     ("ddn", {"init_norm": np.inf}, "init_norm is inf; it must be finite and > 0"),
-    ("ddn", {"threat": THREAT}, "ddn minimises L2, and the norm is 'linf'; use fmn, or norm 'l2'"),
+    ("ddn", {"threat": THREAT}, "'ddn' is for L2, and the norm is L-infinity; use fmn"),
     ("square", {"queries": -1}, "queries is -1; it must be at least 1"),
     ("autoattack", {"steps": 0}, "steps is 0; it must be at least 1"),
     ("autoattack", {"queries": -1}, "queries is -1; it must be at least 1"),

@@ -64,7 +64,7 @@ from robal_jax.attacks.margins import (
     targeted_dlr,
     targeted_margin,
 )
-from robal_jax.attacks.minimum_norm import Closest, ddn, fmn
+from robal_jax.attacks.minimum_norm import MINIMUM_NORM, Closest, check_minimum_norm, ddn, fmn
 from robal_jax.attacks.projected_gradient import loss_gradient, pgd, pgd_iterates, pgd_path, scaled
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
@@ -86,6 +86,7 @@ from robal_jax.attacks.threat import (
 )
 
 __all__ = [
+    "MINIMUM_NORM",
     "NORMS",
     "STARTS",
     "Attack",
@@ -96,6 +97,7 @@ __all__ = [
     "Start",
     "ThreatModel",
     "apgd",
+    "check_minimum_norm",
     "clean_start",
     "ddn",
     "dlr",

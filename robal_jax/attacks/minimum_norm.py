@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from robal_jax import checks, losses
 from robal_jax.attacks.margins import margin, of_class, of_wrong_classes
 from robal_jax.attacks.projected_gradient import loss_gradient
-from robal_jax.attacks.threat import LogitsFn, ThreatModel, check_attack, like_images, per_image
+from robal_jax.attacks.threat import NORMS, LogitsFn, ThreatModel, check_attack, like_images, per_image
+from robal_jax.errors import InputError
 
 
 class Closest(NamedTuple):
@@ -163,10 +164,10 @@ def ddn(
       >>> print(jnp.array_str(closest.distance, precision=3), closest.found)
       [0.05 0.3  0.  ] [ True  True  True]
     """
+    threat = check_attack(threat, images, labels)
+    check_minimum_norm("ddn", threat.norm)
     checks.positive(step_size=step_size, init_norm=init_norm)
     checks.below_one(gamma=gamma)
-    if isinstance(threat, ThreatModel) and threat.norm != "l2":
-        raise ValueError(f"ddn minimises L2, and the norm is {threat.norm!r}; use fmn, or norm 'l2'")
 
     def move(at: _Place, threat: ThreatModel, images: chex.Array, progress: chex.Array) -> _Move:
         radius = at.radius * jnp.where(at.fooled, 1 - gamma, 1 + gamma).astype(images.dtype)
@@ -179,6 +180,27 @@ def ddn(
         return jax.nn.logsumexp(of_wrong_classes(logits, labels), axis=-1) - of_class(logits, labels)
 
     return _search(logits_fn, images, labels, threat, n_iter, loss, init_norm, move)
+
+
+MINIMUM_NORM: dict[str, Callable[..., Closest]] = {"fmn": fmn, "ddn": ddn}
+"""Minimum-norm attacks by their names in a config."""
+
+
+def check_minimum_norm(name: str, norm: str) -> None:
+    """Refuses a name of no minimum-norm attack, or of one for another norm; '' is allowed, for none.
+
+    Raises:
+      InputError: says which to use.
+
+    Example:
+      >>> check_minimum_norm("ddn", "linf")
+      Traceback (most recent call last):
+      robal_jax.errors.InputError: minimum-norm attack 'ddn' is for L2, and the norm is L-infinity; use fmn
+    """
+    if name not in ("", *MINIMUM_NORM):
+        raise InputError(f"unknown minimum-norm attack {name!r}; use '' or one of {', '.join(MINIMUM_NORM)}")
+    if name == "ddn" and norm != "l2":
+        raise InputError(f"minimum-norm attack 'ddn' is for L2, and the norm is {NORMS[norm]}; use fmn")
 
 
 LAST_STEP = 0.01

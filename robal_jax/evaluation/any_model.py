@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
-from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
 from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
@@ -44,6 +44,7 @@ def evaluate_model(
     class_names: Sequence[str] | None = None,
     groups: str = "thirds",
     surrogate: LogitsFn | None = None,
+    minimum_norm: str = "",
     audit: int = 200,
     seed: int = 0,
     batch_size: int = 500,
@@ -75,6 +76,7 @@ def evaluate_model(
         'thirds,last_80_percent'. The first leads; the report shows all of several side by side. Other groups
         for a finished evaluation need no new attack.
       surrogate: another model of the same images, for the audit's attack by transfer.
+      minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       seed: of the attacks' random starts.
       batch_size: images per device in each call; a CPU takes fewer.
@@ -99,6 +101,7 @@ def evaluate_model(
     if select not in builder.SELECTIONS:
         raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
     version = autoattack.version_name(version)
+    check_minimum_norm(minimum_norm, threat.norm)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
@@ -121,6 +124,7 @@ def evaluate_model(
         layout="jit",
         groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
         protocols=protocols,
+        minimum_norm=minimum_norm,
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
@@ -243,6 +247,7 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
         "version": job.version,
         "audit": audit,
         "seed": job.seed,
+        **({"minimum_norm": job.minimum_norm} if job.minimum_norm else {}),
         **({} if select == "last" else {"select": select}),
     }
 
