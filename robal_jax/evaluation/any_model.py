@@ -98,12 +98,9 @@ def evaluate_model(
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
-    if select not in builder.SELECTIONS:
-        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    _check_names(select, minimum_norm, threat)
     version = autoattack.version_name(version)
-    check_minimum_norm(minimum_norm, threat.norm)
     predict, weights, num_classes = _parted(logits_fn, images)
-    ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
     test = _test_set(images, labels, num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
@@ -116,7 +113,7 @@ def evaluate_model(
         threat=threat,
         step_size=length,
         version=version,
-        ensemble=ensemble,
+        ensemble=autoattack.stages(version, num_classes, threat=threat),
         audit_examples=min(audit, len(labels)),
         surrogate="",
         batch_size=min(at_most, len(labels)),
@@ -170,6 +167,13 @@ def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tupl
     check_attack(threat, images, labels)
     checks.channels_last(images)
     return images, labels
+
+
+def _check_names(select: str, minimum_norm: str, threat: ThreatModel) -> None:
+    """Refuses an unknown way of choosing a checkpoint, and a minimum-norm attack that cannot be used."""
+    if select not in builder.SELECTIONS:
+        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    check_minimum_norm(minimum_norm, threat.norm)
 
 
 def _numbers(
