@@ -203,6 +203,9 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # runs AutoAttack, with 10 iterations, which much published work reports), 'plus', 'rand', 'none', or a
     # list such as 'apgd_ce,square'.
     config.autoattack = "robal_aa"
+    # 'fmn' (L-infinity, L2) or 'ddn' (L2): the distances of the closest adversarial images, their medians by
+    # class and group, and the robust accuracy by radius that follows from them; '': none
+    config.minimum_norm = ""
     config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
     config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
     config.precision = "highest"  # a robust accuracy needs full float32

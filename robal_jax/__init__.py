@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robal_jax.attacks import ThreatModel as ThreatModel
     from robal_jax.attacks import apgd as apgd
+    from robal_jax.attacks import ddn as ddn
     from robal_jax.attacks import dlr as dlr
     from robal_jax.attacks import fab as fab
+    from robal_jax.attacks import fmn as fmn
     from robal_jax.attacks import multi_targeted as multi_targeted
     from robal_jax.attacks import negative_margin as negative_margin
     from robal_jax.attacks import pgd as pgd
@@ -54,8 +56,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "attacks": (
-        "ThreatModel", "apgd", "dlr", "fab", "multi_targeted", "negative_margin", "pgd", "scaled", "square",
-        "targeted_apgd",
+        "ThreatModel", "apgd", "ddn", "dlr", "fab", "fmn", "multi_targeted", "negative_margin", "pgd",
+        "scaled", "square", "targeted_apgd",
     ),
     "attacks.autoattack": ("autoattack",),
     "classifiers": (
@@ -70,9 +72,9 @@ _WHERE = {
     "zoo": ("load_model",),
 }  # fmt: skip
 _ROOMS = (
-    "attacks", "builder", "classifiers", "cli", "data", "devices", "errors", "evaluation", "exchange", "keys",
-    "losses", "metrics", "models", "objectives", "optimizers", "pytorch", "reporting", "storage", "training",
-    "zoo",
+    "attacks", "builder", "classifiers", "cli", "data", "devices", "distances", "errors", "evaluation",
+    "exchange", "keys", "losses", "metrics", "models", "objectives", "optimizers", "pytorch", "reporting",
+    "storage", "training", "zoo",
 )  # fmt: skip
 _NAMES = {name: room for room, names in _WHERE.items() for name in names}
 

@@ -15,7 +15,7 @@ CLASSES = 4
 WEIGHT = jnp.asarray(np.random.RandomState(0).randn(4, CLASSES), jnp.float32)
 KEY, IMAGES = jax.random.key(0), jnp.linspace(0, 1, 12).reshape(3, 2, 2, 1)
 LABELS = jnp.array([0, 3, 2])
-THREAT = ThreatModel(0.1)
+THREAT, L2 = ThreatModel(0.1), ThreatModel(0.1, "l2")
 PGD = partial(attacks.pgd, threat=THREAT, steps=2, step_size=0.05)
 
 
@@ -63,13 +63,15 @@ ATTACKS = {
     "fab": partial(attacks.fab, threat=THREAT, n_iter=2),
     "fab, targeted": partial(attacks.fab, threat=THREAT, n_iter=2, rank=2),
     "square": partial(attacks.square, threat=THREAT, queries=2),
+    "fmn": lambda *arguments, **settings: attacks.fmn(*arguments, **{"threat": THREAT} | settings)[0],
+    "ddn": lambda *arguments, **settings: attacks.ddn(*arguments, **{"threat": L2} | settings)[0],
     "autoattack": ensemble,
     "autoattack, rand": lambda model, *rest: ensemble(random(model), *rest, version="rand"),
 }
 COMPILED = {name: attack for name, attack in ATTACKS.items() if not name.startswith("autoattack")}
 """Those that a program of the user can contain; the ensemble is a loop of programs."""
 
-WITHOUT_KEYS = ("pgd_path", "fab", "fab, targeted")
+WITHOUT_KEYS = ("pgd_path", "fab", "fab, targeted", "fmn", "ddn")
 
 SHAPES_AND_TYPES = {  # images, labels, message
     "labels in a column": (IMAGES, LABELS[:, None], r"labels have shape \[3, 1\], .* pass labels\[:, 0\]"),
@@ -207,6 +209,12 @@ SETTINGS = [  # attack, settings, message
     ("fab", {"n_iter": 0}, "n_iter is 0; it must be at least 1"),
     ("fab", {"rank": jnp.int32(1)}, r"rank is 1; with 4 classes it must be in 2\.\.4"),
     ("fab", {"start": IMAGES[:1]}, r"start has shape \[1, 2, 2, 1\]; .* \[3, 2, 2, 1\]"),
+    ("fmn", {"n_iter": 0}, "n_iter is 0; it must be at least 1"),
+    ("fmn", {"gamma": 1.0}, r"gamma is 1; it must be in \[0, 1\)"),
+    ("fmn", {"threat": 0.1}, "threat is a float; pass robal_jax.ThreatModel"),
+    ("ddn", {"step_size": 0.0}, "step_size is 0; it must be finite and > 0"),
+    ("ddn", {"init_norm": np.inf}, "init_norm is inf; it must be finite and > 0"),
+    ("ddn", {"threat": THREAT}, "'ddn' is for L2, and the norm is L-infinity; use fmn"),
     ("square", {"queries": -1}, "queries is -1; it must be at least 1"),
     ("autoattack", {"steps": 0}, "steps is 0; it must be at least 1"),
     ("autoattack", {"queries": -1}, "queries is -1; it must be at least 1"),

@@ -25,10 +25,12 @@ from robal_jax import (
 from robal_jax.attacks import ThreatModel, autoattack, clean_start
 from robal_jax.devices import cpu
 from robal_jax.errors import InputError
+from robal_jax.evaluation import loop
 from robal_jax.evaluation.victim import Victim
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config
 from robal_jax.storage.progress import Meter, training_curve
+from robal_jax.storage.unfinished import Unfinished
 from robal_jax.storage.workdir import processor, restore_weights
 
 FIGURES = {f"{name}.png" for name in ("per_class", "attacks", "errors", "confusion", "norms", "training")}
@@ -282,6 +284,36 @@ def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
     folder, _ = run(copy)
     assert len(updates) == len(set(updates)), "something was done twice"
     assert_same(folder, evaluated / "evaluation")
+
+
+@pytest.mark.slow
+def test_distances_are_found_in_parts(copy, tmp_path):
+    settings = ["evaluation.minimum_norm=fmn", *SHORT]
+    config = cli.apply_overrides(read_config(copy), [f"--config.{o}" for o in settings])
+    job, (weights, *_) = builder.evaluation(config), state_of(copy)[1]
+    victim = loop.as_victim(job, weights)
+
+    def part(stop):
+        return loop.distances(victim, job, Unfinished(tmp_path / "unfinished" / "distances.npz", {}), stop)
+
+    class AfterOne(list):
+        def __bool__(self):  # is asked twice per batch: before it, and after it
+            self.append(0)
+            return len(self) > 1
+
+    whole = loop.distances(victim, job, Unfinished(tmp_path / "whole" / "distances.npz", {}), [])
+    assert whole.shape == (TEST_IMAGES,)
+    assert part(AfterOne()) is None
+    saved = Unfinished(tmp_path / "unfinished" / "distances.npz", {}).arrays["distance"]
+    assert 0 < len(saved) < TEST_IMAGES
+    np.testing.assert_array_equal(saved, whole[: len(saved)])
+    np.testing.assert_array_equal(part([]), whole)
+
+
+@pytest.mark.slow
+def test_a_minimum_norm_attack_of_another_norm(copy):
+    with pytest.raises(InputError, match="minimum-norm attack 'ddn' is for L2, and the norm is L-infinity"):
+        run(copy, "evaluation.minimum_norm=ddn")
 
 
 def assert_same(folder, expected_folder):

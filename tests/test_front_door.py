@@ -148,6 +148,29 @@ def test_the_audit_with_a_surrogate(digits):
 
 
 @pytest.mark.slow
+def test_distances_of_any_model(digits, tmp_path, undrawn):
+    images, labels = digits
+    model, counts = plain(images, labels), np.arange(40, 20, -2)
+    options = {**SHORT, "version": "none", "folder": tmp_path, "minimum_norm": "fmn", "class_counts": counts}
+    found = evaluate_model(model, images, labels, **options)
+    closest = jax.jit(lambda *batch: robal_jax.fmn(model, None, *batch, threat=THREAT))(images, labels)
+    lengths = found.examples["distance_fmn"]
+    # In another batch a rounding may decide whether an image on the boundary counts: by one step of gamma.
+    np.testing.assert_allclose(lengths, closest.distance, rtol=0.05)
+    assert found.distances["found"] == np.isfinite(lengths).sum()
+    assert found.distances["median"]["all"]["value"] == np.median(lengths)
+    assert list(found.distances["median"]["groups"]) == ["head", "medium", "tail"]
+    curve = found.distances["curve"]
+    shares = [figure["value"] for figure in curve["series"]["fmn"]]
+    assert shares == [np.mean(lengths > x) for x in curve["x"]]
+    assert shares[curve["x"].index(0)] == found.conditions["clean"]["accuracy"]["value"]
+    assert THREAT.epsilon in curve["x"]
+    assert "FMN looks for the closest adversarial image" in (tmp_path / "report.md").read_text()
+    again = evaluate_model(model, images, labels, groups="last_five", **options)
+    assert list(again.distances["median"]["groups"]) == ["rest", "last_five"]
+
+
+@pytest.mark.slow
 def test_groups_of_any_model(digits, tmp_path, undrawn):
     """No class is rare: the report says so; other groups, and the counts themselves, need no new attack."""
     images, labels = digits
@@ -247,6 +270,8 @@ def test_outcomes_of_the_ensemble_alone(digits):
         ({"class_counts": [1, 2]}, InputError, r"class_counts is \[2\]; it must be \[10\]"),
         ({"class_names": ["a"]}, InputError, r"class_names is \[\'a\'\]; pass a list of 10 texts"),
         ({"version": "autoatack"}, InputError, "autoatack"),
+        ({"minimum_norm": "cw"}, InputError, "unknown minimum-norm attack 'cw'; use '' or one of fmn, ddn"),
+        ({"minimum_norm": "ddn"}, InputError, "'ddn' is for L2, and the norm is L-infinity; use fmn"),
         ({"logits_fn": lambda x: (x, x)}, ValueError, "logits_fn returns a tuple"),
         ({"logits_fn": lambda x: x.sum((1, 2, 3))}, ValueError, r"returns float32\[2\] for 2 images"),
         ({"logits_fn": lambda x: np.asarray(x).reshape(-1, 64)}, ValueError, "write it with jax.numpy"),

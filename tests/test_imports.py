@@ -38,7 +38,7 @@ LAYERS = (
         "class_statistics",
         "regularisers",
     },
-    {"objectives", "storage"},
+    {"distances", "objectives", "storage"},
     {"attack_modes"},
     {"reporting", "pytorch"},
     {"builder"},

@@ -43,6 +43,7 @@ ATTACKS = {
     "apgd": partial(attacks.apgd, threat=THREAT, steps=3, loss=attacks.dlr),
     "fab": partial(attacks.fab, threat=THREAT, n_iter=2, rank=2),
     "square": partial(attacks.square, threat=THREAT, queries=3),
+    "fmn": lambda *arguments: attacks.fmn(*arguments, threat=THREAT, n_iter=3).images,
 }
 
 

@@ -434,6 +434,26 @@ def test_accuracy_by_radius(tmp_path, undrawn):
     assert markdown.index("(epsilon.png)") < markdown.index("## Audit")
 
 
+def test_distances(tmp_path, undrawn):
+    figure, unknown = {"value": 0.15, "low": 0.1, "high": 0.2}, {"value": None, "low": 0.3, "high": None}
+    median = {
+        "all": figure,
+        "per_class": [figure] * 9 + [unknown],
+        "groups": {"head": figure, "tail": unknown},
+    }
+    found = {"attack": "fmn", "found": 150, "median": median, "curve": curve([0, 8 / 255], fmn=[0.9, 0.5])}
+    write_report(tmp_path, fake_results(meta=META | {"n": 200}, distances=found))
+    markdown = (tmp_path / "report.md").read_text()
+    assert "it found one for 150 of 200 images" in markdown
+    assert "| Head | 0.15 [0.1, 0.2] |" in markdown
+    assert "| Tail | ∞ [0.3, ∞] |" in markdown
+    assert "| 8/255 | 50.0 [45.0, 55.0] |" in markdown
+    assert Results.read(tmp_path).distances == found
+    write_report(tmp_path, fake_results())
+    assert "distances" not in json.loads((tmp_path / "results.json").read_text())
+    assert "Distance to" not in (tmp_path / "report.md").read_text()
+
+
 def test_numbers_in_strings_keep_their_spaces(tmp_path, undrawn):
     meta = META | {"remark": "[1,  2]", "list": [1, [2, 3]], "empty": []}
     write_report(tmp_path, fake_results(meta=meta))

@@ -37,12 +37,13 @@ PARTS = {  # files of the library: the test files that should see a mutation; th
     "attacks": {
         "attacks/square_attack.py": "square",
         "attacks/fab_attack.py": "fab",
+        "attacks/minimum_norm.py": "minimum_norm",
         "attacks/autopgd.py": "autopgd",
         "attacks/autoattack.py": "autoattack",
         "attacks/margins.py": "attacks square",
         "attacks/*.py": "attacks",
     },
-    "metrics": {"metrics.py": "metrics"},
+    "metrics": {"metrics.py": "metrics", "distances.py": "distances"},
     "objectives": {"objectives.py": "objectives"},
     "training": {"training/*.py": "train streaming"},
     "evaluation": {

@@ -2,8 +2,8 @@
 
 The network of a digits run is built in PyTorch with the same weights, and all attacks use the same test
 images and the same constants. Prints the robust accuracy, the number of images on which a peer differs from
-ours, and the seconds per image. Needs PyTorch, foolbox and torchattacks (pip install foolbox; pip install
---no-deps torchattacks).
+ours, and the seconds per image; then the median distances of the minimum-norm attacks. Needs PyTorch, foolbox
+and torchattacks (pip install foolbox; pip install --no-deps torchattacks).
 """
 
 import pathlib
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchattacks
+from foolbox.attacks.gradient_descent_base import clip_lp_norms
 
 from experiments.benchmarks import evaluation, torch_networks
 from robal_jax import attacks, builder, cli
@@ -40,8 +41,9 @@ def main(arguments: list[str]) -> None:
         "examples": "test images, 200",
         "norm": "linf (the default) or l2",
         "epsilon": "radius; the run's by default",
+        "distances": "the minimum-norm attacks only",
     }
-    values = cli.parse(arguments, texts, __doc__)
+    values = cli.parse(arguments, texts, __doc__, switches=("distances",))
     if not values["workdir"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
@@ -60,8 +62,17 @@ def main(arguments: list[str]) -> None:
     print(f"{count} images, {norm}, epsilon {threat.epsilon:g}, largest difference of logits {apart:.1e}")
     print(f"clean accuracy {np.mean(clean.argmax(-1) == labels):.3f}")
 
-    ours = our_attacks(logits_fn, images, labels, threat)
-    theirs = their_attacks(twin, x, y, threat)
+    if not values["distances"]:
+        print_robust(our_attacks(logits_fn, images, labels, threat), their_attacks(twin, x, y, threat))
+    print_distances(our_distances(logits_fn, images, labels, norm), their_distances(twin, x, y, norm))
+
+
+Runs = dict[str, Callable[[], np.ndarray]]
+"""By attack, or by peer: returns one outcome per image."""
+
+
+def print_robust(ours: Runs, theirs: dict[str, Runs]) -> None:
+    """Prints a table in Markdown; an outcome is whether the image is still classified correctly."""
     print("| attack | ours | peer | theirs | differing images | ours s/image | theirs s/image | compile s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, attack in ours.items():
@@ -71,21 +82,89 @@ def main(arguments: list[str]) -> None:
             their_seconds, their_robust = timed(run)
             print(
                 f"| {name} | {robust.mean():.3f} | {peer} | {their_robust.mean():.3f} | "
-                f"{np.sum(robust != their_robust)} | {seconds / count:.4f} | {their_seconds / count:.4f} | "
-                f"{first - seconds:.1f} |"
+                f"{np.sum(robust != their_robust)} | {seconds / len(robust):.4f} | "
+                f"{their_seconds / len(robust):.4f} | {first - seconds:.1f} |"
             )
 
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Returns the seconds of an attack, and which images are still classified correctly."""
+    """Returns the seconds of an attack, and what it returns."""
     started = time.perf_counter()
-    robust = run()
-    return time.perf_counter() - started, robust
+    outcomes = run()
+    return time.perf_counter() - started, outcomes
 
 
-def our_attacks(
-    logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, threat: ThreatModel
-) -> dict[str, Callable[[], np.ndarray]]:
+def print_distances(ours: Runs, theirs: dict[str, Runs]) -> None:
+    """Prints a table in Markdown; an outcome is a distance, infinite where nothing was found.
+
+    A ratio is that of the distances of one image, ours over the peer's, where both found something.
+    """
+    heads = (
+        "attack", "ours, median", "found", "peer", "theirs, median", "found", "ratio, median",
+        "ratio, 5 % to 95 %", "ours s/image", "theirs s/image", "compile s",
+    )  # fmt: skip
+    for row in (heads, ("---",) * len(heads)):
+        print(f"| {' | '.join(row)} |")
+    for name, attack in ours.items():
+        first, _ = timed(attack)
+        seconds, mine = timed(attack)
+        for peer, run in theirs[name].items():
+            their_seconds, other = timed(run)
+            both = np.isfinite(mine) & np.isfinite(other) & (mine > 0)
+            low, middle, high = np.percentile(mine[both] / other[both], (5, 50, 95))
+            print(
+                f"| {name} | {np.median(mine):.4f} | {np.isfinite(mine).sum()} | {peer} | "
+                f"{np.median(other):.4f} | {np.isfinite(other).sum()} | "
+                f"{middle:.4f} | {low:.4f} to {high:.4f} | "
+                f"{seconds / len(mine):.4f} | {their_seconds / len(mine):.4f} | {first - seconds:.1f} |"
+            )
+
+
+def our_distances(logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, norm: str) -> Runs:
+    """Returns the minimum-norm attacks of this norm, compiled."""
+    chosen = {"fmn": attacks.fmn} | ({"ddn": attacks.ddn} if norm == "l2" else {})
+
+    def distances(attack: Callable) -> np.ndarray:
+        return np.asarray(attack(images, jnp.asarray(labels)).distance)
+
+    return {
+        name: partial(
+            distances, jax.jit(partial(attack, logits_fn, None, threat=ThreatModel(1.0, norm), n_iter=STEPS))
+        )
+        for name, attack in chosen.items()
+    }
+
+
+def their_distances(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, norm: str) -> dict[str, Runs]:
+    """Returns the same attacks of foolbox, with as many steps."""
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+
+    def distances(attack: Any) -> np.ndarray:
+        shown = attack(wrapped, x, y, epsilons=None)[1]
+        length = (shown - x).flatten(1).norm(float("inf") if norm == "linf" else 2, dim=1)
+        fooled = (model(shown).argmax(1) != y).numpy()
+        return np.where(fooled, length.numpy(), np.inf)
+
+    if norm == "linf":
+        return {"fmn": {"foolbox": partial(distances, foolbox.attacks.LInfFMNAttack(steps=STEPS))}}
+    return {
+        "fmn": {
+            "foolbox": partial(distances, foolbox.attacks.L2FMNAttack(steps=STEPS)),
+            "foolbox, projected": partial(distances, ProjectedFMN(steps=STEPS)),
+        },
+        "ddn": {"foolbox": partial(distances, foolbox.attacks.DDNAttack(steps=STEPS))},
+    }
+
+
+class ProjectedFMN(foolbox.attacks.L2FMNAttack):
+    """FMN of foolbox with the paper's projection; that of foolbox 3.3.4 divides norms by themselves."""
+
+    def project(self, x: Any, x0: Any, epsilon: Any) -> Any:
+        """Moves candidates into the L2 ball of each image's radius."""
+        return x0 + clip_lp_norms(x - x0, norm=epsilon, p=2)
+
+
+def our_attacks(logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, threat: ThreatModel) -> Runs:
     """Returns PGD, FGSM and each attack of AutoAttack alone, compiled."""
     key, clean = jax.random.key(0), np.asarray(logits_fn(images)).argmax(-1)
     pgd = partial(attacks.pgd, logits_fn, key, threat=threat, steps=20, step_size=threat.epsilon / 8)
@@ -116,9 +195,7 @@ def our_attacks(
             pass
         return progress.broken_in == autoattack.ROBUST
 
-    runs: dict[str, Callable[[], np.ndarray]] = {
-        name: partial(simple, attack) for name, attack in alone.items()
-    }
+    runs: Runs = {name: partial(simple, attack) for name, attack in alone.items()}
     for name in ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"):
         (stage,) = autoattack.stages(name, 10, threat=threat)
         runs[name] = partial(staged, stage, jax.jit(partial(stage.attack, logits_fn)))
@@ -127,7 +204,7 @@ def our_attacks(
 
 def their_attacks(
     model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel
-) -> dict[str, dict[str, Callable[[], np.ndarray]]]:
+) -> dict[str, Runs]:
     """Returns the same attacks of both peers, with the constants of AutoAttack."""
     norm, eps = {"linf": "Linf", "l2": "L2"}[threat.norm], threat.epsilon
     right = (model(x).argmax(1) == y).numpy()

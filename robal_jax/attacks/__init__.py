@@ -16,8 +16,9 @@ An attack is put together from these components:
 - *Loss* (``margins``, ``robal_jax.losses``): one value per image, which the attack increases. The default is
   cross entropy; :func:`negative_margin` makes CW of PGD, and :func:`dlr` ignores the scale of the logits.
 - *Loop*: :func:`pgd` (``projected_gradient``; also FGSM, MIM, CW and EOT), :func:`apgd` (``autopgd``), which
-  chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, and :func:`square`
-  (``square_attack``), which needs no gradient.
+  chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, :func:`square`
+  (``square_attack``), which needs no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the
+  distance, too, and return it.
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
   a model.
@@ -63,6 +64,7 @@ from robal_jax.attacks.margins import (
     targeted_dlr,
     targeted_margin,
 )
+from robal_jax.attacks.minimum_norm import MINIMUM_NORM, Closest, check_minimum_norm, ddn, fmn
 from robal_jax.attacks.projected_gradient import loss_gradient, pgd, pgd_iterates, pgd_path, scaled
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
@@ -84,18 +86,23 @@ from robal_jax.attacks.threat import (
 )
 
 __all__ = [
+    "MINIMUM_NORM",
     "NORMS",
     "STARTS",
     "Attack",
+    "Closest",
     "FreeSteps",
     "LogitsFn",
     "RandomLogitsFn",
     "Start",
     "ThreatModel",
     "apgd",
+    "check_minimum_norm",
     "clean_start",
+    "ddn",
     "dlr",
     "fab",
+    "fmn",
     "gaussian_start",
     "like_images",
     "loss_gradient",

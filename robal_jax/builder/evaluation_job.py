@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from robal_jax import classifiers, metrics, models
-from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
 from robal_jax.budgets import BUDGETS
 from robal_jax.builder import contracts
 from robal_jax.builder.contracts import calling
@@ -99,6 +99,7 @@ class Evaluation:
       judged: the weights, the radius and the rule of radii by class, as the record of a best checkpoint has
         them, see ``storage.best.Record``.
       protocols: all protocols of class groups, see ``metrics.groups_by_protocol``.
+      minimum_norm: a key of ``attacks.MINIMUM_NORM``; '' for no distances.
     """
 
     test: TestSet
@@ -122,6 +123,7 @@ class Evaluation:
     select: str = "last"
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
     protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    minimum_norm: str = ""
 
 
 def evaluation(
@@ -185,6 +187,7 @@ def evaluation_on(
 
     threat, step_size, by_class = radii_of(config, test.class_counts)
     version = settings.autoattack
+    check_minimum_norm(settings.minimum_norm, threat.norm)
     pixels = math.prod(test.images.shape[1:3])
     ensemble = autoattack.stages(version, len(counts), threat=threat)
     batch_size = at_once(settings.batch_size, pixels, platform)
@@ -206,6 +209,7 @@ def evaluation_on(
         layout=config.train.layout,
         groups=next(iter(protocols.values())),
         protocols=protocols,
+        minimum_norm=settings.minimum_norm,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
         judged={

@@ -22,7 +22,7 @@ from robal_jax import (
     optimizers,
     regularisers,
 )
-from robal_jax.attacks import NORMS, STARTS
+from robal_jax.attacks import MINIMUM_NORM, NORMS, STARTS
 from robal_jax.attacks.threat import in_255ths
 from robal_jax.data import AUGMENTATIONS, MIXINGS, SAMPLERS
 from robal_jax.devices import parallel
@@ -133,6 +133,10 @@ RANGES: dict[str, Rule] = {
         f"a list with commas and no spaces of {', '.join(metrics.GROUPS)}, each once",
         metrics.are_protocols,
     ),
+    "evaluation.minimum_norm": (
+        f"'' or one of {', '.join(MINIMUM_NORM)}",
+        lambda value: not value or value in MINIMUM_NORM,
+    ),
     "optimizer.decayed": _one_of(optimizers.DECAYED),
     "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(_BELOW_ONE_FIELDS, BELOW_ONE),
@@ -167,7 +171,7 @@ _TEXTS = (
     "train.start_from", "train.select", "train.augmentation", "train.layout",
     "train.precision",
     "evaluation.head.name", "evaluation.autoattack", "evaluation.audit.surrogate", "evaluation.precision",
-    "evaluation.weights", "evaluation.budget.name", "evaluation.groups",
+    "evaluation.weights", "evaluation.budget.name", "evaluation.groups", "evaluation.minimum_norm",
 )  # fmt: skip
 
 _INTEGERS = (

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
-from robal_jax.attacks import NORMS, ThreatModel, autoattack
+from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
 from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.devices import hosts
@@ -44,6 +44,7 @@ def evaluate_model(
     class_names: Sequence[str] | None = None,
     groups: str = "thirds",
     surrogate: LogitsFn | None = None,
+    minimum_norm: str = "",
     audit: int = 200,
     seed: int = 0,
     batch_size: int = 500,
@@ -75,6 +76,7 @@ def evaluate_model(
         'thirds,last_80_percent'. The first leads; the report shows all of several side by side. Other groups
         for a finished evaluation need no new attack.
       surrogate: another model of the same images, for the audit's attack by transfer.
+      minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       seed: of the attacks' random starts.
       batch_size: images per device in each call; a CPU takes fewer.
@@ -96,11 +98,9 @@ def evaluate_model(
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
-    if select not in builder.SELECTIONS:
-        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    _check_names(select, minimum_norm, threat)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
-    ensemble = autoattack.stages(version, num_classes, threat=threat)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
     test = _test_set(images, labels, num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
@@ -113,7 +113,7 @@ def evaluate_model(
         threat=threat,
         step_size=length,
         version=version,
-        ensemble=ensemble,
+        ensemble=autoattack.stages(version, num_classes, threat=threat),
         audit_examples=min(audit, len(labels)),
         surrogate="",
         batch_size=min(at_most, len(labels)),
@@ -121,6 +121,7 @@ def evaluate_model(
         layout="jit",
         groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
         protocols=protocols,
+        minimum_norm=minimum_norm,
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
@@ -166,6 +167,13 @@ def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tupl
     check_attack(threat, images, labels)
     checks.channels_last(images)
     return images, labels
+
+
+def _check_names(select: str, minimum_norm: str, threat: ThreatModel) -> None:
+    """Refuses an unknown way of choosing a checkpoint, and a minimum-norm attack that cannot be used."""
+    if select not in builder.SELECTIONS:
+        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    check_minimum_norm(minimum_norm, threat.norm)
 
 
 def _numbers(
@@ -243,6 +251,7 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
         "version": job.version,
         "audit": audit,
         "seed": job.seed,
+        **({"minimum_norm": job.minimum_norm} if job.minimum_norm else {}),
         **({} if select == "last" else {"select": select}),
     }
 

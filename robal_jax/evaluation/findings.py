@@ -4,6 +4,7 @@ What is finished is written before what may fail: first the adversarial images, 
 then the report, then the table on the terminal. A report is made of the stored files alone.
 """
 
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import builder, metrics
+from robal_jax import builder, distances, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
@@ -40,6 +41,9 @@ from robal_jax.storage.names import ADVERSARIAL, EXAMPLES, REPORT_HTML, RESULTS
 
 GALLERY_IMAGES = 8
 
+CURVE_FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Radii of the accuracies that follow from distances, in multiples of the evaluation's largest radius."""
+
 
 def store(
     victim: Victim,
@@ -57,7 +61,7 @@ def store(
       victim: the model and the test images.
       job: what was evaluated, and how.
       weights: ``params`` and ``stats`` of the model.
-      outcomes: of all test images, by condition.
+      outcomes: of all test images, by condition; with a minimum-norm attack its distances under its name.
       found: what the ensemble found.
       sample: what the audit measured.
       meta: see :class:`Results`.
@@ -79,10 +83,13 @@ def store(
         summary=_summary(job, labels, predictions),
         audit=_audit(sample, verdicts, curves),
         norms=_norms(victim, job, weights["params"]),
+        distances=_distances(job, labels, to_arrays(outcomes)),
     )
     kept: Outcomes = {name: {"pred": values} for name, values in predictions.items()}
     for condition in CONDITIONS:
         kept[condition]["distance"] = outcomes[condition]["distance"]
+    if job.minimum_norm:
+        kept[job.minimum_norm] = outcomes[job.minimum_norm]
     arrays: dict[str, Any] = {"labels": labels, "ids": victim.ids, **to_arrays(kept)}
 
     def write() -> None:
@@ -100,6 +107,23 @@ def _summary(
     several = {} if list(job.protocols) == ["thirds"] else job.protocols
     counts = job.test.class_counts
     return metrics.summarize(labels, predictions, counts, groups=job.groups, protocols=several)
+
+
+def _distances(
+    job: builder.Evaluation, labels: np.ndarray, arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Returns the figures of the minimum-norm attack as :class:`Results` holds them; None without one."""
+    if not job.minimum_norm:
+        return None
+    lengths, counts = arrays[f"distance_{job.minimum_norm}"], job.test.class_counts
+    medians = distances.median_distances(labels, lengths, counts, groups=job.groups)
+    radii = [float(factor * np.max(job.threat.epsilon)) for factor in CURVE_FACTORS]
+    return {
+        "attack": job.minimum_norm,
+        "found": int(np.isfinite(lengths).sum()),
+        "median": json.loads(json.dumps(medians), parse_constant=lambda _: None),  # infinity
+        "curve": {"x": radii, "series": {job.minimum_norm: [metrics.share(lengths > x) for x in radii]}},
+    }
 
 
 def regroup(
@@ -128,7 +152,8 @@ def regroup(
     meta |= {name: about[name] for name in ("config", "imbalance", "command") if about.get(name)}
     meta |= {} if beside is None else at_common_radius(beside, meta)
     remove_report(folder)
-    Results(meta, summary, run.audit, run.norms).write(folder)
+    lengths = _distances(job, run.examples["labels"], run.examples)
+    Results(meta, summary, run.audit, run.norms, lengths).write(folder)
 
 
 def _remove(folder: pathlib.Path) -> None:

@@ -3,8 +3,9 @@
 1. The attacks of RoBal's tables with fixed steps (``steps.py``): FGSM, PGD-20 (also after 5 and 10 steps),
    MIM-20 and CW-20, at the config's logit scale and prior adjustment.
 2. An ensemble: AutoAttack or a part of it (``attacks/autoattack.py``).
-3. The audit of these attacks on a sample (``measurements.py``).
-4. Verdicts, results and the report (``findings.py``).
+3. The distances of the closest adversarial images, if they are asked for (``attacks/minimum_norm.py``).
+4. The audit of these attacks on a sample (``measurements.py``).
+5. Verdicts, results and the report (``findings.py``).
 
 The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
 devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
@@ -25,12 +26,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from robal_jax import builder, metrics
-from robal_jax.attacks import autoattack
+from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, user_path
 from robal_jax.evaluation.findings import is_stored, publish, regroup, store
-from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_measurements
-from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
+from robal_jax.evaluation.measurements import (
+    Measured,
+    Sample,
+    largest_radius,
+    outputs,
+    plan_measurements,
+)
+from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, closest_step, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting import report
 from robal_jax.reporting.budgets import at_common_radius
@@ -194,11 +201,12 @@ def _attack_and_store(
         parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", subject.identity))
         return parts[-1]
 
-    first, second, third = PARTS
+    first, second, third, fourth = PARTS
     outcomes = conditions(victim, job, part(first), stop)
     found = None if outcomes is None else ensemble(victim, job, outcomes, part(second), stop)
-    sample = None if found is None else audited(victim, job, subject.surrogate, part(third), stop)
-    if outcomes is None or found is None or sample is None:
+    lengths = None if found is None else distances(victim, job, part(third), stop)
+    sample = None if lengths is None else audited(victim, job, subject.surrogate, part(fourth), stop)
+    if outcomes is None or found is None or lengths is None or sample is None:
         return False
     made_with = versions()
     meta = {
@@ -218,6 +226,8 @@ def _attack_and_store(
     }
     if subject.beside is not None:
         meta |= hosts.by_first(partial(at_common_radius, subject.beside, meta))
+    if job.minimum_norm:
+        outcomes[job.minimum_norm] = {"distance": lengths}
     store(victim, job, subject.weights, outcomes, found, sample, meta, folder)
     return True
 
@@ -338,6 +348,33 @@ def ensemble(
                     return None
     kept.save(_progress_arrays(progress))
     return progress
+
+
+def distances(
+    victim: Victim, job: builder.Evaluation, kept: Unfinished, stop: hosts.Stop
+) -> np.ndarray | None:
+    """Returns the distances of the closest adversarial images ``[n]``; None if stopped before the end.
+
+    A distance is 0 where the clean image is misclassified, and infinite where no adversarial image was found.
+    Without a minimum-norm attack there are none.
+    """
+    labels, total, name = victim.labels, len(victim.labels), job.minimum_norm
+    found = kept.arrays.get("distance", np.zeros(0, np.float32))
+    if not name:
+        return found
+    step = victim.compile(partial(closest_step, name=name, threat=job.threat))
+    farthest = ThreatModel(largest_radius(job.threat.norm, victim.pixels), job.threat.norm)
+    with hosts.only_first(lambda: Meter(name, total, len(found))) as meter:
+        while len(found) < total and not stop:
+            ids = np.arange(len(found), min(len(found) + victim.size, total))
+            judged = step(ids)
+            check(name, judged, farthest, victim.pixels)
+            lengths = np.where(judged["pred"] == labels[ids], np.inf, judged["distance"])
+            found = np.concatenate([found, lengths.astype(np.float32)])
+            meter.update(len(found), f"median distance {np.median(found):.3g}")
+            if stop or len(found) == total or kept.due:
+                kept.save({"distance": found})
+    return found if len(found) == total else None
 
 
 def _progress_arrays(progress: autoattack.Progress) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The steps of an evaluation on one batch, as pure functions: they attack images and judge the result.
 
-:func:`eval_step` makes the conditions of RoBal's tables, :func:`attack_step` one round of an ensemble, and
-:func:`shown_step` judges images made elsewhere. :func:`check` looks at the outcomes on the host.
+:func:`eval_step` makes the conditions of RoBal's tables, :func:`attack_step` one round of an ensemble,
+:func:`closest_step` the closest adversarial images, and :func:`shown_step` judges images made elsewhere.
+:func:`check` looks at the outcomes on the host.
 """
 
 from collections.abc import Mapping
@@ -106,6 +107,29 @@ def attack_step(
     model = (lambda x, keys: logits_fn(x)) if random else logits_fn
     shown = stage.attack(model, keys, images, labels, number)
     return {"images": shown, **judge(logits_fn, shown, images, threat)}
+
+
+def closest_step(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    *,
+    name: str,
+    threat: ThreatModel,
+) -> Judged:
+    """Returns how the model classifies the closest adversarial images of a minimum-norm attack.
+
+    Args:
+      logits_fn: the model.
+      keys: ``[B]``.
+      images: ``[B, H, W, C]`` in [0, 1].
+      labels: ``[B]``.
+      name: of the attack, a key of ``attacks.MINIMUM_NORM``.
+      threat: its norm and bounds.
+    """
+    closest = attacks.MINIMUM_NORM[name](logits_fn, keys, images, labels, threat=threat)
+    return judge(logits_fn, closest.images, images, threat)
 
 
 def shown_step(

@@ -92,12 +92,16 @@ class Results:
         {'x': m numbers, 'series': {name: m FIGUREs}}.
       norms: None if the features are not known. 'features', the mean norm of each class's features, [K];
         'weights', the norm of each class's weight vector, [K], or None if the head has no such vectors.
+      distances: of the closest adversarial images; None if they were not asked for. 'attack', 'found' (number
+        of images with one), 'median', as :func:`distances.median_distances` returns it with None for
+        infinity, and 'curve', the robust accuracy by radius, in the form of the audit's curves.
     """
 
     meta: Mapping[str, Any]
     summary: Mapping[str, Any]
     audit: Mapping[str, Any] | None = None
     norms: Mapping[str, Any] | None = None
+    distances: Mapping[str, Any] | None = None
 
     @property
     def conditions(self) -> Mapping[str, Any]:
@@ -163,6 +167,7 @@ class Results:
           OSError: the folder cannot be written to.
         """
         content = {"meta": self.meta, "summary": self.summary, "audit": self.audit, "norms": self.norms}
+        content |= {"distances": self.distances} if self.distances else {}
         texts = {RESULTS: json_text(content), PER_CLASS: _per_class_csv(self)}
         for name, text in texts.items():
             write_whole(folder / name, text.encode(errors="backslashreplace"))
@@ -177,7 +182,8 @@ class Results:
         """
         with _reading(folder / RESULTS):
             content = json.loads((folder / RESULTS).read_text())
-            results = Results(content["meta"], content["summary"], content.get("audit"), content.get("norms"))
+            parts = (content.get(name) for name in ("audit", "norms", "distances"))
+            results = Results(content["meta"], content["summary"], *parts)
             _ = results.title, results.headline, results.groups  # missing fields fail here
         return results
 
@@ -264,9 +270,7 @@ def read_run(workdir: pathlib.Path) -> EvaluatedRun:
     results = Results.read(folder)
     examples = read_arrays(folder / EXAMPLES)
     with _reading(folder / EXAMPLES):
-        run = EvaluatedRun(
-            results.meta, results.summary, results.audit, results.norms, name=str(workdir), examples=examples
-        )
+        run = EvaluatedRun(**vars(results), name=str(workdir), examples=examples)
         examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
     return run
 

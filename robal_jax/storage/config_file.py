@@ -23,6 +23,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.budget": {"name": "constant"},
     "evaluation.weights": "current",
     "evaluation.groups": "thirds",
+    "evaluation.minimum_norm": "",
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
     "threat.scaled_steps": True,
@@ -69,6 +70,7 @@ data themselves are compared by their digest.
 
 NOT_JUDGED = (
     "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
+    "evaluation.minimum_norm",
 )  # fmt: skip
 """Beginnings of the names of the fields of an evaluation on which no look during the training depends."""
 

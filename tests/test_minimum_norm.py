@@ -1,0 +1,194 @@
+"""FMN and DDN: exact distances on linear models, saturated logits, invariants on a network (minimum_norm)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robal_jax import attacks, distances, losses
+from robal_jax.attacks import ThreatModel
+
+SHAPE, SIZE, CLASSES, STEPS = (4, 4, 2), 32, 4, 100
+SEARCHES = {
+    "fmn, linf": (attacks.fmn, ThreatModel(0.1)),
+    "fmn, l2": (attacks.fmn, ThreatModel(0.1, "l2")),
+    "ddn": (attacks.ddn, ThreatModel(0.1, "l2")),
+}
+each_search = pytest.mark.parametrize("name", SEARCHES)
+ROUNDING = 2.0**-23  # of a pixel in float32
+
+
+def run(name, model, images, labels, **settings):
+    search, threat = SEARCHES[name]
+    settings = {"threat": threat, "n_iter": STEPS} | settings
+    return jax.jit(functools.partial(search, model, None, **settings))(images, labels)
+
+
+# ---------------------------------------------------------------- linear models
+
+
+def linear_model(scale=1.0):
+    """Logits of two classes, grey images of class 0, their margins, and the normal of the boundary."""
+    rng = np.random.RandomState(0)
+    w = rng.choice([-1.0, 1.0], SIZE) * rng.uniform(0.5, 1.5, SIZE)
+    images = rng.uniform(0.45, 0.55, (8, *SHAPE))
+
+    def logits_fn(x):
+        lead = (x.reshape(len(x), -1) - 0.5) @ jnp.asarray(w, x.dtype) - 1
+        return scale * jnp.stack([jnp.zeros_like(lead), lead], -1)
+
+    return logits_fn, images, 1 - (images.reshape(8, -1) - 0.5) @ w, w
+
+
+@each_search
+def test_linear_model_is_left_by_the_shortest_way(name):
+    logits_fn, images, margins, w = linear_model()
+    exact = margins / (np.abs(w).sum() if name == "fmn, linf" else np.linalg.norm(w))
+    with jax.enable_x64(True):
+        closest = jax.tree.map(np.asarray, run(name, logits_fn, images, np.zeros(8, int)))
+    assert closest.found.all()
+    assert closest.distance.dtype == np.float64
+    assert (closest.distance >= exact * (1 - 1e-12)).all()
+    # DDN's radii around the boundary fall by 1 - gamma^2 per two steps, until one lies within. FMN's radius
+    # crosses the boundary outwards at least once in five steps, and is then at most 1 + gamma_t times too
+    # long.
+    last = 0.001 + 0.049 * (1 + np.cos(np.pi * (STEPS - 5) / STEPS)) / 2
+    longest = 1 / (1 - 0.05**2) if name == "ddn" else 1 + last
+    assert (closest.distance <= exact * longest).all()
+
+
+@each_search
+def test_saturated_logits_do_not_hold_a_search_up(name):
+    (plain, images, *_), (steep, *_) = linear_model(), linear_model(2.0**14)
+    images, labels = jnp.asarray(images, jnp.float32), jnp.zeros(8, int)
+    gradient = jax.grad(lambda x: losses.cross_entropy(steep(x), labels).sum())(images)
+    assert not gradient.any(), "the softmax is not saturated"
+    found, expected = (run(name, model, images, labels) for model in (steep, plain))
+    assert expected.found.all()
+    np.testing.assert_array_equal(found.distance, expected.distance)
+
+
+# ---------------------------------------------------------------- a network
+
+
+def logits_fn(images):
+    """A network of two layers, smooth enough for a boundary that bends."""
+    rng = np.random.RandomState(1)
+    first, second = rng.randn(SIZE, 16) / 2, rng.randn(16, CLASSES)
+    hidden = jnp.tanh((images.reshape(len(images), -1) - 0.5) @ jnp.asarray(first, images.dtype))
+    return hidden @ jnp.asarray(second, images.dtype)
+
+
+@functools.cache
+def batch():
+    """Images with pixels near and at both bounds, and labels: all right but the last two."""
+    rng = np.random.RandomState(0)
+    images = jnp.asarray(np.clip(rng.uniform(-0.1, 1.1, (12, *SHAPE)), 0, 1), jnp.float32)
+    labels = logits_fn(images).argmax(-1)
+    return images, labels.at[-2:].set((labels[-2:] + 1) % CLASSES)
+
+
+@functools.cache
+def compiled(name):
+    search, threat = SEARCHES[name]
+    return jax.jit(functools.partial(search, logits_fn, None, threat=threat, n_iter=STEPS))
+
+
+@each_search
+def test_invariants(name):
+    images, labels = batch()
+    closest, threat = compiled(name)(images, labels), SEARCHES[name][1]
+    assert closest.images.shape == images.shape
+    assert closest.images.dtype == closest.distance.dtype == jnp.float32
+    assert closest.images.min() >= 0
+    assert closest.images.max() <= 1
+    assert closest.found.all()
+    assert (logits_fn(closest.images).argmax(-1) != labels).all()
+    delta = (np.float64(closest.images) - np.float64(images)).reshape(len(images), -1)
+    length = np.abs(delta).max(-1) if threat.norm == "linf" else np.linalg.norm(delta, axis=-1)
+    # The squares of the pixels' roundings add up.
+    np.testing.assert_allclose(closest.distance, length, atol=ROUNDING * SIZE**0.5)
+    np.testing.assert_array_equal(closest.distance == 0, np.arange(12) >= 10)
+    np.testing.assert_array_equal(closest.images[-2:], images[-2:])
+
+
+@each_search
+def test_an_image_does_not_depend_on_the_others(name):
+    images, labels = batch()
+    closest = compiled(name)(images, labels)
+    others = jnp.flip(images, axis=(1, 2)).at[::2].set(images[::2])
+    mixed = compiled(name)(others, labels.at[1::2].set(0))
+    for one, other in zip(closest, mixed, strict=True):
+        np.testing.assert_array_equal(other[::2], one[::2])
+    assert (mixed.distance != closest.distance)[1::2].any()
+    assert compiled(name)._cache_size() == 1
+
+
+@pytest.mark.slow
+@each_search
+def test_closer_than_the_boundary_on_the_way_of_pgd(name):
+    images, labels = (values[:-2] for values in batch())
+    norm = SEARCHES[name][1].norm
+    threat = ThreatModel({"linf": 0.5, "l2": 2.0}[norm], norm)
+    pgd = functools.partial(
+        attacks.pgd, threat=threat, steps=20, step_size=threat.epsilon / 8, start=attacks.clean_start
+    )
+    shortest = attacks.shortest_adversarial(
+        logits_fn, jax.random.key(0), images, labels, attack=pgd, threat=threat, max_epsilon=threat.epsilon
+    )[1]
+    ours = compiled(name)(*batch()).distance[:-2]
+    assert (ours < shortest).all()
+    # FAB minimises the same distance; each of the two is the shorter one on some images.
+    fab = attacks.fab(logits_fn, None, images, labels, threat=threat)
+    np.testing.assert_allclose(ours.mean(), threat.distance(fab, images).mean(), rtol=0.05)
+
+
+@each_search
+def test_distances_make_a_curve(name):
+    images, labels = batch()
+    found = compiled(name)(images, labels).distance
+    epsilons = np.linspace(0, 2, 50)
+    curve = distances.robust_accuracy_curve(found, epsilons)
+    assert curve[0] == 10 / 12  # the clean accuracy
+    assert (np.diff(curve) <= 0).all()
+    assert curve[-1] == 0
+
+
+@each_search
+def test_bounds_of_the_threat_model(name):
+    images, labels = batch()
+    norm = SEARCHES[name][1].norm
+    wide = ThreatModel(0.2, norm, -1.0, 1.0)
+    # Twice the lengths: FMN's radius follows the model, DDN's begins with init_norm.
+    double = {"init_norm": 2.0} if name == "ddn" else {}
+    settings = {"threat": wide, "n_iter": 5, "step_size": 2.0, **double}
+    found = run(name, lambda x: logits_fn((x + 1) / 2), 2 * images - 1, labels, **settings)
+    expected = run(name, logits_fn, images, labels, n_iter=5)
+    assert found.images.min() == -1
+    np.testing.assert_array_equal(found.found, expected.found)
+    np.testing.assert_allclose(found.distance, 2 * expected.distance, rtol=1e-4)
+
+
+@each_search
+def test_nothing_found_is_infinitely_far(name):
+    images, _ = batch()
+    constant = lambda x: 0.0 * x.reshape(len(x), -1)[:, :CLASSES] + jnp.arange(4.0)[None]  # noqa: E731
+    labels = jnp.full(len(images), 3).at[0].set(2)
+    closest = run(name, constant, images, labels, n_iter=3)
+    np.testing.assert_array_equal(closest.images, images)
+    np.testing.assert_array_equal(closest.distance, np.where(np.arange(12) == 0, 0, np.inf))
+    np.testing.assert_array_equal(closest.found, np.arange(12) == 0)
+
+
+@each_search
+def test_no_gradient_flows_back(name):
+    images, labels = batch()
+    search, threat = SEARCHES[name]
+
+    def total(x):
+        closest = search(logits_fn, None, x, labels, threat=threat, n_iter=2)
+        return closest.images.sum() + jnp.where(closest.found, closest.distance, 0).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(images), jnp.zeros_like(images))
