@@ -203,6 +203,9 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # runs AutoAttack, with 10 iterations, which much published work reports), 'plus', 'rand', 'none', or a
     # list such as 'apgd_ce,square'.
     config.autoattack = "robal_aa"
+    # Also the accuracy on clean images under 15 common corruptions at 5 strengths (Hendrycks and Dietterich,
+    # ICLR 2019). Images need 1 or 3 channels. A finished evaluation is given it without another attack.
+    config.corruptions = False
     config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
     config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
     config.precision = "highest"  # a robust accuracy needs full float32

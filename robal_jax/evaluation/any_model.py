@@ -17,6 +17,7 @@ from robal_jax import builder, checks, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack
 from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
+from robal_jax.data.corruptions import check_images
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError, ReportError, shown, user_path
@@ -45,6 +46,7 @@ def evaluate_model(
     groups: str = "thirds",
     surrogate: LogitsFn | None = None,
     audit: int = 200,
+    corruptions: bool = False,
     seed: int = 0,
     batch_size: int = 500,
     name: str = "model",
@@ -76,7 +78,9 @@ def evaluate_model(
         for a finished evaluation need no new attack.
       surrogate: another model of the same images, for the audit's attack by transfer.
       audit: test images in the audit's sample; 0 for no audit.
-      seed: of the attacks' random starts.
+      corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
+        see ``robal_jax.data.corruptions``. A finished evaluation is given it without another attack.
+      seed: of the attacks' random starts, and of the corruptions.
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
       dataset: for the report.
@@ -98,6 +102,8 @@ def evaluate_model(
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
     if select not in builder.SELECTIONS:
         raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    if corruptions:
+        check_images(images.shape)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
@@ -121,6 +127,7 @@ def evaluate_model(
         layout="jit",
         groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
         protocols=protocols,
+        corruptions=bool(corruptions),
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)

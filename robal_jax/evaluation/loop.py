@@ -4,7 +4,8 @@
    MIM-20 and CW-20, at the config's logit scale and prior adjustment.
 2. An ensemble: AutoAttack or a part of it (``attacks/autoattack.py``).
 3. The audit of these attacks on a sample (``measurements.py``).
-4. Verdicts, results and the report (``findings.py``).
+4. Verdicts and results (``findings.py``).
+5. If asked for, the accuracy on corrupted images (``corrupted.py``); then the report.
 
 The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
 devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
@@ -28,6 +29,7 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, user_path
+from robal_jax.evaluation.corrupted import add_corruptions
 from robal_jax.evaluation.findings import is_stored, publish, regroup, store
 from robal_jax.evaluation.measurements import Measured, Sample, outputs, plan_measurements
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, eval_step
@@ -171,12 +173,15 @@ def attack_and_report(
     identity = {**subject.identity, "test_set_sha256": test_set}
     for line in metrics.absent_groups(job.protocols):
         say(line)
+    about = {**job.about, **subject.about, "command": command}
     with hosts.held_by_first(partial(alone_in, folder)):
         if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder, say)):
             say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
-            about = {**job.about, **subject.about, "command": command}
             hosts.by_first(partial(regroup, job, about, subject.beside, folder, say))
         elif not _attack_and_store(subject._replace(identity=identity), victim, folder, command, stop):
+            return False
+        kept = Unfinished(folder / UNFINISHED / f"{PARTS[-1]}.npz", identity)
+        if not add_corruptions(victim, job, about, folder, kept, stop, say):
             return False
         hosts.by_first(partial(shutil.rmtree, folder / UNFINISHED, ignore_errors=True))
         hosts.by_first(partial(publish, victim, folder, say))
@@ -194,7 +199,7 @@ def _attack_and_store(
         parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", subject.identity))
         return parts[-1]
 
-    first, second, third = PARTS
+    first, second, third, _ = PARTS
     outcomes = conditions(victim, job, part(first), stop)
     found = None if outcomes is None else ensemble(victim, job, outcomes, part(second), stop)
     sample = None if found is None else audited(victim, job, subject.surrogate, part(third), stop)

@@ -11,7 +11,9 @@ from robal_jax.reporting.results import MANY_CLASSES, Results
 from robal_jax.storage.config_file import evaluation_fields
 
 # What may differ between an evaluation at the common radius and one at radii by class.
-_MAY_DIFFER = ("evaluation.budget.", "evaluation.autoattack", "evaluation.audit.")
+_MAY_DIFFER = (
+    "evaluation.budget.", "evaluation.autoattack", "evaluation.audit.", "evaluation.corruptions",
+)  # fmt: skip
 
 
 def at_common_radius(folder: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 
 from robal_jax.errors import InputError
-from robal_jax.reporting import audit, budgets, curves, figures, groups, page, sections
+from robal_jax.reporting import audit, budgets, corruptions, curves, figures, groups, page, sections
 from robal_jax.reporting.results import Gallery, Results
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import REPORT_HTML, REPORT_MARKDOWN
@@ -63,6 +63,7 @@ def write_report(
         *sections.condition_section(results, pictures),
         *sections.group_section(results),
         *groups.protocol_section(results),
+        *corruptions.corruption_section(results),
         *sections.class_section(results, pictures),
         *sections.norm_section(results, pictures),
         *sections.gallery_section(gallery, pictures),
