@@ -100,10 +100,7 @@ def evaluate_model(
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
-    if select not in builder.SELECTIONS:
-        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
-    if corruptions:
-        check_images(images.shape)
+    _check_choices(images, select, corruptions)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     ensemble = autoattack.stages(version, num_classes, threat=threat)
@@ -136,8 +133,8 @@ def evaluate_model(
         "surrogate": other and _fingerprint(*other[:2], images),
         "settings": _settings(job, audit, select),
     }
-    about = _about(job, name, dataset, counted=class_counts is not None)
-    about |= {"identity": identity, **stated(select)}
+    told = {"identity": identity, **stated(select)}
+    about = _about(job, name, dataset, counted=class_counts is not None) | told
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
 
@@ -189,6 +186,14 @@ def _numbers(
     if int(seed) >= 2**32:
         raise ValueError(f"seed is {seed}; it must be in 0..2^32-1")
     return length, int(batch_size), int(audit), int(seed)
+
+
+def _check_choices(images: np.ndarray, select: str, corruptions: bool) -> None:
+    """Refuses an unknown way to choose a checkpoint, and images that cannot be corrupted but shall be."""
+    if select not in builder.SELECTIONS:
+        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    if corruptions:
+        check_images(images.shape)
 
 
 def _parted(

@@ -6,7 +6,11 @@ from robal_jax.reporting.results import MANY_CLASSES, Results
 
 CORRUPTED = "Corrupted, mean"
 
-DRAWN = "Frost is drawn, not photographed, so its figures are not comparable with CIFAR-10-C's."
+NOTE = (
+    "The strengths are CIFAR-10-C's, in pixels: images smaller than 32 x 32 are corrupted more, larger ones "
+    "less. Frost is drawn, not photographed, so that its figures and the mean are not comparable with "
+    "CIFAR-10-C's."
+)
 
 
 def corruption_section(results: Results) -> list[page.Block]:
@@ -18,8 +22,7 @@ def corruption_section(results: Results) -> list[page.Block]:
         page.section("Common corruptions"),
         page.paragraph(
             f"Accuracy in percent on test images that are corrupted and not attacked: {_kinds(results)}. "
-            "Intervals hold at least 95 %. The strengths are CIFAR-10-C's at every image size, in pixels, so "
-            f"smaller images are corrupted more. {DRAWN}"
+            f"Intervals hold at least 95 %. {NOTE}"
         ),
         _beside(results),
         page.paragraph("By corruption: means over the strengths, and the accuracy at each strength."),
