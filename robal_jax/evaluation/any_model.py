@@ -133,8 +133,7 @@ def evaluate_model(
         "surrogate": other and _fingerprint(*other[:2], images),
         "settings": _settings(job, audit, select),
     }
-    told = {"identity": identity, **stated(select)}
-    about = _about(job, name, dataset, counted=class_counts is not None) | told
+    about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
 
@@ -259,7 +258,7 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
     }
 
 
-def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -> dict[str, Any]:
+def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:
     """Describes model, data and attack for the report."""
     counts, epsilon = job.test.class_counts, job.threat.epsilon
     by_class = isinstance(epsilon, tuple)
@@ -276,6 +275,7 @@ def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -
         "start": "uniform in the ball; FGSM: x",
         "evaluation_seed": job.seed,
         "autoattack": [stage.name for stage in job.ensemble],
+        **stated(select),
     }
 
 
