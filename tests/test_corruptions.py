@@ -140,6 +140,40 @@ def test_fog_is_the_diamond_square_algorithm():
     assert np.abs(found - wanted)[1:].max() <= 1 / 255 + 2**-23
 
 
+def test_snow_falls_on_black_as_it_does_turned_around():
+    """``(1 - kept) / 2`` where no flake is; the flakes lie as those of the image turned by 180 degrees."""
+    snow = pixels(corrupt(np.zeros((4, 32, 32, 3)), "snow", 3))
+    np.testing.assert_array_equal(snow, snow[:, ::-1, ::-1])
+    np.testing.assert_array_equal(snow[..., 0], snow[..., 2])
+    assert snow.min() == 12  # 0.1 / 2 of 255
+    assert 0.1 < np.mean(snow > 25) < 0.9
+
+
+def test_frost_is_bluish_and_keeps_the_image():
+    """``kept x + share frost`` with frost in [0.15, 1], whose needles reach 1."""
+    black, gray = np.zeros((4, 32, 32, 3)), np.full((4, 32, 32, 3), 51 / 255)
+    frost, over = (pixels(corrupt(images, "frost", 5)) for images in (black, gray))
+    assert np.abs(over - frost - 0.75 * 51).max() <= 1
+    assert 0.15 * 0.45 * 255 - 1 <= frost[..., 2].min() < frost[..., 2].max() <= 0.45 * 255
+    assert frost[..., 2].max() > 0.9 * 0.45 * 255
+    assert np.abs(frost[..., 0] - 0.85 * frost[..., 2]).max() <= 1
+
+
+def test_elastic_transform_is_affine_at_strength_1_and_not_at_5():
+    """A ramp stays one, in the part whose sources all lie in the image; shifts are 0.08 of a side at most."""
+    ramp = np.broadcast_to((np.arange(64) / 64)[:, None, None], (6, 64, 64, 1))
+    rows, columns = np.mgrid[24:40, 24:40].reshape(2, -1)
+    planes = np.stack([rows, columns, np.ones(256)], axis=1)
+    bent = []
+    for strength in (1, 5):
+        part = corrupt(ramp, "elastic_transform", strength)[:, 24:40, 24:40].reshape(6, -1).T
+        slopes, residuals = np.linalg.lstsq(planes, part)[:2]
+        bent.append(np.sqrt(residuals / 256))
+        assert np.abs(64 * slopes[0] - 1).max() > 0.01
+    assert (bent[0] < 1 / 255).all()
+    assert (bent[1] > 1 / 255).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
