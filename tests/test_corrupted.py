@@ -16,7 +16,8 @@ from robal_jax.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
 from robal_jax.reporting import figures, page
-from robal_jax.reporting.corruptions import corruption_section
+from robal_jax.reporting.corruptions import corruption_section, mean_in_words
+from robal_jax.reporting.names import with_interval
 from robal_jax.reporting.results import Results
 from robal_jax.storage.progress import Meter
 
@@ -151,6 +152,10 @@ def test_the_section_has_all_corruptions_and_folds_many_classes(num_classes):
     )
     assert ("<details>" in page.to_html("Title", blocks)) == (num_classes > 20)
     assert "Frost is drawn, not photographed" in text
+    share = with_interval(summary["mean"]["accuracy"], space=" % ")
+    assert mean_in_words(results).startswith(
+        f"Of corrupted images {share} are classified correctly (mean of 15"
+    )
     assert corruption_section(fake_results()) == []
 
 

@@ -1,9 +1,11 @@
 """The 15 common corruptions: what each does, at every strength, to one image and to many."""
 
 import colorsys
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 from sklearn import datasets
 
@@ -138,6 +140,23 @@ def test_fog_is_the_diamond_square_algorithm():
     black[0, 0, 0] = 1
     found = corrupt(black, "fog", 5, ids=[7])[0, ..., 0]
     assert np.abs(found - wanted)[1:].max() <= 1 / 255 + 2**-23
+
+
+@pytest.mark.parametrize("images", [GRAY, COLOUR[:, :20]], ids=["8x8x1", "20x32x3"])
+def test_pixelate_and_jpeg_are_pillows(images):
+    height, width = images.shape[1:3]
+    picture = Image.fromarray(pixels(images[0]).astype(np.uint8).squeeze())
+    for strength, part, quality in ((1, 0.95, 80), (5, 0.65, 40)):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        small = picture.resize((int(part * width), int(part * height)), Image.Resampling.BOX)
+        wanted = {
+            "jpeg_compression": Image.open(file),
+            "pixelate": small.resize(picture.size, Image.Resampling.BOX),
+        }
+        for name, other in wanted.items():
+            found = pixels(corrupt(images[:1], name, strength))[0]
+            np.testing.assert_array_equal(found, np.asarray(other).reshape(found.shape))
 
 
 def test_snow_falls_on_black_as_it_does_turned_around():

@@ -204,24 +204,25 @@ def _motion_blur(images: np.ndarray, draws: Draws, radius: int, sigma: float) ->
     return _streaked(images, _per_image(draws, lambda d: d.uniform(-45, 45)), radius, sigma)
 
 
-def _enlarging(side: int, factor: float) -> np.ndarray:
-    """Returns the matrix ``[side, side]`` that enlarges the middle of a line to all of it, bilinearly.
+def _zoomed(images: np.ndarray, factor: float) -> np.ndarray:
+    """Enlarges the middle of images to their size, bilinearly."""
+    return _stretched(_stretched(images, factor, 1), factor, 2)
+
+
+def _stretched(images: np.ndarray, factor: float, axis: int) -> np.ndarray:
+    """Enlarges the middle of one axis to its length.
 
     ``ceil(side / factor)`` pixels become as many times the factor, rounded: ends fall on ends. Of these, the
     middle ones are kept.
     """
+    side = images.shape[axis]
     part = math.ceil(side / factor)
     large = round(part * factor)
-    places = np.arange(large) * (part - 1) / (large - 1) + (side - part) // 2
-    first = (large - side) // 2
-    return np.maximum(0, 1 - np.abs(places[first : first + side, None] - np.arange(side)))
-
-
-def _zoomed(images: np.ndarray, factor: float) -> np.ndarray:
-    """Enlarges the middle of images to their size."""
-    rows, columns = (_enlarging(side, factor) for side in images.shape[1:3])
-    wide = columns @ images
-    return (rows @ wide.reshape(*wide.shape[:2], -1)).reshape(images.shape)
+    kept = np.arange(side) + (large - side) // 2
+    places = kept * (part - 1) / (large - 1) + (side - part) // 2
+    before = np.minimum(places.astype(int), side - 2)
+    weight = np.expand_dims(places - before, tuple(range(1, images.ndim - axis)))
+    return (1 - weight) * images.take(before, axis) + weight * images.take(before + 1, axis)
 
 
 def _zoom_blur(images: np.ndarray, draws: Draws, end: float) -> np.ndarray:

@@ -32,9 +32,15 @@ def corruption_section(results: Results) -> list[page.Block]:
 
 
 def mean_in_words(results: Results) -> str:
-    """Returns the mean accuracy on corrupted images in one sentence; '' if there is none."""
-    if not results.corruptions:
-        return ""
+    """Returns the mean accuracy on corrupted images in one sentence.
+
+    Args:
+      results: with corruptions.
+
+    Returns:
+      'Of corrupted images 87.5 % [84.8, 89.7] are classified correctly (mean of 15 common corruptions at 5
+      strengths); in the tail classes 83.5 %.'
+    """
     mean, rarest = results.corruptions["mean"], results.rarest
     tail = f"; in the {group_name(rarest)} classes {percent(mean[rarest])} %" if rarest else ""
     share = with_interval(mean["accuracy"], space=" % ")
