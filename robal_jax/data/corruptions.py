@@ -432,7 +432,10 @@ CORRUPTIONS: dict[str, Corruption] = {
     "pixelate": _of(_pixelate, 0.95, 0.9, 0.85, 0.75, 0.65),
     "jpeg_compression": _of(_jpeg_compression, 80, 65, 58, 50, 40),
 }  # fmt: skip
-"""Corruptions by the names that CIFAR-10-C's files have, with the constants of strengths 1 to 5."""
+"""Corruptions by the names that CIFAR-10-C's files have, with the constants of strengths 1 to 5.
+
+Random numbers follow from the place in this table: a new corruption comes last.
+"""
 
 STRENGTHS = tuple(range(1, 6))
 """Of every corruption."""
