@@ -206,6 +206,9 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # 'fmn' (L-infinity, L2) or 'ddn' (L2): the distances of the closest adversarial images, their medians by
     # class and group, and the robust accuracy by radius that follows from them; '': none
     config.minimum_norm = ""
+    # Also the accuracy on clean images under 15 common corruptions at 5 strengths (Hendrycks and Dietterich,
+    # ICLR 2019). Images need 1 or 3 channels. A finished evaluation is given it without another attack.
+    config.corruptions = False
     config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
     config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
     config.precision = "highest"  # a robust accuracy needs full float32

@@ -14,6 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from ml_collections import ConfigDict
+
 from robal_jax import cli
 from robal_jax.devices import chips
 from robal_jax.errors import InputError
@@ -40,6 +42,15 @@ def black_images(name: str, folder: pathlib.Path) -> pathlib.Path:
         arrays[f"{split}_labels"] = np.arange(count) % CIFAR[name]
     np.savez(path, **arrays)
     return path
+
+
+def doubled(config: ConfigDict) -> ConfigDict:
+    """Returns a config with twice the images in every batch."""
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+        other.train.batch_size *= 2
+        other.evaluation.batch_size *= 2
+    return other
 
 
 def main(arguments: list[str]) -> None:
@@ -70,7 +81,8 @@ def main(arguments: list[str]) -> None:
             with config.unlocked():
                 config.data.path = str(black_images(config.data.name, pathlib.Path(folder)))
         names = [name.strip() for name in values["programs"].split(",") if name.strip()]
-        for each in estimates.estimates(config, devices, names, largest=bool(values["largest"])):
+        larger = doubled(config) if values["largest"] else None
+        for each in estimates.estimates(config, devices, names, doubled=larger):
             found.append(estimates.as_values(each, chip))
             print(f"\n{described(found[-1], chip and chip.memory)}", flush=True)
     if values["json"]:

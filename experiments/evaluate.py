@@ -20,6 +20,7 @@ SHORT = {
     "examples": "examples",
     "autoattack": "autoattack",
     "audit": "audit.examples",
+    "corruptions": "corruptions",
     "budget": "budget.name",
     "weights": "weights",
     "surrogate": "audit.surrogate",
@@ -67,6 +68,7 @@ def main(arguments: list[str]) -> None:
         "autoattack": "robal_aa, standard, torchattacks, plus, rand, none or a list of attacks: "
         "config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
+        "corruptions": "true for the accuracy on corrupted images, too: config.evaluation.corruptions",
         "budget": "radii by class: constant (the standard) or by_frequency: config.evaluation.budget.name",
         "weights": "current or average, the run's config.average: config.evaluation.weights",
         "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",

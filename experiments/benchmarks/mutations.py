@@ -51,6 +51,7 @@ PARTS = {  # files of the library: the test files that should see a mutation; th
         "evaluation/measurements.py": "audit",
         "evaluation/findings.py": "audit",
         "evaluation/evidence.py": "audit",
+        "evaluation/corrupted.py": "corruptions",
         "evaluation/*.py": "evaluate victim unfinished front_door",
     },
     "checkpoints": {"storage/checkpoints.py": "checkpoints train"},

@@ -20,7 +20,7 @@ from robal_jax.builder.contracts import calling
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, generated_per_batch, hold_out, model
 from robal_jax.builder.ranges import validate
-from robal_jax.data import TestSet, balanced_part, part_of
+from robal_jax.data import TestSet, balanced_part, corruptions, part_of
 from robal_jax.data.sources import SOURCES
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
@@ -100,6 +100,7 @@ class Evaluation:
         them, see ``storage.best.Record``.
       protocols: all protocols of class groups, see ``metrics.groups_by_protocol``.
       minimum_norm: a key of ``attacks.MINIMUM_NORM``; '' for no distances.
+      corruptions: whether clean images are also corrupted and classified.
     """
 
     test: TestSet
@@ -124,6 +125,7 @@ class Evaluation:
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
     protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     minimum_norm: str = ""
+    corruptions: bool = False
 
 
 def evaluation(
@@ -170,6 +172,8 @@ def evaluation_on(
       InputError: a field of the config cannot be used.
     """
     settings, platform = config.evaluation, platform or jax.default_backend()
+    if settings.corruptions:
+        corruptions.check_images(test.images.shape)
     counts = test.class_counts if trained_counts is None else trained_counts
     protocols = groups_of(config, test.class_counts)
     head = settings.head if settings.head.name else config.head
@@ -210,6 +214,7 @@ def evaluation_on(
         groups=next(iter(protocols.values())),
         protocols=protocols,
         minimum_norm=settings.minimum_norm,
+        corruptions=settings.corruptions,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
         judged={

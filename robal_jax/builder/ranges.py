@@ -190,14 +190,17 @@ _NUMBERS = (
     "generated.share",
 )  # fmt: skip
 
+_BOOLEANS = (
+    "train.sync_batch_norm", "attack.common_noise", "attack.second_step", "threat.scaled_steps",
+    "evaluation.corruptions",
+)  # fmt: skip
+
 REQUIRED: dict[str, Rule] = {
     **dict.fromkeys(_TEXTS, TEXT),
     **dict.fromkeys(("seed", "evaluation.seed"), INTEGER),
     **dict.fromkeys(_INTEGERS, IN_32_BITS),
     **dict.fromkeys(_NUMBERS, NUMBER),
-    **dict.fromkeys(
-        ("train.sync_batch_norm", "attack.common_noise", "attack.second_step", "threat.scaled_steps"), BOOLEAN
-    ),
+    **dict.fromkeys(_BOOLEANS, BOOLEAN),
 }
 """Types of the fields that every config has."""
 

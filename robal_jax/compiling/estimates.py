@@ -66,7 +66,11 @@ class Estimate(NamedTuple):
 
 
 def estimates(
-    config: ConfigDict, devices: Sequence[jax.Device], names: Sequence[str] = (), *, largest: bool = False
+    config: ConfigDict,
+    devices: Sequence[jax.Device],
+    names: Sequence[str] = (),
+    *,
+    doubled: ConfigDict | None = None,
 ) -> Iterator[Estimate]:
     """Compiles the programs of a run, one after the other.
 
@@ -74,7 +78,7 @@ def estimates(
       config: of the run.
       devices: of a target, or those present.
       names: of the programs, see :class:`Estimate`; all if there are none.
-      largest: whether each is compiled for twice the images as well, for :func:`largest_batch`.
+      doubled: the same with twice the images in every batch, for :func:`largest_batch`; None for none.
 
     Raises:
       InputError: a field of the config cannot be used, the batch cannot be spread over the devices, or there
@@ -83,22 +87,13 @@ def estimates(
     found = _programs(config, devices)
     if unknown := sorted(set(names) - set(found)):
         raise InputError(f"there is no program {unknown[0]!r}; use some of {', '.join(found)}")
-    more = _programs(_doubled(config), devices) if largest else {}
+    more = {} if doubled is None else _programs(doubled, devices)
     for name, (images, lower) in found.items():
         if not names or name in names:
             estimate = _estimate(name, images, lower())
             if name in more and estimate.memory is not None:
                 estimate = estimate._replace(doubled=_estimate(name, 2 * images, more[name][1]()).memory)
             yield estimate
-
-
-def _doubled(config: ConfigDict) -> ConfigDict:
-    """Returns a config with twice the images in every batch."""
-    other = config.copy_and_resolve_references()
-    with other.unlocked():
-        other.train.batch_size *= 2
-        other.evaluation.batch_size *= 2
-    return other
 
 
 def _programs(

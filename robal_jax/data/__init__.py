@@ -11,6 +11,7 @@
 - ``policies``: RandAugment and AutoAugment, one key per image
 - ``pil``: Pillow's operations, equal to Pillow's in every pixel
 - ``cutmix``: boxes exchanged between the images of a batch
+- ``corruptions``: the 15 common corruptions of test images, one stream of random numbers per image
 - ``sampling``: the order of the train images in an epoch, a balanced part of the test images, held-out images
 - ``held_out``: a data set without the images that are held out, and these images like test images
 """
@@ -23,6 +24,7 @@ from robal_jax.data.augmentation import (
     random_erasing,
     random_resized_crop_flip,
 )
+from robal_jax.data.corruptions import CORRUPTIONS, corrupt
 from robal_jax.data.cutmix import MIXINGS, cutmix, draw_cutmix
 from robal_jax.data.dataset import Dataset, Images, TestSet, as_float, check_dataset, check_labels, to_float
 from robal_jax.data.held_out import part_of, without
@@ -39,6 +41,7 @@ from robal_jax.data.sampling import (
 
 __all__ = [
     "AUGMENTATIONS",
+    "CORRUPTIONS",
     "MIXINGS",
     "PROFILES",
     "RESIZING",
@@ -52,6 +55,7 @@ __all__ = [
     "check_dataset",
     "check_labels",
     "class_aware_order",
+    "corrupt",
     "cutmix",
     "cutout",
     "draw_cutmix",

@@ -6,6 +6,7 @@
 - ``measurements``, ``verdicts``: what the audit measures, and what it says
 - ``explanations``, ``outcomes``, ``evidence``: the checks in words, their outcomes, and the tests behind them
 - ``findings``: from what was found to the files of the report
+- ``corrupted``: the accuracy on corrupted images, added to what is stored
 - ``any_model``, ``run``: the evaluation of any function, and a trained run as a function
 """
 

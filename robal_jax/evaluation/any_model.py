@@ -17,6 +17,7 @@ from robal_jax import builder, checks, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
 from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
+from robal_jax.data.corruptions import check_images
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError, ReportError, shown, user_path
@@ -46,6 +47,7 @@ def evaluate_model(
     surrogate: LogitsFn | None = None,
     minimum_norm: str = "",
     audit: int = 200,
+    corruptions: bool = False,
     seed: int = 0,
     batch_size: int = 500,
     name: str = "model",
@@ -78,7 +80,9 @@ def evaluate_model(
       surrogate: another model of the same images, for the audit's attack by transfer.
       minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
-      seed: of the attacks' random starts.
+      corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
+        see ``robal_jax.data.corruptions``. A finished evaluation is given it without another attack.
+      seed: of the attacks' random starts, and of the corruptions.
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
       dataset: for the report.
@@ -98,7 +102,7 @@ def evaluate_model(
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
-    _check_names(select, minimum_norm, threat)
+    _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
     at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
@@ -122,6 +126,7 @@ def evaluate_model(
         groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
         protocols=protocols,
         minimum_norm=minimum_norm,
+        corruptions=bool(corruptions),
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
@@ -130,8 +135,7 @@ def evaluate_model(
         "surrogate": other and _fingerprint(*other[:2], images),
         "settings": _settings(job, audit, select),
     }
-    about = _about(job, name, dataset, counted=class_counts is not None)
-    about |= {"identity": identity, **stated(select)}
+    about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
 
@@ -169,13 +173,6 @@ def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tupl
     return images, labels
 
 
-def _check_names(select: str, minimum_norm: str, threat: ThreatModel) -> None:
-    """Refuses an unknown way of choosing a checkpoint, and a minimum-norm attack that cannot be used."""
-    if select not in builder.SELECTIONS:
-        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
-    check_minimum_norm(minimum_norm, threat.norm)
-
-
 def _numbers(
     threat: ThreatModel, step_size: float | None, batch_size: int, audit: int, seed: int
 ) -> tuple[StepSize, int, int, int]:
@@ -190,6 +187,17 @@ def _numbers(
     if int(seed) >= 2**32:
         raise ValueError(f"seed is {seed}; it must be in 0..2^32-1")
     return length, int(batch_size), int(audit), int(seed)
+
+
+def _check_choices(
+    images: np.ndarray, threat: ThreatModel, select: str, minimum_norm: str, corruptions: bool
+) -> None:
+    """Refuses an unknown way to choose a checkpoint, and what cannot be done with these images or norm."""
+    if select not in builder.SELECTIONS:
+        raise InputError(f"unknown select {select!r}; use one of {', '.join(builder.SELECTIONS)}")
+    check_minimum_norm(minimum_norm, threat.norm)
+    if corruptions:
+        check_images(images.shape)
 
 
 def _parted(
@@ -256,7 +264,7 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
     }
 
 
-def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -> dict[str, Any]:
+def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:
     """Describes model, data and attack for the report."""
     counts, epsilon = job.test.class_counts, job.threat.epsilon
     by_class = isinstance(epsilon, tuple)
@@ -273,6 +281,7 @@ def _about(job: builder.Evaluation, name: str, dataset: str, *, counted: bool) -
         "start": "uniform in the ball; FGSM: x",
         "evaluation_seed": job.seed,
         "autoattack": [stage.name for stage in job.ensemble],
+        **stated(select),
     }
 
 

@@ -5,7 +5,8 @@
 2. An ensemble: AutoAttack or a part of it (``attacks/autoattack.py``).
 3. The distances of the closest adversarial images, if they are asked for (``attacks/minimum_norm.py``).
 4. The audit of these attacks on a sample (``measurements.py``).
-5. Verdicts, results and the report (``findings.py``).
+5. Verdicts and results (``findings.py``).
+6. If asked for, the accuracy on corrupted images (``corrupted.py``); then the report.
 
 The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
 devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
@@ -29,6 +30,7 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, user_path
+from robal_jax.evaluation.corrupted import add_corruptions
 from robal_jax.evaluation.findings import is_stored, publish, regroup, store
 from robal_jax.evaluation.measurements import (
     Measured,
@@ -178,12 +180,15 @@ def attack_and_report(
     identity = {**subject.identity, "test_set_sha256": test_set}
     for line in metrics.absent_groups(job.protocols):
         say(line)
+    about = {**job.about, **subject.about, "command": command}
     with hosts.held_by_first(partial(alone_in, folder)):
         if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder, say)):
             say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
-            about = {**job.about, **subject.about, "command": command}
             hosts.by_first(partial(regroup, job, about, subject.beside, folder, say))
         elif not _attack_and_store(subject._replace(identity=identity), victim, folder, command, stop):
+            return False
+        kept = Unfinished(folder / UNFINISHED / f"{PARTS[-1]}.npz", identity)
+        if not add_corruptions(victim, job, about, folder, kept, stop, say):
             return False
         hosts.by_first(partial(shutil.rmtree, folder / UNFINISHED, ignore_errors=True))
         hosts.by_first(partial(publish, victim, folder, say))
@@ -201,7 +206,7 @@ def _attack_and_store(
         parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", subject.identity))
         return parts[-1]
 
-    first, second, third, fourth = PARTS
+    first, second, third, fourth, _ = PARTS
     outcomes = conditions(victim, job, part(first), stop)
     found = None if outcomes is None else ensemble(victim, job, outcomes, part(second), stop)
     lengths = None if found is None else distances(victim, job, part(third), stop)

@@ -73,6 +73,11 @@ def folded(rows: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
     return [(" = ".join(names), content) for names, content in found]
 
 
+def corruption_name(corruption: str) -> str:
+    """Returns the name of a corruption for people: 'gaussian_noise' -> 'Gaussian noise'."""
+    return corruption.replace("_", " ").capitalize().replace("Jpeg", "JPEG")
+
+
 _GROUPS = {"few": "few-shot", "many": "many-shot", "rest": "other"}
 
 PROTOCOLS = {

@@ -5,7 +5,17 @@ import pathlib
 from collections.abc import Iterator
 
 from robal_jax.errors import InputError
-from robal_jax.reporting import audit, budgets, curves, distances, figures, groups, page, sections
+from robal_jax.reporting import (
+    audit,
+    budgets,
+    corruptions,
+    curves,
+    distances,
+    figures,
+    groups,
+    page,
+    sections,
+)
 from robal_jax.reporting.results import Gallery, Results
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import REPORT_HTML, REPORT_MARKDOWN
@@ -64,6 +74,7 @@ def write_report(
         *sections.group_section(results),
         *groups.protocol_section(results),
         *distances.distance_section(results),
+        *corruptions.corruption_section(results),
         *sections.class_section(results, pictures),
         *sections.norm_section(results, pictures),
         *sections.gallery_section(gallery, pictures),

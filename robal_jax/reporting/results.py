@@ -83,7 +83,8 @@ class Results:
           ensemble's attacks), 'stages' ({attack: accuracy after it and all attacks before it});
         - the evaluation: 'versions' ({package: version}), 'commit' (of the checkout), 'device', 'processor',
           'date', 'seconds', 'command'.
-      summary: what :func:`metrics.summarize` returns.
+      summary: what :func:`metrics.summarize` returns; with 'corruptions', what
+        :func:`metrics.summarize_corruptions` returns, if images were corrupted.
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
         'doubts' (``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``), 'statement', 'evidence' (a dict),
@@ -140,6 +141,11 @@ class Results:
     def protocols(self) -> Mapping[str, Any]:
         """The groups of several protocols side by side, see :func:`metrics.summarize`; empty without them."""
         return self.summary.get("protocols", {})
+
+    @property
+    def corruptions(self) -> Mapping[str, Any]:
+        """Accuracies on corrupted images, see :func:`metrics.summarize_corruptions`; empty without them."""
+        return self.summary.get("corruptions", {})
 
     @property
     def training(self) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robal_jax.devices.output import Tolerant
+from robal_jax.reporting.corruptions import mean_in_words
 from robal_jax.reporting.headline import in_words
 from robal_jax.reporting.names import display_name, group_name, percent, with_interval
 from robal_jax.reporting.results import Results
@@ -40,5 +41,7 @@ def evaluation_table(results: Results, console: Console) -> None:
         table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)
     console.print(in_words(results), highlight=False, markup=False)
+    if results.corruptions:
+        console.print(mean_in_words(results), highlight=False, markup=False)
     if "generated" in results.meta:
         console.print(f"Training {results.meta['generated']}.", highlight=False, markup=False)

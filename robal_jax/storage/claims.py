@@ -20,6 +20,7 @@ from robal_jax.storage.names import (
     BEST,
     CHECKPOINTS,
     CONFIG,
+    CORRUPTED,
     DAMAGED,
     EVALUATION,
     EXAMPLES,
@@ -35,7 +36,7 @@ from robal_jax.storage.names import (
 from robal_jax.storage.unfinished import PARTS, read_identity
 
 OF_A_RUN = (CONFIG, VERSIONS, IMPORT, METRICS, TENSORBOARD, TRACKED, CHECKPOINTS, BEST, DAMAGED)
-OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, PER_CLASS)
+OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, PER_CLASS)
 
 
 def is_run(folder: pathlib.Path) -> bool:

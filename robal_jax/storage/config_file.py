@@ -24,6 +24,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.weights": "current",
     "evaluation.groups": "thirds",
     "evaluation.minimum_norm": "",
+    "evaluation.corruptions": False,
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
     "threat.scaled_steps": True,
@@ -71,11 +72,17 @@ data themselves are compared by their digest.
 NOT_JUDGED = (
     "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
     "evaluation.minimum_norm",
+    "evaluation.corruptions",
 )  # fmt: skip
 """Beginnings of the names of the fields of an evaluation on which no look during the training depends."""
 
-GROUPING = ("evaluation.groups", "evaluation.head_classes", "evaluation.tail_classes")
-"""Names of the fields of an evaluation on which no attack depends: its figures follow from what is stored."""
+WITHOUT_ATTACKS = (
+    "evaluation.groups", "evaluation.head_classes", "evaluation.tail_classes", "evaluation.corruptions",
+)  # fmt: skip
+"""Names of the fields of an evaluation on which no attack depends.
+
+A finished evaluation is given what they ask for.
+"""
 
 EVALUATED = ("method", "evaluation.", "data.path", "generated.path", "train.layout", "train.select")
 """Beginnings of the names of the fields that an evaluation may set for a trained run."""

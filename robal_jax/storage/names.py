@@ -15,6 +15,7 @@ EVALUATION = "evaluation"
 RESULTS = "results.json"
 EXAMPLES = "examples.npz"
 ADVERSARIAL = "adversarial.npz"
+CORRUPTED = "corrupted.npz"  # predicted classes of corrupted images
 PER_CLASS = "per_class.csv"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 UNFINISHED = "unfinished"

@@ -10,12 +10,12 @@ import numpy as np
 
 from robal_jax.devices import hosts
 from robal_jax.errors import UNREACHABLE
-from robal_jax.storage.config_file import GROUPING, evaluation_fields
+from robal_jax.storage.config_file import WITHOUT_ATTACKS, evaluation_fields
 from robal_jax.storage.files import replacing
 
 SAVE_SECONDS = 30.0  # between two saves
 
-PARTS = ("conditions", "ensemble", "distances", "audit")
+PARTS = ("conditions", "ensemble", "distances", "audit", "corruptions")
 """Names of the parts of an evaluation, each with a file of its own."""
 
 
@@ -103,5 +103,5 @@ def compared(written: dict[str, Any], identity: Mapping[str, Any]) -> dict[str, 
     config = written.get("config")
     if not isinstance(config, dict):
         return written
-    fields = {name: value for name, value in evaluation_fields(config).items() if name not in GROUPING}
-    return {**written, "config": fields}
+    fields = evaluation_fields(config)
+    return {**written, "config": {name: fields[name] for name in fields if name not in WITHOUT_ATTACKS}}

@@ -1,0 +1,170 @@
+"""The accuracy on corrupted images: added to an evaluation, resumed, regrouped, and reported."""
+
+import functools
+import os
+import shutil
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import fake_results
+from sklearn import datasets
+
+from robal_jax import ThreatModel, evaluate_model, metrics
+from robal_jax.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from robal_jax.errors import InputError
+from robal_jax.evaluation import loop
+from robal_jax.reporting import figures, page
+from robal_jax.reporting.corruptions import corruption_section, mean_in_words
+from robal_jax.reporting.names import with_interval
+from robal_jax.reporting.results import Results
+from robal_jax.storage.progress import Meter
+
+DIGITS = datasets.load_digits()
+X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
+MEANS = np.stack([X[Y == digit].mean(0).ravel() for digit in range(10)])  # noqa: SIM300
+IMAGES, LABELS = X[:20], Y[:20]
+
+
+def nearest_mean(images):
+    """The class whose mean image is nearest."""
+    return images.reshape(len(images), 64) @ jnp.asarray(2 * MEANS.T) - jnp.asarray((MEANS**2).sum(1))[None]
+
+
+def evaluate(folder, **options):
+    said = []
+    arguments = {"version": "none", "audit": 0, "batch_size": 10, "seed": 3, "say": said.append, **options}
+    return evaluate_model(
+        nearest_mean, IMAGES, LABELS, threat=ThreatModel(0.1), folder=folder, **arguments
+    ), said
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An evaluation without corruptions. Not to be written to."""
+    folder = tmp_path_factory.mktemp("evaluations") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png", lambda figure: b"png")
+        patch.setattr(figures, "svg", lambda figure: b"svg")
+        evaluate(folder, class_counts=range(20, 10, -1))
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch, undrawn):
+    monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
+    return shutil.copytree(finished, tmp_path / "evaluation")
+
+
+@functools.cache
+def expected():
+    """Predicted classes by corruption, made here image by image: ``[S, n]``."""
+
+    def classes(name, strength):
+        shown = [corrupt(X[i : i + 1], name, strength, seed=3, ids=[i]) for i in range(len(IMAGES))]
+        return np.argmax(nearest_mean(np.concatenate(shown)), -1)
+
+    return {name: np.stack([classes(name, strength) for strength in STRENGTHS]) for name in CORRUPTIONS}
+
+
+def test_a_finished_evaluation_is_given_them_without_an_attack(folder):
+    counts, attacked = range(20, 10, -1), (folder / "examples.npz").read_bytes()
+    before, _ = evaluate(folder, class_counts=counts)
+    assert not before.corruptions
+    assert "Common corruptions" not in (folder / "report.md").read_text()
+    after, _ = evaluate(folder, class_counts=counts, corruptions=True)
+    wanted = metrics.summarize_corruptions(LABELS, expected(), counts)
+    assert after.corruptions == wanted
+    assert after.summary == {**before.summary, "corruptions": wanted}
+    assert (folder / "examples.npz").read_bytes() == attacked
+    assert after.meta["seconds"] > before.meta["seconds"]
+    right = np.stack(list(expected().values())) == LABELS
+    assert after.corruptions["mean"]["accuracy"]["value"] == pytest.approx(right.mean())
+    tail = after.corruptions["by_corruption"]["fog"]["strengths"][4]["tail"]
+    assert tail == metrics.share((expected()["fog"][4] == LABELS)[LABELS >= 7])
+    with np.load(folder / "corrupted.npz") as stored:
+        np.testing.assert_array_equal(stored["snow"], expected()["snow"])
+
+    regrouped, _ = evaluate(folder, class_counts=counts, groups="last_five")  # and they stay
+    mean = regrouped.corruptions["mean"]
+    assert mean["last_five"]["value"] == pytest.approx(right[..., LABELS >= 5].mean())
+    assert regrouped.meta["seconds"] == after.meta["seconds"]
+    assert "Common corruptions" in (folder / "report.md").read_text()
+
+
+def test_they_are_resumed_and_made_again_if_damaged(folder, monkeypatch):
+    original, updates = Meter.update, []
+
+    def update(self, done, note=""):
+        updates.append(done)
+        original(self, done, note)
+        if len(updates) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "update", update)
+    counts = range(20, 10, -1)
+    assert evaluate(folder, class_counts=counts, corruptions=True)[0] is None
+    whole, _ = evaluate(folder, class_counts=counts, corruptions=True)
+    assert updates == sorted(set(updates))
+    assert len(updates) > 1
+    assert whole.corruptions == metrics.summarize_corruptions(LABELS, expected(), counts)
+    assert not (folder / "unfinished").exists()
+
+    path = folder / "corrupted.npz"
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    again, said = evaluate(folder, class_counts=counts, corruptions=True)
+    assert said[1].startswith(f"warning: {path} is damaged")
+    assert path.read_bytes() == content
+    assert again.corruptions == whole.corruptions
+
+
+def test_images_that_cannot_be_corrupted_are_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match=r"images are 8 x 8 x 2; corruptions need 1 or 3 channels"):
+        evaluate_model(
+            lambda x: x[..., 0].reshape(len(x), 64)[:, :10],
+            np.tile(IMAGES, 2),
+            LABELS,
+            threat=ThreatModel(0.1),
+            folder=tmp_path,
+            corruptions=True,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_classes", [10, 30])
+def test_the_section_has_all_corruptions_and_folds_many_classes(num_classes):
+    results = fake_results(num_classes)
+    counts = results.summary["class_counts"]
+    labels = np.repeat(np.arange(num_classes), 5)
+    found = {
+        name: np.stack([(labels + (labels % (s + 1) == 0)) % num_classes for s in STRENGTHS])
+        for name in CORRUPTIONS
+    }
+    summary = metrics.summarize_corruptions(labels, found, counts)
+    results = Results(results.meta, {**results.summary, "corruptions": summary})
+    blocks = corruption_section(results)
+    text = page.to_markdown("Title", blocks)
+    assert text.count("\n| JPEG compression |") == 1
+    assert (
+        len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 3 + 2 + 15 + 2 + num_classes
+    )
+    assert ("<details>" in page.to_html("Title", blocks)) == (num_classes > 20)
+    assert "Frost is drawn, not photographed" in text
+    share = with_interval(summary["mean"]["accuracy"], space=" % ")
+    assert mean_in_words(results).startswith(
+        f"Of corrupted images {share} are classified correctly (mean of 15"
+    )
+    assert corruption_section(fake_results()) == []
+
+
+def test_the_interval_of_a_mean_share_is_wilsons_for_hits_and_covers():
+    hits = np.arange(40) < 30
+    assert metrics.mean_share(hits) == metrics.share(hits)
+    generator, covered = np.random.default_rng(0), []
+    for _ in range(400):
+        shares = generator.binomial(75, generator.beta(2, 1, size=60)) / 75
+        found = metrics.mean_share(shares)
+        covered.append(found["low"] <= 2 / 3 <= found["high"])
+    assert np.mean(covered) > 0.95
