@@ -105,7 +105,6 @@ def evaluate_model(
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
-    at_most = at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend())
     test = _test_set(images, labels, num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
@@ -120,7 +119,7 @@ def evaluate_model(
         ensemble=autoattack.stages(version, num_classes, threat=threat),
         audit_examples=min(audit, len(labels)),
         surrogate="",
-        batch_size=min(at_most, len(labels)),
+        batch_size=min(at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend()), len(labels)),
         seed=seed,
         layout="jit",
         groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
