@@ -103,7 +103,10 @@ def numpy_project(candidate, image, norm):
 
 
 def numpy_apgd(start, image, label, norm, name):
-    """Algorithm 1 of Croce and Hein on one image, with the constants of the reference implementation."""
+    """Algorithm 1 of Croce and Hein on one image, with the constants of the reference implementation.
+
+    It also returns whether rounding decided something: two losses that it compares are equal up to 1e-12.
+    """
     ascent = np.sign if norm == "linf" else lambda g: g / np.linalg.norm(g)
     project = partial(numpy_project, image=image, norm=norm)
     x = previous = start
@@ -111,6 +114,7 @@ def numpy_apgd(start, image, label, norm, name):
     size, best = 2 * EPSILONS[norm], (loss, x, gradient)
     window, since, trail = max(int(0.22 * STEPS), 1), 0, [0.0]
     at_check, halved, path, fooled = loss, True, [x], None if z.argmax() == label else x
+    by_rounding = False
     for number in range(STEPS):
         stepped = project(x + size * ascent(gradient))
         share = 1.0 if number == 0 else 0.75
@@ -120,6 +124,7 @@ def numpy_apgd(start, image, label, norm, name):
         path.append(x)
         fooled = fooled if z.argmax() == label else x
         trail.append(loss)
+        by_rounding |= min(abs(loss - best[0]), abs(loss - trail[-2])) < 1e-12
         best = (loss, x, gradient) if loss > best[0] else best
         since += 1
         if since == window:
@@ -129,7 +134,7 @@ def numpy_apgd(start, image, label, norm, name):
             if halved:
                 size, (_, x, gradient) = size / 2, best
             since, window = 0, max(window - max(int(0.03 * STEPS), 1), int(0.06 * STEPS), 1)
-    return np.stack(path), size, best, fooled
+    return np.stack(path), size, best, fooled, by_rounding
 
 
 @each_search
@@ -141,9 +146,14 @@ def test_search_is_the_published_one(norm, name):
         search = partial(autopgd.search, logits_fn, threat=THREATS[norm], steps=STEPS, loss=LOSSES[name])
         state, path = jax.jit(partial(search, observe=lambda x, _: x))(*inputs)
     assert path.dtype == np.float64
-    sizes = set()
+    sizes, skipped = set(), 0
     for i in range(COUNT):
-        expected, size, best, fooled = numpy_apgd(start[i], np.float64(images[i]), int(labels[i]), norm, name)
+        expected, size, best, fooled, by_rounding = numpy_apgd(
+            start[i], np.float64(images[i]), int(labels[i]), norm, name
+        )
+        if by_rounding:
+            skipped += 1
+            continue
         np.testing.assert_allclose(path[:, i], expected[1:], atol=1e-9)
         assert state.step_size[i] == pytest.approx(size)
         assert state.best_loss[i] == pytest.approx(best[0])
@@ -153,6 +163,7 @@ def test_search_is_the_published_one(norm, name):
         np.testing.assert_allclose(state.adversarial[i], start[i] if fooled is None else fooled, atol=1e-9)
         sizes.add(size)
     assert len(sizes) > 1, "all images go the same way"
+    assert skipped <= COUNT // 2, "rounding decides too often"
 
 
 def test_when_a_step_size_is_halved():
