@@ -105,7 +105,8 @@ def numpy_project(candidate, image, norm):
 def numpy_apgd(start, image, label, norm, name):
     """Algorithm 1 of Croce and Hein on one image, with the constants of the reference implementation.
 
-    It also returns whether rounding decided something: two losses that it compares are equal up to 1e-12.
+    It also returns whether rounding decided something: whether it compared the losses of two different
+    images that are equal up to 1e-12.
     """
     ascent = np.sign if norm == "linf" else lambda g: g / np.linalg.norm(g)
     project = partial(numpy_project, image=image, norm=norm)
@@ -124,7 +125,8 @@ def numpy_apgd(start, image, label, norm, name):
         path.append(x)
         fooled = fooled if z.argmax() == label else x
         trail.append(loss)
-        by_rounding |= min(abs(loss - best[0]), abs(loss - trail[-2])) < 1e-12
+        others = [(best[0], best[1]), (trail[-2], previous)]
+        by_rounding |= any(abs(loss - a) < 1e-12 and not np.array_equal(x, at) for a, at in others)
         best = (loss, x, gradient) if loss > best[0] else best
         since += 1
         if since == window:
