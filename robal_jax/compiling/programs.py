@@ -32,6 +32,7 @@ def training_chunk(job: builder.Training, devices: Sequence[jax.Device]) -> jax.
         state = dataclasses.replace(state, teacher={"params": state.params, "stats": state.stats})
     return parallel.lower_chunk(
         training.chunk_of(job),
+        settings.layout,
         devices,
         state,
         data,
@@ -61,4 +62,4 @@ def evaluation_step(job: builder.Evaluation, name: str, devices: Sequence[jax.De
             shared = {"number": numbers.update(shape=())}
     function = on_batch(work, job.predict, job.test.pixel_max)
     key = jax.eval_shape(partial(key_of, job.seed))
-    return parallel.lower_spread(function, devices, parts, ((*weights, key), shared))
+    return parallel.lower_spread(function, job.layout, devices, parts, ((*weights, key), shared))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 
@@ -45,7 +45,8 @@ def share(size: int) -> slice:
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:
-    return Mesh(np.array(devices), (AXIS,))
+    # Arrays have no sharding in their type here: not JAX's explicit mode, whatever its default becomes.
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicate(tree: chex.ArrayTree, devices: list[jax.Device]) -> chex.ArrayTree:
@@ -117,16 +118,31 @@ def _chunk_over(mesh: Mesh, chunk: Chunk) -> jax.stages.Wrapped:
     return jax.jit(mapped, donate_argnums=0)
 
 
-def lower_chunk(chunk: Chunk, devices: Sequence[jax.Device], *shapes: Any) -> jax.stages.Lowered:
-    """Lowers a chunk in the layout ``jit`` for devices that need not be there.
+def lower_chunk(chunk: Chunk, layout: str, devices: Sequence[jax.Device], *shapes: Any) -> jax.stages.Lowered:
+    """Lowers a chunk for devices that need not be there.
 
     Args:
       chunk: for one device, with the mapped axis ``AXIS``.
+      layout: a key of ``LAYOUTS``.
       devices: of a target, see ``devices.targets``.
       *shapes: of the six arguments of a chunk, over all devices, trees of ``jax.ShapeDtypeStruct``.
     """
+    if layout == "pmap":
+        state, data, rows, count, key, positions = shapes
+        rows, positions = _split(rows, len(devices), 2), _split(positions, len(devices), 1)
+        return _pmapped(chunk, devices).lower(state, data, rows, count, key, positions)
     mesh = _mesh(devices)
     return _chunk_over(mesh, chunk).lower(*map(partial(_placed, mesh), _CHUNK_SPECS, shapes))
+
+
+def _split(shapes: chex.ArrayTree, parts: int, axis: int) -> chex.ArrayTree:
+    """Returns the shapes of arrays of which an axis is split, with the parts in front."""
+
+    def of_parts(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        size = (*x.shape[:axis], x.shape[axis] // parts, *x.shape[axis + 1 :])
+        return x.update(shape=(parts, *size))
+
+    return jax.tree.map(of_parts, shapes)
 
 
 def _placed(mesh: Mesh, spec: PartitionSpec, shapes: chex.ArrayTree) -> chex.ArrayTree:
@@ -149,14 +165,7 @@ def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
     Returns:
       A chunk that takes this process's share of ``rows`` and ``positions``.
     """
-    # Without donation: with several processes JAX refuses it for a state that is not mapped.
-    mapped = jax.pmap(
-        chunk,
-        AXIS,
-        in_axes=(None, None, 0, None, None, 0),
-        out_axes=None,
-        devices=devices if jax.process_count() == 1 else None,
-    )
+    mapped = _pmapped(chunk, devices if jax.process_count() == 1 else None)
 
     def split(x: Any, axis: int) -> np.ndarray:
         return np.stack(np.split(np.asarray(x), len(devices), axis=axis))
@@ -168,6 +177,11 @@ def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
         return mapped(state, data, rows, count, key, split(positions, 1))
 
     return run
+
+
+def _pmapped(chunk: Chunk, devices: Sequence[jax.Device] | None) -> Any:
+    # Without donation: with several processes JAX refuses it for a state that is not mapped.
+    return jax.pmap(chunk, AXIS, in_axes=(None, None, 0, None, None, 0), out_axes=None, devices=devices)
 
 
 LAYOUTS: dict[str, Callable[[Chunk, list[jax.Device]], Chunk]] = {"jit": jit, "pmap": pmap}
@@ -221,16 +235,24 @@ def _spread_over(mesh: Mesh, function: Spread) -> jax.stages.Wrapped:
 
 
 def lower_spread(
-    function: Spread, devices: Sequence[jax.Device], parts: chex.ArrayTree, shared: chex.ArrayTree
+    function: Spread,
+    layout: str,
+    devices: Sequence[jax.Device],
+    parts: chex.ArrayTree,
+    shared: chex.ArrayTree,
 ) -> jax.stages.Lowered:
-    """Lowers work on images in the layout ``jit`` for devices that need not be there.
+    """Lowers work on images for devices that need not be there.
 
     Args:
       function: for one device, as in :func:`spread`.
+      layout: a key of ``LAYOUTS``.
       devices: of a target, see ``devices.targets``.
       parts: shapes of all images and what belongs to them, ``[n, ...]``.
       shared: shapes of the rest.
     """
+    if layout == "pmap":
+        mapped = jax.pmap(function, in_axes=(0, None), devices=devices)
+        return mapped.lower(_split(parts, len(devices), 0), shared)
     mesh = _mesh(devices)
     return _spread_over(mesh, function).lower(_placed(mesh, _PARTS, parts), _placed(mesh, _SHARED, shared))
 
