@@ -71,7 +71,11 @@ def main(arguments: list[str]) -> None:
     from robal_jax.compiling import estimates
     from robal_jax.compiling.text import described
     from robal_jax.devices import targets
+    from robal_jax.storage.files import check_replaceable, write_whole
 
+    if values["json"]:
+        check_replaceable(pathlib.Path(values["json"]), '"topology"')
+        pathlib.Path(values["json"]).parent.mkdir(parents=True, exist_ok=True)
     devices = targets.devices_of(topology) if topology else jax.devices()
     count, kind = len(devices), devices[0].device_kind
     print(f"{count} x {kind}; estimates of the compiler, nothing is measured", flush=True)
@@ -87,7 +91,7 @@ def main(arguments: list[str]) -> None:
             print(f"\n{described(found[-1], chip and chip.memory)}", flush=True)
     if values["json"]:
         about = {"topology": topology or kind, "devices": count, "jax": jax.__version__, "programs": found}
-        pathlib.Path(values["json"]).write_text(f"{json.dumps(about, indent=1)}\n")
+        write_whole(pathlib.Path(values["json"]), f"{json.dumps(about, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

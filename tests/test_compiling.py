@@ -99,6 +99,8 @@ def test_cost_of_a_step_and_of_a_dispatch():
     program = Program(TEXT)
     step = cost_of(program, "outer")
     assert step.total("flops") == 5 * 2 * 8**3
+    assert step.unknown_loops == 0
+    assert cost_of(program, "main").unknown_loops == 1
     assert step.total("cycles") == 5 * 100 + 7
     assert step.total("bytes") == 2 * 128  # the transfer's; the loop's operands are in fast memory
     assert step.transfers == {"all-reduce": (1, 128)}

@@ -241,14 +241,16 @@ def pgd_path(
             x = second[0].project(x + second[1] * towards, images)
         return x, direction
 
-    def step_and_keep(t: chex.Array, carry: tuple[Any, chex.Array]) -> tuple[Any, chex.Array]:
-        state, path = carry
-        state = step(t, state)
-        return state, path.at[jnp.sum(jnp.array(steps) <= t)].set(state[0])
+    def until(carry: tuple[chex.Array, chex.Array], between: tuple[chex.Array, chex.Array]) -> tuple:
+        carry = jax.lax.fori_loop(*between, step, carry)
+        return carry, carry[0]
 
     direction = jnp.zeros_like(images) if momentum else jnp.zeros((), images.dtype)
-    first = (start, direction), jnp.zeros((len(steps), *images.shape), start.dtype)
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps[-1], step_and_keep, first)[1])
+    if len(steps) == 1:  # so that a compiler knows the length of the loop
+        return jax.lax.stop_gradient(until((start, direction), (0, steps[0]))[1][None])
+    numbers = jnp.array(looks)
+    path: chex.Array = jax.lax.scan(until, (start, direction), (numbers[:-1], numbers[1:]))[1]
+    return jax.lax.stop_gradient(path)
 
 
 def loss_gradient(

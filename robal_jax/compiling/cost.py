@@ -61,10 +61,12 @@ class Cost(NamedTuple):
     Attributes:
       transfers: number and bytes of operations between devices, by their opcode.
       operations: all.
+      unknown_loops: number of loops that count as one step, because the length is not known.
     """
 
     transfers: dict[str, tuple[int, int]]
     operations: list[Operation]
+    unknown_loops: int
 
     def total(self, field: str, *, in_loop: bool | None = None, kind: str = "") -> int:
         """Adds up a field of the operations: of all, or of some.
@@ -94,7 +96,9 @@ def cost_of(program: Program, start: str, *, loops: bool = True, folder: str = "
     """
     transfers: dict[str, tuple[int, int]] = {}
     alike: dict[tuple[str, str, str, str, bool], np.ndarray] = {}
+    unknown = 0
     for computation, each, times in program.executed(start, loops=loops):
+        unknown += each.opcode == "while" and loops and program.trips(each.name, computation) is None
         if each.opcode in _FREE:
             continue
         inside = [(computation, each), *program.fused(each)]
@@ -108,7 +112,7 @@ def cost_of(program: Program, start: str, *, loops: bool = True, folder: str = "
         key = kind, _short(each.op_name) or each.opcode, program.place(each, folder), _output(each), times > 1
         alike[key] = alike.get(key, 0) + times * once
     operations = [_operation(key, sums.tolist()) for key, sums in alike.items()]
-    return Cost(transfers, operations)
+    return Cost(transfers, operations, unknown)
 
 
 def _operation(key: tuple[str, str, str, str, bool], sums: list[int]) -> Operation:

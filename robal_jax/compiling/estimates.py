@@ -152,6 +152,7 @@ def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
         values["estimated_largest_images_per_device"] = largest_batch(estimate, chip)
     values["fits"] = None if chip is None else memory.total <= chip.memory
     values |= {"flops": cost.total("flops"), "bytes_moved": cost.total("bytes")}
+    values["unknown_loops"] = cost.unknown_loops
     values["transfers"] = {name: {"count": n, "bytes": size} for name, (n, size) in cost.transfers.items()}
     values["operations"] = {
         where: {

@@ -36,6 +36,8 @@ def described(values: Mapping[str, Any], memory: int | None) -> str:
             f"{x['times']} {kind} ({_si(x['bytes'])}B)" for kind, x in counts.items() if x["times"]
         )
         lines.append(f"operations  {where.replace('_', ' ')}: {found or 'none'}")
+    if count := values["unknown_loops"]:
+        lines.append(f"loops       {count} of unknown length; only one step of each counts")
     lines += _time(values, unit)
     return "\n  ".join([head, *lines])
 
