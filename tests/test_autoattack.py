@@ -319,6 +319,7 @@ def test_shares_after_each_stage():
         ("robal_aa", {"apgd_ce": 1, "robal_aa": 4}),
         ("standard", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
         ("torchattacks", {"torchattacks": 8}),
+        ("fast", {"fast": 5}),
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),

@@ -19,6 +19,8 @@ An attack is put together from these components:
   chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, :func:`square`
   (``square_attack``), which needs no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the
   distance, too, and return it.
+- Two for few steps: :func:`pma` (``pma_attack``) ascends a margin of probabilities, :func:`malt_apgd`
+  (``malt``) is AutoPGD towards the classes whose boundary is nearest.
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
   a model.
@@ -55,16 +57,19 @@ from robal_jax.attacks.autopgd import apgd, targeted_apgd
 from robal_jax.attacks.combined import multi_targeted, shortest_adversarial
 from robal_jax.attacks.fab_attack import fab
 from robal_jax.attacks.free import FreeSteps
+from robal_jax.attacks.malt import malt_apgd, nearest_classes
 from robal_jax.attacks.margins import (
     dlr,
     margin,
     negative_margin,
     of_class,
+    probability_margin,
     ranked_class,
     targeted_dlr,
     targeted_margin,
 )
 from robal_jax.attacks.minimum_norm import MINIMUM_NORM, Closest, check_minimum_norm, ddn, fmn
+from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.projected_gradient import loss_gradient, pgd, pgd_iterates, pgd_path, scaled
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
@@ -106,14 +111,18 @@ __all__ = [
     "gaussian_start",
     "like_images",
     "loss_gradient",
+    "malt_apgd",
     "margin",
     "multi_targeted",
+    "nearest_classes",
     "negative_margin",
     "of_class",
     "one_sided_start",
     "pgd",
     "pgd_iterates",
     "pgd_path",
+    "pma",
+    "probability_margin",
     "ranked_class",
     "scaled",
     "scaled_start",

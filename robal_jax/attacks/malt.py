@@ -1,8 +1,8 @@
-"""MALT: targets are the classes whose boundary is nearest if the model were linear, not those of large logits.
+"""MALT: its targets are the classes whose boundary would be nearest if the model were linear.
 
 The class with the highest wrong logit need not be the one that a small change reaches: a class further behind
-is nearer if its logit changes faster. MALT divides the lead of the true class by how fast it changes, which is
-the step that FAB would make, and attacks the nearest few classes::
+is nearer if its logit changes faster. MALT divides the lead of the true class by how fast it changes, which
+is the step that FAB would make, and attacks the nearest few classes::
 
     order = nearest_classes(logits_fn, images, labels, threat=threat, candidates=9)
     adversarial = malt_apgd(logits_fn, key, images, labels, threat=threat, rank=1)
@@ -54,7 +54,7 @@ def nearest_classes(
 
     Example:
       >>> weight = jnp.array([0.0, 1.0, 10.0])  # class 2 is further behind, but rises faster
-      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1), weight) + jnp.array([2.0, 1.0, 0.0])
+      >>> logits_fn = lambda x: jnp.outer(x.reshape(-1), weight) + jnp.array([[2.0, 1.0, 0.0]])
       >>> images, labels = jnp.zeros((1, 1, 1, 1)), jnp.array([0])
       >>> print(nearest_classes(logits_fn, images, labels, threat=ThreatModel(0.5), candidates=2))
       [[2 1]]
