@@ -68,6 +68,17 @@ def expected():
     return {name: np.stack([classes(name, strength) for strength in STRENGTHS]) for name in CORRUPTIONS}
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_distances_stay_beside_them(tmp_path):
+    counts = range(20, 10, -1)
+    run, _ = evaluate(tmp_path / "both", class_counts=counts, minimum_norm="fmn", corruptions=True)
+    assert run.corruptions
+    assert run.distances["attack"] == "fmn"
+    report = (tmp_path / "both" / "report.md").read_text()
+    assert "Common corruptions" in report
+    assert "Distance to the closest adversarial image" in report
+
+
 def test_a_finished_evaluation_is_given_them_without_an_attack(folder):
     counts, attacked = range(20, 10, -1), (folder / "examples.npz").read_bytes()
     before, _ = evaluate(folder, class_counts=counts)

@@ -4,6 +4,7 @@ It depends on no attack, so it is added to results that are stored already: of t
 that was finished long ago. The predicted classes of all images are kept in a file of their own.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,4 +135,4 @@ def _summarise(
     seconds = results.meta.get("seconds", 0.0) + about["seconds"]
     meta = {**results.meta, **changed, "seconds": seconds}
     whole = {**results.summary, "corruptions": summary}
-    Results(meta, whole, results.audit, results.norms).write(folder)
+    dataclasses.replace(results, meta=meta, summary=whole).write(folder)
