@@ -68,6 +68,7 @@ def expected():
     return {name: np.stack([classes(name, strength) for strength in STRENGTHS]) for name in CORRUPTIONS}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_distances_stay_beside_them(tmp_path):
     counts = range(20, 10, -1)
