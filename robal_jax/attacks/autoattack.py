@@ -33,7 +33,9 @@ import numpy as np
 from robal_jax import checks, losses
 from robal_jax.attacks import autopgd
 from robal_jax.attacks.fab_attack import fab, fab_start
+from robal_jax.attacks.malt import malt_apgd
 from robal_jax.attacks.margins import dlr
+from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
     LogitsFn,
@@ -53,12 +55,16 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "torchattacks": ("apgd_ce", "apgd_t", "fab_t", "square"),
     "plus": ("apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"),
     "rand": ("apgd_ce", "apgd_dlr"),
+    "fast": ("pma", "apgd_malt"),
 }
 """Attacks of each version of the ensemble, in their order.
 
 'torchattacks' is AutoAttack as the package of that name runs it since its version 3.4.0: with 10 iterations
 instead of 100, and with Square's schedule rescaled. Its robust accuracy is an upper estimate of AutoAttack's.
 """
+
+STEPS = {"torchattacks": 10, "fast": 30}
+"""Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100."""
 
 CONDITIONS = {
     "standard": "autoattack",
@@ -315,7 +321,7 @@ def stages(
         raise InputError(
             f"an ensemble takes one radius, or one per class; pass a tuple of {num_classes} radii as epsilon"
         )
-    for name, needed in (("apgd_dlr", 3), ("apgd_t", 4)):
+    for name, needed in (("apgd_dlr", 3), ("apgd_t", 4), ("apgd_malt", 4)):
         if name in names and num_classes < needed:
             raise InputError(
                 f"{name} needs at least {needed} classes, and the model has {num_classes}; use attacks that "
@@ -323,11 +329,12 @@ def stages(
             )
     restarts = 5 if version == "plus" else 1
     theirs = version == "torchattacks"
-    steps = (10 if theirs else 100) if steps is None else steps
+    steps = STEPS.get(version, 100) if steps is None else steps
     checks.at_least(1, steps=steps)
-    settings = _Settings(threat, steps, queries, eot=20 if version == "rand" else 0, rescaled=theirs)
     targets = min(9, num_classes - 1)
-    rounds = [{"apgd_t": targets, "fab_t": targets, "square": 1}.get(name, restarts) for name in names]
+    settings = _Settings(threat, steps, queries, 20 if version == "rand" else 0, theirs, targets)
+    few = {"square": 1, "pma": 2, "apgd_malt": min(3, targets)}
+    rounds = [{"apgd_t": targets, "fab_t": targets, **few}.get(name, restarts) for name in names]
     return tuple(
         Stage(name, partial(_ATTACKS[name], settings=settings), count, 1 + sum(rounds[:place]))
         for place, (name, count) in enumerate(zip(names, rounds, strict=True))
@@ -341,6 +348,7 @@ class _Settings:
     queries: int
     eot: int
     rescaled: bool
+    targets: int
 
 
 def _apgd(
@@ -406,6 +414,40 @@ def _square(
     return square(logits_fn, keys, images, labels, threat=threat, queries=queries, rescaled=rescaled)
 
 
+def _pma(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: _Settings,
+) -> chex.Array:
+    threat, steps = settings.threat, settings.steps
+    return pma(logits_fn, keys, images, labels, threat=threat, steps=steps, raised=number % 2 == 1)
+
+
+def _apgd_malt(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: _Settings,
+) -> chex.Array:
+    return malt_apgd(
+        logits_fn,
+        keys,
+        images,
+        labels,
+        threat=settings.threat,
+        rank=number + 1,
+        candidates=settings.targets,
+        steps=settings.steps,
+    )
+
+
 _ATTACKS: dict[str, Callable[..., chex.Array]] = {
     "apgd_ce": partial(_apgd, loss=losses.cross_entropy),
     "apgd_dlr": partial(_apgd, loss=dlr),
@@ -413,6 +455,8 @@ _ATTACKS: dict[str, Callable[..., chex.Array]] = {
     "fab": partial(_fab, targeted=False),
     "fab_t": partial(_fab, targeted=True),
     "square": _square,
+    "pma": _pma,
+    "apgd_malt": _apgd_malt,
 }
 
 CLEAN, ROBUST = 0, -1

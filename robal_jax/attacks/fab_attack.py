@@ -144,29 +144,52 @@ def _boundary(
         checks.rank(rank, classes, least=2)
         target = ranked_class(clean_logits, rank)
 
-    def lead_of(other: chex.Array, logits: chex.Array, vjp: Callable) -> tuple[chex.Array, chex.Array]:
-        """``z_k - z_y [B]``, with one class ``k`` per image, and its gradient ``[B, D]``."""
-        other, true = (jax.nn.one_hot(k, classes, dtype=logits.dtype) for k in (other, labels))
-        w = finite(vjp(other - true)[0])
-        lead = finite(jnp.sum((other - true) * logits, axis=-1).astype(w.dtype))
-        # A hyperplane is the same whatever its scale; the squares of its normal must not overflow.
-        excess = jnp.maximum(jnp.abs(w).max(-1) / LARGE, 1.0)
-        return lead / excess, w / excess[:, None]
-
     def nearest(logits: chex.Array, vjp: Callable) -> chex.Array:
         def distance(other: chex.Array) -> chex.Array:
-            lead, w = lead_of(jnp.full_like(labels, other), logits, vjp)
-            dual_norm = jnp.linalg.norm(w, ord=2 if threat.norm == "l2" else 1, axis=-1)
-            return jnp.where(labels == other, jnp.inf, jnp.abs(lead) / (1e-12 + dual_norm))
+            return distance_to(jnp.full_like(labels, other), labels, logits, vjp, threat)
 
         # One class at a time, because the gradients of all classes may not fit in memory.
         return jnp.argmin(jax.lax.map(distance, jnp.arange(classes)), axis=0)
 
     def boundary(x: chex.Array, logits: chex.Array, vjp: Callable) -> Hyperplane:
-        lead, w = lead_of(nearest(logits, vjp) if target is None else target, logits, vjp)
+        lead, w = _lead_of(nearest(logits, vjp) if target is None else target, labels, logits, vjp)
         return w, jnp.sum(w * x, axis=-1) - lead
 
     return boundary
+
+
+def distance_to(
+    other: chex.Array, labels: chex.Array, logits: chex.Array, vjp: Callable, threat: ThreatModel
+) -> chex.Array:
+    """Distance of images to the boundary with another class, if the model were linear.
+
+    ``|z_y - z_k| / ||grad(z_y - z_k)||``, in the norm that is dual to the threat model's: L1 for L-infinity
+
+    Args:
+      other: ``k [B]``.
+      labels: ``y [B]``.
+      logits: ``z [B, K]``.
+      vjp: of the logits, from cotangents ``[B, K]`` to a tuple with the gradient ``[B, D]``.
+      threat: its norm is read.
+
+    Returns:
+      ``[B]``; infinite where ``k`` is ``y``.
+    """
+    lead, w = _lead_of(other, labels, logits, vjp)
+    dual_norm = jnp.linalg.norm(w, ord=2 if threat.norm == "l2" else 1, axis=-1)
+    return jnp.where(labels == other, jnp.inf, jnp.abs(lead) / (1e-12 + dual_norm))
+
+
+def _lead_of(
+    other: chex.Array, labels: chex.Array, logits: chex.Array, vjp: Callable
+) -> tuple[chex.Array, chex.Array]:
+    """``z_k - z_y [B]``, with one class ``k`` per image, and its gradient ``[B, D]``."""
+    other, true = (jax.nn.one_hot(k, logits.shape[-1], dtype=logits.dtype) for k in (other, labels))
+    w = finite(vjp(other - true)[0])
+    lead = finite(jnp.sum((other - true) * logits, axis=-1).astype(w.dtype))
+    # A hyperplane is the same whatever its scale; the squares of its normal must not overflow.
+    excess = jnp.maximum(jnp.abs(w).max(-1) / LARGE, 1.0)
+    return lead / excess, w / excess[:, None]
 
 
 def _approach(

@@ -145,6 +145,44 @@ def targeted_dlr(logits: chex.Array, labels: chex.Array, *, targets: chex.Array)
     return -lead / (first - 0.5 * (third + fourth) + TINY)
 
 
+def probability_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
+    """Lead of the best wrong class in probability, at logits that are divided by their spread.
+
+    ``max_{i != y} p_i - p_y``,  ``p = softmax(z / s)``,  ``s`` the standard deviation of an image's logits
+
+    Unlike a margin of logits, it weighs a class by how probable it is. Published, it has ``s = 1``: large
+    logits then saturate the softmax, and its gradient vanishes, as that of the cross entropy does. Here
+    neither shift nor scale of the logits changes it. No gradient flows through ``s``.
+
+    Args:
+      logits: ``z [B, K]``.
+      labels: ``y [B]``.
+
+    Returns:
+      ``[B]`` in -1..1, positive where the image is misclassified.
+
+    Source: Xie et al., "Towards Million-Scale Adversarial Robustness Evaluation With Stronger Individual
+    Attacks" (2024), the loss of PMA.
+
+    Example:
+      >>> logits, labels = jnp.array([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5]]), jnp.array([0, 2])
+      >>> for scale in (1, 100):
+      ...     print(jnp.array_str(probability_margin(scale * logits, labels), precision=3))
+      [-0.243  0.243]
+      [-0.243  0.243]
+    """
+    true, other = probabilities(logits, labels)
+    return other - true
+
+
+def probabilities(logits: chex.Array, labels: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """The two terms of :func:`probability_margin`: ``p_y`` and ``max_{i != y} p_i``, both ``[B]``."""
+    checks.logits_and_labels(logits, labels)
+    spread = jax.lax.stop_gradient(jnp.std(logits, axis=-1, keepdims=True))
+    scores = jax.nn.softmax(logits / (spread + TINY), axis=-1)
+    return _of_class(scores, labels), jnp.max(of_wrong_classes(scores, labels), axis=-1)
+
+
 def of_class(logits: chex.Array, classes: chex.Array) -> chex.Array:
     """The logit of one class per image, ``z_bc``.
 
