@@ -16,9 +16,10 @@ An attack is put together from these components:
 - *Loss* (``margins``, ``robal_jax.losses``): one value per image, which the attack increases. The default is
   cross entropy; :func:`negative_margin` makes CW of PGD, and :func:`dlr` ignores the scale of the logits.
 - *Loop*: :func:`pgd` (``projected_gradient``; also FGSM, MIM, CW and EOT), :func:`apgd` (``autopgd``), which
-  chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, :func:`square`
-  (``square_attack``), which needs no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the
-  distance, too, and return it.
+  chooses its own step size, :func:`pma` (``pma_attack``), which ascends probabilities in two phases,
+  :func:`fab` (``fab_attack``), which minimises the distance, :func:`square` (``square_attack``), which needs
+  no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the distance, too, and return it.
+- *Target*: :func:`ranked_class` by logit, :func:`nearest_classes` by distance (``malt``).
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
   a model.
@@ -55,16 +56,19 @@ from robal_jax.attacks.autopgd import apgd, targeted_apgd
 from robal_jax.attacks.combined import multi_targeted, shortest_adversarial
 from robal_jax.attacks.fab_attack import fab
 from robal_jax.attacks.free import FreeSteps
+from robal_jax.attacks.malt import malt_apgd, nearest_classes
 from robal_jax.attacks.margins import (
     dlr,
     margin,
     negative_margin,
     of_class,
+    probability_margin,
     ranked_class,
     targeted_dlr,
     targeted_margin,
 )
 from robal_jax.attacks.minimum_norm import MINIMUM_NORM, Closest, check_minimum_norm, ddn, fmn
+from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.projected_gradient import loss_gradient, pgd, pgd_iterates, pgd_path, scaled
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
@@ -106,14 +110,18 @@ __all__ = [
     "gaussian_start",
     "like_images",
     "loss_gradient",
+    "malt_apgd",
     "margin",
     "multi_targeted",
+    "nearest_classes",
     "negative_margin",
     "of_class",
     "one_sided_start",
     "pgd",
     "pgd_iterates",
     "pgd_path",
+    "pma",
+    "probability_margin",
     "ranked_class",
     "scaled",
     "scaled_start",

@@ -13,7 +13,7 @@ T = TypeVar("T")
 AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
 """Conditions that are AutoAttack, the strongest first."""
 
-ENSEMBLES = (*AUTOATTACK, "torchattacks", "custom", "robal_aa")
+ENSEMBLES = (*AUTOATTACK, "torchattacks", "fast", "custom", "robal_aa")
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {
@@ -25,6 +25,7 @@ _NAMES = {
     "autoattack_plus": "AutoAttack plus",
     "autoattack_rand": "AutoAttack rand",
     "torchattacks": "torchattacks (10 iterations)",
+    "fast": "fast (PMA + APGD-MALT)",
     "custom": "Own ensemble",
 }
 
