@@ -56,6 +56,7 @@ def listed(version, num_classes):
             ],
         ),
         ("rand", 10, [("apgd_ce", 1, 1, 1), ("apgd_dlr", 1, 2, 2)]),
+        ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5)]),
         ("square", 2, [("square", 1, 1, 1)]),
         ("square,fab_t", 3, [("square", 1, 1, 1), ("fab_t", 2, 2, 3)]),
         ("apgd_dlr", 3, [("apgd_dlr", 1, 1, 1)]),
@@ -80,7 +81,11 @@ def test_an_attack_stands_once():
 
 @pytest.mark.parametrize(
     ("version", "num_classes", "needed"),
-    [("standard", 3, "apgd_t needs at least 4"), ("rand", 2, "apgd_dlr needs at least 3")],
+    [
+        ("standard", 3, "apgd_t needs at least 4"),
+        ("rand", 2, "apgd_dlr needs at least 3"),
+        ("fast", 3, "apgd_malt needs at least 4"),
+    ],
 )
 def test_too_few_classes(version, num_classes, needed):
     with pytest.raises(InputError, match=needed) as error:
@@ -104,7 +109,8 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(autopgd, "apgd", record("apgd"))
     monkeypatch.setattr(autopgd, "targeted_apgd", record("targeted_apgd"))
-    monkeypatch.setattr(autoattack, "fab", record("fab"))
+    for name in "fab", "pma", "malt_apgd":
+        monkeypatch.setattr(autoattack, name, record(name))
     monkeypatch.setattr(autoattack, "square", record("square"))
 
     def ask(version, name, number, value=0.95, steps=7):
@@ -130,6 +136,12 @@ def test_stages_pass_on_their_settings(asked):
     for version in "standard", "torchattacks":
         settings = {"threat": THREAT, "queries": 11, "rescaled": version == "torchattacks"}
         assert asked(version, "square", 0)[:2] == ("square", settings)
+    for number in 0, 1:
+        assert asked("fast", "pma", number)[:2] == ("pma", {**common, "raised": number == 1})
+    for number in 0, 2:
+        expected = {**common, "rank": number + 1, "candidates": 9}
+        assert asked("fast", "apgd_malt", number)[:2] == ("malt_apgd", expected)
+    assert asked("fast", "pma", 0, steps=None)[1]["steps"] == 30
 
 
 @pytest.mark.parametrize(("version", "steps"), [("standard", 100), ("torchattacks", 10), ("plus", 100)])
@@ -319,9 +331,9 @@ def test_shares_after_each_stage():
         ("robal_aa", {"apgd_ce": 1, "robal_aa": 4}),
         ("standard", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
         ("torchattacks", {"torchattacks": 8}),
-        ("fast", {"fast": 5}),
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
+        ("fast", {"fast": 5}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
         ("apgd_ce", {"apgd_ce": 1}),
         ("apgd_t", {"custom": 3}),

@@ -60,6 +60,8 @@ ATTACKS = {
     "apgd, dlr": partial(APGD, loss=attacks.dlr),
     "apgd, eot": against_random(APGD),
     "targeted_apgd": partial(attacks.targeted_apgd, threat=THREAT, steps=2),
+    "malt_apgd": partial(attacks.malt_apgd, threat=THREAT, candidates=2, steps=2),
+    "pma": partial(attacks.pma, threat=THREAT, steps=2),
     "fab": partial(attacks.fab, threat=THREAT, n_iter=2),
     "fab, targeted": partial(attacks.fab, threat=THREAT, n_iter=2, rank=2),
     "square": partial(attacks.square, threat=THREAT, queries=2),
@@ -354,6 +356,7 @@ LOSSES = {
     "margin": attacks.margin,
     "negative_margin": attacks.negative_margin,
     "dlr": attacks.dlr,
+    "probability_margin": attacks.probability_margin,
     "targeted_margin": partial(attacks.targeted_margin, targets=LABELS),
     "targeted_dlr": partial(attacks.targeted_dlr, targets=LABELS),
 }

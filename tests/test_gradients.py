@@ -83,6 +83,7 @@ ROWS = {  # norms, attack
     "apgd": (BOTH, partial(attacks.apgd, steps=6)),
     "apgd, dlr": (LINF, partial(attacks.apgd, steps=6, loss=attacks.dlr)),
     "targeted_apgd": (LINF, partial(attacks.targeted_apgd, steps=6)),
+    "pma": (BOTH, partial(attacks.pma, steps=6)),
     "multi_targeted": (LINF, towards_all),
     "shortest_adversarial": (BOTH, shortest),
     "fab": (LINF, partial(attacks.fab, n_iter=4)),

@@ -16,11 +16,10 @@ An attack is put together from these components:
 - *Loss* (``margins``, ``robal_jax.losses``): one value per image, which the attack increases. The default is
   cross entropy; :func:`negative_margin` makes CW of PGD, and :func:`dlr` ignores the scale of the logits.
 - *Loop*: :func:`pgd` (``projected_gradient``; also FGSM, MIM, CW and EOT), :func:`apgd` (``autopgd``), which
-  chooses its own step size, :func:`fab` (``fab_attack``), which minimises the distance, :func:`square`
-  (``square_attack``), which needs no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the
-  distance, too, and return it.
-- Two for few steps: :func:`pma` (``pma_attack``) ascends a margin of probabilities, :func:`malt_apgd`
-  (``malt``) is AutoPGD towards the classes whose boundary is nearest.
+  chooses its own step size, :func:`pma` (``pma_attack``), which ascends probabilities in two phases,
+  :func:`fab` (``fab_attack``), which minimises the distance, :func:`square` (``square_attack``), which needs
+  no gradient; :func:`fmn` and :func:`ddn` (``minimum_norm``) minimise the distance, too, and return it.
+- *Target*: :func:`ranked_class` by logit, :func:`nearest_classes` by distance (``malt``).
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
   a model.

@@ -60,9 +60,10 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 """Attacks of each version of the ensemble, in their order.
 
 'torchattacks' is AutoAttack as the package of that name runs it since its version 3.4.0: with 10 iterations
-instead of 100, and with Square's schedule rescaled. 'fast' is not AutoAttack: two runs of PMA and three of
-APGD towards the nearest classes, 30 steps each, for daily work. The robust accuracies of both are upper
-estimates of AutoAttack's.
+instead of 100, and with Square's schedule rescaled. Its robust accuracy is an upper estimate of AutoAttack's.
+
+'fast' is no AutoAttack: two runs of PMA and APGD towards the three nearest classes by MALT, 30 steps each,
+with about a tenth of the gradients. It is for daily work; its robust accuracy is an upper estimate, too.
 """
 
 STEPS = {"torchattacks": 10, "fast": 30}
@@ -71,9 +72,9 @@ STEPS = {"torchattacks": 10, "fast": 30}
 CONDITIONS = {
     "standard": "autoattack",
     "torchattacks": "torchattacks",
-    "fast": "fast",
     "plus": "autoattack_plus",
     "rand": "autoattack_rand",
+    "fast": "fast",
 }
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
@@ -117,7 +118,7 @@ def autoattack(
       images: ``[n, H, W, C]``, floats within the bounds of the threat model.
       labels: integers ``[n]`` in ``0..K-1``.
       threat: allowed images; one radius, or one per class.
-      version: 'standard', 'torchattacks', 'fast', 'plus', 'rand', 'robal_aa' (APGD-CE and APGD-T), 'none', or
+      version: 'standard', 'torchattacks', 'plus', 'rand', 'fast', 'robal_aa' (APGD-CE and APGD-T), 'none', or
         a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
       batch_size: number of images in each call.
       steps: of each run of APGD, FAB and PMA; those of the version if None: 100, for 'torchattacks' 10, for
@@ -305,7 +306,8 @@ def stages(
 
     Args:
       version: see :func:`autoattack`.
-      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes.
+      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes, or at the
+        nearest 3 of them.
       threat: allowed images; one radius, or one per class.
       steps: see :func:`autoattack`.
       queries: of Square; AutoAttack's is 5000.

@@ -1,8 +1,8 @@
-"""MALT: its targets are the classes whose boundary would be nearest if the model were linear.
+"""MALT: targets are the classes that are nearest if the model were linear, not those of the largest logits.
 
-The class with the highest wrong logit need not be the one that a small change reaches: a class further behind
-is nearer if its logit changes faster. MALT divides the lead of the true class by how fast it changes, which
-is the step that FAB would make, and attacks the nearest few classes::
+The class with the highest wrong logit need not be the one that a small change reaches: a class further
+behind is nearer if its logit changes faster. MALT divides the lead of the true class by how fast it changes,
+which is the step that FAB would make, and attacks the nearest few classes::
 
     order = nearest_classes(logits_fn, images, labels, threat=threat, candidates=9)
     adversarial = malt_apgd(logits_fn, key, images, labels, threat=threat, rank=1)

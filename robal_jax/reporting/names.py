@@ -25,8 +25,7 @@ _NAMES = {
     "autoattack_plus": "AutoAttack plus",
     "autoattack_rand": "AutoAttack rand",
     "torchattacks": "torchattacks (10 iterations)",
-    "fast": "Fast ensemble",
-    "pma": "PMA",
+    "fast": "fast (PMA + APGD-MALT)",
     "custom": "Own ensemble",
 }
 

@@ -343,6 +343,12 @@ def reading_section(results: Results) -> list[page.Block]:
             'is the pair of attacks that the RoBal paper calls "AA": two of the four attacks of AutoAttack.'
         )
         items.append((display_name("robal_aa"), text))
+    if "fast" in conditions:
+        text = (
+            "is an ensemble for daily work, not AutoAttack: PMA and APGD towards the nearest classes, with "
+            "about a tenth of its gradients. Its accuracy is an upper estimate; claim that of AutoAttack."
+        )
+        items.append((display_name("fast"), text))
     if not any(name in conditions for name in AUTOATTACK):
         text = (
             "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "
