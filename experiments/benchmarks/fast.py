@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
         config = model.card["config"]
         fields = {key: value for key, value in config["data"].items() if key != "name"}
         data = SOURCES[config["data"]["name"]](**fields)
-        x = (data.test_images / data.pixel_max).astype(np.float32)
+        x = np.asarray(data.test_images, np.float32) / np.float32(data.pixel_max)
         y, threat = np.asarray(data.test_labels), ThreatModel(config["threat"]["epsilon"])
         standard: tuple[np.ndarray, Passes] | None = None
         for version, keys in (("standard", range(1)), ("fast", range(seeds))):

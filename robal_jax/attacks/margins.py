@@ -168,8 +168,8 @@ def probability_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
       >>> logits, labels = jnp.array([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5]]), jnp.array([0, 2])
       >>> for scale in (1, 100):
       ...     print(jnp.array_str(probability_margin(scale * logits, labels), precision=3))
-      [-0.243  0.243]
-      [-0.243  0.243]
+      [-0.27  0.27]
+      [-0.27  0.27]
     """
     true, other = probabilities(logits, labels)
     return other - true
