@@ -70,7 +70,6 @@ def test_malt_reaches_the_nearest_class():
         attack(logits_fn, jax.random.key(0), jnp.zeros((1, 1, 1, 1)), jnp.array([0]), rank=4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", EPSILONS)
 def test_fast_stays_in_the_threat_model_and_breaks_what_large_logits_hide(norm):
     threat = ThreatModel(EPSILONS[norm], norm)
