@@ -50,7 +50,7 @@ def nearest_classes(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
-    Source: Melamed et al. (NeurIPS 2024), algorithm 1.
+    Source: Melamed et al. (NeurIPS 2024), and their released code.
 
     Example:
       >>> weight = jnp.array([0.0, 1.0, 10.0])  # class 2 is further behind, but rises faster

@@ -62,7 +62,7 @@ def pma(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
-    Source: Xie et al. (2024), section 3. Its released code divides no logits, and makes its first step
+    Source: Xie et al. (2024), and its released code, which divides no logits, and makes its first step
     against the attack.
 
     Example:
