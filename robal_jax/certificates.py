@@ -107,7 +107,7 @@ def interval_bounds(
         logits = _propagate(logits_fn, low, high)
         return _or_infinite(logits.low[0], -jnp.inf), _or_infinite(logits.high[0], jnp.inf)
 
-    return jax.vmap(one)(lower, upper)
+    return jax.vmap(one)(jnp.asarray(lower), jnp.asarray(upper))
 
 
 def margin_bounds(
@@ -146,12 +146,12 @@ def margin_bounds(
     def one(low: chex.Array, high: chex.Array, label: chex.Array) -> chex.Array:
         logits = _propagate(logits_fn, low, high)
         unit = jnp.eye(logits.low.shape[1], dtype=logits.low.dtype)
-        margins = _least(logits, (unit[label] - unit)[:, None])
+        margins = _least(logits, (unit[label][None] - unit)[:, None])
         return jnp.min(jnp.where(jnp.arange(len(unit)) == label, jnp.inf, margins))
 
     classes = jax.eval_shape(partial(checks.called, logits_fn), jnp.asarray(lower)).shape[-1]
     checks.labels_in(classes, labels)
-    return jax.vmap(one)(lower, upper, labels)
+    return jax.vmap(one)(jnp.asarray(lower), jnp.asarray(upper), jnp.asarray(labels))
 
 
 def certified(
@@ -225,7 +225,8 @@ def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[
 
     def read(variable: Any) -> Any:
         if isinstance(variable, Literal):
-            return jnp.asarray(variable.val, variable.aval.dtype)
+            aval: Any = variable.aval
+            return jnp.asarray(variable.val, aval.dtype)
         return values[variable]
 
     for equation in program.eqns:
@@ -233,6 +234,10 @@ def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[
         if equation.primitive.name in _CALLS:
             inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
             outputs = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), arguments)
+        elif (
+            equation.primitive.name == "stop_gradient"
+        ):  # the margin follows slopes, so this must not be one of 0
+            outputs = arguments
         elif any(_unknown(argument) for argument in arguments):
             outputs = [_made_by(equation, arguments)]
         else:
@@ -353,7 +358,7 @@ def _common(node: _Interval) -> _Interval | None:
 
 def _inner(weights: chex.Array, values: chex.Array) -> chex.Array:
     """Inner products of ``[m, ...]`` and ``[...]``."""
-    return jnp.sum((weights * values).reshape(len(weights), -1), axis=1)
+    return jnp.sum((weights * values[None]).reshape(len(weights), -1), axis=1)
 
 
 # ---------------------------------------------------------------- rules
@@ -384,10 +389,6 @@ def _high(value: Any) -> Any:
     return value.high if _unknown(value) else value
 
 
-def _size(value: Any) -> Any:
-    return value.largest if _unknown(value) else jnp.abs(value)
-
-
 def _centre_and_radius(value: _Interval) -> tuple[chex.Array, chex.Array]:
     return value.low / 2 + value.high / 2, value.high / 2 - value.low / 2
 
@@ -395,15 +396,18 @@ def _centre_and_radius(value: _Interval) -> tuple[chex.Array, chex.Array]:
 def _share(terms: int, dtype: Any) -> float:
     """Rounding of a sum relative to the sum of the absolute terms: the network's and that of the bound."""
     product = (terms + 8) * float(jnp.finfo(dtype).eps) / 2
-    return 2 * product / (1 - product) if product < 1 else math.inf
+    return 2 * product / (1 - product) if product < 1 / 3 else math.inf
 
 
 def _widened(
-    low: chex.Array, high: chex.Array, terms: int, size: Any = None
+    low: chex.Array, high: chex.Array, terms: int, below: Any = None, above: Any = None
 ) -> tuple[chex.Array, chex.Array]:
-    """Moves the ends outward by the rounding of a sum with absolute terms ``size``; None: of the ends."""
+    """Moves the ends outward by the rounding of sums with these absolute terms; None: those of the ends.
+
+    Terms are least at their lower ends with rounding too, because ``v - s |v|`` increases for ``s < 1``.
+    """
     share, least = _share(terms, low.dtype), (terms + 8) * float(jnp.finfo(low.dtype).tiny)
-    below, above = (jnp.abs(low), jnp.abs(high)) if size is None else (size, size)
+    below, above = jnp.abs(low) if below is None else below, jnp.abs(high) if above is None else above
     return low - share * below - least, high + share * above + least
 
 
@@ -438,13 +442,14 @@ def _sum(equation: Any, *inputs: Any) -> _Found:
     params, shape = equation.params, jnp.shape(_low(inputs[0]))
     lengths = [shape[axis] for axis in params.get("axes", [params["axis"]] if "axis" in params else [])]
     terms = math.prod(params.get("window_dimensions", lengths)) or len(inputs)
-    sizes = _apply(equation, *map(_size, inputs))
-    return *_widened(*_at_ends(equation, inputs), terms, sizes), terms, True
+    sizes = [_apply(equation, *[jnp.abs(end(x)) for x in inputs]) for end in (_low, _high)]
+    return *_widened(*_at_ends(equation, inputs), terms, *sizes), terms, True
 
 
 def _difference(equation: Any, x: Any, y: Any) -> _Found:
     low, high = _low(x) - _high(y), _high(x) - _low(y)
-    return *_widened(low, high, 2, _size(x) + _size(y)), 2, True
+    sizes = jnp.abs(_low(x)) + jnp.abs(_high(y)), jnp.abs(_high(x)) + jnp.abs(_low(y))
+    return *_widened(low, high, 2, *sizes), 2, True
 
 
 def _negative(equation: Any, x: _Interval) -> _Found:

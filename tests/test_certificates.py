@@ -50,7 +50,10 @@ def points(lower, upper, steps):
 
 def test_certified_boxes_have_no_misclassified_point(float64):
     first, second = normal(2, 16), normal(16, 3, seed=1)
-    logits_fn = lambda x: jax.nn.relu(x @ first - 0.3) @ second
+
+    def logits_fn(x):
+        return jax.nn.relu(x @ first - 0.3) @ second
+
     images = np.random.RandomState(2).uniform(size=(60, 2))
     labels = np.asarray(logits_fn(images)).argmax(-1)
     shares = []
@@ -87,7 +90,7 @@ def test_affine_networks_have_their_exact_margin(name, float64):
 
     def logits_fn(x):
         for weight, bias in zip(*LAYERS, strict=True):
-            x = x @ weight + bias
+            x = x @ weight + bias[None]
         return AFFINE[name](x)
 
     weight, bias = np.eye(5), np.zeros(5)
@@ -105,16 +108,19 @@ def test_cosine_head_is_certified_where_its_features_are(float64):
     weight = np.abs(normal(5, 6)), normal(4, 6, seed=1)
     rows = (weight[1] / np.linalg.norm(weight[1], axis=1, keepdims=True)).T
     images = np.random.RandomState(2).uniform(0.2, 1, size=(200, 5))
-    logits_fn = lambda x: classifiers.cosine_logits(x @ weight[0], jnp.asarray(weight[1]), scale=10.0)
+
+    def logits_fn(x):
+        return classifiers.cosine_logits(x @ weight[0], jnp.asarray(weight[1]), scale=10.0)
+
     labels = np.asarray(logits_fn(images)).argmax(-1)
-    exact = exact_margins(weight[0] @ rows, np.zeros(4), images, labels, 0.05)
-    found = certified(logits_fn, images, labels, threat=ThreatModel(0.05))
+    exact = exact_margins(weight[0] @ rows, np.zeros(4), images, labels, 0.2)
+    found = certified(logits_fn, images, labels, threat=ThreatModel(0.2))
     np.testing.assert_array_equal(found, exact > 0)
     assert 0 < np.mean(found) < 1
 
 
 def test_a_norm_that_may_be_zero_certifies_nothing():
-    logits_fn = lambda x: classifiers.cosine_logits(x, jnp.eye(2), scale=10.0)
+    logits_fn = functools.partial(classifiers.cosine_logits, weight=jnp.eye(2), scale=10.0)
     images = jnp.array([[0.5, 0.1], [0.05, 0.01]])
     found = certified(logits_fn, images, jnp.array([0, 0]), threat=ThreatModel(0.1))
     assert found.tolist() == [True, False]
@@ -151,7 +157,7 @@ TIGHT = {
     "relu, sums": lambda x: jax.nn.relu(x) + jnp.sum(x, 1, keepdims=True),
     "clip": lambda x: jnp.clip(x, 0, 1),
     "negative": lambda x: 1 - x,
-    "product": lambda x: x * jnp.array([1.0, -2.0, 0.0, 3.0]) / -2,
+    "product": lambda x: x * jnp.array([[1.0, -2.0, 0.0, 3.0]]) / -2,
     "shapes": lambda x: jnp.concatenate([x.reshape(-1, 2, 2).transpose(0, 2, 1)[:, ::-1]], 1).reshape(-1, 4),
     "gather": lambda x: x[:, jnp.array([3, 0, 0, 1])],
     "maximum": lambda x: jnp.maximum(x, x[:, ::-1]),
@@ -161,8 +167,8 @@ TIGHT = {
     "absolute": jnp.abs,
 }
 POSITIVE = {
-    "roots": lambda x: jnp.sqrt(x),
-    "reciprocal root": lambda x: jax.lax.rsqrt(x),
+    "roots": jnp.sqrt,
+    "reciprocal root": jax.lax.rsqrt,
     "logarithm": jnp.log,
     "quotient": lambda x: 2 / x,
     "real power": lambda x: x ** jnp.float32(1.5),
@@ -192,16 +198,14 @@ def test_bounds_hold_what_an_operation_gives(name, float64):
         [np.array(list(itertools.product((0, 1), repeat=4))), random.uniform(size=(300, 4))]
     )
     inside = ends[0] + shares[:, None] * (ends[1] - ends[0])
+    inside = np.concatenate([inside, np.clip(0, *ends)[None]])  # where squares are least
     values = np.asarray(jax.vmap(ALL[name])(inside))
     low, high = map(np.asarray, interval_bounds(ALL[name], *ends))
     assert ((low <= values) & (values <= high)).all()
     if name not in LOOSE:
-        reached = 1e-3 if name in ("square", "absolute") else 1000 * EPSILON  # their least value is inside
         rounding = 1000 * EPSILON * (1 + np.abs(values).max(0))
-        np.testing.assert_array_less(values.max(0) * 0 + high - values.max(0), rounding)
-        within = (ends[0] < 0) & (ends[1] > 0) if reached == 1e-3 else np.zeros_like(low, bool)
-        np.testing.assert_array_less(np.where(within, low, low - values.min(0)), rounding)
-        np.testing.assert_array_less(np.where(within, 0, values.min(0) - low), rounding)
+        assert (values.min(0) - low <= rounding).all()
+        assert (high - values.max(0) <= rounding).all()
 
 
 REFUSED = {
@@ -240,21 +244,21 @@ def test_attacks_break_no_certified_image(method, digits):
     images, digit = digits
     labels = np.argsort(np.array(model.test.class_names, int))[digit]
     bound = jax.jit(lambda radii: certified(model.logits_fn, images, labels, threat=ThreatModel(radii)))
-    attack = jax.jit(
-        lambda radii: model.logits_fn(
-            attacks.pgd(model.logits_fn, jax.random.key(0), images, labels, threat=ThreatModel(radii), steps=20,
-                        step_size=0.1)
-        )
-    )  # fmt: skip
+    pgd = functools.partial(attacks.pgd, model.logits_fn, jax.random.key(0), images, labels, steps=20)
+
+    @jax.jit
+    def attack(radii):
+        return model.logits_fn(pgd(threat=ThreatModel(radii), step_size=radii / 4))
+
     clean = model.logits(images).argmax(-1) == labels
     shares = []
-    for radius in (0.0, 0.0005, 0.001, 0.1):
+    for radius in (0.0005, 0.001, 0.1):
         radii = np.full(len(images), radius, np.float32)
         certain, robust = np.asarray(bound(radii)), np.asarray(attack(radii).argmax(-1) == labels)
         assert not (certain & ~robust).any()
         assert not (certain & ~clean).any()
         shares.append(certain.mean())
-    assert shares[0] > shares[2] > 0 == shares[3]
+    assert shares[0] > shares[1] > 0 == shares[2]
     with jax.enable_x64(True):
         margin = margin_bounds(model.logits_fn, images.astype(np.float64), images.astype(np.float64), labels)
     np.testing.assert_array_equal(np.asarray(margin) > 0, clean)
