@@ -234,10 +234,8 @@ def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[
         if equation.primitive.name in _CALLS:
             inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
             outputs = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), arguments)
-        elif (
-            equation.primitive.name == "stop_gradient"
-        ):  # the margin follows slopes, so this must not be one of 0
-            outputs = arguments
+        elif equation.primitive.name == "stop_gradient":
+            outputs = arguments  # it would hide the slopes from the margin
         elif any(_unknown(argument) for argument in arguments):
             outputs = [_made_by(equation, arguments)]
         else:

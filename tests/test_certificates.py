@@ -98,7 +98,7 @@ def test_affine_networks_have_their_exact_margin(name, float64):
         weight, bias = weight @ factor, bias @ factor + shift
     exact = exact_margins(weight, bias, images, labels, 0.1)
     found = np.asarray(margin_bounds(logits_fn, *box(images, 0.1), labels))
-    # Each logit is a sum of at most 5 * 7 * 6 * 4 products of sums, which are below 10^4 in size.
+    # Each margin is a sum of fewer than 1000 products, which are below 10^4 in size.
     assert (found <= exact).all()
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e4 * 1000 * EPSILON)
 
@@ -177,6 +177,7 @@ POSITIVE = {
 LOOSE = {
     "leaky relu": jax.nn.leaky_relu,
     "elu": jax.nn.elu,
+    "choice": lambda x: jnp.where(x > 1, 2.0, -x),
     "softmax": jax.nn.softmax,
     "products": lambda x: x * x[:, ::-1],
     "differences": lambda x: x - x.mean(1, keepdims=True),
@@ -206,6 +207,34 @@ def test_bounds_hold_what_an_operation_gives(name, float64):
         rounding = 1000 * EPSILON * (1 + np.abs(values).max(0))
         assert (values.min(0) - low <= rounding).all()
         assert (high - values.max(0) <= rounding).all()
+
+
+# Logits [B, 4] with a factor in common, a stopped gradient, or two paths.
+SHARED = {
+    "norm": lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True) + jnp.array([[0.0, 0.1, 0.2, 0.3]]),
+    "reciprocal norm": lambda x: jax.lax.rsqrt(jnp.sum(x * x, 1, keepdims=True)) * x,
+    "factor of either sign": lambda x: x * jnp.sum(x, 1, keepdims=True),
+    "stopped gradient": lambda x: 2 * jax.lax.stop_gradient(x) - x,
+    "residual": lambda x: x + jax.nn.relu(x @ normal(4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_margins_hold_what_shared_factors_give(name, float64):
+    random = np.random.RandomState(0)
+    lower = random.uniform(-1, 1, size=(64, 4))
+    upper = lower + random.uniform(0, 1, size=(64, 4))
+    labels = np.arange(64) % 4
+    shares = np.concatenate(
+        [np.array(list(itertools.product((0, 1), repeat=4))), random.uniform(size=(300, 4))]
+    )
+    inside = lower + shares[:, None] * (upper - lower)
+    on_points = margins(np.asarray(jax.vmap(SHARED[name])(inside)), labels).min(0)
+    bound = np.asarray(margin_bounds(SHARED[name], lower, upper, labels))
+    assert (bound <= on_points).all()
+    assert np.isfinite(bound).any()
+    if name == "stopped gradient":
+        np.testing.assert_allclose(bound, on_points, rtol=0, atol=1000 * EPSILON)
 
 
 REFUSED = {
