@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from robal_jax.attacks import square as square
     from robal_jax.attacks import targeted_apgd as targeted_apgd
     from robal_jax.attacks.autoattack import autoattack as autoattack
+    from robal_jax.certificates import certified as certified
+    from robal_jax.certificates import interval_bounds as interval_bounds
+    from robal_jax.certificates import margin_bounds as margin_bounds
     from robal_jax.classifiers import CosineHead as CosineHead
     from robal_jax.classifiers import LinearHead as LinearHead
     from robal_jax.classifiers import TauNormHead as TauNormHead
@@ -60,6 +63,7 @@ _WHERE = {
         "scaled", "square", "targeted_apgd",
     ),
     "attacks.autoattack": ("autoattack",),
+    "certificates": ("certified", "interval_bounds", "margin_bounds"),
     "classifiers": (
         "CosineHead", "LinearHead", "TDEHead", "TauNormHead", "TemperatureHead", "adjust_for_prior",
         "cosine_logits", "linear_logits", "tau_norm_logits", "tde_logits",
@@ -72,9 +76,9 @@ _WHERE = {
     "zoo": ("load_model",),
 }  # fmt: skip
 _ROOMS = (
-    "attacks", "builder", "classifiers", "cli", "data", "devices", "distances", "errors", "evaluation",
-    "exchange", "keys", "losses", "metrics", "models", "objectives", "optimizers", "pytorch", "reporting",
-    "storage", "training", "zoo",
+    "attacks", "builder", "certificates", "classifiers", "cli", "data", "devices", "distances", "errors",
+    "evaluation", "exchange", "keys", "losses", "metrics", "models", "objectives", "optimizers", "pytorch",
+    "reporting", "storage", "training", "zoo",
 )  # fmt: skip
 _NAMES = {name: room for room, names in _WHERE.items() for name in names}
 

@@ -38,7 +38,7 @@ LAYERS = (
         "class_statistics",
         "regularisers",
     },
-    {"distances", "objectives", "storage"},
+    {"certificates", "distances", "objectives", "storage"},
     {"attack_modes"},
     {"reporting", "pytorch"},
     {"builder"},
