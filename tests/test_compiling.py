@@ -1,4 +1,4 @@
-"""What a compiled program's text says of it, and the command that compiles for devices that are not there."""
+"""Costs read from a compiled program's text, and the command that compiles for devices that are not there."""
 
 import importlib.util
 import json
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from robal_jax.compiling.cost import cost_of
+from robal_jax.compiling import estimates
+from robal_jax.compiling.cost import Operation, cost_of
 from robal_jax.compiling.hlo import Program
 from robal_jax.devices import chips, targets
 from robal_jax.errors import InputError
@@ -141,6 +142,24 @@ def test_chips_are_known_or_refused():
         targets.devices_of("h100:many")
 
 
+def test_time_is_that_of_the_slower_of_products_and_memory():
+    chip = chips.CHIPS["h100"]
+    work = Operation("convolution", "", "", "", 1, 0, int(chip.peak), int(chip.bandwidth / 2), in_loop=False)
+    assert estimates.seconds_of(work, chip) == pytest.approx(1.0)
+    assert estimates.seconds_of(work._replace(bytes=int(3 * chip.bandwidth)), chip) == pytest.approx(3.0)
+    cycles = work._replace(cycles=3000)
+    assert estimates.seconds_of(cycles, chips.CHIPS["v5e"]) == pytest.approx(3000 / chips.CHIPS["v5e"].clock)
+
+
+def test_largest_batch_follows_from_two_sizes():
+    gib, chip = 2**30, chips.CHIPS["v5e"]  # 16 GiB
+    memory = estimates.Memory(arguments=2 * gib, in_place=gib, outputs=gib, temporaries=2 * gib)
+    doubled = memory._replace(temporaries=3 * gib)
+    found = estimates.Estimate("train", 64, 1.0, memory, None, doubled=doubled)
+    assert estimates.largest_batch(found, chip) == 64 + 64 * (16 - 4)
+    assert estimates.largest_batch(found._replace(doubled=None), chip) is None
+
+
 def test_settings_for_a_target():
     environment = {"XLA_FLAGS": "--a=b", "JAX_PLATFORMS": "cuda"}
     chips.prepare("h100:8", environment)
@@ -154,7 +173,7 @@ def test_missing_compiler_is_named():
 
 
 def compiled(tmp_path, *flags):
-    """What robal-jax compile writes for RoBal-N on the digits."""
+    """Runs robal-jax compile for RoBal-N on the digits; returns what it writes and prints."""
     path = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "experiments/compile.py", "--config=robal_n:digits_lt"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

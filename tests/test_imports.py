@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS = (
     {"errors", "keys"},
     {"checks"},
-    {"models", "arguments"},
+    {"models", "arguments", "intervals"},
     {"class_terms"},
     {"losses"},
     {

@@ -1,4 +1,4 @@
-"""What a new version of JAX or Orbax may take away or turn around, each with what to do then."""
+"""Changes of JAX and Orbax that would break the library, each with what to do then."""
 
 import importlib.metadata
 import inspect

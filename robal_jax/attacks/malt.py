@@ -42,10 +42,10 @@ def nearest_classes(
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``y [B]``.
       threat: its norm is read.
-      candidates: number of wrong classes to rank, in ``1..K-1``.
+      candidates: number ``C >= 1`` of wrong classes to rank; at most all ``K - 1``.
 
     Returns:
-      Classes ``[B, candidates]``, the nearest first; of equal ones that of the higher logit.
+      Classes ``[B, C]``, the nearest first; of equal ones that of the higher logit.
 
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
@@ -60,10 +60,11 @@ def nearest_classes(
       [[2 1]]
     """
     check_attack(threat, images, labels)
+    checks.at_least(1, candidates=candidates)
     flat = jax.lax.stop_gradient(images.reshape(len(images), -1))
     logits, vjp = jax.vjp(lambda x: checks.logits_of(len(x), logits_fn(x.reshape(images.shape))), flat)
     wrong = of_wrong_classes(logits, labels)
-    checks.rank(candidates, wrong.shape[-1] - 1)
+    candidates = min(candidates, wrong.shape[-1] - 1)
     # One class at a time, because the gradients of all classes may not fit in memory.
     classes = [ranked_class(wrong, rank) for rank in range(1, candidates + 1)]
     distances = jax.lax.map(lambda k: distance_to(k, labels, logits, vjp, threat), jnp.stack(classes))
@@ -90,8 +91,8 @@ def malt_apgd(
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       threat: allowed images.
-      rank: 1 for the nearest class, up to ``candidates``; may be traced, so that one compilation serves all
-        targets.
+      rank: 1 for the nearest class, up to the number of candidates; may be traced, so that one compilation
+        serves all targets.
       candidates: see :func:`nearest_classes`.
       steps: of the search, at least 1.
 
@@ -111,7 +112,7 @@ def malt_apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [2 0]
     """
-    checks.rank(rank, candidates)
     order = nearest_classes(logits_fn, images, labels, threat=threat, candidates=candidates)
+    checks.rank(rank, order.shape[1])
     loss = partial(targeted_dlr, targets=order[:, rank - 1])
     return apgd(logits_fn, key, images, labels, threat=threat, steps=steps, loss=loss)

@@ -211,7 +211,7 @@ LAST_GAMMA = 0.001
 
 
 class _Place(NamedTuple):
-    """What a search knows before a step, of each image.
+    """State of a search before a step, per image.
 
     Attributes:
       x: where it is, ``[B, H, W, C]``.

@@ -1,4 +1,4 @@
-"""What a compiler says of a run before it starts: memory, work and time, on devices that need not be there.
+"""Estimates of a run before it starts: memory, work and time, by the compiler of devices that may be absent.
 
 - ``programs``: the programs of a run, lowered
 - ``hlo``: a compiled program's text, parsed

@@ -1,4 +1,4 @@
-"""What a compiled program does: operations, bytes, transfers between devices, and the compiler's cycles.
+"""Cost of a compiled program: operations, bytes, transfers between devices, and the compiler's cycles.
 
 Everything is read from the program's text (``hlo``) and is of one device. It is an estimate, not a
 measurement: transfers between devices and waits are not in the cycles.

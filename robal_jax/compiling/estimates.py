@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from robal_jax import builder
+from robal_jax import builder, training
 from robal_jax.compiling import programs
 from robal_jax.compiling.cost import KINDS, Cost, Operation, cost_of
 from robal_jax.compiling.hlo import Program
@@ -42,7 +42,7 @@ class Memory(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What the compiler says of a program.
+    """The compiler's account of a program.
 
     Attributes:
       name: 'train' for a step of the training; 'conditions', or the attack of which it is a round.
@@ -100,19 +100,15 @@ def _programs(
     config: ConfigDict, devices: Sequence[jax.Device]
 ) -> dict[str, tuple[int, Callable[[], jax.stages.Lowered]]]:
     """Returns the programs by name: images per device, and a function that lowers."""
-    training = builder.training(config, devices)
-    batch, parts = training.settings.batch_size, training.settings.accumulation_steps
-    if batch % (len(devices) * parts):
-        raise InputError(
-            f"config.train.batch_size is {batch}; it must be a multiple of {len(devices) * parts}, the "
-            "number of devices" + " times config.train.accumulation_steps" * (parts > 1)
-        )
+    job = builder.training(config, devices)
+    training.check_spread(job, len(devices))
     evaluation = builder.evaluation(config, platform=devices[0].platform)
     steps = {
         name: (evaluation.batch_size, partial(programs.evaluation_step, evaluation, name, devices))
         for name in programs.evaluation_names(evaluation)
     }
-    return {"train": (batch // len(devices), partial(programs.training_chunk, training, devices)), **steps}
+    each = job.settings.batch_size // len(devices)
+    return {"train": (each, partial(programs.training_chunk, job, devices)), **steps}
 
 
 def _estimate(name: str, images: int, lowered: jax.stages.Lowered) -> Estimate:

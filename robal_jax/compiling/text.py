@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 UNITS = {"train": "a step"}
-"""What is counted of a program, by its name; of the others, a batch."""
+"""Unit that is counted, by the name of the program; a batch for the others."""
 
 FAR = 64
 """So many times the images are too far from what was compiled for a number to mean something."""

@@ -101,7 +101,7 @@ descriptions in XLA's repository (``xla/backends/gpu/target_config/specs``).
 
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # of the machine that is asked for otherwise; the topology decides
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # otherwise the machine is asked; the topology decides
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at once
     "TPU_STDERR_LOG_LEVEL": "3",

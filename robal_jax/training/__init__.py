@@ -6,7 +6,7 @@
 - ``state``: the arrays of a run, at its start or from another run's weights
 """
 
-from robal_jax.training.loop import LONG_DISPATCH, chunks, positions, step_ids, train
+from robal_jax.training.loop import LONG_DISPATCH, check_spread, chunks, positions, step_ids, train
 from robal_jax.training.state import TrainState, fine_tuned_state, initial_state
 from robal_jax.training.step import Examples, chunk_of, compiled_chunk, train_chunk, train_step
 
@@ -14,6 +14,7 @@ __all__ = [
     "LONG_DISPATCH",
     "Examples",
     "TrainState",
+    "check_spread",
     "chunk_of",
     "chunks",
     "compiled_chunk",

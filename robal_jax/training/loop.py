@@ -121,7 +121,7 @@ def train(
     with hosts.stop_signals() as stop:
         with hosts.only_first(lambda: announced("reading the data")):
             job = builder.training(config)
-            _check_devices(job)
+            check_spread(job, jax.device_count())
         hosts.check_agreement("the config", to_json(config))
         hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
         # Before anything is written, because this checkpoint may be missing or may not fit the model.
@@ -163,10 +163,13 @@ def _about(job: builder.Training, like: TrainState, workdir: pathlib.Path) -> li
     return [f"{name:8} {text}" for name, text in {"device": device, **about, "folder": workdir}.items()]
 
 
-def _check_devices(job: builder.Training) -> None:
-    """Raises if a batch cannot be spread evenly over the devices."""
+def check_spread(job: builder.Training, devices: int) -> None:
+    """Checks that a batch can be spread evenly over so many devices.
+
+    Raises:
+      InputError: it cannot.
+    """
     batch_size, parts = job.settings.batch_size, job.settings.accumulation_steps
-    devices = jax.device_count()
     if batch_size % (devices * parts):
         raise InputError(
             f"config.train.batch_size is {batch_size}; it must be a multiple of the number of devices, "
