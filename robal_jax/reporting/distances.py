@@ -25,9 +25,9 @@ def distance_section(results: Results) -> list[page.Block]:
         page.section("Distance to the closest adversarial image"),
         page.paragraph(
             f"{attack} looks for the closest adversarial image, without a radius; it found one for "
-            f"{found['found']} of {results.meta['n']} images. The median distance in {norm}, 0 for an image "
-            "that is wrong when clean, with an interval that holds at least 95 %. Like every attack, this "
-            "one finds upper bounds."
+            f"{found['found']} of {results.meta['n']} images. Median distances are in {norm}, with intervals "
+            "that hold at least 95 %; the distance of an image that is wrong when clean is 0. Like every "
+            "attack, this one finds upper bounds."
         ),
         page.table(
             ("Classes", "Median distance"),
