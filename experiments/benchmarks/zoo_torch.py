@@ -11,6 +11,7 @@ and torchattacks (pip install --no-deps torchattacks).
 import pathlib
 import sys
 import time
+from collections import OrderedDict
 
 import numpy as np
 import safetensors.torch
@@ -39,16 +40,17 @@ def in_torch(name: str) -> torch.nn.Module:
     """Returns a model of the zoo in PyTorch, in evaluation mode."""
     card = zoo.read_card(name)
     settings, data = card["config"]["evaluation"], card["data"]
-    backbone, width = nets.BACKBONES[card["config"]["model"]["name"]]()
+    kind = card["config"]["model"]["name"]
+    backbone, width = nets.BACKBONES["digits_cnn" if kind == "small_cnn" else kind]()
     classes = len(data["classes"])
     head = card["config"]["head"]
     classifier = (
         nets.CosineHead(width, classes, moving=False, scale=head["scale"], gamma=head["gamma"])
         if head["name"] == "cosine"
-        else torch.nn.Linear(width, classes)
+        else torch.nn.Sequential(OrderedDict(fc=torch.nn.Linear(width, classes)))
     )
     network = nets.RoBal(backbone, classifier)
-    network.load_state_dict(safetensors.torch.load_file(FOLDER / f"{name}.safetensors"), strict=False)
+    network.load_state_dict(safetensors.torch.load_file(FOLDER / f"{name}.safetensors"))
     counts = torch.tensor(data.get("trained_counts", data["class_counts"]), dtype=torch.float32)
     bias = settings["tau_p"] * (counts / counts.sum()).log()
     return Scaled(network, settings["logit_scale"], bias).eval()
