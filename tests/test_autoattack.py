@@ -57,6 +57,18 @@ def listed(version, num_classes):
         ),
         ("rand", 10, [("apgd_ce", 1, 1, 1), ("apgd_dlr", 1, 2, 2)]),
         ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5)]),
+        (
+            "union",
+            4,
+            [
+                ("apgd_ce", 1, 1, 1),
+                ("apgd_t", 3, 2, 4),
+                ("fab_t", 3, 5, 7),
+                ("square", 1, 8, 8),
+                ("pma", 2, 9, 10),
+                ("apgd_malt", 3, 11, 13),
+            ],
+        ),
         ("square", 2, [("square", 1, 1, 1)]),
         ("square,fab_t", 3, [("square", 1, 1, 1), ("fab_t", 2, 2, 3)]),
         ("apgd_dlr", 3, [("apgd_dlr", 1, 1, 1)]),
@@ -85,6 +97,7 @@ def test_an_attack_stands_once():
         ("standard", 3, "apgd_t needs at least 4"),
         ("rand", 2, "apgd_dlr needs at least 3"),
         ("fast", 3, "apgd_malt needs at least 4"),
+        ("union", 3, "apgd_t needs at least 4"),
     ],
 )
 def test_too_few_classes(version, num_classes, needed):
@@ -141,10 +154,13 @@ def test_stages_pass_on_their_settings(asked):
     for number in 0, 2:
         expected = {**common, "rank": number + 1, "candidates": 9}
         assert asked("fast", "apgd_malt", number)[:2] == ("malt_apgd", expected)
-    assert asked("fast", "pma", 0, steps=None)[1]["steps"] == 30
+    for version, attack in itertools.product(("fast", "union"), ("pma", "apgd_malt")):
+        assert asked(version, attack, 0, steps=None)[1]["steps"] == 30
 
 
-@pytest.mark.parametrize(("version", "steps"), [("standard", 100), ("torchattacks", 10), ("plus", 100)])
+@pytest.mark.parametrize(
+    ("version", "steps"), [("standard", 100), ("torchattacks", 10), ("plus", 100), ("union", 100)]
+)
 def test_steps_of_the_versions(asked, version, steps):
     assert asked(version, "apgd_t", 0, steps=None)[1]["steps"] == steps
     assert asked(version, "fab_t", 0, steps=None)[1]["n_iter"] == steps
@@ -334,6 +350,8 @@ def test_shares_after_each_stage():
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
         ("fast", {"fast": 5}),
+        ("union", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "union": 13}),
+        ("apgd_ce,apgd_t,fab_t,square,pma", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "custom": 10}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
         ("apgd_ce", {"apgd_ce": 1}),
         ("apgd_t", {"custom": 3}),
@@ -445,6 +463,16 @@ def test_an_ensemble_finds_allowed_images(norm):
     left = {name: right.sum() for name, right in found.robust.items()}
     assert left["clean"] > left["apgd_ce"] > left["apgd_t"]
     assert left["fab_t"] > left["square"] > 0
+
+
+@pytest.mark.slow
+def test_union_continues_after_autoattack():
+    """The outcomes of AutoAttack are its own; only what is left is attacked further."""
+    (both, _), (alone, _) = ensemble("linf", 8, "union"), ensemble("linf", 8)
+    assert list(both.robust) == [*alone.robust, "pma", "apgd_malt"]
+    for name in alone.robust:
+        np.testing.assert_array_equal(both.robust[name], alone.robust[name], name)
+    assert_sound(both, "linf", problem()[0])
 
 
 @pytest.mark.slow
