@@ -335,8 +335,8 @@ SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly u
             None,
             LINF,
             f"{SIXTY} union (AutoAttack + fast) at L∞ 8/255; in the tail classes 60.0 % [46.2, 72.4], as in "
-            "the head classes. AutoAttack alone leaves 60.5 % [53.6, 67.0]; the attacks of fast take 0.5 points "
-            "more. Compare only AutoAttack's with published figures.",
+            "the head classes. AutoAttack alone leaves 60.5 % [53.6, 67.0]; the attacks of fast take 0.5 "
+            "points more. Compare only AutoAttack's with published figures.",
         ),
         (
             {"pgd_20": [0.4, 0.6, 0.6, 0.8]},
