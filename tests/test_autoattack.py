@@ -56,7 +56,7 @@ def listed(version, num_classes):
             ],
         ),
         ("rand", 10, [("apgd_ce", 1, 1, 1), ("apgd_dlr", 1, 2, 2)]),
-        ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5)]),
+        ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5), ("square", 1, 6, 6)]),
         (
             "union",
             4,
@@ -126,8 +126,8 @@ def asked(monkeypatch):
         monkeypatch.setattr(autoattack, name, record(name))
     monkeypatch.setattr(autoattack, "square", record("square"))
 
-    def ask(version, name, number, value=0.95, steps=7):
-        stages = autoattack.stages(version, 10, threat=THREAT, steps=steps, queries=11)
+    def ask(version, name, number, value=0.95, steps=7, queries=11):
+        stages = autoattack.stages(version, 10, threat=THREAT, steps=steps, queries=queries)
         (stage,) = [stage for stage in stages if stage.name == name]
         images = jnp.full((2, 2, 2, 1), value)
         found = stage.attack(
@@ -146,8 +146,8 @@ def test_stages_pass_on_their_settings(asked):
     assert asked("rand", "apgd_dlr", 0)[1] == {**common, "loss": attacks.dlr, "eot": 20}
     for number in 0, 8:
         assert asked("standard", "apgd_t", number)[:2] == ("targeted_apgd", {**common, "rank": number + 2})
-    for version in "standard", "torchattacks":
-        settings = {"threat": THREAT, "queries": 11, "rescaled": version == "torchattacks"}
+    for version in "standard", "torchattacks", "fast", "union":
+        settings = {"threat": THREAT, "queries": 11, "rescaled": version in ("torchattacks", "fast")}
         assert asked(version, "square", 0)[:2] == ("square", settings)
     for number in 0, 1:
         assert asked("fast", "pma", number)[:2] == ("pma", {**common, "raised": number == 1})
@@ -156,6 +156,8 @@ def test_stages_pass_on_their_settings(asked):
         assert asked("fast", "apgd_malt", number)[:2] == ("malt_apgd", expected)
     for version, attack in itertools.product(("fast", "union"), ("pma", "apgd_malt")):
         assert asked(version, attack, 0, steps=None)[1]["steps"] == 30
+    for version, queries in ("standard", 5000), ("torchattacks", 5000), ("fast", 500), ("union", 5000):
+        assert asked(version, "square", 0, queries=None)[1]["queries"] == queries
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_shares_after_each_stage():
         ("torchattacks", {"torchattacks": 8}),
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
-        ("fast", {"fast": 5}),
+        ("fast", {"fast": 6}),
         ("union", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "union": 13}),
         ("apgd_ce,apgd_t,fab_t,square,pma", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "custom": 10}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),

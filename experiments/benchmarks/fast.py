@@ -2,10 +2,10 @@
 
 Attacks three kinds of models: 'digits' (AT and RoBal-N, five seeds, trained here by ``calibration.py``),
 'golden' (the network of the released AutoAttack's numbers, if ROBAL_GOLDEN_DIR names their folder) and
-'masked' (the ten masks of ``masked.py`` on AT of two seeds). Each is attacked by 'standard', 'torchattacks'
-and 'union' with one key, and by 'fast' with several. 'union' continues after 'standard', whose stages are its
-first. Prints one line per model, and one table in Markdown per kind. Outcomes are kept in DIR, so that the
-same command resumes; they hold as long as the attacks do not change.
+'masked' (the deterministic masks of ``masked.py``, on the models that ``calibration.py`` masks). Each is
+attacked by 'standard', 'torchattacks' and 'union' with one key, and by 'fast' with several. 'union' continues
+after 'standard', whose stages are its first. Prints one line per model, and one table in Markdown per kind.
+Outcomes are kept in DIR, so that the same command resumes; they hold as long as the attacks do not change.
 
 Passes are counted from the rounds, the images that reach each, and the cost of a round, so they are those of
 the algorithm, not of a batch that was filled up. A gradient is one forward and one backward pass.
@@ -30,9 +30,8 @@ from robal_jax import cli
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.keys import fold_in
 
-QUERIES, TARGETS, BATCH, CLASSES = 5000, 9, 50, 10
+TARGETS, BATCH, CLASSES = 9, 50, 10
 VERSIONS = ("standard", "torchattacks", "fast", "union")
-MASKED_SEEDS = (0, 1)  # of AT
 
 
 class Network(NamedTuple):
@@ -53,22 +52,25 @@ def networks(bench: calibration.Bench, images: dict[str, int]) -> Iterator[tuple
     """Yields the kind of each network, and the network."""
 
     def of(
-        method: str, seeds: tuple[int, ...], kind: str, name: str, mask: Callable = lambda f: f
+        kind: str, models: list[tuple[str, int]], name: str = "", mask: Callable = lambda model: model
     ) -> Network:
-        runs = [bench.run("digits", method, seed) for seed in seeds]
+        runs = [bench.run("digits", *model) for model in models]
         predict = runs[0].predict
         return Network(
             lambda weights, x: mask(partial(predict, *weights))(x),
             runs[0].config["evaluation"]["epsilon"],
             [
-                (f"{name}, {seed}", (run.params, run.stats), *bench.sample(run, "digits", images[kind]))
-                for seed, run in zip(seeds, runs, strict=True)
+                (
+                    f"{name}{method} {seed}",
+                    (run.params, run.stats),
+                    *bench.sample(run, "digits", images[kind]),
+                )
+                for (method, seed), run in zip(models, runs, strict=True)
             ],
         )
 
-    for method, name in ("at", "AT"), ("robal_n", "RoBal-N"):
-        if images["digits"]:
-            yield "digits", of(method, calibration.SEEDS, "digits", name)
+    for method in ("at", "robal_n") if images["digits"] else ():
+        yield "digits", of("digits", [(method, seed) for seed in calibration.SEEDS])
     folder = os.environ.get("ROBAL_GOLDEN_DIR")
     if folder and images["golden"]:
         with np.load(pathlib.Path(folder) / "autoattack.npz") as file:
@@ -80,9 +82,9 @@ def networks(bench: calibration.Bench, images: dict[str, int]) -> Iterator[tuple
             "golden",
             Network(lambda _, x: network(arrays)(x), epsilon, [("golden", (), np.float32(x[part]), y[part])]),
         )
-    for kind, (mask, _) in masked.MASKS.items():
-        if images["masked"]:
-            yield "masked", of("at", MASKED_SEEDS, "masked", kind, mask)
+    for name, (mask, expected) in masked.MASKS.items() if images["masked"] else ():
+        if "randomised" not in expected:
+            yield "masked", of("masked", list(calibration.BASES), f"{name}, ", mask)
 
 
 class Passes(NamedTuple):
@@ -92,7 +94,7 @@ class Passes(NamedTuple):
     backward: float
 
 
-def of_round(name: str, steps: int) -> Passes:
+def of_round(name: str, steps: int, queries: int) -> Passes:
     """Passes of one round of an attack on one image, with the forward pass that judges its result."""
     forward, backward = {
         "apgd_ce": (steps + 1, steps + 1),
@@ -100,7 +102,7 @@ def of_round(name: str, steps: int) -> Passes:
         "apgd_malt": (steps + 2, steps + 1 + TARGETS),
         "fab_t": (2 * steps + 1, steps),
         "pma": (steps, steps),
-        "square": (QUERIES + 1, 0),
+        "square": (queries + 1, 0),
     }[name]
     return Passes(forward + 1, backward)
 
@@ -109,8 +111,9 @@ def total(version: str, stages: tuple[autoattack.Stage, ...], broken_in: np.ndar
     """Mean passes per image of a whole ensemble; ``broken_in [n]`` as in ``autoattack.Progress``."""
     forward, backward = float(len(broken_in)), 0.0  # the clean images
     for stage in stages:
-        part = "fast" if stage.name in autoattack.VERSIONS["fast"] else version
-        cost = of_round(stage.name, autoattack.STEPS.get(part, 100))
+        part = "fast" if stage.name in ("pma", "apgd_malt") else version
+        steps, queries = autoattack.STEPS.get(part, 100), autoattack.QUERIES.get(version, 5000)
+        cost = of_round(stage.name, steps, queries)
         for number in range(stage.first, stage.last + 1):
             reached = int(np.sum((broken_in == autoattack.ROBUST) | (broken_in >= number)))
             forward, backward = forward + reached * cost.forward, backward + reached * cost.backward
@@ -188,10 +191,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Returns the outcomes of a kind of models in Markdown."""
     lines = [
         "| model | clean | standard | torchattacks | fast, by key | union | alone: standard | torchattacks | "
-        "fast | forward, backward: standard | torchattacks | fast | union | fast, % of backward |",
+        "fast | forward, backward: standard | torchattacks | fast | union | "
+        "fast, % of backward, of all |",
         "| --- " + "| ---: " * 13 + "|",
     ]
-    excess, share = [], []
+    excess, share, whole = [], [], []
     for row in rows:
         robust = {version: [found == autoattack.ROBUST for found in row[version]] for version in VERSIONS}
         first = {version: robust[version][0] for version in VERSIONS[:3]}
@@ -201,13 +205,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         passes = row["passes"]
         share.append(100 * passes["fast"].backward / passes["standard"].backward)
+        whole.append(100 * sum(passes["fast"]) / sum(passes["standard"]))
         excess += [100 * (right.mean() - first["standard"].mean()) for right in robust["fast"]]
         cells = [
             np.sum(row["standard"][0] != autoattack.CLEAN),
             *(", ".join(str(right.sum()) for right in robust[version]) for version in VERSIONS),
             *alone,
             *(f"{each.forward:.0f}, {each.backward:.0f}" for each in passes.values()),
-            f"{share[-1]:.1f}",
+            f"{share[-1]:.1f}, {whole[-1]:.1f}",
         ]
         lines.append(f"| {row['name']} | " + " | ".join(map(str, cells)) + " |")
     images = len(rows[0]["standard"][0])
@@ -217,7 +222,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             "",
             f"{images} images per model. `fast` less `standard`, in points: mean {np.mean(excess):.2f}, from "
             f"{min(excess):.2f} to {max(excess):.2f}; backward passes of `fast`: mean {np.mean(share):.1f} % "
-            f"of those of `standard`, at most {max(share):.1f} %.",
+            f"of those of `standard`, at most {max(share):.1f} %; all passes: {np.mean(whole):.1f} %, at "
+            f"most {max(whole):.1f} %.",
         ]
     )
 
@@ -227,15 +233,14 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of trained models and outcomes",
         "seeds": "keys of 'fast', 3",
-        "digits": "images per model of this kind, 0 for none: 300",
+        "digits": "images per model of this kind, 0 for none: 200",
         "golden": "the same, 200",
         "masked": "the same, 50",
     }
     values = cli.parse(arguments, texts, __doc__)
     workdir = pathlib.Path(values["workdir"] or "runs/calibration")
     images = {
-        kind: int(values[kind] or count)
-        for kind, count in (("digits", 300), ("golden", 200), ("masked", 50))
+        kind: int(values[kind] or count) for kind, count in (("digits", 200), ("golden", 200), ("masked", 50))
     }
     folder = workdir / "fast"
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ from robal_jax.errors import InputError
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 from robal_jax.models import closure
 
-_STANDARD, _FAST = ("apgd_ce", "apgd_t", "fab_t", "square"), ("pma", "apgd_malt")
+_STANDARD, _NEWER = ("apgd_ce", "apgd_t", "fab_t", "square"), ("pma", "apgd_malt")
 
 VERSIONS: dict[str, tuple[str, ...]] = {
     "robal_aa": _STANDARD[:2],
@@ -57,8 +57,8 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "torchattacks": _STANDARD,
     "plus": ("apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"),
     "rand": ("apgd_ce", "apgd_dlr"),
-    "fast": _FAST,
-    "union": _STANDARD + _FAST,
+    "fast": (*_NEWER, "square"),
+    "union": _STANDARD + _NEWER,
 }
 """Attacks of each version of the ensemble, in their order.
 
@@ -66,17 +66,20 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 instead of 100, and with Square's schedule rescaled. Its robust accuracy is an upper estimate of AutoAttack's.
 
 'fast' is no AutoAttack: two runs of PMA and APGD towards the three nearest classes by MALT, 30 steps each,
-with about a tenth of the gradients. It is for daily work; its robust accuracy is an upper estimate, too.
+and 500 queries of Square with its schedule rescaled, together about a tenth of AutoAttack's passes. It is for
+daily work; its robust accuracy is an upper estimate, too.
 
-'union' is AutoAttack and then 'fast' on what is left. Its robust accuracy is at most AutoAttack's, and must
-not be compared with one; AutoAttack's own is its outcome after Square.
+'union' is AutoAttack, and then PMA and APGD-MALT as in 'fast' on what is left. Its robust accuracy is at most
+AutoAttack's, and must not be compared with one; AutoAttack's own is its outcome after Square.
 """
 
 STEPS = {"torchattacks": 10, "fast": 30}
-"""Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100.
+"""Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100."""
 
-'union' makes the steps of 'fast' in the attacks of 'fast', and AutoAttack's in the others.
-"""
+QUERIES = {"fast": 500}
+"""Queries of Square, for versions that do not make AutoAttack's 5000."""
+
+_RESCALED = ("torchattacks", "fast")  # versions whose Square makes its whole schedule in its few queries
 
 CONDITIONS = {
     "standard": "autoattack",
@@ -114,7 +117,7 @@ def autoattack(
     version: str | Sequence[str] = "standard",
     batch_size: int = 500,
     steps: int | None = None,
-    queries: int = 5000,
+    queries: int | None = None,
 ) -> Found:
     """Runs AutoAttack, or a part of it, on any model.
 
@@ -132,8 +135,8 @@ def autoattack(
         'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
       batch_size: number of images in each call.
       steps: of each run of APGD, FAB and PMA; those of the version if None: 100, for 'torchattacks' 10, for
-        'fast', also in 'union', 30.
-      queries: of Square; AutoAttack's is 5000.
+        'fast', and in the attacks that 'union' adds, 30.
+      queries: of Square; those of the version if None: 5000, for 'fast' 500.
 
     Returns:
       The adversarial images and the outcome of each attack.
@@ -157,7 +160,7 @@ def autoattack(
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     check_attack(threat, images, labels)
     checks.channels_last(images)
-    checks.at_least(1, batch_size=batch_size, queries=queries)
+    checks.at_least(1, batch_size=batch_size)
     version = version_name(version)
     keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))
     predict: Callable[..., chex.Array]
@@ -310,7 +313,7 @@ def stages(
     *,
     threat: ThreatModel,
     steps: int | None = None,
-    queries: int = 5000,
+    queries: int | None = None,
 ) -> tuple[Stage, ...]:
     """Stages of a version or of a list of attacks.
 
@@ -320,7 +323,7 @@ def stages(
         nearest 3 of them.
       threat: allowed images; one radius, or one per class.
       steps: see :func:`autoattack`.
-      queries: of Square; AutoAttack's is 5000.
+      queries: see :func:`autoattack`.
 
     Raises:
       InputError: the version is unknown, there are too few classes for the losses of its attacks, or not one
@@ -344,14 +347,15 @@ def stages(
                 "need fewer, such as apgd_ce,fab_t,square"
             )
     restarts = 5 if version == "plus" else 1
-    theirs = version == "torchattacks"
     targets = min(9, num_classes - 1)
+    eot, rescaled = 20 if version == "rand" else 0, version in _RESCALED
+    queries = QUERIES.get(version, 5000) if queries is None else queries
 
     def settings(name: str) -> _Settings:
-        part = "fast" if version == "union" and name in _FAST else version
+        part = "fast" if version == "union" and name in _NEWER else version
         length = STEPS.get(part, 100) if steps is None else steps
-        checks.at_least(1, steps=length)
-        return _Settings(threat, length, queries, 20 if version == "rand" else 0, theirs, targets)
+        checks.at_least(1, steps=length, queries=queries)
+        return _Settings(threat, length, queries, eot, rescaled, targets)
 
     few = {"square": 1, "pma": 2, "apgd_malt": min(3, targets)}
     rounds = [{"apgd_t": targets, "fab_t": targets, **few}.get(name, restarts) for name in names]

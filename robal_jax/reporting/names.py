@@ -25,8 +25,8 @@ _NAMES = {
     "autoattack_plus": "AutoAttack plus",
     "autoattack_rand": "AutoAttack rand",
     "torchattacks": "torchattacks (10 iterations)",
-    "fast": "fast (PMA + APGD-MALT)",
-    "union": "union (AutoAttack + fast)",
+    "fast": "fast (PMA + APGD-MALT + Square)",
+    "union": "union (AutoAttack + PMA + APGD-MALT)",
     "custom": "Own ensemble",
 }
 

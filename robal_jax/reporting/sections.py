@@ -345,14 +345,16 @@ def reading_section(results: Results) -> list[page.Block]:
         items.append((display_name("robal_aa"), text))
     if "fast" in conditions:
         text = (
-            "is an ensemble for daily work, not AutoAttack: PMA and APGD towards the nearest classes, with "
-            "about a tenth of its gradients. Its accuracy is an upper estimate; claim that of AutoAttack."
+            "is an ensemble for daily work, not AutoAttack: PMA, APGD towards the nearest classes and a "
+            "short Square, with about a tenth of its passes. Its accuracy is an upper estimate; claim that "
+            "of AutoAttack."
         )
         items.append((display_name("fast"), text))
     if "union" in conditions:
         text = (
-            "is AutoAttack, and then the attacks of fast on the images that are left, so its accuracy is at "
-            "most that of AutoAttack. It is no figure of AutoAttack and must not be compared with one. "
+            "is AutoAttack, and then PMA and APGD-MALT as in fast on the images that are left, so its "
+            "accuracy is at most that of AutoAttack. It is no figure of AutoAttack and must not be compared "
+            "with one. "
             f"{beside_autoattack(results)}"
         )
         items.append((display_name("union"), text))
