@@ -75,13 +75,11 @@ def networks(bench: calibration.Bench, images: dict[str, int]) -> Iterator[tuple
     if folder and images["golden"]:
         with np.load(pathlib.Path(folder) / "autoattack.npz") as file:
             arrays = {name: np.float32(file[name]) for name in file if name.startswith("net/")}
-            x, y, epsilon = file["x"].transpose(0, 2, 3, 1), file["y"], float(file["eps"])
-        network = importlib.import_module("tests.parity.autoattack_net").network
-        part = slice(images["golden"])
-        yield (
-            "golden",
-            Network(lambda _, x: network(arrays)(x), epsilon, [("golden", (), np.float32(x[part]), y[part])]),
-        )
+            x, y = (np.asarray(file[name][: images["golden"]]) for name in ("x", "y"))
+            epsilon = float(file["eps"])
+        x = np.asarray(x.transpose(0, 2, 3, 1), np.float32)
+        network = importlib.import_module("tests.parity.autoattack_net").network(arrays)
+        yield "golden", Network(lambda _, x: network(x), epsilon, [("golden", (), x, y)])
     for name, (mask, expected) in masked.MASKS.items() if images["masked"] else ():
         if "randomised" not in expected:
             yield "masked", of("masked", list(calibration.BASES), f"{name}, ", mask)
