@@ -334,7 +334,7 @@ SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly u
             {"pgd_20": [0.8] * 4, "autoattack": [0.6, 0.6, 0.6, 0.62], "union": [0.6] * 4},
             None,
             LINF,
-            f"{SIXTY} union (AutoAttack + PMA + APGD-MALT) at L∞ 8/255; in the tail classes 60.0 % [46.2, "
+            f"{SIXTY} union (AutoAttack + fast) at L∞ 8/255; in the tail classes 60.0 % [46.2, "
             "72.4], as in the head classes. AutoAttack alone leaves 60.5 % [53.6, 67.0]; PMA and APGD-MALT "
             "take 0.5 points more. Compare only AutoAttack's with published figures.",
         ),

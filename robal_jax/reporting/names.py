@@ -26,7 +26,7 @@ _NAMES = {
     "autoattack_rand": "AutoAttack rand",
     "torchattacks": "torchattacks (10 iterations)",
     "fast": "fast (PMA + APGD-MALT + Square)",
-    "union": "union (AutoAttack + PMA + APGD-MALT)",
+    "union": "union (AutoAttack + fast)",
     "custom": "Own ensemble",
 }
 
