@@ -56,7 +56,19 @@ def listed(version, num_classes):
             ],
         ),
         ("rand", 10, [("apgd_ce", 1, 1, 1), ("apgd_dlr", 1, 2, 2)]),
-        ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5)]),
+        ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5), ("square", 1, 6, 6)]),
+        (
+            "union",
+            4,
+            [
+                ("apgd_ce", 1, 1, 1),
+                ("apgd_t", 3, 2, 4),
+                ("fab_t", 3, 5, 7),
+                ("square", 1, 8, 8),
+                ("pma", 2, 9, 10),
+                ("apgd_malt", 3, 11, 13),
+            ],
+        ),
         ("square", 2, [("square", 1, 1, 1)]),
         ("square,fab_t", 3, [("square", 1, 1, 1), ("fab_t", 2, 2, 3)]),
         ("apgd_dlr", 3, [("apgd_dlr", 1, 1, 1)]),
@@ -85,6 +97,7 @@ def test_an_attack_stands_once():
         ("standard", 3, "apgd_t needs at least 4"),
         ("rand", 2, "apgd_dlr needs at least 3"),
         ("fast", 3, "apgd_malt needs at least 4"),
+        ("union", 3, "apgd_t needs at least 4"),
     ],
 )
 def test_too_few_classes(version, num_classes, needed):
@@ -113,8 +126,8 @@ def asked(monkeypatch):
         monkeypatch.setattr(autoattack, name, record(name))
     monkeypatch.setattr(autoattack, "square", record("square"))
 
-    def ask(version, name, number, value=0.95, steps=7):
-        stages = autoattack.stages(version, 10, threat=THREAT, steps=steps, queries=11)
+    def ask(version, name, number, value=0.95, steps=7, queries=11):
+        stages = autoattack.stages(version, 10, threat=THREAT, steps=steps, queries=queries)
         (stage,) = [stage for stage in stages if stage.name == name]
         images = jnp.full((2, 2, 2, 1), value)
         found = stage.attack(
@@ -133,18 +146,23 @@ def test_stages_pass_on_their_settings(asked):
     assert asked("rand", "apgd_dlr", 0)[1] == {**common, "loss": attacks.dlr, "eot": 20}
     for number in 0, 8:
         assert asked("standard", "apgd_t", number)[:2] == ("targeted_apgd", {**common, "rank": number + 2})
-    for version in "standard", "torchattacks":
-        settings = {"threat": THREAT, "queries": 11, "rescaled": version == "torchattacks"}
+    for version in "standard", "torchattacks", "fast", "union":
+        settings = {"threat": THREAT, "queries": 11, "rescaled": version in ("torchattacks", "fast")}
         assert asked(version, "square", 0)[:2] == ("square", settings)
     for number in 0, 1:
         assert asked("fast", "pma", number)[:2] == ("pma", {**common, "raised": number == 1})
     for number in 0, 2:
         expected = {**common, "rank": number + 1, "candidates": 9}
         assert asked("fast", "apgd_malt", number)[:2] == ("malt_apgd", expected)
-    assert asked("fast", "pma", 0, steps=None)[1]["steps"] == 30
+    for version, attack in itertools.product(("fast", "union"), ("pma", "apgd_malt")):
+        assert asked(version, attack, 0, steps=None)[1]["steps"] == 30
+    for version, queries in ("standard", 5000), ("torchattacks", 5000), ("fast", 500), ("union", 5000):
+        assert asked(version, "square", 0, queries=None)[1]["queries"] == queries
 
 
-@pytest.mark.parametrize(("version", "steps"), [("standard", 100), ("torchattacks", 10), ("plus", 100)])
+@pytest.mark.parametrize(
+    ("version", "steps"), [("standard", 100), ("torchattacks", 10), ("plus", 100), ("union", 100)]
+)
 def test_steps_of_the_versions(asked, version, steps):
     assert asked(version, "apgd_t", 0, steps=None)[1]["steps"] == steps
     assert asked(version, "fab_t", 0, steps=None)[1]["n_iter"] == steps
@@ -333,7 +351,9 @@ def test_shares_after_each_stage():
         ("torchattacks", {"torchattacks": 8}),
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
-        ("fast", {"fast": 5}),
+        ("fast", {"fast": 6}),
+        ("union", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "union": 13}),
+        ("apgd_ce,apgd_t,fab_t,square,pma", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "custom": 10}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
         ("apgd_ce", {"apgd_ce": 1}),
         ("apgd_t", {"custom": 3}),
@@ -445,6 +465,16 @@ def test_an_ensemble_finds_allowed_images(norm):
     left = {name: right.sum() for name, right in found.robust.items()}
     assert left["clean"] > left["apgd_ce"] > left["apgd_t"]
     assert left["fab_t"] > left["square"] > 0
+
+
+@pytest.mark.slow
+def test_union_continues_after_autoattack():
+    """The outcomes of AutoAttack are its own; only what is left is attacked further."""
+    (both, _), (alone, _) = ensemble("linf", 8, "union"), ensemble("linf", 8)
+    assert list(both.robust) == [*alone.robust, "pma", "apgd_malt"]
+    for name in alone.robust:
+        np.testing.assert_array_equal(both.robust[name], alone.robust[name], name)
+    assert_sound(both, "linf", problem()[0])
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def test_display_names():
         ("clean pgd_20 robal_aa worst", "pgd_20", "robal_aa", "clean pgd_20 robal_aa worst"),
         ("clean pgd_20 robal_aa autoattack worst", "pgd_20", "autoattack", "clean pgd_20 autoattack worst"),
         ("clean autoattack worst", "autoattack", "autoattack", "clean autoattack worst"),
+        ("clean pgd_20 autoattack union worst", "pgd_20", "union", "clean pgd_20 autoattack union worst"),
         ("clean worst", "clean", "clean", "clean worst"),
         ("clean worst", "pgd_20", "pgd_20", "clean worst"),  # shared conditions of a comparison
     ],

@@ -1,15 +1,22 @@
-"""The ensemble 'fast' beside AutoAttack, image by image: python experiments/benchmarks/fast.py [--seeds=3].
+"""The ensembles 'fast' and 'union' beside AutoAttack: python experiments/benchmarks/fast.py --workdir=DIR.
 
-Both attack the digits models of the zoo on the whole test set at the radius of their cards. 'standard' runs
-once, 'fast' once per seed. Passes are counted from the rounds, the images that reach each, and the cost of a
-round, so they are those of the algorithm, not of a batch that was filled up. A gradient is one forward and
-one backward pass. Seconds include compilation, and for 'fast' only in the first seed.
+Attacks three kinds of models: 'digits' (AT and RoBal-N, five seeds, trained here by ``calibration.py``),
+'golden' (the network of the released AutoAttack's numbers, if ROBAL_GOLDEN_DIR names their folder) and
+'masked' (the deterministic masks of ``masked.py``, on the models that ``calibration.py`` masks). Each is
+attacked by 'standard', 'torchattacks' and 'union' with one key, and by 'fast' with several. 'union' continues
+after 'standard', whose stages are its first. Prints one line per model, and one table in Markdown per kind.
+Outcomes are kept in DIR, so that the same command resumes; they hold as long as the attacks do not change.
+
+Passes are counted from the rounds, the images that reach each, and the cost of a round, so they are those of
+the algorithm, not of a batch that was filled up. A gradient is one forward and one backward pass.
 """
 
+import importlib
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,15 +25,64 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 
-import robal_jax
-from experiments.benchmarks import measure
+from experiments.benchmarks import calibration, masked, measure
 from robal_jax import cli
 from robal_jax.attacks import ThreatModel, autoattack
-from robal_jax.data.sources import SOURCES
 from robal_jax.keys import fold_in
 
-MODELS = ("digits_lt/at_small_cnn", "digits_lt/robal_n_small_cnn")
-QUERIES, TARGETS, BATCH = 5000, 9, 250
+TARGETS, BATCH, CLASSES = 9, 50, 10
+VERSIONS = ("standard", "torchattacks", "fast", "union")
+
+
+class Network(NamedTuple):
+    """Models that differ in their weights and images only, so that they share what is compiled.
+
+    Attributes:
+      predict: ``(weights, images) -> logits``.
+      epsilon: radius, L-infinity.
+      members: name, weights, images ``[n, H, W, C]`` and labels ``[n]`` of each.
+    """
+
+    predict: Callable[[Any, Any], Any]
+    epsilon: float
+    members: list[tuple[str, Any, np.ndarray, np.ndarray]]
+
+
+def networks(bench: calibration.Bench, images: dict[str, int]) -> Iterator[tuple[str, Network]]:
+    """Yields the kind of each network, and the network."""
+
+    def of(
+        kind: str, models: list[tuple[str, int]], name: str = "", mask: Callable = lambda model: model
+    ) -> Network:
+        runs = [bench.run("digits", *model) for model in models]
+        predict = runs[0].predict
+        return Network(
+            lambda weights, x: mask(partial(predict, *weights))(x),
+            runs[0].config["evaluation"]["epsilon"],
+            [
+                (
+                    f"{name}{method} {seed}",
+                    (run.params, run.stats),
+                    *bench.sample(run, "digits", images[kind]),
+                )
+                for (method, seed), run in zip(models, runs, strict=True)
+            ],
+        )
+
+    for method in ("at", "robal_n") if images["digits"] else ():
+        yield "digits", of("digits", [(method, seed) for seed in calibration.SEEDS])
+    folder = os.environ.get("ROBAL_GOLDEN_DIR")
+    if folder and images["golden"]:
+        with np.load(pathlib.Path(folder) / "autoattack.npz") as file:
+            arrays = {name: np.float32(file[name]) for name in file if name.startswith("net/")}
+            x, y = (np.asarray(file[name][: images["golden"]]) for name in ("x", "y"))
+            epsilon = float(file["eps"])
+        x = np.asarray(x.transpose(0, 2, 3, 1), np.float32)
+        network = importlib.import_module("tests.parity.autoattack_net").network(arrays)
+        yield "golden", Network(lambda _, x: network(x), epsilon, [("golden", (), x, y)])
+    for name, (mask, expected) in masked.MASKS.items() if images["masked"] else ():
+        if "randomised" not in expected:
+            yield "masked", of("masked", list(calibration.BASES), f"{name}, ", mask)
 
 
 class Passes(NamedTuple):
@@ -36,7 +92,7 @@ class Passes(NamedTuple):
     backward: float
 
 
-def of_round(name: str, steps: int) -> Passes:
+def of_round(name: str, steps: int, queries: int) -> Passes:
     """Passes of one round of an attack on one image, with the forward pass that judges its result."""
     forward, backward = {
         "apgd_ce": (steps + 1, steps + 1),
@@ -44,46 +100,53 @@ def of_round(name: str, steps: int) -> Passes:
         "apgd_malt": (steps + 2, steps + 1 + TARGETS),
         "fab_t": (2 * steps + 1, steps),
         "pma": (steps, steps),
-        "square": (QUERIES + 1, 0),
+        "square": (queries + 1, 0),
     }[name]
     return Passes(forward + 1, backward)
 
 
-def total(stages: tuple[autoattack.Stage, ...], broken_in: np.ndarray, steps: int) -> Passes:
-    """Mean passes per image of a whole ensemble.
-
-    Args:
-      stages: of the ensemble.
-      broken_in: round in which each image was broken, as in ``autoattack.Progress``, ``[n]``.
-      steps: of each run.
-    """
+def total(version: str, stages: tuple[autoattack.Stage, ...], broken_in: np.ndarray) -> Passes:
+    """Mean passes per image of a whole ensemble; ``broken_in [n]`` as in ``autoattack.Progress``."""
     forward, backward = float(len(broken_in)), 0.0  # the clean images
     for stage in stages:
-        cost = of_round(stage.name, steps)
+        part = "fast" if stage.name in ("pma", "apgd_malt") else version
+        steps, queries = autoattack.STEPS.get(part, 100), autoattack.QUERIES.get(version, 5000)
+        cost = of_round(stage.name, steps, queries)
         for number in range(stage.first, stage.last + 1):
             reached = int(np.sum((broken_in == autoattack.ROBUST) | (broken_in >= number)))
             forward, backward = forward + reached * cost.forward, backward + reached * cost.backward
     return Passes(forward / len(broken_in), backward / len(broken_in))
 
 
-def attacks(model: Any, x: np.ndarray, y: np.ndarray, stages: tuple[autoattack.Stage, ...]) -> Callable:
-    """Returns a function of a seed that runs an ensemble, with one compilation per stage."""
+def attacker(network: Network) -> Callable[..., np.ndarray]:
+    """Returns a function that runs stages on a member; each attack is compiled once."""
+    predict = jax.jit(network.predict)
 
     @partial(jax.jit, static_argnums=0)
-    def attacked(stage: autoattack.Stage, keys: Any, x: Any, y: Any, number: Any) -> Any:
-        adversarial = stage.attack(model.logits_fn, fold_in(keys, stage.first + number), x, y, number)
-        return adversarial, model.logits_fn(adversarial).argmax(-1)
+    def attacked(attack: autoattack.Round, weights: Any, keys: Any, x: Any, y: Any, number: Any) -> Any:
+        adversarial = attack(partial(network.predict, weights), keys, x, y, number)
+        return adversarial, network.predict(weights, adversarial).argmax(-1)
 
-    def ensemble(seed: int) -> np.ndarray:
+    def attack_member(
+        member: tuple[str, Any, np.ndarray, np.ndarray],
+        stages: tuple[autoattack.Stage, ...],
+        seed: int,
+        broken_in: np.ndarray | None,
+    ) -> np.ndarray:
+        """Returns the round in which each image was broken; continues after the rounds of ``broken_in``."""
+        _, weights, x, y = member
         keys = jax.random.split(jax.random.key(seed), len(x))
-        progress = autoattack.begin(y, np.asarray(model.logits(x)).argmax(-1))
+        progress = autoattack.begin(y, np.asarray(predict(weights, x)).argmax(-1))
+        if broken_in is not None:
+            progress = autoattack.Progress(broken_in.copy(), y.copy(), {}, stages[0].first)
         for stage in stages:
 
             def batch(
                 ids: np.ndarray, number: int, stage: autoattack.Stage = stage
             ) -> tuple[np.ndarray, np.ndarray]:
                 full = np.take(ids, range(BATCH), mode="clip")
-                found = attacked(stage, keys[full], x[full], y[full], np.int32(number))
+                own = fold_in(keys[full], stage.first + number)
+                found = attacked(stage.attack, weights, own, x[full], y[full], np.int32(number))
                 images, predictions = (np.asarray(array)[: len(ids)] for array in found)
                 return images, predictions
 
@@ -91,41 +154,100 @@ def attacks(model: Any, x: np.ndarray, y: np.ndarray, stages: tuple[autoattack.S
                 pass
         return progress.broken_in
 
-    return ensemble
+    return attack_member
+
+
+def outcomes(network: Network, seeds: int, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yields, for each member, its name and by version the broken images and passes; 'fast' once per seed."""
+    attack, threat = attacker(network), ThreatModel(network.epsilon)
+    stages = {version: autoattack.stages(version, CLASSES, threat=threat) for version in VERSIONS}
+    for member in network.members:
+        name, _, x, _ = member
+        row: dict[str, Any] = {"name": name}
+        started = time.perf_counter()
+        standard = None
+        for version in VERSIONS:
+            for seed in range(seeds if version == "fast" else 1):
+                path = folder / f"{name}-{len(x)}-{version}-{seed}.npy"
+                if not path.exists():
+                    done = len(stages["standard"]) if version == "union" else 0
+                    np.save(path, attack(member, stages[version][done:], seed, standard if done else None))
+                broken_in = np.load(path)
+                standard = broken_in if version == "standard" else standard
+                row.setdefault(version, []).append(broken_in)
+        row["passes"] = {
+            version: Passes(
+                *np.mean([total(version, stages[version], found) for found in row[version]], axis=0)
+            )
+            for version in VERSIONS
+        }
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        yield row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the outcomes of a kind of models in Markdown."""
+    lines = [
+        "| model | clean | standard | torchattacks | fast, by key | union | alone: standard | torchattacks | "
+        "fast | forward, backward: standard | torchattacks | fast | union | "
+        "fast, % of backward, of all |",
+        "| --- " + "| ---: " * 13 + "|",
+    ]
+    excess, share, whole = [], [], []
+    for row in rows:
+        robust = {version: [found == autoattack.ROBUST for found in row[version]] for version in VERSIONS}
+        first = {version: robust[version][0] for version in VERSIONS[:3]}
+        alone = [
+            np.sum(np.all([right == (name != version) for name, right in first.items()], 0))
+            for version in first
+        ]
+        passes = row["passes"]
+        share.append(100 * passes["fast"].backward / passes["standard"].backward)
+        whole.append(100 * sum(passes["fast"]) / sum(passes["standard"]))
+        excess += [100 * (right.mean() - first["standard"].mean()) for right in robust["fast"]]
+        cells = [
+            np.sum(row["standard"][0] != autoattack.CLEAN),
+            *(", ".join(str(right.sum()) for right in robust[version]) for version in VERSIONS),
+            *alone,
+            *(f"{each.forward:.0f}, {each.backward:.0f}" for each in passes.values()),
+            f"{share[-1]:.1f}, {whole[-1]:.1f}",
+        ]
+        lines.append(f"| {row['name']} | " + " | ".join(map(str, cells)) + " |")
+    images = len(rows[0]["standard"][0])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{images} images per model. `fast` less `standard`, in points: mean {np.mean(excess):.2f}, from "
+            f"{min(excess):.2f} to {max(excess):.2f}; backward passes of `fast`: mean {np.mean(share):.1f} % "
+            f"of those of `standard`, at most {max(share):.1f} %; all passes: {np.mean(whole):.1f} %, at "
+            f"most {max(whole):.1f} %.",
+        ]
+    )
 
 
 def main(arguments: list[str]) -> None:
-    """Prints one line per model, ensemble and seed."""
-    seeds = int(cli.parse(arguments, {"seeds": "keys of 'fast', 3"}, __doc__)["seeds"] or 3)
+    """Prints one line per model, and one table per kind."""
+    texts = {
+        "workdir": "folder of trained models and outcomes",
+        "seeds": "keys of 'fast', 3",
+        "digits": "images per model of this kind, 0 for none: 200",
+        "golden": "the same, 200",
+        "masked": "the same, 50",
+    }
+    values = cli.parse(arguments, texts, __doc__)
+    workdir = pathlib.Path(values["workdir"] or "runs/calibration")
+    images = {
+        kind: int(values[kind] or count) for kind, count in (("digits", 200), ("golden", 200), ("masked", 50))
+    }
+    folder = workdir / "fast"
+    folder.mkdir(parents=True, exist_ok=True)
     print(measure.device())
-    for name in MODELS:
-        model = robal_jax.load_model(name)
-        config = model.card["config"]
-        fields = {key: value for key, value in config["data"].items() if key != "name"}
-        data = SOURCES[config["data"]["name"]](**fields)
-        x = np.asarray(data.test_images, np.float32) / np.float32(data.pixel_max)
-        y, threat = np.asarray(data.test_labels), ThreatModel(config["threat"]["epsilon"])
-        standard: tuple[np.ndarray, Passes] | None = None
-        for version, keys in (("standard", range(1)), ("fast", range(seeds))):
-            steps = autoattack.STEPS.get(version, 100)
-            stages = autoattack.stages(version, len(model.test.class_counts), threat=threat)
-            ensemble = attacks(model, x, y, stages)
-            for seed in keys:
-                begin = time.perf_counter()
-                broken_in = ensemble(seed)
-                seconds, passes = time.perf_counter() - begin, total(stages, broken_in, steps)
-                standard = standard or (broken_in, passes)
-                robust, theirs = broken_in == autoattack.ROBUST, standard[0] == autoattack.ROBUST
-                print(
-                    f"{name} {version} seed {seed}: robust {robust.sum()} of {len(y)}, "
-                    f"{100 * robust.mean():.2f} %, "
-                    f"broken here only {np.sum(~robust & theirs)}, "
-                    f"by standard only {np.sum(robust & ~theirs)}; "
-                    f"forward {passes.forward:.0f}, backward {passes.backward:.0f} per image "
-                    f"({100 * sum(passes) / sum(standard[1]):.1f} % of all passes, "
-                    f"{100 * passes.backward / standard[1].backward:.1f} % of gradients); {seconds:.0f} s",
-                    flush=True,
-                )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for kind, network in networks(calibration.Bench(workdir, ""), images):
+        rows.setdefault(kind, []).extend(outcomes(network, int(values["seeds"] or 3), folder))
+    for kind, found in rows.items():
+        print(f"\n{kind}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

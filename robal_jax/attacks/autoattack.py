@@ -49,13 +49,16 @@ from robal_jax.errors import InputError
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 from robal_jax.models import closure
 
+_STANDARD, _NEWER = ("apgd_ce", "apgd_t", "fab_t", "square"), ("pma", "apgd_malt")
+
 VERSIONS: dict[str, tuple[str, ...]] = {
-    "robal_aa": ("apgd_ce", "apgd_t"),
-    "standard": ("apgd_ce", "apgd_t", "fab_t", "square"),
-    "torchattacks": ("apgd_ce", "apgd_t", "fab_t", "square"),
+    "robal_aa": _STANDARD[:2],
+    "standard": _STANDARD,
+    "torchattacks": _STANDARD,
     "plus": ("apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"),
     "rand": ("apgd_ce", "apgd_dlr"),
-    "fast": ("pma", "apgd_malt"),
+    "fast": (*_NEWER, "square"),
+    "union": _STANDARD + _NEWER,
 }
 """Attacks of each version of the ensemble, in their order.
 
@@ -63,11 +66,20 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 instead of 100, and with Square's schedule rescaled. Its robust accuracy is an upper estimate of AutoAttack's.
 
 'fast' is no AutoAttack: two runs of PMA and APGD towards the three nearest classes by MALT, 30 steps each,
-with about a tenth of the gradients. It is for daily work; its robust accuracy is an upper estimate, too.
+and 500 queries of Square with its schedule rescaled, together about a tenth of AutoAttack's passes. It is for
+daily work; its robust accuracy is an upper estimate, too.
+
+'union' is AutoAttack, and then PMA and APGD-MALT as in 'fast' on what is left. Its robust accuracy is at most
+AutoAttack's, and must not be compared with one; AutoAttack's own is its outcome after Square.
 """
 
 STEPS = {"torchattacks": 10, "fast": 30}
 """Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100."""
+
+QUERIES = {"fast": 500}
+"""Queries of Square, for versions that do not make AutoAttack's 5000."""
+
+_RESCALED = ("torchattacks", "fast")  # versions whose Square makes its whole schedule in its few queries
 
 CONDITIONS = {
     "standard": "autoattack",
@@ -75,6 +87,7 @@ CONDITIONS = {
     "plus": "autoattack_plus",
     "rand": "autoattack_rand",
     "fast": "fast",
+    "union": "union",
 }
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
@@ -104,7 +117,7 @@ def autoattack(
     version: str | Sequence[str] = "standard",
     batch_size: int = 500,
     steps: int | None = None,
-    queries: int = 5000,
+    queries: int | None = None,
 ) -> Found:
     """Runs AutoAttack, or a part of it, on any model.
 
@@ -118,12 +131,12 @@ def autoattack(
       images: ``[n, H, W, C]``, floats within the bounds of the threat model.
       labels: integers ``[n]`` in ``0..K-1``.
       threat: allowed images; one radius, or one per class.
-      version: 'standard', 'torchattacks', 'plus', 'rand', 'fast', 'robal_aa' (APGD-CE and APGD-T), 'none', or
-        a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
+      version: 'standard', 'torchattacks', 'plus', 'rand', 'fast', 'union', 'robal_aa' (APGD-CE and APGD-T),
+        'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
       batch_size: number of images in each call.
       steps: of each run of APGD, FAB and PMA; those of the version if None: 100, for 'torchattacks' 10, for
-        'fast' 30.
-      queries: of Square; AutoAttack's is 5000.
+        'fast', and in the attacks that 'union' adds, 30.
+      queries: of Square; those of the version if None: 5000, for 'fast' 500.
 
     Returns:
       The adversarial images and the outcome of each attack.
@@ -147,7 +160,7 @@ def autoattack(
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     check_attack(threat, images, labels)
     checks.channels_last(images)
-    checks.at_least(1, batch_size=batch_size, queries=queries)
+    checks.at_least(1, batch_size=batch_size)
     version = version_name(version)
     keys, random, size = image_keys(key, images), version == "rand", min(batch_size, len(images))
     predict: Callable[..., chex.Array]
@@ -300,7 +313,7 @@ def stages(
     *,
     threat: ThreatModel,
     steps: int | None = None,
-    queries: int = 5000,
+    queries: int | None = None,
 ) -> tuple[Stage, ...]:
     """Stages of a version or of a list of attacks.
 
@@ -310,7 +323,7 @@ def stages(
         nearest 3 of them.
       threat: allowed images; one radius, or one per class.
       steps: see :func:`autoattack`.
-      queries: of Square; AutoAttack's is 5000.
+      queries: see :func:`autoattack`.
 
     Raises:
       InputError: the version is unknown, there are too few classes for the losses of its attacks, or not one
@@ -334,15 +347,20 @@ def stages(
                 "need fewer, such as apgd_ce,fab_t,square"
             )
     restarts = 5 if version == "plus" else 1
-    theirs = version == "torchattacks"
-    steps = STEPS.get(version, 100) if steps is None else steps
-    checks.at_least(1, steps=steps)
     targets = min(9, num_classes - 1)
-    settings = _Settings(threat, steps, queries, 20 if version == "rand" else 0, theirs, targets)
+    eot, rescaled = 20 if version == "rand" else 0, version in _RESCALED
+    queries = QUERIES.get(version, 5000) if queries is None else queries
+
+    def settings(name: str) -> _Settings:
+        part = "fast" if version == "union" and name in _NEWER else version
+        length = STEPS.get(part, 100) if steps is None else steps
+        checks.at_least(1, steps=length, queries=queries)
+        return _Settings(threat, length, queries, eot, rescaled, targets)
+
     few = {"square": 1, "pma": 2, "apgd_malt": min(3, targets)}
     rounds = [{"apgd_t": targets, "fab_t": targets, **few}.get(name, restarts) for name in names]
     return tuple(
-        Stage(name, partial(_ATTACKS[name], settings=settings), count, 1 + sum(rounds[:place]))
+        Stage(name, partial(_ATTACKS[name], settings=settings(name)), count, 1 + sum(rounds[:place]))
         for place, (name, count) in enumerate(zip(names, rounds, strict=True))
     )
 
@@ -549,18 +567,19 @@ def outcomes(
 ) -> dict[str, np.ndarray]:
     """Predictions ``[n]`` under each part of the ensemble that has its own name.
 
-    These are ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, if the ensemble begins with
-    them in their standard form, and the whole version by its name in ``CONDITIONS``.
+    These are ``apgd_ce`` after that attack, ``robal_aa`` after RoBal's pair and ``autoattack`` after all,
+    if the ensemble begins with them in their standard form, and the whole version by its name in
+    ``CONDITIONS``.
     """
     names = tuple(stage.name for stage in stages)
-    if version == ",".join(VERSIONS["standard"]):
-        version = "standard"  # given as a list
     after = {}
     if version not in ("torchattacks", "plus", "rand"):
-        if names[0] == "apgd_ce":
-            after["apgd_ce"] = stages[0].last
-        if names[:2] == VERSIONS["robal_aa"]:
-            after["robal_aa"] = stages[1].last
+        parts = {"apgd_ce": 1, "robal_aa": 2, CONDITIONS["standard"]: len(_STANDARD)}
+        after = {
+            name: stages[count - 1].last
+            for name, count in parts.items()
+            if names[:count] == _STANDARD[:count]
+        }
     if stages[-1].last not in after.values():
         after[CONDITIONS.get(version, "custom")] = stages[-1].last
     return {

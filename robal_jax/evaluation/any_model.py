@@ -68,8 +68,8 @@ def evaluate_model(
       images: test images ``[n, H, W, C]``, floats in [0, 1].
       labels: their classes, integers ``[n]``; every class must occur.
       threat: what the attacks may do; with one radius, or one per class, ``ThreatModel((0.1, 0.2, ...))``.
-      version: of the ensemble: 'standard' (AutoAttack), 'robal_aa', 'plus', 'none', or a list such as
-        'apgd_ce,square' or ['apgd_ce', 'square'].
+      version: of the ensemble: 'standard' (AutoAttack), 'robal_aa', 'torchattacks', 'fast', 'union', 'plus',
+        'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
       step_size: of PGD, MIM and CW; epsilon / 4, of each class its own, if None.
       class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
         Without them the report has no such groups.

@@ -13,7 +13,7 @@ T = TypeVar("T")
 AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
 """Conditions that are AutoAttack, the strongest first."""
 
-ENSEMBLES = (*AUTOATTACK, "torchattacks", "fast", "custom", "robal_aa")
+ENSEMBLES = ("union", *AUTOATTACK, "torchattacks", "fast", "custom", "robal_aa")
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {
@@ -25,7 +25,8 @@ _NAMES = {
     "autoattack_plus": "AutoAttack plus",
     "autoattack_rand": "AutoAttack rand",
     "torchattacks": "torchattacks (10 iterations)",
-    "fast": "fast (PMA + APGD-MALT)",
+    "fast": "fast (PMA + APGD-MALT + Square)",
+    "union": "union (AutoAttack + fast)",
     "custom": "Own ensemble",
 }
 
@@ -52,8 +53,13 @@ def headline_attack(conditions: Collection[str], main_attack: str) -> str:
 
 
 def headline(conditions: Collection[str], main_attack: str) -> list[str]:
-    """Returns the conditions to see at a glance; the main attack may itself be 'clean' or 'worst'."""
-    names = ("clean", main_attack, headline_attack(conditions, main_attack), "worst")
+    """Returns the conditions to see at a glance; the main attack may itself be 'clean' or 'worst'.
+
+    AutoAttack stands beside 'union', which is no figure to compare.
+    """
+    strongest = headline_attack(conditions, main_attack)
+    beside = ("autoattack",) if strongest == "union" else ()
+    names = ("clean", main_attack, *beside, strongest, "worst")
     return [name for name in dict.fromkeys(names) if name in conditions]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from robal_jax.reporting import page
 from robal_jax.reporting.audit import audit_verdict
-from robal_jax.reporting.headline import in_words, tail_notes
+from robal_jax.reporting.headline import beside_autoattack, in_words, tail_notes
 from robal_jax.reporting.names import (
     AUTOATTACK,
     BY_CLASS,
@@ -345,10 +345,19 @@ def reading_section(results: Results) -> list[page.Block]:
         items.append((display_name("robal_aa"), text))
     if "fast" in conditions:
         text = (
-            "is an ensemble for daily work, not AutoAttack: PMA and APGD towards the nearest classes, with "
-            "about a tenth of its gradients. Its accuracy is an upper estimate; claim that of AutoAttack."
+            "is an ensemble for daily work, not AutoAttack: PMA, APGD towards the nearest classes and a "
+            "short Square, with about a tenth of its passes. Its accuracy is an upper estimate; claim that "
+            "of AutoAttack."
         )
         items.append((display_name("fast"), text))
+    if "union" in conditions:
+        text = (
+            "is AutoAttack, and then PMA and APGD-MALT as in fast on the images that are left, so its "
+            "accuracy is at most that of AutoAttack. It is no figure of AutoAttack and must not be compared "
+            "with one. "
+            f"{beside_autoattack(results)}"
+        )
+        items.append((display_name("union"), text))
     if not any(name in conditions for name in AUTOATTACK):
         text = (
             "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "
