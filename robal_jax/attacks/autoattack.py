@@ -78,6 +78,9 @@ CONDITIONS = {
 }
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
+BPDA = "_bpda"
+"""End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
+
 
 class Found(NamedTuple):
     """The result of :func:`autoattack`.
@@ -231,12 +234,14 @@ class Stage(NamedTuple):
       attack: runs one round.
       rounds: their number, each with a different target or start.
       first: number of the first round, counted over the whole ensemble from 1.
+      bpda: whether it attacks the model with the gradient of a differentiable approximation.
     """
 
     name: str
     attack: Round
     rounds: int
     first: int
+    bpda: bool = False
 
     @property
     def last(self) -> int:
@@ -550,7 +555,8 @@ def outcomes(
     """Predictions ``[n]`` under each part of the ensemble that has its own name.
 
     These are ``apgd_ce`` after that attack and ``robal_aa`` after RoBal's pair, if the ensemble begins with
-    them in their standard form, and the whole version by its name in ``CONDITIONS``.
+    them in their standard form, and the whole version by its name in ``CONDITIONS``, with ``BPDA`` at the end
+    if it has such stages.
     """
     names = tuple(stage.name for stage in stages)
     if version == ",".join(VERSIONS["standard"]):
@@ -562,7 +568,8 @@ def outcomes(
         if names[:2] == VERSIONS["robal_aa"]:
             after["robal_aa"] = stages[1].last
     if stages[-1].last not in after.values():
-        after[CONDITIONS.get(version, "custom")] = stages[-1].last
+        whole = (CONDITIONS | {"robal_aa": "robal_aa", "none": "pgd_20"}).get(version, "custom")
+        after[whole + BPDA * any(stage.bpda for stage in stages)] = stages[-1].last
     return {
         name: np.where(broken_by(progress, last), progress.predictions, labels)
         for name, last in after.items()

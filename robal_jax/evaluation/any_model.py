@@ -6,6 +6,7 @@ import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import chex
@@ -14,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
-from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
+from robal_jax.attacks import NORMS, ThreatModel, autoattack, bpda, check_minimum_norm
 from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.data.corruptions import check_images
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
-from robal_jax.errors import InputError, ReportError, shown, user_path
+from robal_jax.errors import InputError, ReportError, one_line, shown, user_path
 from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
 from robal_jax.evaluation.measurements import StepSize
+from robal_jax.evaluation.steps import with_bpda
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
@@ -45,6 +47,7 @@ def evaluate_model(
     class_names: Sequence[str] | None = None,
     groups: str = "thirds",
     surrogate: LogitsFn | None = None,
+    surrogate_fn: LogitsFn | None = None,
     minimum_norm: str = "",
     audit: int = 200,
     corruptions: bool = False,
@@ -77,7 +80,13 @@ def evaluate_model(
       groups: how the counts divide the classes: a list with commas of keys of ``metrics.GROUPS``, such as
         'thirds,last_80_percent'. The first leads; the report shows all of several side by side. Other groups
         for a finished evaluation need no new attack.
-      surrogate: another model of the same images, for the audit's attack by transfer.
+      surrogate: another model of the same images, for the audit's attack by transfer. It has nothing to do
+        with ``surrogate_fn``.
+      surrogate_fn: the same model with each part that has no gradient, or a saturating one, replaced by a
+        differentiable one: images to logits, as ``logits_fn``. Each attack of the ensemble that follows a
+        gradient, and PGD-20, then run again with its gradient and the true model's logits (BPDA, see
+        :func:`~robal_jax.attacks.bpda`). What they break counts, and the audit says whether the model's own
+        gradient misled. It has nothing to do with ``surrogate``, which is another model.
       minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
@@ -105,8 +114,17 @@ def evaluate_model(
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     predict, weights, num_classes = _parted(logits_fn, images)
+    identity: dict[str, Any] = {"model": _fingerprint(predict, weights, images)}
+    replaced = None
+    if surrogate_fn is not None:
+        approximation = _parted(surrogate_fn, images, "surrogate_fn", num_classes)
+        identity["surrogate_fn"] = _gradient_fingerprint(*approximation[:2], images)
+        predict, replaced, weights = _with_gradient_of(approximation, predict, weights)
     test = _test_set(images, labels, num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
+    ensemble = autoattack.stages(version, num_classes, threat=threat)
+    if replaced:
+        ensemble = with_bpda(ensemble, threat=threat, step_size=length, random=version == "rand")
     job = builder.Evaluation(
         test=test,
         ids=np.arange(len(labels)),
@@ -116,7 +134,7 @@ def evaluate_model(
         threat=threat,
         step_size=length,
         version=version,
-        ensemble=autoattack.stages(version, num_classes, threat=threat),
+        ensemble=ensemble,
         audit_examples=min(audit, len(labels)),
         surrogate="",
         batch_size=min(at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend()), len(labels)),
@@ -126,11 +144,11 @@ def evaluate_model(
         protocols=protocols,
         minimum_norm=minimum_norm,
         corruptions=bool(corruptions),
+        replaced=replaced,
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
-    identity = {
-        "model": _fingerprint(predict, weights, images),
+    identity |= {
         "surrogate": other and _fingerprint(*other[:2], images),
         "settings": _settings(job, audit, select),
     }
@@ -208,6 +226,33 @@ def _parted(
     if classes not in (None, shape[-1]):
         raise InputError(f"{name} has {shape[-1]} classes; pass a model of the same {classes} classes")
     return lambda params, stats, x: predict(params, x), {"params": arrays, "stats": []}, shape[-1]
+
+
+def _with_gradient_of(
+    approximation: tuple[Callable[..., Any], dict[str, Any], int],
+    predict: Callable[..., Any],
+    weights: dict[str, Any],
+) -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]:
+    """Gives a model a second form: its own logits, with the gradient of an approximation (BPDA).
+
+    Args:
+      approximation: of the model, as :func:`_parted` returns it.
+      predict: the model, ``(params, stats, images) -> logits``.
+      weights: of the model.
+
+    Returns:
+      Both forms, and the weights that both take.
+    """
+
+    def own(params: Any, stats: Any, x: chex.Array) -> chex.Array:
+        return predict(params["model"], stats, x)
+
+    def replaced(params: Any, stats: Any, x: chex.Array) -> chex.Array:
+        surrogate_fn = partial(approximation[0], params["surrogate_fn"], stats)
+        return bpda(partial(own, params, stats), surrogate_fn)(x)
+
+    both = {"model": weights["params"], "surrogate_fn": approximation[1]["params"]}
+    return own, replaced, {"params": both, "stats": []}
 
 
 def _test_set(
@@ -288,3 +333,25 @@ def _fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: n
     """Returns what tells a model from others: the sha256 of its logits for the first images."""
     logits = jax.jit(predict)(weights["params"], weights["stats"], images[:FINGERPRINT_IMAGES])
     return checkpoints.digest({"logits": np.asarray(logits)})
+
+
+def _gradient_fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: np.ndarray) -> str:
+    """Returns what tells an approximation of a model from others: the sha256 of its logits and gradients.
+
+    Raises:
+      InputError: it has no gradient.
+    """
+
+    def look(params: Any, x: chex.Array) -> dict[str, chex.Array]:
+        logits, pullback = jax.vjp(partial(predict, params, weights["stats"]), x)
+        return {"logits": logits, "gradient": pullback(logits)[0]}
+
+    try:
+        found = jax.jit(look)(weights["params"], images[:FINGERPRINT_IMAGES])
+    except (TypeError, ValueError, NotImplementedError) as error:
+        reason = one_line(error)
+    else:
+        if np.any(found["gradient"]):
+            return checkpoints.digest(jax.tree.map(np.asarray, found))
+        reason = f"it is 0 for the first {len(images[:FINGERPRINT_IMAGES])} images"
+    raise InputError(f"surrogate_fn has no gradient ({reason}); replace each part of the model that has none")

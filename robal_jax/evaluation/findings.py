@@ -222,7 +222,28 @@ def _judge(
     if not sample.measured:
         return [], {}
     survived, by_square = _after_gradients(job, found, sample, predictions, labels)
-    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, radius_unit(job.threat))
+    by_bpda = _after_own_gradient(job, found, predictions, labels) if job.replaced else None
+    unit = radius_unit(job.threat)
+    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, unit, by_bpda)
+
+
+def _survive_fixed_steps(predictions: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Returns which images are right when clean and under every attack with fixed steps."""
+    return np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
+
+
+def _after_own_gradient(
+    job: builder.Evaluation,
+    found: autoattack.Progress,
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+) -> np.ndarray:
+    """Returns which images that are right when clean BPDA breaks after the model's own gradient."""
+    broken = np.zeros(len(labels), bool)
+    for stage in job.ensemble:
+        if stage.bpda:
+            broken |= (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
+    return (broken & _survive_fixed_steps(predictions, labels))[predictions["clean"] == labels]
 
 
 def _after_gradients(
@@ -237,7 +258,7 @@ def _after_gradients(
     Square is that of the ensemble if it follows other attacks there, otherwise the audit's on its sample. It
     is None if the ensemble has no gradient attack.
     """
-    survived = np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
+    survived = _survive_fixed_steps(predictions, labels)
     by_square = np.zeros(len(labels), bool)
     for stage in job.ensemble:
         in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)

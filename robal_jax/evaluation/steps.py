@@ -5,8 +5,10 @@
 :func:`check` looks at the outcomes on the host.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -14,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import attacks, checks
-from robal_jax.attacks import LogitsFn, ThreatModel, autoattack, starting_points, uniform_start
+from robal_jax.attacks import (
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    autoattack,
+    starting_points,
+    uniform_start,
+)
 from robal_jax.keys import fold_in
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
@@ -107,6 +116,47 @@ def attack_step(
     model = (lambda x, keys: logits_fn(x)) if random else logits_fn
     shown = stage.attack(model, keys, images, labels, number)
     return {"images": shown, **judge(logits_fn, shown, images, threat)}
+
+
+def with_bpda(
+    ensemble: Sequence[autoattack.Stage],
+    *,
+    threat: ThreatModel,
+    step_size: float | tuple[float, ...],
+    random: bool = False,
+) -> tuple[autoattack.Stage, ...]:
+    """Returns the stages of an ensemble in which every attack that follows a gradient also runs with BPDA.
+
+    First come the attacks with the model's own gradient, then PGD-20 and the same attacks with BPDA, and last
+    Square, which follows no gradient. What BPDA breaks has therefore survived the model's own gradient.
+
+    Args:
+      ensemble: stages without BPDA.
+      threat: what PGD-20 may do.
+      step_size: of PGD-20; or one per class.
+      random: whether the attacks treat the model as random.
+
+    Example:
+      >>> threat = ThreatModel(8 / 255)
+      >>> stages = with_bpda(autoattack.stages("standard", 10, threat=threat), threat=threat, step_size=0.01)
+      >>> print(*(stage.name for stage in stages))
+      apgd_ce apgd_t fab_t pgd_20_bpda apgd_ce_bpda apgd_t_bpda fab_t_bpda square
+    """
+
+    def pgd(model: LogitsFn | RandomLogitsFn, keys: Any, x: Any, labels: Any, number: Any) -> chex.Array:
+        del number  # there is one round
+        settings: dict[str, Any] = {"steps": 20, "step_size": step_size, "eot": int(random)}
+        return attacks.pgd(model, keys, x, labels, threat=threat, **settings)
+
+    own = [stage for stage in ensemble if stage.name != "square"]
+    again = [autoattack.Stage("pgd_20", pgd, 1, 1), *own]
+    ordered = [
+        *own,
+        *(stage._replace(name=stage.name + autoattack.BPDA, bpda=True) for stage in again),
+        *(stage for stage in ensemble if stage.name == "square"),
+    ]
+    firsts = itertools.accumulate((stage.rounds for stage in ordered), initial=1)
+    return tuple(stage._replace(first=first) for stage, first in zip(ordered, firsts, strict=False))
 
 
 def closest_step(

@@ -22,7 +22,8 @@ import numpy as np
 
 from robal_jax import attacks, metrics
 from robal_jax.evaluation.evidence import (
-    LEVEL,
+    CHECKS,
+    FAMILY_LEVEL,
     gap_between,
     gap_p_value,
     mean_p_value,
@@ -106,6 +107,7 @@ def give_verdicts(
     survived: np.ndarray,
     by_square: np.ndarray | None,
     epsilon: float,
+    by_bpda: np.ndarray | None = None,
 ) -> tuple[list[Verdict], dict[str, Any]]:
     """Judges what was measured.
 
@@ -116,32 +118,42 @@ def give_verdicts(
         evaluation, bool ``[m]``.
       by_square: whether Square breaks them, bool ``[m]``; None if it did not run after such attacks.
       epsilon: the threat model's own radius, as :func:`measurements.radius_unit` counts it.
+      by_bpda: of the images that are right when clean, those that survive the attacks with the model's own
+        gradient and not those with BPDA, bool ``[m]``; None without BPDA.
 
     Returns:
       The verdicts, and the curves of the accuracy by logit scale, steps, restarts and radius.
     """
     with np.errstate(all="ignore"):  # what is not finite is flagged, and not a warning
-        return _judge(measured, labels, survived, by_square, epsilon)
+        return _judge(measured, labels, survived, by_square, epsilon, by_bpda)
 
 
 def _judge(
-    measured: Measured, labels: np.ndarray, survived: np.ndarray, by_square: np.ndarray | None, epsilon: float
+    measured: Measured,
+    labels: np.ndarray,
+    survived: np.ndarray,
+    by_square: np.ndarray | None,
+    epsilon: float,
+    by_bpda: np.ndarray | None,
 ) -> tuple[list[Verdict], dict[str, Any]]:
+    level = FAMILY_LEVEL / (CHECKS + (by_bpda is not None))
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
     clean = logits[0].argmax(-1) == labels
     attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
+    gradients = {name: values[clean] for name, values in measured["gradients"].items()}
     found = [
-        _logit_scale(attacked, logits[0], labels),
-        _more_steps(attacked),
-        _more_restarts(attacked),
-        *_gradients(**{name: values[clean] for name, values in measured["gradients"].items()}),
-        _without_bound(attacked),
-        _gradient_free(attacked),
-        _square_after_white_box(survived, by_square),
-        _transfer(attacked),
+        _logit_scale(attacked, logits[0], labels, level),
+        _more_steps(attacked, level),
+        _more_restarts(attacked, level),
+        *_gradients(**gradients, level=level),
+        _without_bound(attacked, level),
+        _gradient_free(attacked, level),
+        _square_after_white_box(survived, by_square, level),
+        _transfer(attacked, level),
         _randomised(logits, labels),
         _probabilities(logits[0]),
         _inference(measured, logits),
+        *([] if by_bpda is None else [_after_own_gradient(by_bpda, level)]),
     ]
     return found, _curves(attacked, len(labels))
 
@@ -195,17 +207,17 @@ def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
     }
 
 
-def _logit_scale(attacked: _Attacked, logits: np.ndarray, labels: np.ndarray) -> Verdict:
+def _logit_scale(attacked: _Attacked, logits: np.ndarray, labels: np.ndarray, level: float) -> Verdict:
     named = {f"{s:g}": at for s, at in attacked.scales.items()} | {"margin": attacked.margin}
     own, others = named["1"], {name: at for name, at in named.items() if name != "1"}
     best = max(others, key=lambda name: float(np.sum(others[name].lowered)))
     words = "on the margin, which knows no scale" if best == "margin" else f"at {best} times that scale"
     gap, further = gap_between(others[best].right, own.right), own.lowered * (1 + SCALE_MARGIN)
     softmax, confidence, accuracy = _softmax(logits, labels)
-    clear = mean_p_value(others[best].lowered - further) * len(others) < LEVEL
+    clear = mean_p_value(others[best].lowered - further) * len(others) < level
     red = gap.value > GAP and clear and bool(softmax)
-    note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < LEVEL
-    shown = smallest_share(gap.images)
+    note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < level
+    shown = smallest_share(gap.images, level=level)
     means = {name: json_float(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
     figures = (
         f"PGD-20 lowers the margin by {means['1']:.3g} at the model's own logit scale, which leaves "
@@ -234,12 +246,12 @@ def _softmax(logits: np.ndarray, labels: np.ndarray) -> tuple[str, float, float]
     return "flat" * flat or "saturated" * saturated, confidence, hits / len(labels)
 
 
-def _more_steps(attacked: _Attacked) -> Verdict:
+def _more_steps(attacked: _Attacked, level: float) -> Verdict:
     steps, last = attacked.steps, max(attacked.steps)
     more = np.logical_and.reduce([right for count, right in steps.items() if count >= MAIN_STEPS])
     single, gap = gap_between(steps[1], attacked.main), gap_between(more, attacked.main)
-    red = single.value > MARGIN and gap_p_value(single, MARGIN) < LEVEL
-    shown = smallest_gap(single.images, MARGIN)
+    red = single.value > MARGIN and gap_p_value(single, MARGIN) < level
+    shown = smallest_gap(single.images, MARGIN, level=level)
     outcome = decide(red=red, note=gap.value > GAP, shown=shown)
     figures = (
         f"The accuracy under PGD is {percent(steps[1])} after one step, "
@@ -256,11 +268,11 @@ def _more_steps(attacked: _Attacked) -> Verdict:
     return make_verdict("steps", outcome, figures, conclusions, evidence, shown)
 
 
-def _more_restarts(attacked: _Attacked) -> Verdict:
+def _more_restarts(attacked: _Attacked, level: float) -> Verdict:
     restarts = attacked.restarts
     last = max(restarts)
     gap = gap_between(restarts[last], attacked.main)
-    shown = smallest_share(gap.images)
+    shown = smallest_share(gap.images, level=level)
     outcome = decide(note=gap.value > GAP, shown=shown)
     figures = (
         f"The accuracy under PGD-20 is {percent(attacked.main)} with one start and "
@@ -275,10 +287,10 @@ def _more_restarts(attacked: _Attacked) -> Verdict:
     return make_verdict("restarts", outcome, figures, conclusions, evidence, shown)
 
 
-def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
+def _gradients(size: np.ndarray, finite: np.ndarray, level: float) -> list[Verdict]:
     count, images = int(np.sum((size == 0) & finite)), len(size)
-    shown = smallest_share(images, VANISHING)
-    outcome = decide(red=share_p_value(count, images, VANISHING) < LEVEL, note=count > 0, shown=shown)
+    shown = smallest_share(images, VANISHING, level=level)
+    outcome = decide(red=share_p_value(count, images, VANISHING) < level, note=count > 0, shown=shown)
     figures = f"The gradient of the cross-entropy is exactly zero for {count} of {images} clean images"
     conclusions = {
         PASSED: "PGD can leave every start.",
@@ -289,7 +301,7 @@ def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
         "zero_gradients", outcome, figures, conclusions, {"zero": count, "images": images}, shown
     )
     broken = int(np.sum(~finite))
-    shown = smallest_share(images)
+    shown = smallest_share(images, level=level)
     outcome = decide(red=broken > 0, shown=shown)
     figures = f"The gradient of the cross-entropy has NaN or infinite entries for {broken} of {images} images"
     conclusions = {PASSED: "it is finite.", FLAGGED: "attacks that follow it show nothing."}
@@ -297,10 +309,10 @@ def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
     return [zero, make_verdict("nan_gradients", outcome, figures, conclusions, evidence, shown)]
 
 
-def _without_bound(attacked: _Attacked) -> Verdict:
+def _without_bound(attacked: _Attacked, level: float) -> Verdict:
     left, images = int(attacked.unbounded.sum()), len(attacked.unbounded)
-    shown = smallest_share(images, NEARLY_ZERO)
-    red = share_p_value(left, images, NEARLY_ZERO) < LEVEL
+    shown = smallest_share(images, NEARLY_ZERO, level=level)
+    red = share_p_value(left, images, NEARLY_ZERO) < level
     outcome = decide(red=red, note=left > NEARLY_ZERO * images, shown=shown)
     figures = f"The accuracy under PGD without a bound is {percent(attacked.unbounded)}"
     conclusions = {
@@ -313,13 +325,15 @@ def _without_bound(attacked: _Attacked) -> Verdict:
     return make_verdict("unbounded", outcome, figures, conclusions, evidence, shown)
 
 
-def _weaker(name: str, figures: str, right: np.ndarray, attacked: _Attacked, red: str, noted: str) -> Verdict:
+def _weaker(
+    name: str, figures: str, right: np.ndarray, attacked: _Attacked, level: float, red: str, noted: str
+) -> Verdict:
     """Judges an attack that should be weaker than those with the model's own gradient."""
     gap, alone = gap_between(right, attacked.white_box), gap_between(right, attacked.main)
-    shown = smallest_gap(gap.images, MARGIN)
+    shown = smallest_gap(gap.images, MARGIN, level=level)
     outcome = decide(
-        red=gap.value > MARGIN and gap_p_value(gap, MARGIN) < LEVEL,
-        note=alone.value > GAP and gap_p_value(alone, 0.0) < LEVEL,
+        red=gap.value > MARGIN and gap_p_value(gap, MARGIN) < level,
+        note=alone.value > GAP and gap_p_value(alone, 0.0) < level,
         shown=shown,
     )
     figures = (
@@ -336,24 +350,25 @@ def _weaker(name: str, figures: str, right: np.ndarray, attacked: _Attacked, red
     return make_verdict(name, outcome, figures, conclusions, evidence, shown)
 
 
-def _gradient_free(attacked: _Attacked) -> Verdict:
+def _gradient_free(attacked: _Attacked, level: float) -> Verdict:
     return _weaker(
         "gradient_free",
         f"under {QUERIES} queries of Square, which sees only logits",
         attacked.gradient_free,
         attacked,
+        level,
         "gradients help less than random search",
         "the gradient attacks together are not clearly weaker than Square",
     )
 
 
-def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) -> Verdict:
+def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None, level: float) -> Verdict:
     if by_square is None:
         figures = "Square did not run after gradient attacks"
         return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
     broken, images = int(np.sum(survived & by_square)), len(survived)
-    shown = smallest_share(images, ALPHA_SQUARE)
-    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < LEVEL, shown=shown)
+    shown = smallest_share(images, ALPHA_SQUARE, level=level)
+    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < level, shown=shown)
     figures = (
         f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
         "survive every gradient attack"
@@ -366,7 +381,7 @@ def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) 
     return make_verdict("square", outcome, figures, conclusions, evidence, shown)
 
 
-def _transfer(attacked: _Attacked) -> Verdict:
+def _transfer(attacked: _Attacked, level: float) -> Verdict:
     if attacked.transfer is None:
         conclusion = "name another model of the same data as surrogate."
         return make_verdict("transfer", NOT_RUN, "No surrogate was given", {NOT_RUN: conclusion}, {})
@@ -375,9 +390,27 @@ def _transfer(attacked: _Attacked) -> Verdict:
         "on images made on the surrogate",
         attacked.transfer,
         attacked,
+        level,
         "the model hides its own gradients",
         "the gradient attacks together are not clearly weaker than the transfer",
     )
+
+
+def _after_own_gradient(by_bpda: np.ndarray, level: float) -> Verdict:
+    broken, images = int(np.sum(by_bpda)), len(by_bpda)
+    shown = smallest_share(images, MARGIN, level=level)
+    red = share_p_value(broken, images, MARGIN) < level
+    outcome = decide(red=red, note=broken > GAP * images, shown=shown)
+    figures = (
+        f"Of {images} images that are right when clean, BPDA breaks {broken} that survive every attack with "
+        "the model's own gradient"
+    )
+    conclusions = {
+        PASSED: "no more than another start may break.",
+        NOTE: "attacks with the model's own gradient are optimistic.",
+        FLAGGED: "the model's own gradient misleads attacks.",
+    }
+    return make_verdict("bpda", outcome, figures, conclusions, {"broken": broken, "images": images}, shown)
 
 
 def _randomised(passes: list[np.ndarray], labels: np.ndarray) -> Verdict:
