@@ -1,7 +1,7 @@
 """BPDA: a function's own values, and in the backward pass the gradient of a differentiable approximation.
 
-Rounding, quantisation and thermometer codes have no gradient, and a saturated softmax has next to none, so
-attacks that follow the gradient find nothing, although the model may be fragile. :func:`bpda` replaces the
+Rounding, quantisation and thermometer codes have no gradient, and a saturated activation has next to none,
+so attacks that follow the gradient find nothing, although the model may be fragile. :func:`bpda` replaces the
 gradient and nothing else::
 
     quantise = lambda images: jnp.round(images * 15) / 15
@@ -31,7 +31,9 @@ def bpda(
     ``f(x)`` forward,  ``v -> v^T dg/dx`` backward
 
     Both are whole models, or one part of a model. A part is the more precise: the layers behind it are then
-    differentiated where the true model evaluates them.
+    differentiated where the true model evaluates them. The values are the true ones, so that a loss that
+    saturates in very large logits, such as the cross entropy, still does; attack these with
+    :func:`~robal_jax.attacks.negative_margin`.
 
     Args:
       function: ``f``, ``[B, ...]`` to floats of any shape; arguments after the first, such as keys, are given

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -83,10 +83,11 @@ def evaluate_model(
       surrogate: another model of the same images, for the audit's attack by transfer. It has nothing to do
         with ``surrogate_fn``.
       surrogate_fn: the same model with each part that has no gradient, or a saturating one, replaced by a
-        differentiable one: images to logits, as ``logits_fn``. Each attack of the ensemble that follows a
-        gradient, and PGD-20, then run again with its gradient and the true model's logits (BPDA, see
-        :func:`~robal_jax.attacks.bpda`). What they break counts, and the audit says whether the model's own
-        gradient misled. It has nothing to do with ``surrogate``, which is another model.
+        differentiable one, images to logits. PGD-20, on the cross-entropy and on the margin, and each attack
+        of the ensemble that follows a gradient then run again, with the true model's logits and this
+        gradient (BPDA, see :func:`~robal_jax.attacks.bpda`), and the minimum-norm attack, too. What they
+        break counts, and the audit says whether the model's own gradient misled. It has nothing to do with
+        ``surrogate``, which is another model.
       minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
@@ -113,28 +114,20 @@ def evaluate_model(
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
-    predict, weights, num_classes = _parted(logits_fn, images)
-    identity: dict[str, Any] = {"model": _fingerprint(predict, weights, images)}
-    replaced = None
-    if surrogate_fn is not None:
-        approximation = _parted(surrogate_fn, images, "surrogate_fn", num_classes)
-        identity["surrogate_fn"] = _gradient_fingerprint(*approximation[:2], images)
-        predict, replaced, weights = _with_gradient_of(approximation, predict, weights)
+    model = _attackable(logits_fn, surrogate_fn, images)
+    num_classes = model.num_classes
     test = _test_set(images, labels, num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
-    ensemble = autoattack.stages(version, num_classes, threat=threat)
-    if replaced:
-        ensemble = with_bpda(ensemble, threat=threat, step_size=length, random=version == "rand")
     job = builder.Evaluation(
         test=test,
         ids=np.arange(len(labels)),
         variables={},
-        predict=predict,
+        predict=model.predict,
         features=None,
         threat=threat,
         step_size=length,
         version=version,
-        ensemble=ensemble,
+        ensemble=_ensemble(version, num_classes, threat, length, adaptive=surrogate_fn is not None),
         audit_examples=min(audit, len(labels)),
         surrogate="",
         batch_size=min(at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend()), len(labels)),
@@ -144,17 +137,18 @@ def evaluate_model(
         protocols=protocols,
         minimum_norm=minimum_norm,
         corruptions=bool(corruptions),
-        replaced=replaced,
+        replaced=model.replaced,
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
-    identity |= {
+    identity = {
+        **model.identity,
         "surrogate": other and _fingerprint(*other[:2], images),
         "settings": _settings(job, audit, select),
     }
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
-    return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
+    return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
 
 
 def _attacked(
@@ -228,31 +222,51 @@ def _parted(
     return lambda params, stats, x: predict(params, x), {"params": arrays, "stats": []}, shape[-1]
 
 
-def _with_gradient_of(
-    approximation: tuple[Callable[..., Any], dict[str, Any], int],
-    predict: Callable[..., Any],
-    weights: dict[str, Any],
-) -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]:
-    """Gives a model a second form: its own logits, with the gradient of an approximation (BPDA).
+class _Attackable(NamedTuple):
+    """A model in the forms of an evaluation.
 
-    Args:
-      approximation: of the model, as :func:`_parted` returns it.
-      predict: the model, ``(params, stats, images) -> logits``.
-      weights: of the model.
-
-    Returns:
-      Both forms, and the weights that both take.
+    Attributes:
+      predict: ``(params, stats, images) -> logits``.
+      replaced: the same with the gradient of an approximation (BPDA); None without one.
+      weights: ``params`` and ``stats``, which both take.
+      num_classes: of the logits.
+      identity: what tells the model, and the approximation, from others.
     """
+
+    predict: Callable[..., Any]
+    replaced: Callable[..., Any] | None
+    weights: dict[str, Any]
+    num_classes: int
+    identity: dict[str, str]
+
+
+def _attackable(logits_fn: LogitsFn, surrogate_fn: LogitsFn | None, images: np.ndarray) -> _Attackable:
+    """Gives a model the forms of an evaluation, and checks the approximation that goes with it, if any."""
+    predict, weights, num_classes = _parted(logits_fn, images)
+    identity = {"model": _fingerprint(predict, weights, images)}
+    if surrogate_fn is None:
+        return _Attackable(predict, None, weights, num_classes, identity)
+    surrogate, its_weights, _ = _parted(surrogate_fn, images, "surrogate_fn", num_classes)
+    identity["surrogate_fn"] = _gradient_fingerprint(surrogate, its_weights, images)
 
     def own(params: Any, stats: Any, x: chex.Array) -> chex.Array:
         return predict(params["model"], stats, x)
 
     def replaced(params: Any, stats: Any, x: chex.Array) -> chex.Array:
-        surrogate_fn = partial(approximation[0], params["surrogate_fn"], stats)
-        return bpda(partial(own, params, stats), surrogate_fn)(x)
+        return bpda(partial(own, params, stats), partial(surrogate, params["surrogate_fn"], stats))(x)
 
-    both = {"model": weights["params"], "surrogate_fn": approximation[1]["params"]}
-    return own, replaced, {"params": both, "stats": []}
+    both = {"model": weights["params"], "surrogate_fn": its_weights["params"]}
+    return _Attackable(own, replaced, {"params": both, "stats": []}, num_classes, identity)
+
+
+def _ensemble(
+    version: str, num_classes: int, threat: ThreatModel, step_size: StepSize, *, adaptive: bool
+) -> tuple[autoattack.Stage, ...]:
+    """Returns the stages of an ensemble, with those of BPDA if it is asked for."""
+    stages = autoattack.stages(version, num_classes, threat=threat)
+    if not adaptive:
+        return stages
+    return with_bpda(stages, threat=threat, step_size=step_size, random=version == "rand")
 
 
 def _test_set(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import attacks, checks
+from robal_jax import attacks, checks, losses
 from robal_jax.attacks import (
     LogitsFn,
     RandomLogitsFn,
@@ -129,6 +129,7 @@ def with_bpda(
 
     First come the attacks with the model's own gradient, then PGD-20 and the same attacks with BPDA, and last
     Square, which follows no gradient. What BPDA breaks has therefore survived the model's own gradient.
+    PGD-20 has two rounds, on the cross-entropy and on the margin, which does not saturate in large logits.
 
     Args:
       ensemble: stages without BPDA.
@@ -144,12 +145,15 @@ def with_bpda(
     """
 
     def pgd(model: LogitsFn | RandomLogitsFn, keys: Any, x: Any, labels: Any, number: Any) -> chex.Array:
-        del number  # there is one round
+        def loss(logits: chex.Array, labels: chex.Array) -> chex.Array:
+            either = losses.cross_entropy(logits, labels), attacks.negative_margin(logits, labels)
+            return jnp.where(number == 0, *either)
+
         settings: dict[str, Any] = {"steps": 20, "step_size": step_size, "eot": int(random)}
-        return attacks.pgd(model, keys, x, labels, threat=threat, **settings)
+        return attacks.pgd(model, keys, x, labels, threat=threat, loss=loss, **settings)
 
     own = [stage for stage in ensemble if stage.name != "square"]
-    again = [autoattack.Stage("pgd_20", pgd, 1, 1), *own]
+    again = [autoattack.Stage("pgd_20", pgd, 2, 1), *own]
     ordered = [
         *own,
         *(stage._replace(name=stage.name + autoattack.BPDA, bpda=True) for stage in again),

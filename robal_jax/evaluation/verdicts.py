@@ -5,11 +5,12 @@ vanish, are random or mislead; the accuracy is then that of the attack, not of t
 (figure 2) is the plainest case: dividing the logits by a number, or normalising the classifier, raises the
 accuracy under PGD and leaves the model as fragile as it was.
 
-Nothing is measured here: :func:`give_verdicts` judges the arrays of ``measurements.py``. ``explanations.py``
-says when each check is raised, with its thresholds, and ``evidence.py`` has the tests. Two kinds of findings
-are kept apart. A comparison that can only go down (more steps, more starts) shows how optimistic a number is,
-which is noted. A comparison that should go the other way (a weaker attack that is stronger) or a property
-that no plain network has is a sign of masking, which is flagged. Only images that are right when clean count.
+Nothing is measured here: :func:`give_verdicts` judges the arrays of ``measurements.py``, and
+``ensemble_checks.py`` what the attacks on all images found. ``explanations.py`` says when each check is
+raised, with its thresholds, and ``evidence.py`` has the tests. Two kinds of findings are kept apart. A
+comparison that can only go down (more steps, more starts) shows how optimistic a number is, which is noted. A
+comparison that should go the other way (a weaker attack that is stronger) or a property that no plain network
+has is a sign of masking, which is flagged. Only images that are right when clean count.
 
 Source: Carlini et al., "On evaluating adversarial robustness" (2019); Athalye et al., "Obfuscated gradients"
 (ICML 2018); the five checks of the reference implementation of AutoAttack; RoBal (CVPR 2021), figure 2.
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robal_jax import attacks, metrics
+from robal_jax.evaluation.ensemble_checks import bpda_after_own_gradient, square_after_gradients
 from robal_jax.evaluation.evidence import (
     CHECKS,
     FAMILY_LEVEL,
@@ -34,7 +36,6 @@ from robal_jax.evaluation.evidence import (
 from robal_jax.evaluation.explanations import (
     ALPHA_PROBABILITY,
     ALPHA_RANDOM,
-    ALPHA_SQUARE,
     FLAT,
     GAP,
     MARGIN,
@@ -148,12 +149,12 @@ def _judge(
         *_gradients(**gradients, level=level),
         _without_bound(attacked, level),
         _gradient_free(attacked, level),
-        _square_after_white_box(survived, by_square, level),
+        square_after_gradients(survived, by_square, level),
         _transfer(attacked, level),
         _randomised(logits, labels),
         _probabilities(logits[0]),
         _inference(measured, logits),
-        *([] if by_bpda is None else [_after_own_gradient(by_bpda, level)]),
+        *([] if by_bpda is None else [bpda_after_own_gradient(by_bpda, level)]),
     ]
     return found, _curves(attacked, len(labels))
 
@@ -362,25 +363,6 @@ def _gradient_free(attacked: _Attacked, level: float) -> Verdict:
     )
 
 
-def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None, level: float) -> Verdict:
-    if by_square is None:
-        figures = "Square did not run after gradient attacks"
-        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
-    broken, images = int(np.sum(survived & by_square)), len(survived)
-    shown = smallest_share(images, ALPHA_SQUARE, level=level)
-    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < level, shown=shown)
-    figures = (
-        f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
-        "survive every gradient attack"
-    )
-    conclusions = {
-        PASSED: "no more than chance allows." if broken else "gradient attacks left it nothing.",
-        FLAGGED: "the gradient attacks miss something.",
-    }
-    evidence = {"broken": broken, "survived": int(survived.sum()), "images": images}
-    return make_verdict("square", outcome, figures, conclusions, evidence, shown)
-
-
 def _transfer(attacked: _Attacked, level: float) -> Verdict:
     if attacked.transfer is None:
         conclusion = "name another model of the same data as surrogate."
@@ -394,23 +376,6 @@ def _transfer(attacked: _Attacked, level: float) -> Verdict:
         "the model hides its own gradients",
         "the gradient attacks together are not clearly weaker than the transfer",
     )
-
-
-def _after_own_gradient(by_bpda: np.ndarray, level: float) -> Verdict:
-    broken, images = int(np.sum(by_bpda)), len(by_bpda)
-    shown = smallest_share(images, MARGIN, level=level)
-    red = share_p_value(broken, images, MARGIN) < level
-    outcome = decide(red=red, note=broken > GAP * images, shown=shown)
-    figures = (
-        f"Of {images} images that are right when clean, BPDA breaks {broken} that survive every attack with "
-        "the model's own gradient"
-    )
-    conclusions = {
-        PASSED: "no more than another start may break.",
-        NOTE: "attacks with the model's own gradient are optimistic.",
-        FLAGGED: "the model's own gradient misleads attacks.",
-    }
-    return make_verdict("bpda", outcome, figures, conclusions, {"broken": broken, "images": images}, shown)
 
 
 def _randomised(passes: list[np.ndarray], labels: np.ndarray) -> Verdict:
@@ -457,25 +422,3 @@ def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
     }
     evidence = {"calls": calls, "difference": company}
     return make_verdict("inference", decide(red=calls > 0 or changes), figures, conclusions, evidence)
-
-
-def stored_images(
-    reported: np.ndarray, computed: np.ndarray, distance: np.ndarray, epsilon: float
-) -> Verdict:
-    """Compares the ensemble's outcome with that of its stored images when they are read again.
-
-    Args:
-      reported: whether images count as broken, bool ``[n]``.
-      computed: whether the model misclassifies the stored images, bool ``[n]``.
-      distance: of the stored images, ``[n]``.
-      epsilon: the threat model's own radius, in the unit of the distances.
-    """
-    differ = int(np.sum(reported != computed))
-    figures = (
-        "With the stored adversarial images, read again, the accuracy is "
-        f"{percent(~computed)}; reported is {percent(~reported)}. Largest "
-        f"perturbation: {distance.max():.7f} of {epsilon:.7f}. Images that differ"
-    )
-    conclusions = {PASSED: f"{differ}.", FLAGGED: f"{differ}."}
-    evidence = {"accuracy": float(np.mean(~computed)), "differ": differ, "distance": float(distance.max())}
-    return make_verdict("stored_images", decide(red=differ > 0), figures, conclusions, evidence)
