@@ -141,8 +141,8 @@ def evaluate_model(
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
-    identity = {**model.identity, "surrogate": other and _fingerprint(*other[:2], images)}
-    identity["settings"] = _settings(job, audit, select)
+    transfer = {"surrogate": other and _fingerprint(*other[:2], images)}
+    identity = {**model.identity, **transfer, "settings": _settings(job, audit, select)}
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
