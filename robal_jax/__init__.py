@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robal_jax.attacks import ThreatModel as ThreatModel
     from robal_jax.attacks import apgd as apgd
+    from robal_jax.attacks import bpda as bpda
     from robal_jax.attacks import ddn as ddn
     from robal_jax.attacks import dlr as dlr
     from robal_jax.attacks import fab as fab
@@ -59,8 +60,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "attacks": (
-        "ThreatModel", "apgd", "ddn", "dlr", "fab", "fmn", "multi_targeted", "negative_margin", "pgd",
-        "scaled", "square", "targeted_apgd",
+        "ThreatModel", "apgd", "bpda", "ddn", "dlr", "fab", "fmn", "multi_targeted", "negative_margin",
+        "pgd", "scaled", "square", "targeted_apgd",
     ),
     "attacks.autoattack": ("autoattack",),
     "certificates": ("certified", "interval_bounds", "margin_bounds"),

@@ -14,8 +14,8 @@ from scipy.stats import multinomial
 
 from robal_jax import attacks, metrics
 from robal_jax.attacks import NORMS, ThreatModel
-from robal_jax.evaluation import evidence, loop, measurements, verdicts
-from robal_jax.evaluation.explanations import EXPLANATIONS
+from robal_jax.evaluation import ensemble_checks, evidence, loop, measurements, verdicts
+from robal_jax.evaluation.explanations import ALPHA_SQUARE, EXPLANATIONS, ON_OCCASION
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.curves import curves_figure
 from robal_jax.reporting.results import (
@@ -25,6 +25,7 @@ from robal_jax.reporting.results import (
     NOT_RUN,
     NOTE,
     OUTCOMES,
+    OWN_GRADIENT,
     PASSED,
     TOO_FEW,
     Results,
@@ -92,17 +93,17 @@ def healthy():
     }
 
 
-def judged(measured, survived=None, by_square=None):
+def judged(measured, survived=None, by_square=None, by_bpda=None):
     """The verdicts by name, and the curves."""
     # Of 480 images: Square breaks one that no other attack breaks, and many that were broken.
     survived = first(280)[:480] if survived is None else survived
     by_square = (~first(280) | first(1))[:480] if by_square is None else by_square
-    found, curves = verdicts.give_verdicts(measured, LABELS, survived, by_square, EPSILON)
+    found, curves = verdicts.give_verdicts(measured, LABELS, survived, by_square, EPSILON, by_bpda)
     assert json.loads(json.dumps([v._asdict() for v in found], allow_nan=False))
     assert json.loads(json.dumps(curves, allow_nan=False))
     assert all(v.outcome in OUTCOMES and v.title and v.statement.endswith(".") for v in found)
     by_name = {verdict.name: verdict for verdict in found}
-    assert tuple(by_name) == NAMES
+    assert tuple(by_name) == NAMES + ("bpda",) * (by_bpda is not None)
     return by_name, curves
 
 
@@ -140,6 +141,27 @@ def test_checks_that_cast_doubt_on_everything():
     everything = {"nan_gradients", "square", "randomised", "probabilities", "inference"}
     for name, verdict in found.items():
         assert verdict.doubts == (EVERYTHING if name in everything else FIXED_STEPS)
+
+
+@pytest.mark.parametrize(("broken", "outcome"), [(4, PASSED), (5, NOTE), (12, NOTE), (13, FLAGGED)])
+def test_what_bpda_breaks_after_the_model_s_own_gradient(broken, outcome):
+    """Of 480 images; 4.8 are 1 %."""
+    found, _ = judged(healthy(), by_bpda=first(broken)[:480])
+    assert found["bpda"].outcome == outcome
+    assert (found["bpda"].title, found["bpda"].doubts) == (ON_OCCASION["bpda"].title, OWN_GRADIENT)
+    assert f"Of 480 images that are right when clean, BPDA breaks {broken} that" in found["bpda"].statement
+    assert [found[name] for name in NAMES] == list(judged(healthy())[0].values())
+
+
+def test_with_a_further_check_each_is_at_a_lower_level():
+    """Square breaks so many of so many images that the p-value is between the two levels."""
+    low, high = evidence.FAMILY_LEVEL / (evidence.CHECKS + 1), evidence.LEVEL
+    images = next(n for n in range(100, 10_000) if low < evidence.share_p_value(4, n, ALPHA_SQUARE) < high)
+    everything, four = np.ones(images, bool), np.arange(images) < 4
+    found, _ = judged(healthy(), everything, four)
+    assert found["square"].outcome == FLAGGED
+    found, _ = judged(healthy(), everything, four, by_bpda=~everything)
+    assert found["square"].outcome == PASSED
 
 
 def replaced(name, field, change):
@@ -475,7 +497,7 @@ def test_stored_images(differ):
     computed = reported.copy()
     computed[599] ^= differ
     distance = np.linspace(0, 0.1, N)
-    found = verdicts.stored_images(reported, computed, distance, 0.1)
+    found = ensemble_checks.stored_images(reported, computed, distance, 0.1)
     assert (found.name, found.outcome) == ("stored_images", FLAGGED if differ else PASSED)
     accuracy = (300 - differ) / N
     assert found.evidence == {"accuracy": pytest.approx(accuracy), "differ": differ, "distance": 0.1}

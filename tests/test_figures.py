@@ -58,7 +58,8 @@ def test_display_names():
     }
     assert {name: display_name(name) for name in names} == names
     assert [paper_name(name) for name in ("robal_aa", "pgd_20")] == ["AA", "PGD-20"]
-    assert set(ENSEMBLES) == {*autoattack.CONDITIONS.values(), "custom", "robal_aa"}
+    ensembles = {*autoattack.CONDITIONS.values(), "custom", "robal_aa"}
+    assert set(ENSEMBLES) == ensembles | {name + autoattack.BPDA for name in (*ensembles, "pgd_20")}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_display_names():
         ("clean pgd_20 worst", "pgd_20", "pgd_20", "clean pgd_20 worst"),
         ("clean pgd_20 robal_aa worst", "pgd_20", "robal_aa", "clean pgd_20 robal_aa worst"),
         ("clean pgd_20 robal_aa autoattack worst", "pgd_20", "autoattack", "clean pgd_20 autoattack worst"),
+        ("clean apgd_ce robal_aa custom_bpda worst", "pgd_20", "custom_bpda", "clean custom_bpda worst"),
         ("clean autoattack worst", "autoattack", "autoattack", "clean autoattack worst"),
         ("clean pgd_20 autoattack union worst", "pgd_20", "union", "clean pgd_20 autoattack union worst"),
         ("clean worst", "clean", "clean", "clean worst"),

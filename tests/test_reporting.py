@@ -20,6 +20,7 @@ from robal_jax.reporting.results import (
     FLAGGED,
     NOT_RUN,
     NOTE,
+    OWN_GRADIENT,
     PASSED,
     TOO_FEW,
     Results,
@@ -250,6 +251,8 @@ def test_the_report_says_what_the_checks_mean(tmp_path, undrawn):
     [
         ((FIXED_STEPS, FIXED_STEPS), "2 of 2 checks are flagged: do not trust the fixed-step attacks"),
         ((FIXED_STEPS, EVERYTHING), "2 of 2 checks are flagged: do not trust any robust accuracy"),
+        ((FIXED_STEPS, OWN_GRADIENT), "2 of 2 checks are flagged: do not trust attacks with the model's own"),
+        ((OWN_GRADIENT, EVERYTHING), "2 of 2 checks are flagged: do not trust any robust accuracy"),
         (
             (FIXED_STEPS, None),
             "2 of 2 checks are flagged: do not trust any robust accuracy",

@@ -22,7 +22,7 @@ An attack is put together from these components:
 - *Target*: :func:`ranked_class` by logit, :func:`nearest_classes` by distance (``malt``).
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
-  a model.
+  a model, and so is :func:`bpda` (``bpda_gradient``), which replaces a gradient that leads nowhere.
 - *Ensemble* (``autoattack``): several attacks, of which each sees only the images that are left.
   ``robal_jax.autoattack`` runs AutoAttack.
 
@@ -53,6 +53,7 @@ model may compute in any type.
 """
 
 from robal_jax.attacks.autopgd import apgd, targeted_apgd
+from robal_jax.attacks.bpda_gradient import bpda
 from robal_jax.attacks.combined import multi_targeted, shortest_adversarial
 from robal_jax.attacks.fab_attack import fab
 from robal_jax.attacks.free import FreeSteps
@@ -101,6 +102,7 @@ __all__ = [
     "Start",
     "ThreatModel",
     "apgd",
+    "bpda",
     "check_minimum_norm",
     "clean_start",
     "ddn",

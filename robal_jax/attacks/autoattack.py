@@ -91,6 +91,9 @@ CONDITIONS = {
 }
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
+BPDA = "_bpda"
+"""End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
+
 
 class Found(NamedTuple):
     """The result of :func:`autoattack`.
@@ -244,12 +247,14 @@ class Stage(NamedTuple):
       attack: runs one round.
       rounds: their number, each with a different target or start.
       first: number of the first round, counted over the whole ensemble from 1.
+      bpda: whether it attacks the model with the gradient of a differentiable approximation.
     """
 
     name: str
     attack: Round
     rounds: int
     first: int
+    bpda: bool = False
 
     @property
     def last(self) -> int:
@@ -569,7 +574,7 @@ def outcomes(
 
     These are ``apgd_ce`` after that attack, ``robal_aa`` after RoBal's pair and ``autoattack`` after all,
     if the ensemble begins with them in their standard form, and the whole version by its name in
-    ``CONDITIONS``.
+    ``CONDITIONS``, with ``BPDA`` at the end if it has such stages.
     """
     names = tuple(stage.name for stage in stages)
     after = {}
@@ -581,7 +586,8 @@ def outcomes(
             if names[:count] == _STANDARD[:count]
         }
     if stages[-1].last not in after.values():
-        after[CONDITIONS.get(version, "custom")] = stages[-1].last
+        whole = (CONDITIONS | {"robal_aa": "robal_aa", "none": "pgd_20"}).get(version, "custom")
+        after[whole + BPDA * any(stage.bpda for stage in stages)] = stages[-1].last
     return {
         name: np.where(broken_by(progress, last), progress.predictions, labels)
         for name, last in after.items()

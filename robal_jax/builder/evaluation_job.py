@@ -101,6 +101,8 @@ class Evaluation:
       protocols: all protocols of class groups, see ``metrics.groups_by_protocol``.
       minimum_norm: a key of ``attacks.MINIMUM_NORM``; '' for no distances.
       corruptions: whether clean images are also corrupted and classified.
+      replaced: ``predict`` with the gradient of a differentiable approximation, for the stages of the
+        ensemble with BPDA; None without them.
     """
 
     test: TestSet
@@ -126,6 +128,7 @@ class Evaluation:
     protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     minimum_norm: str = ""
     corruptions: bool = False
+    replaced: Callable[..., Any] | None = None
 
 
 def evaluation(

@@ -3,7 +3,7 @@
 - ``steps``: the attacks on one batch, as pure functions
 - ``victim``: the model under attack and its images, on all devices
 - ``loop``: attacks, ensemble and audit in order, saved and resumed
-- ``measurements``, ``verdicts``: what the audit measures, and what it says
+- ``measurements``, ``verdicts``, ``ensemble_checks``: what the audit measures, and what it says
 - ``explanations``, ``outcomes``, ``evidence``: the checks in words, their outcomes, and the tests behind them
 - ``findings``: from what was found to the files of the report
 - ``corrupted``: the accuracy on corrupted images, added to what is stored

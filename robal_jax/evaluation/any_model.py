@@ -6,7 +6,8 @@ import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -14,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
-from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
+from robal_jax.attacks import NORMS, ThreatModel, autoattack, bpda, check_minimum_norm
 from robal_jax.attacks.threat import check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.data.corruptions import check_images
 from robal_jax.devices import hosts
 from robal_jax.devices.cpu import at_once
-from robal_jax.errors import InputError, ReportError, shown, user_path
+from robal_jax.errors import InputError, ReportError, one_line, shown, user_path
 from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
 from robal_jax.evaluation.measurements import StepSize
+from robal_jax.evaluation.steps import with_bpda
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints
@@ -45,6 +47,7 @@ def evaluate_model(
     class_names: Sequence[str] | None = None,
     groups: str = "thirds",
     surrogate: LogitsFn | None = None,
+    surrogate_fn: LogitsFn | None = None,
     minimum_norm: str = "",
     audit: int = 200,
     corruptions: bool = False,
@@ -77,7 +80,14 @@ def evaluate_model(
       groups: how the counts divide the classes: a list with commas of keys of ``metrics.GROUPS``, such as
         'thirds,last_80_percent'. The first leads; the report shows all of several side by side. Other groups
         for a finished evaluation need no new attack.
-      surrogate: another model of the same images, for the audit's attack by transfer.
+      surrogate: another model of the same images, for the audit's attack by transfer. It has nothing to do
+        with ``surrogate_fn``.
+      surrogate_fn: the same model with each part that has no gradient, or a saturating one, replaced by a
+        differentiable one, images to logits. PGD-20, on the cross-entropy and on the margin, and each attack
+        of the ensemble that follows a gradient then run again, with the true model's logits and this
+        gradient (BPDA, see :func:`~robal_jax.attacks.bpda`), and the minimum-norm attack, too. What they
+        break counts, and the audit says whether the model's own gradient misled. It has nothing to do with
+        ``surrogate``, which is another model.
       minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
@@ -104,19 +114,20 @@ def evaluate_model(
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
-    predict, weights, num_classes = _parted(logits_fn, images)
+    model = _attackable(logits_fn, surrogate_fn, images)
+    num_classes = model.num_classes
     test = _test_set(images, labels, num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
         test=test,
         ids=np.arange(len(labels)),
         variables={},
-        predict=predict,
+        predict=model.predict,
         features=None,
         threat=threat,
         step_size=length,
         version=version,
-        ensemble=autoattack.stages(version, num_classes, threat=threat),
+        ensemble=_ensemble(version, num_classes, threat, length, adaptive=surrogate_fn is not None),
         audit_examples=min(audit, len(labels)),
         surrogate="",
         batch_size=min(at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend()), len(labels)),
@@ -126,17 +137,15 @@ def evaluate_model(
         protocols=protocols,
         minimum_norm=minimum_norm,
         corruptions=bool(corruptions),
+        replaced=model.replaced,
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
-    identity = {
-        "model": _fingerprint(predict, weights, images),
-        "surrogate": other and _fingerprint(*other[:2], images),
-        "settings": _settings(job, audit, select),
-    }
+    transfer = {"surrogate": other and _fingerprint(*other[:2], images)}
+    identity = {**model.identity, **transfer, "settings": _settings(job, audit, select)}
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
-    return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
+    return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
 
 
 def _attacked(
@@ -208,6 +217,53 @@ def _parted(
     if classes not in (None, shape[-1]):
         raise InputError(f"{name} has {shape[-1]} classes; pass a model of the same {classes} classes")
     return lambda params, stats, x: predict(params, x), {"params": arrays, "stats": []}, shape[-1]
+
+
+class _Attackable(NamedTuple):
+    """A model in the forms of an evaluation.
+
+    Attributes:
+      predict: ``(params, stats, images) -> logits``.
+      replaced: the same with the gradient of an approximation (BPDA); None without one.
+      weights: ``params`` and ``stats``, which both take.
+      num_classes: of the logits.
+      identity: what tells the model, and the approximation, from others.
+    """
+
+    predict: Callable[..., Any]
+    replaced: Callable[..., Any] | None
+    weights: dict[str, Any]
+    num_classes: int
+    identity: dict[str, str]
+
+
+def _attackable(logits_fn: LogitsFn, surrogate_fn: LogitsFn | None, images: np.ndarray) -> _Attackable:
+    """Gives a model the forms of an evaluation, and checks the approximation that goes with it, if any."""
+    predict, weights, num_classes = _parted(logits_fn, images)
+    identity = {"model": _fingerprint(predict, weights, images)}
+    if surrogate_fn is None:
+        return _Attackable(predict, None, weights, num_classes, identity)
+    surrogate, its_weights, _ = _parted(surrogate_fn, images, "surrogate_fn", num_classes)
+    identity["surrogate_fn"] = _gradient_fingerprint(surrogate, its_weights, images)
+
+    def own(params: Any, stats: Any, x: chex.Array) -> chex.Array:
+        return predict(params["model"], stats, x)
+
+    def replaced(params: Any, stats: Any, x: chex.Array) -> chex.Array:
+        return bpda(partial(own, params, stats), partial(surrogate, params["surrogate_fn"], stats))(x)
+
+    both = {"model": weights["params"], "surrogate_fn": its_weights["params"]}
+    return _Attackable(own, replaced, {"params": both, "stats": []}, num_classes, identity)
+
+
+def _ensemble(
+    version: str, num_classes: int, threat: ThreatModel, step_size: StepSize, *, adaptive: bool
+) -> tuple[autoattack.Stage, ...]:
+    """Returns the stages of an ensemble, with those of BPDA if it is asked for."""
+    stages = autoattack.stages(version, num_classes, threat=threat)
+    if not adaptive:
+        return stages
+    return with_bpda(stages, threat=threat, step_size=step_size, random=version == "rand")
 
 
 def _test_set(
@@ -288,3 +344,25 @@ def _fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: n
     """Returns what tells a model from others: the sha256 of its logits for the first images."""
     logits = jax.jit(predict)(weights["params"], weights["stats"], images[:FINGERPRINT_IMAGES])
     return checkpoints.digest({"logits": np.asarray(logits)})
+
+
+def _gradient_fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: np.ndarray) -> str:
+    """Returns what tells an approximation of a model from others: the sha256 of its logits and gradients.
+
+    Raises:
+      InputError: it has no gradient.
+    """
+
+    def look(params: Any, x: chex.Array) -> dict[str, chex.Array]:
+        logits, pullback = jax.vjp(partial(predict, params, weights["stats"]), x)
+        return {"logits": logits, "gradient": pullback(logits)[0]}
+
+    try:
+        found = jax.jit(look)(weights["params"], images[:FINGERPRINT_IMAGES])
+    except (TypeError, ValueError, NotImplementedError) as error:
+        reason = one_line(error)
+    else:
+        if np.any(found["gradient"]):
+            return checkpoints.digest(jax.tree.map(np.asarray, found))
+        reason = f"it is 0 for the first {len(images[:FINGERPRINT_IMAGES])} images"
+    raise InputError(f"surrogate_fn has no gradient ({reason}); replace each part of the model that has none")

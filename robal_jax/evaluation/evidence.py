@@ -1,8 +1,9 @@
 """Statistics behind the audit's verdicts: exact tests of shares and gaps, and what a sample is able to show.
 
-An honest model must not be branded by chance. Every check of the audit tests at ``LEVEL``, so that the
-probability that any of them flags a model whose true shares and gaps are within the margins is at most
-``FAMILY_LEVEL`` (Bonferroni). ``scipy`` is imported where it is needed, because that takes a second.
+An honest model must not be branded by chance. Every check of the audit tests at ``LEVEL``, or at a lower one
+if there are more checks, so that the probability that any of them flags a model whose true shares and gaps
+are within the margins is at most ``FAMILY_LEVEL`` (Bonferroni). ``scipy`` is imported where it is needed,
+because that takes a second.
 """
 
 from typing import NamedTuple
@@ -13,10 +14,10 @@ FAMILY_LEVEL = 0.05
 """Highest probability that the audit flags anything by chance."""
 
 CHECKS = 13
-"""Number of checks in an audit, with that of the stored images."""
+"""Number of checks in every audit, with that of the stored images."""
 
 LEVEL = FAMILY_LEVEL / CHECKS
-"""Level of each check, one-sided."""
+"""Level of each of these checks, one-sided."""
 
 SHOWN = 0.10
 """A sample is too small for a check if it could not show a gap of this size."""

@@ -19,10 +19,11 @@ from robal_jax import builder, distances, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
+from robal_jax.evaluation.ensemble_checks import stored_images
 from robal_jax.evaluation.measurements import Sample, radius_unit
 from robal_jax.evaluation.outcomes import Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
-from robal_jax.evaluation.verdicts import give_verdicts, stored_images
+from robal_jax.evaluation.verdicts import give_verdicts
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.report import remove_report, write_report
@@ -222,7 +223,28 @@ def _judge(
     if not sample.measured:
         return [], {}
     survived, by_square = _after_gradients(job, found, sample, predictions, labels)
-    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, radius_unit(job.threat))
+    by_bpda = _after_own_gradient(job, found, predictions, labels) if job.replaced else None
+    unit = radius_unit(job.threat)
+    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, unit, by_bpda)
+
+
+def _survive_fixed_steps(predictions: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Returns which images are right when clean and under every attack with fixed steps."""
+    return np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
+
+
+def _after_own_gradient(
+    job: builder.Evaluation,
+    found: autoattack.Progress,
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+) -> np.ndarray:
+    """Returns which images that are right when clean BPDA breaks after the model's own gradient."""
+    broken = np.zeros(len(labels), bool)
+    for stage in job.ensemble:
+        if stage.bpda:
+            broken |= (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
+    return (broken & _survive_fixed_steps(predictions, labels))[predictions["clean"] == labels]
 
 
 def _after_gradients(
@@ -237,7 +259,7 @@ def _after_gradients(
     Square is that of the ensemble if it follows other attacks there, otherwise the audit's on its sample. It
     is None if the ensemble has no gradient attack.
     """
-    survived = np.logical_and.reduce([predictions[name] == labels for name in CONDITIONS])
+    survived = _survive_fixed_steps(predictions, labels)
     by_square = np.zeros(len(labels), bool)
     for stage in job.ensemble:
         in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)

@@ -332,9 +332,8 @@ def ensemble(
     if progress is None:
         progress = autoattack.begin(labels, outcomes["clean"]["pred"])
     for stage in job.ensemble:
-        step = victim.compile(
-            partial(attack_step, stage=stage, threat=job.threat, random=job.version == "rand")
-        )
+        work = partial(attack_step, stage=stage, threat=job.threat, random=job.version == "rand")
+        step = victim.compile(work, job.replaced if stage.bpda else None)
 
         def attack(ids: np.ndarray, number: int, step: Callable = step, name: str = stage.name) -> Any:
             found = step(ids, number=np.int32(number))
@@ -361,21 +360,24 @@ def distances(
     """Returns the distances of the closest adversarial images ``[n]``; None if stopped before the end.
 
     A distance is 0 where the clean image is misclassified, and infinite where no adversarial image was found.
-    Without a minimum-norm attack there are none.
+    With BPDA it is the shorter of two, found with and without. Without a minimum-norm attack there are none.
     """
     labels, total, name = victim.labels, len(victim.labels), job.minimum_norm
     found = kept.arrays.get("distance", np.zeros(0, np.float32))
     if not name:
         return found
-    step = victim.compile(partial(closest_step, name=name, threat=job.threat))
+    work = partial(closest_step, name=name, threat=job.threat)
+    forms = [None] if job.replaced is None else [None, job.replaced]
+    steps = [victim.compile(work, predict) for predict in forms]
     farthest = ThreatModel(largest_radius(job.threat.norm, victim.pixels), job.threat.norm)
     with hosts.only_first(lambda: Meter(name, total, len(found))) as meter:
         while len(found) < total and not stop:
             ids = np.arange(len(found), min(len(found) + victim.size, total))
-            judged = step(ids)
-            check(name, judged, farthest, victim.pixels)
-            lengths = np.where(judged["pred"] == labels[ids], np.inf, judged["distance"])
-            found = np.concatenate([found, lengths.astype(np.float32)])
+            each = [step(ids) for step in steps]
+            for judged in each:
+                check(name, judged, farthest, victim.pixels)
+            lengths = [np.where(judged["pred"] == labels[ids], np.inf, judged["distance"]) for judged in each]
+            found = np.concatenate([found, np.min(lengths, axis=0).astype(np.float32)])
             meter.update(len(found), f"median distance {np.median(found):.3g}")
             if stop or len(found) == total or kept.due:
                 kept.save({"distance": found})

@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
     Attributes:
       name: of the check, a key of ``EXPLANATIONS`` or ``ON_OCCASION``.
       title: for people.
-      doubts: what not to trust if the check is flagged: ``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``.
+      doubts: what not to trust if the check is flagged: ``FIXED_STEPS``, ``EVERYTHING``, ...
       outcome: one of ``OUTCOMES``.
       statement: the figures and what follows from them.
       evidence: figures, ready for JSON.

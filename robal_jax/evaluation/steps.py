@@ -5,16 +5,25 @@
 :func:`check` looks at the outcomes on the host.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import attacks, checks
-from robal_jax.attacks import LogitsFn, ThreatModel, autoattack, starting_points, uniform_start
+from robal_jax import attacks, checks, losses
+from robal_jax.attacks import (
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    autoattack,
+    starting_points,
+    uniform_start,
+)
 from robal_jax.keys import fold_in
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
@@ -107,6 +116,51 @@ def attack_step(
     model = (lambda x, keys: logits_fn(x)) if random else logits_fn
     shown = stage.attack(model, keys, images, labels, number)
     return {"images": shown, **judge(logits_fn, shown, images, threat)}
+
+
+def with_bpda(
+    ensemble: Sequence[autoattack.Stage],
+    *,
+    threat: ThreatModel,
+    step_size: float | tuple[float, ...],
+    random: bool = False,
+) -> tuple[autoattack.Stage, ...]:
+    """Returns the stages of an ensemble in which every attack that follows a gradient also runs with BPDA.
+
+    First come the attacks with the model's own gradient, then PGD-20 and the same attacks with BPDA, and last
+    Square, which follows no gradient. What BPDA breaks has therefore survived the model's own gradient.
+    PGD-20 has two rounds, on the cross-entropy and on the margin, which does not saturate in large logits.
+
+    Args:
+      ensemble: stages without BPDA.
+      threat: what PGD-20 may do.
+      step_size: of PGD-20; or one per class.
+      random: whether the attacks treat the model as random.
+
+    Example:
+      >>> threat = ThreatModel(8 / 255)
+      >>> stages = with_bpda(autoattack.stages("standard", 10, threat=threat), threat=threat, step_size=0.01)
+      >>> print(*(stage.name for stage in stages))
+      apgd_ce apgd_t fab_t pgd_20_bpda apgd_ce_bpda apgd_t_bpda fab_t_bpda square
+    """
+
+    def pgd(model: LogitsFn | RandomLogitsFn, keys: Any, x: Any, labels: Any, number: Any) -> chex.Array:
+        def loss(logits: chex.Array, labels: chex.Array) -> chex.Array:
+            either = losses.cross_entropy(logits, labels), attacks.negative_margin(logits, labels)
+            return jnp.where(number == 0, *either)
+
+        settings: dict[str, Any] = {"steps": 20, "step_size": step_size, "eot": int(random)}
+        return attacks.pgd(model, keys, x, labels, threat=threat, loss=loss, **settings)
+
+    own = [stage for stage in ensemble if stage.name != "square"]
+    again = [autoattack.Stage("pgd_20", pgd, 2, 1), *own]
+    ordered = [
+        *own,
+        *(stage._replace(name=stage.name + autoattack.BPDA, bpda=True) for stage in again),
+        *(stage for stage in ensemble if stage.name == "square"),
+    ]
+    firsts = itertools.accumulate((stage.rounds for stage in ordered), initial=1)
+    return tuple(stage._replace(first=first) for stage, first in zip(ordered, firsts, strict=False))
 
 
 def closest_step(

@@ -5,11 +5,12 @@ vanish, are random or mislead; the accuracy is then that of the attack, not of t
 (figure 2) is the plainest case: dividing the logits by a number, or normalising the classifier, raises the
 accuracy under PGD and leaves the model as fragile as it was.
 
-Nothing is measured here: :func:`give_verdicts` judges the arrays of ``measurements.py``. ``explanations.py``
-says when each check is raised, with its thresholds, and ``evidence.py`` has the tests. Two kinds of findings
-are kept apart. A comparison that can only go down (more steps, more starts) shows how optimistic a number is,
-which is noted. A comparison that should go the other way (a weaker attack that is stronger) or a property
-that no plain network has is a sign of masking, which is flagged. Only images that are right when clean count.
+Nothing is measured here: :func:`give_verdicts` judges the arrays of ``measurements.py``, and
+``ensemble_checks.py`` what the attacks on all images found. ``explanations.py`` says when each check is
+raised, with its thresholds, and ``evidence.py`` has the tests. Two kinds of findings are kept apart. A
+comparison that can only go down (more steps, more starts) shows how optimistic a number is, which is noted. A
+comparison that should go the other way (a weaker attack that is stronger) or a property that no plain network
+has is a sign of masking, which is flagged. Only images that are right when clean count.
 
 Source: Carlini et al., "On evaluating adversarial robustness" (2019); Athalye et al., "Obfuscated gradients"
 (ICML 2018); the five checks of the reference implementation of AutoAttack; RoBal (CVPR 2021), figure 2.
@@ -21,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robal_jax import attacks, metrics
+from robal_jax.evaluation.ensemble_checks import bpda_after_own_gradient, square_after_gradients
 from robal_jax.evaluation.evidence import (
-    LEVEL,
+    CHECKS,
+    FAMILY_LEVEL,
     gap_between,
     gap_p_value,
     mean_p_value,
@@ -33,7 +36,6 @@ from robal_jax.evaluation.evidence import (
 from robal_jax.evaluation.explanations import (
     ALPHA_PROBABILITY,
     ALPHA_RANDOM,
-    ALPHA_SQUARE,
     FLAT,
     GAP,
     MARGIN,
@@ -106,6 +108,7 @@ def give_verdicts(
     survived: np.ndarray,
     by_square: np.ndarray | None,
     epsilon: float,
+    by_bpda: np.ndarray | None = None,
 ) -> tuple[list[Verdict], dict[str, Any]]:
     """Judges what was measured.
 
@@ -116,32 +119,42 @@ def give_verdicts(
         evaluation, bool ``[m]``.
       by_square: whether Square breaks them, bool ``[m]``; None if it did not run after such attacks.
       epsilon: the threat model's own radius, as :func:`measurements.radius_unit` counts it.
+      by_bpda: of the images that are right when clean, those that survive the attacks with the model's own
+        gradient and not those with BPDA, bool ``[m]``; None without BPDA.
 
     Returns:
       The verdicts, and the curves of the accuracy by logit scale, steps, restarts and radius.
     """
     with np.errstate(all="ignore"):  # what is not finite is flagged, and not a warning
-        return _judge(measured, labels, survived, by_square, epsilon)
+        return _judge(measured, labels, survived, by_square, epsilon, by_bpda)
 
 
 def _judge(
-    measured: Measured, labels: np.ndarray, survived: np.ndarray, by_square: np.ndarray | None, epsilon: float
+    measured: Measured,
+    labels: np.ndarray,
+    survived: np.ndarray,
+    by_square: np.ndarray | None,
+    epsilon: float,
+    by_bpda: np.ndarray | None,
 ) -> tuple[list[Verdict], dict[str, Any]]:
+    level = FAMILY_LEVEL / (CHECKS + (by_bpda is not None))
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
     clean = logits[0].argmax(-1) == labels
     attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
+    gradients = {name: values[clean] for name, values in measured["gradients"].items()}
     found = [
-        _logit_scale(attacked, logits[0], labels),
-        _more_steps(attacked),
-        _more_restarts(attacked),
-        *_gradients(**{name: values[clean] for name, values in measured["gradients"].items()}),
-        _without_bound(attacked),
-        _gradient_free(attacked),
-        _square_after_white_box(survived, by_square),
-        _transfer(attacked),
+        _logit_scale(attacked, logits[0], labels, level),
+        _more_steps(attacked, level),
+        _more_restarts(attacked, level),
+        *_gradients(**gradients, level=level),
+        _without_bound(attacked, level),
+        _gradient_free(attacked, level),
+        square_after_gradients(survived, by_square, level),
+        _transfer(attacked, level),
         _randomised(logits, labels),
         _probabilities(logits[0]),
         _inference(measured, logits),
+        *([] if by_bpda is None else [bpda_after_own_gradient(by_bpda, level)]),
     ]
     return found, _curves(attacked, len(labels))
 
@@ -195,17 +208,17 @@ def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
     }
 
 
-def _logit_scale(attacked: _Attacked, logits: np.ndarray, labels: np.ndarray) -> Verdict:
+def _logit_scale(attacked: _Attacked, logits: np.ndarray, labels: np.ndarray, level: float) -> Verdict:
     named = {f"{s:g}": at for s, at in attacked.scales.items()} | {"margin": attacked.margin}
     own, others = named["1"], {name: at for name, at in named.items() if name != "1"}
     best = max(others, key=lambda name: float(np.sum(others[name].lowered)))
     words = "on the margin, which knows no scale" if best == "margin" else f"at {best} times that scale"
     gap, further = gap_between(others[best].right, own.right), own.lowered * (1 + SCALE_MARGIN)
     softmax, confidence, accuracy = _softmax(logits, labels)
-    clear = mean_p_value(others[best].lowered - further) * len(others) < LEVEL
+    clear = mean_p_value(others[best].lowered - further) * len(others) < level
     red = gap.value > GAP and clear and bool(softmax)
-    note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < LEVEL
-    shown = smallest_share(gap.images)
+    note = gap.value > GAP and gap_p_value(gap, 0.0) * len(others) < level
+    shown = smallest_share(gap.images, level=level)
     means = {name: json_float(np.mean(at.lowered)) if gap.images else 0.0 for name, at in named.items()}
     figures = (
         f"PGD-20 lowers the margin by {means['1']:.3g} at the model's own logit scale, which leaves "
@@ -234,12 +247,12 @@ def _softmax(logits: np.ndarray, labels: np.ndarray) -> tuple[str, float, float]
     return "flat" * flat or "saturated" * saturated, confidence, hits / len(labels)
 
 
-def _more_steps(attacked: _Attacked) -> Verdict:
+def _more_steps(attacked: _Attacked, level: float) -> Verdict:
     steps, last = attacked.steps, max(attacked.steps)
     more = np.logical_and.reduce([right for count, right in steps.items() if count >= MAIN_STEPS])
     single, gap = gap_between(steps[1], attacked.main), gap_between(more, attacked.main)
-    red = single.value > MARGIN and gap_p_value(single, MARGIN) < LEVEL
-    shown = smallest_gap(single.images, MARGIN)
+    red = single.value > MARGIN and gap_p_value(single, MARGIN) < level
+    shown = smallest_gap(single.images, MARGIN, level=level)
     outcome = decide(red=red, note=gap.value > GAP, shown=shown)
     figures = (
         f"The accuracy under PGD is {percent(steps[1])} after one step, "
@@ -256,11 +269,11 @@ def _more_steps(attacked: _Attacked) -> Verdict:
     return make_verdict("steps", outcome, figures, conclusions, evidence, shown)
 
 
-def _more_restarts(attacked: _Attacked) -> Verdict:
+def _more_restarts(attacked: _Attacked, level: float) -> Verdict:
     restarts = attacked.restarts
     last = max(restarts)
     gap = gap_between(restarts[last], attacked.main)
-    shown = smallest_share(gap.images)
+    shown = smallest_share(gap.images, level=level)
     outcome = decide(note=gap.value > GAP, shown=shown)
     figures = (
         f"The accuracy under PGD-20 is {percent(attacked.main)} with one start and "
@@ -275,10 +288,10 @@ def _more_restarts(attacked: _Attacked) -> Verdict:
     return make_verdict("restarts", outcome, figures, conclusions, evidence, shown)
 
 
-def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
+def _gradients(size: np.ndarray, finite: np.ndarray, level: float) -> list[Verdict]:
     count, images = int(np.sum((size == 0) & finite)), len(size)
-    shown = smallest_share(images, VANISHING)
-    outcome = decide(red=share_p_value(count, images, VANISHING) < LEVEL, note=count > 0, shown=shown)
+    shown = smallest_share(images, VANISHING, level=level)
+    outcome = decide(red=share_p_value(count, images, VANISHING) < level, note=count > 0, shown=shown)
     figures = f"The gradient of the cross-entropy is exactly zero for {count} of {images} clean images"
     conclusions = {
         PASSED: "PGD can leave every start.",
@@ -289,7 +302,7 @@ def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
         "zero_gradients", outcome, figures, conclusions, {"zero": count, "images": images}, shown
     )
     broken = int(np.sum(~finite))
-    shown = smallest_share(images)
+    shown = smallest_share(images, level=level)
     outcome = decide(red=broken > 0, shown=shown)
     figures = f"The gradient of the cross-entropy has NaN or infinite entries for {broken} of {images} images"
     conclusions = {PASSED: "it is finite.", FLAGGED: "attacks that follow it show nothing."}
@@ -297,10 +310,10 @@ def _gradients(size: np.ndarray, finite: np.ndarray) -> list[Verdict]:
     return [zero, make_verdict("nan_gradients", outcome, figures, conclusions, evidence, shown)]
 
 
-def _without_bound(attacked: _Attacked) -> Verdict:
+def _without_bound(attacked: _Attacked, level: float) -> Verdict:
     left, images = int(attacked.unbounded.sum()), len(attacked.unbounded)
-    shown = smallest_share(images, NEARLY_ZERO)
-    red = share_p_value(left, images, NEARLY_ZERO) < LEVEL
+    shown = smallest_share(images, NEARLY_ZERO, level=level)
+    red = share_p_value(left, images, NEARLY_ZERO) < level
     outcome = decide(red=red, note=left > NEARLY_ZERO * images, shown=shown)
     figures = f"The accuracy under PGD without a bound is {percent(attacked.unbounded)}"
     conclusions = {
@@ -313,13 +326,15 @@ def _without_bound(attacked: _Attacked) -> Verdict:
     return make_verdict("unbounded", outcome, figures, conclusions, evidence, shown)
 
 
-def _weaker(name: str, figures: str, right: np.ndarray, attacked: _Attacked, red: str, noted: str) -> Verdict:
+def _weaker(
+    name: str, figures: str, right: np.ndarray, attacked: _Attacked, level: float, red: str, noted: str
+) -> Verdict:
     """Judges an attack that should be weaker than those with the model's own gradient."""
     gap, alone = gap_between(right, attacked.white_box), gap_between(right, attacked.main)
-    shown = smallest_gap(gap.images, MARGIN)
+    shown = smallest_gap(gap.images, MARGIN, level=level)
     outcome = decide(
-        red=gap.value > MARGIN and gap_p_value(gap, MARGIN) < LEVEL,
-        note=alone.value > GAP and gap_p_value(alone, 0.0) < LEVEL,
+        red=gap.value > MARGIN and gap_p_value(gap, MARGIN) < level,
+        note=alone.value > GAP and gap_p_value(alone, 0.0) < level,
         shown=shown,
     )
     figures = (
@@ -336,37 +351,19 @@ def _weaker(name: str, figures: str, right: np.ndarray, attacked: _Attacked, red
     return make_verdict(name, outcome, figures, conclusions, evidence, shown)
 
 
-def _gradient_free(attacked: _Attacked) -> Verdict:
+def _gradient_free(attacked: _Attacked, level: float) -> Verdict:
     return _weaker(
         "gradient_free",
         f"under {QUERIES} queries of Square, which sees only logits",
         attacked.gradient_free,
         attacked,
+        level,
         "gradients help less than random search",
         "the gradient attacks together are not clearly weaker than Square",
     )
 
 
-def _square_after_white_box(survived: np.ndarray, by_square: np.ndarray | None) -> Verdict:
-    if by_square is None:
-        figures = "Square did not run after gradient attacks"
-        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
-    broken, images = int(np.sum(survived & by_square)), len(survived)
-    shown = smallest_share(images, ALPHA_SQUARE)
-    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < LEVEL, shown=shown)
-    figures = (
-        f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
-        "survive every gradient attack"
-    )
-    conclusions = {
-        PASSED: "no more than chance allows." if broken else "gradient attacks left it nothing.",
-        FLAGGED: "the gradient attacks miss something.",
-    }
-    evidence = {"broken": broken, "survived": int(survived.sum()), "images": images}
-    return make_verdict("square", outcome, figures, conclusions, evidence, shown)
-
-
-def _transfer(attacked: _Attacked) -> Verdict:
+def _transfer(attacked: _Attacked, level: float) -> Verdict:
     if attacked.transfer is None:
         conclusion = "name another model of the same data as surrogate."
         return make_verdict("transfer", NOT_RUN, "No surrogate was given", {NOT_RUN: conclusion}, {})
@@ -375,6 +372,7 @@ def _transfer(attacked: _Attacked) -> Verdict:
         "on images made on the surrogate",
         attacked.transfer,
         attacked,
+        level,
         "the model hides its own gradients",
         "the gradient attacks together are not clearly weaker than the transfer",
     )
@@ -424,25 +422,3 @@ def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
     }
     evidence = {"calls": calls, "difference": company}
     return make_verdict("inference", decide(red=calls > 0 or changes), figures, conclusions, evidence)
-
-
-def stored_images(
-    reported: np.ndarray, computed: np.ndarray, distance: np.ndarray, epsilon: float
-) -> Verdict:
-    """Compares the ensemble's outcome with that of its stored images when they are read again.
-
-    Args:
-      reported: whether images count as broken, bool ``[n]``.
-      computed: whether the model misclassifies the stored images, bool ``[n]``.
-      distance: of the stored images, ``[n]``.
-      epsilon: the threat model's own radius, in the unit of the distances.
-    """
-    differ = int(np.sum(reported != computed))
-    figures = (
-        "With the stored adversarial images, read again, the accuracy is "
-        f"{percent(~computed)}; reported is {percent(~reported)}. Largest "
-        f"perturbation: {distance.max():.7f} of {epsilon:.7f}. Images that differ"
-    )
-    conclusions = {PASSED: f"{differ}.", FLAGGED: f"{differ}."}
-    evidence = {"accuracy": float(np.mean(~computed)), "differ": differ, "distance": float(distance.max())}
-    return make_verdict("stored_images", decide(red=differ > 0), figures, conclusions, evidence)

@@ -11,6 +11,7 @@ from robal_jax.reporting.results import (
     FLAGGED,
     NOT_RUN,
     NOTE,
+    OWN_GRADIENT,
     PASSED,
     TOO_FEW,
     Results,
@@ -56,6 +57,8 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     lines = []
     if EVERYTHING in doubts:
         lines.append("do not trust any robust accuracy in this report")
+    elif OWN_GRADIENT in doubts:
+        lines.append("do not trust attacks with the model's own gradient; use the accuracy with BPDA")
     elif FIXED_STEPS in doubts:
         lines.append(
             "do not trust the fixed-step attacks (FGSM, PGD, MIM); "

@@ -10,10 +10,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
-"""Conditions that are AutoAttack, the strongest first."""
+BPDA = "_bpda"
+"""End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
 
-ENSEMBLES = ("union", *AUTOATTACK, "torchattacks", "fast", "custom", "robal_aa")
+_AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
+_OTHERS = ("torchattacks", "fast", "custom", "robal_aa")
+
+_WITH_BPDA = tuple(name + BPDA for name in ("union", *_AUTOATTACK, *_OTHERS, "pgd_20"))
+
+AUTOATTACK = (*_WITH_BPDA[: 1 + len(_AUTOATTACK)], "union", *_AUTOATTACK)
+"""Conditions with all attacks of AutoAttack, the strongest first."""
+
+ENSEMBLES = (*_WITH_BPDA, "union", *_AUTOATTACK, *_OTHERS)
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {
@@ -34,8 +42,14 @@ _NAMES_IN_PAPER = {"robal_aa": "AA"}
 
 
 def display_name(condition: str) -> str:
-    """Returns the name of a condition for people: 'clean' -> 'Clean', 'pgd_20' -> 'PGD-20'."""
-    return _NAMES.get(condition, condition.upper().replace("_", "-"))
+    """Returns the name of a condition for people.
+
+    Example:
+      >>> display_name("clean"), display_name("pgd_20"), display_name("autoattack_bpda")
+      ('Clean', 'PGD-20', 'AutoAttack + BPDA')
+    """
+    plain = condition.removesuffix(BPDA)
+    return _NAMES.get(plain, plain.upper().replace("_", "-")) + " + BPDA" * (plain != condition)
 
 
 def paper_name(condition: str) -> str:

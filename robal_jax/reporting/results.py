@@ -25,8 +25,9 @@ _DAMAGE = (
 """Errors of reading a damaged JSON or .npz file."""
 
 FIXED_STEPS, EVERYTHING, CHOICE = "fixed steps", "everything", "choice of the checkpoint"
+OWN_GRADIENT = "own gradient"
 """What a check of the audit casts doubt on: the accuracies under FGSM, PGD and MIM; all of them; or, because
-the checkpoint was chosen on the test images, that they hold for new images."""
+the checkpoint was chosen on the test images, that they hold for new images; or all but those with BPDA."""
 
 MANY_CLASSES = 20
 """With more classes a report names some of them only."""
@@ -87,7 +88,7 @@ class Results:
         :func:`metrics.summarize_corruptions` returns, if images were corrupted.
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
-        'doubts' (``FIXED_STEPS``, ``EVERYTHING`` or ``CHOICE``), 'statement', 'evidence' (a dict),
+        'doubts' (``FIXED_STEPS``, ``EVERYTHING``, ...), 'statement', 'evidence' (a dict),
         'meaning' ({'raised', 'means', 'do'}, sentences on the check)}, of which older files lack 'doubts' and
         'meaning'; 'curves', any of 'scale', 'steps', 'restarts' and 'epsilon' (x: radii), each
         {'x': m numbers, 'series': {name: m FIGUREs}}.

@@ -9,6 +9,7 @@ from robal_jax.reporting.audit import audit_verdict
 from robal_jax.reporting.headline import beside_autoattack, in_words, tail_notes
 from robal_jax.reporting.names import (
     AUTOATTACK,
+    BPDA,
     BY_CLASS,
     ENSEMBLES,
     display_name,
@@ -358,6 +359,13 @@ def reading_section(results: Results) -> list[page.Block]:
             f"{beside_autoattack(results)}"
         )
         items.append((display_name("union"), text))
+    if any(name.endswith(BPDA) for name in conditions):
+        text = (
+            "stands for attacks on the same model with the gradient of a differentiable approximation, which "
+            "whoever evaluated it has named (Athalye et al., 2018). An ensemble with BPDA has each attack "
+            "that follows a gradient twice: with the model's own, and with that one."
+        )
+        items.append(("BPDA", text))
     if not any(name in conditions for name in AUTOATTACK):
         text = (
             "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "

@@ -1,0 +1,79 @@
+"""Checks of the audit on what the attacks on all images found; ``verdicts.py`` has those on its sample."""
+
+import numpy as np
+
+from robal_jax.evaluation.evidence import share_p_value, smallest_share
+from robal_jax.evaluation.explanations import ALPHA_SQUARE, GAP, MARGIN
+from robal_jax.evaluation.outcomes import Verdict, decide, make_verdict, percent
+from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED
+
+
+def square_after_gradients(survived: np.ndarray, by_square: np.ndarray | None, level: float) -> Verdict:
+    """Judges what Square breaks after every attack that follows a gradient.
+
+    Args:
+      survived: of the images that are right when clean, those that survive these attacks, bool ``[m]``.
+      by_square: whether Square breaks them, bool ``[m]``; None if it did not run after such attacks.
+      level: of the test.
+    """
+    if by_square is None:
+        figures = "Square did not run after gradient attacks"
+        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
+    broken, images = int(np.sum(survived & by_square)), len(survived)
+    shown = smallest_share(images, ALPHA_SQUARE, level=level)
+    outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < level, shown=shown)
+    figures = (
+        f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
+        "survive every gradient attack"
+    )
+    conclusions = {
+        PASSED: "no more than chance allows." if broken else "gradient attacks left it nothing.",
+        FLAGGED: "the gradient attacks miss something.",
+    }
+    evidence = {"broken": broken, "survived": int(survived.sum()), "images": images}
+    return make_verdict("square", outcome, figures, conclusions, evidence, shown)
+
+
+def bpda_after_own_gradient(by_bpda: np.ndarray, level: float) -> Verdict:
+    """Judges what BPDA breaks after the attacks with the model's own gradient.
+
+    Args:
+      by_bpda: whether it breaks an image that is right when clean and survives these attacks, bool ``[m]``.
+      level: of the test.
+    """
+    broken, images = int(np.sum(by_bpda)), len(by_bpda)
+    shown = smallest_share(images, MARGIN, level=level)
+    red = share_p_value(broken, images, MARGIN) < level
+    outcome = decide(red=red, note=broken > GAP * images, shown=shown)
+    figures = (
+        f"Of {images} images that are right when clean, BPDA breaks {broken} that survive every attack with "
+        "the model's own gradient"
+    )
+    conclusions = {
+        PASSED: "no more than another start may break.",
+        NOTE: "attacks with the model's own gradient are optimistic.",
+        FLAGGED: "the model's own gradient misleads attacks.",
+    }
+    return make_verdict("bpda", outcome, figures, conclusions, {"broken": broken, "images": images}, shown)
+
+
+def stored_images(
+    reported: np.ndarray, computed: np.ndarray, distance: np.ndarray, epsilon: float
+) -> Verdict:
+    """Compares the ensemble's outcome with that of its stored images when they are read again.
+
+    Args:
+      reported: whether images count as broken, bool ``[n]``.
+      computed: whether the model misclassifies the stored images, bool ``[n]``.
+      distance: of the stored images, ``[n]``.
+      epsilon: the threat model's own radius, in the unit of the distances.
+    """
+    differ = int(np.sum(reported != computed))
+    figures = (
+        "With the stored adversarial images, read again, the accuracy is "
+        f"{percent(~computed)}; reported is {percent(~reported)}. Largest "
+        f"perturbation: {distance.max():.7f} of {epsilon:.7f}. Images that differ"
+    )
+    conclusions = {PASSED: f"{differ}.", FLAGGED: f"{differ}."}
+    evidence = {"accuracy": float(np.mean(~computed)), "differ": differ, "distance": float(distance.max())}
+    return make_verdict("stored_images", decide(red=differ > 0), figures, conclusions, evidence)
