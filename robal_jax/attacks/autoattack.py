@@ -38,6 +38,8 @@ from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
+    INSTEAD_IN_L1,
+    NORMS,
     LogitsFn,
     RandomLogitsFn,
     ThreatModel,
@@ -68,6 +70,9 @@ with about a tenth of the gradients. It is for daily work; its robust accuracy i
 
 STEPS = {"torchattacks": 10, "fast": 30}
 """Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100."""
+
+IN_L1 = ("apgd_ce", "apgd_dlr", "apgd_t")
+"""Attacks that know L1. As in AutoAttack, untargeted ones have 5 starts there, and targeted ones 5 targets."""
 
 CONDITIONS = {
     "standard": "autoattack",
@@ -145,7 +150,7 @@ def autoattack(
       [1 1 0] [0.6  0.55 0.2 ]
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    check_attack(threat, images, labels)
+    check_attack(threat, images, labels, norms=tuple(NORMS))
     checks.channels_last(images)
     checks.at_least(1, batch_size=batch_size, queries=queries)
     version = version_name(version)
@@ -306,8 +311,8 @@ def stages(
 
     Args:
       version: see :func:`autoattack`.
-      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes, or at the
-        nearest 3 of them.
+      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes, in L1 at 5,
+        or at the nearest 3 of them.
       threat: allowed images; one radius, or one per class.
       steps: see :func:`autoattack`.
       queries: of Square; AutoAttack's is 5000.
@@ -333,11 +338,14 @@ def stages(
                 f"{name} needs at least {needed} classes, and the model has {num_classes}; use attacks that "
                 "need fewer, such as apgd_ce,fab_t,square"
             )
-    restarts = 5 if version == "plus" else 1
+    in_l1 = threat.norm == "l1"
+    if in_l1 and (others := [name for name in names if name not in IN_L1]):
+        raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {INSTEAD_IN_L1}")
+    restarts = 5 if version == "plus" or (in_l1 and version != "rand") else 1
     theirs = version == "torchattacks"
     steps = STEPS.get(version, 100) if steps is None else steps
     checks.at_least(1, steps=steps)
-    targets = min(9, num_classes - 1)
+    targets = min(5 if in_l1 else 9, num_classes - 1)
     settings = _Settings(threat, steps, queries, 20 if version == "rand" else 0, theirs, targets)
     few = {"square": 1, "pma": 2, "apgd_malt": min(3, targets)}
     rounds = [{"apgd_t": targets, "fab_t": targets, **few}.get(name, restarts) for name in names]
