@@ -72,7 +72,7 @@ STEPS = {"torchattacks": 10, "fast": 30}
 """Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100."""
 
 IN_L1 = ("apgd_ce", "apgd_dlr", "apgd_t")
-"""Attacks that know L1. As in AutoAttack, untargeted ones have 5 starts there, and targeted ones 5 targets."""
+"""Attacks that know L1. As in AutoAttack, untargeted ones have 5 starts there, targeted ones 5 targets."""
 
 CONDITIONS = {
     "standard": "autoattack",
