@@ -39,7 +39,7 @@ def sparse_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> c
       >>> image, threat = jnp.full((8, 8, 1), 0.5), ThreatModel(1.0, "l1")
       >>> start = sparse_start(jax.random.key(0), image, threat)
       >>> print(f"{jnp.abs(start - image).sum():.2f}, {(start != image).sum()} of 64 pixels")
-      3.00, 9 of 64 pixels
+      3.00, 10 of 64 pixels
     """
     noise = jax.random.normal(key, image.shape, image.dtype)
     return threat.scaled(LARGEST).project((image + noise)[None], image[None])[0]
