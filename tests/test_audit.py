@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import multinomial
 
 from robal_jax import attacks, metrics
-from robal_jax.attacks import NORMS, ThreatModel
+from robal_jax.attacks import ThreatModel
+from robal_jax.attacks.threat import COMMON_NORMS
 from robal_jax.evaluation import ensemble_checks, evidence, loop, measurements, verdicts
 from robal_jax.evaluation.explanations import ALPHA_SQUARE, EXPLANATIONS, ON_OCCASION
 from robal_jax.evaluation.victim import Victim
@@ -772,7 +773,7 @@ def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
     assert probe(linear, -1.0, 0)[:, 2].all()
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", COMMON_NORMS)
 def test_an_attack_without_a_bound_may_show_any_image(norm):
     keys, images, _ = few()
     images, labels = images.at[:4].set(1.0).at[4:].set(0.0), jnp.array([0] * 4 + [1] * 4)

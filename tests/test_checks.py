@@ -256,7 +256,7 @@ def test_settings_out_of_range(name, settings, message):
             ((epsilon,), "epsilon is .*; it must be finite and > 0")
             for epsilon in (0.0, -0.1, np.nan, np.inf)
         ],
-        ((0.1, "l1"), "unknown norm 'l1'; use one of linf, l2"),
+        ((0.1, "l0"), "unknown norm 'l0'; use one of linf, l2, l1"),
         ((0.1, "linf", 1.0, 1.0), r"the bounds are \[1.0, 1.0\]; use finite ones, lower < upper"),
         ((0.1, "linf", -np.inf), r"the bounds are \[-inf, 1.0\]"),
         ((0.1, "l2", 0.0, np.nan), r"the bounds are \[0.0, nan\]"),

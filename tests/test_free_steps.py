@@ -11,6 +11,7 @@ from test_parallel import BOUND, said
 
 from robal_jax import attacks, builder, cli, losses, models, training
 from robal_jax.attacks import free
+from robal_jax.attacks.threat import COMMON_NORMS
 from robal_jax.data import epoch_order, to_float
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
@@ -160,7 +161,7 @@ def test_a_smaller_radius_holds_at_once():
     np.testing.assert_allclose(moved[:, 0, 0, 0], [0.05, 0.0, 0.2], atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", attacks.NORMS)
+@pytest.mark.parametrize("norm", COMMON_NORMS)
 def test_a_perturbation_stays_in_its_ball(norm):
     """Also where pixels are at the edge of their range, which does not bound it."""
     threat = attacks.ThreatModel(0.3, norm)

@@ -19,7 +19,8 @@ from robal_jax import (
     models,
     objectives,
 )
-from robal_jax.attacks import NORMS, ThreatModel, gaussian_start, starting_points, uniform_start
+from robal_jax.attacks import ThreatModel, gaussian_start, starting_points, uniform_start
+from robal_jax.attacks.threat import COMMON_NORMS
 
 B, SIZE, K = 8, 12, 3
 MAX_EPSILON, SEARCH_STEPS = 0.1, 20
@@ -367,7 +368,7 @@ def test_mixing_weights_belong_to_the_key_and_not_to_the_attack():
     def drawn(keys):
         noise = [
             starting_points(uniform_start, keys, jnp.zeros((len(keys), 1)), ThreatModel(1.0, norm))[:, 0]
-            for norm in NORMS
+            for norm in COMMON_NORMS
         ]
         return objectives.mixing_weights(keys, jnp.float32), noise
 
@@ -379,7 +380,7 @@ def test_mixing_weights_belong_to_the_key_and_not_to_the_attack():
     assert abs(weights.mean() - 0.5) < 4 / np.sqrt(12 * draws)  # four standard errors
     np.testing.assert_array_equal(drawn(keys[::-1])[0][::-1], weights)
     np.testing.assert_array_equal(objectives.mixing_weights(keys[:B], jnp.float32), weights[:B])
-    for norm, start in zip(NORMS, noise, strict=True):
+    for norm, start in zip(COMMON_NORMS, noise, strict=True):
         for what in (start, np.abs(start)):  # in L2 the distance is a draw of its own
             assert abs(np.corrcoef(what, weights)[0, 1]) < 4 / np.sqrt(draws), norm
 

@@ -11,7 +11,8 @@ An attack is put together from these components:
 
 - *Threat model* (``threat``): the images that an adversary may show. :class:`ThreatModel` has the radius, the
   norm and the pixel bounds, and knows how to project, to ascend and to measure a distance. The radius is one
-  number, or a tuple with one per class, or an array with one per image.
+  number, or a tuple with one per class, or an array with one per image. L1 is for :func:`apgd` and ensembles
+  of it.
 - *Start* (``threat``): the point where the search for an image begins, such as :func:`uniform_start`.
 - *Loss* (``margins``, ``robal_jax.losses``): one value per image, which the attack increases. The default is
   cross entropy; :func:`negative_margin` makes CW of PGD, and :func:`dlr` ignores the scale of the logits.

@@ -1,6 +1,7 @@
-"""Several attempts at each image, by restarts or targets, and the choice among their results."""
+"""Several attempts at each image, by restarts, targets or steps, and the choice among their results."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -67,3 +68,35 @@ def mean_logits(
         return checks.logits_of(len(x), logits_fn(x, fold_in(keys, number)))
 
     return jax.lax.map(draw, jnp.arange(eot)).mean(0)
+
+
+def record(
+    search: Any,
+    x: chex.Array,
+    logits: chex.Array,
+    loss: chex.Array,
+    gradient: chex.Array,
+    labels: chex.Array,
+) -> dict[str, chex.Array]:
+    """Fields of a search's state after a look at ``x``: the highest loss, the last misclassified image.
+
+    Args:
+      search: the state before, with these fields.
+      x: ``[B, H, W, C]``.
+      logits: there, ``[B, K]``.
+      loss: there, ``[B]``.
+      gradient: of the loss there, ``[B, H, W, C]``.
+      labels: ``[B]``.
+
+    Returns:
+      ``best``, ``best_gradient``, ``best_loss``, ``robust`` and ``adversarial``.
+    """
+    right, better = jnp.argmax(logits, -1) == labels, loss > search.best_loss
+    rises = like_images(better, x)
+    return {
+        "best": jnp.where(rises, x, search.best),
+        "best_gradient": jnp.where(rises, gradient, search.best_gradient),
+        "best_loss": jnp.where(better, loss, search.best_loss),
+        "robust": search.robust & right,
+        "adversarial": jnp.where(like_images(right, x), search.adversarial, x),
+    }

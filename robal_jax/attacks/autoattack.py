@@ -38,6 +38,8 @@ from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import (
+    INSTEAD_IN_L1,
+    NORMS,
     LogitsFn,
     RandomLogitsFn,
     ThreatModel,
@@ -80,6 +82,9 @@ QUERIES = {"fast": 500}
 """Queries of Square, for versions that do not make AutoAttack's 5000."""
 
 _RESCALED = ("torchattacks", "fast")  # versions whose Square makes its whole schedule in its few queries
+
+IN_L1 = ("apgd_ce", "apgd_dlr", "apgd_t")
+"""Attacks that know L1. As in AutoAttack, untargeted ones have 5 starts there, targeted ones 5 targets."""
 
 CONDITIONS = {
     "standard": "autoattack",
@@ -161,7 +166,7 @@ def autoattack(
       [1 1 0] [0.6  0.55 0.2 ]
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    check_attack(threat, images, labels)
+    check_attack(threat, images, labels, norms=tuple(NORMS))
     checks.channels_last(images)
     checks.at_least(1, batch_size=batch_size)
     version = version_name(version)
@@ -324,8 +329,8 @@ def stages(
 
     Args:
       version: see :func:`autoattack`.
-      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes, or at the
-        nearest 3 of them.
+      num_classes: K; a targeted attack aims at the ``min(9, K - 1)`` most likely wrong classes, in L1 at 5,
+        or at the nearest 3 of them.
       threat: allowed images; one radius, or one per class.
       steps: see :func:`autoattack`.
       queries: see :func:`autoattack`.
@@ -351,8 +356,11 @@ def stages(
                 f"{name} needs at least {needed} classes, and the model has {num_classes}; use attacks that "
                 "need fewer, such as apgd_ce,fab_t,square"
             )
-    restarts = 5 if version == "plus" else 1
-    targets = min(9, num_classes - 1)
+    in_l1 = threat.norm == "l1"
+    if in_l1 and (others := [name for name in names if name not in IN_L1]):
+        raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {INSTEAD_IN_L1}")
+    restarts = 5 if version == "plus" or (in_l1 and version != "rand") else 1
+    targets = min(5 if in_l1 else 9, num_classes - 1)
     eot, rescaled = 20 if version == "rand" else 0, version in _RESCALED
     queries = QUERIES.get(version, 5000) if queries is None else queries
 

@@ -8,7 +8,7 @@ and its search returns to the best point found. The number of steps is the only 
 
 Every image has its own step size, so its result does not depend on the images that share its batch. In
 L-infinity the iterates equal those of the reference implementation, which a test proves; in L2 the formulas
-are the same.
+are the same. L1 has a search of its own, ``sparse_autopgd``.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks" (ICML 2020); constants as in its reference implementation.
@@ -23,9 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks, losses
+from robal_jax.attacks.attempts import record
 from robal_jax.attacks.margins import TINY, ranked_class, targeted_dlr
 from robal_jax.attacks.projected_gradient import loss_gradient
+from robal_jax.attacks.sparse_autopgd import SparseSearch, sparse_search, sparse_start
 from robal_jax.attacks.threat import (
+    NORMS,
     LogitsFn,
     RandomLogitsFn,
     ThreatModel,
@@ -56,9 +59,9 @@ def apgd(
       images: ``[B, H, W, C]`` within the threat model's bounds.
       labels: ``[B]``.
       threat: allowed images.
-      steps: of the search, at least 1.
+      steps: of the search, at least 1; in L1 at least 2.
       loss: per example; ascended.
-      rho: see :func:`search`.
+      rho: see :func:`search`; not read in L1.
       eot: see :func:`search`.
 
     Returns:
@@ -77,22 +80,18 @@ def apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    threat = check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels, norms=tuple(NORMS))
     checks.at_least(1, steps=steps)
     keys = image_keys(key, images)
-    start = starting_points(boundary_start, keys, images, threat)
-    state, _ = search(
-        logits_fn,
-        start,
-        images,
-        labels,
-        threat=threat,
-        steps=steps,
-        loss=loss,
-        rho=rho,
-        eot=eot,
-        keys=keys if eot else None,
-    )
+    settings: dict[str, Any] = {"threat": threat, "steps": steps, "loss": loss, "eot": eot}
+    settings["keys"] = keys if eot else None
+    state: Search | SparseSearch
+    if threat.norm == "l1":
+        start = starting_points(sparse_start, keys, images, threat)
+        state, _ = sparse_search(logits_fn, start, images, labels, **settings)
+    else:
+        start = starting_points(boundary_start, keys, images, threat)
+        state, _ = search(logits_fn, start, images, labels, rho=rho, **settings)
     return jnp.where(like_images(state.robust, images), state.best, state.adversarial)
 
 
@@ -134,7 +133,7 @@ def targeted_apgd(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [2 0]
     """
-    threat = check_attack(threat, images, labels)
+    threat = check_attack(threat, images, labels, norms=tuple(NORMS))
     logits = checks.logits_of(len(images), logits_fn(images))
     checks.rank(rank, logits.shape[-1], least=2)
     targets = ranked_class(logits, rank)
@@ -334,28 +333,21 @@ def judge(
     def where(condition: chex.Array, yes: chex.Array, no: chex.Array) -> chex.Array:
         return jnp.where(like_images(condition, x), yes, no)
 
-    right = jnp.argmax(logits, -1) == labels
-    better = loss > search.best_loss
-    best, best_gradient = where(better, x, search.best), where(better, gradient, search.best_gradient)
-    best_loss = jnp.where(better, loss, search.best_loss)
+    found = record(search, x, logits, loss, gradient, labels)
     rises = search.rises + (loss > search.loss).astype(search.rises.dtype)
 
     check = window > 0
-    stuck = ~search.halved_at_check & (search.best_at_check >= best_loss)
+    stuck = ~search.halved_at_check & (search.best_at_check >= found["best_loss"])
     rarely = rises.astype(float) <= rho * window.astype(float)
     halve = check & (rarely | stuck)
     return Search(
-        x=where(halve, best, x),
+        x=where(halve, found["best"], x),
         previous=search.x,
-        gradient=where(halve, best_gradient, gradient),
+        gradient=where(halve, found["best_gradient"], gradient),
         step_size=jnp.where(halve, search.step_size / 2, search.step_size),
-        best=best,
-        best_gradient=best_gradient,
-        best_loss=best_loss,
         loss=loss,
         rises=jnp.where(check, 0, rises),
-        best_at_check=jnp.where(check, best_loss, search.best_at_check),
+        best_at_check=jnp.where(check, found["best_loss"], search.best_at_check),
         halved_at_check=jnp.where(check, halve, search.halved_at_check),
-        robust=search.robust & right,
-        adversarial=where(right, search.adversarial, x),
+        **found,
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks
+from robal_jax.attacks import l1
 from robal_jax.keys import image_keys
 
 LogitsFn = Callable[[chex.Array], chex.Array]
@@ -33,8 +34,13 @@ Attack = Callable[..., chex.Array]
 LARGEST = 1e37
 """Largest entry of a gradient that attacks follow; its reciprocal is no denormal number of float32."""
 
-NORMS = {"linf": "L-infinity", "l2": "L2"}
+NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
 """Norms by their names, with the names that a reader sees."""
+
+COMMON_NORMS = ("linf", "l2")
+"""Norms that all attacks know; AutoPGD knows the others, too."""
+
+INSTEAD_IN_L1 = "use apgd, or autoattack with a list of apgd_ce, apgd_dlr, apgd_t such as version='robal_aa'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +195,8 @@ class ThreatModel:
             delta = candidates - images
             size = _l2(delta)
             candidates = images + delta * jnp.minimum(1.0, radius / jnp.where(size > 0, size, 1.0))
+        elif self.norm == "l1":
+            return l1.project(candidates, images, radius, self.lower, self.upper)
         else:
             candidates = jnp.clip(candidates, images - radius, images + radius)
         # The images lie within the bounds, so clipping to the bounds brings a candidate nearer to its image.
@@ -196,6 +204,8 @@ class ThreatModel:
 
     def ascent_direction(self, gradient: chex.Array) -> chex.Array:
         """Direction of steepest ascent, of length 1 in this norm: the sign, or the unit vector; 0 for 0.
+
+        In L1 it is the sign of the largest entry.
 
         Example:
           >>> gradient = jnp.array([[3.0, -4.0]])
@@ -210,6 +220,8 @@ class ThreatModel:
             gradient = gradient / jnp.where(largest > 0, largest, 1.0)
             size = _l2(gradient)
             return gradient / jnp.where(size > 0, size, 1.0)
+        if self.norm == "l1":
+            return l1.sparse_direction(gradient, jnp.ones(len(gradient), int))
         return jnp.sign(gradient)
 
     def distance(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
@@ -223,11 +235,21 @@ class ThreatModel:
           [5.  0.5]
         """
         delta = candidates - images
+        if self.norm == "l1":
+            return jnp.abs(delta).sum(per_image(delta))
         return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
 
 
-def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) -> ThreatModel:
-    """Refuses what is no threat model, and what :meth:`ThreatModel.check` refuses.
+def check_attack(
+    threat: ThreatModel, images: chex.Array, labels: chex.Array, *, norms: tuple[str, ...] = COMMON_NORMS
+) -> ThreatModel:
+    """Refuses what is no threat model, a norm that the attack does not know, and what it may not attack.
+
+    Args:
+      threat: see :meth:`ThreatModel.check`.
+      images: see there.
+      labels: see there.
+      norms: that the attack knows.
 
     Returns:
       The threat model with one radius per image, if its radii differ; see :meth:`ThreatModel.of`.
@@ -241,6 +263,8 @@ def check_attack(threat: ThreatModel, images: chex.Array, labels: chex.Array) ->
     """
     if not isinstance(threat, ThreatModel):
         raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
+    if threat.norm not in norms:
+        raise ValueError(f"the norm is {threat.norm}, which this attack does not know; {INSTEAD_IN_L1}")
     threat.check(images, labels)
     return threat.of(labels, jnp.result_type(images))
 
@@ -354,6 +378,11 @@ def uniform_start(key: chex.PRNGKey, image: chex.Array, threat: ThreatModel) -> 
         noise = jax.random.normal(key, image.shape, image.dtype)
         radius = jax.random.uniform(radius_key, (), image.dtype) ** (1 / image.size)
         return image + threat.epsilon * radius * noise / jnp.linalg.norm(noise.reshape(-1))
+    if threat.norm == "l1":
+        key, slack_key = jax.random.split(key)
+        noise = jax.random.laplace(key, image.shape, image.dtype)
+        size = jnp.abs(noise).sum() + jax.random.exponential(slack_key, (), image.dtype)
+        return image + threat.epsilon * noise / size
     return image + jax.random.uniform(key, image.shape, image.dtype, -threat.epsilon, threat.epsilon)
 
 

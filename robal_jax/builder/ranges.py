@@ -22,8 +22,8 @@ from robal_jax import (
     optimizers,
     regularisers,
 )
-from robal_jax.attacks import MINIMUM_NORM, NORMS, STARTS
-from robal_jax.attacks.threat import in_255ths
+from robal_jax.attacks import MINIMUM_NORM, STARTS
+from robal_jax.attacks.threat import COMMON_NORMS, in_255ths
 from robal_jax.data import AUGMENTATIONS, MIXINGS, SAMPLERS
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError, shown
@@ -142,7 +142,7 @@ RANGES: dict[str, Rule] = {
     **dict.fromkeys(_BELOW_ONE_FIELDS, BELOW_ONE),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
     "schedule.milestones": ("epochs", _are_epochs),
-    "threat.norm": _one_of(NORMS),
+    "threat.norm": _one_of(COMMON_NORMS),
     "attack.start": _one_of(STARTS),
     "head.bias": _one_of(classifiers.BIASES),
     "objective.batch_norm_order": (
