@@ -41,7 +41,10 @@ from jax.extend.core import Literal
 from robal_jax import checks
 from robal_jax.attacks.threat import LogitsFn, ThreatModel, like_images
 from robal_jax.errors import InputError
-from robal_jax.intervals import RULES, Interval, centre_and_radius, evaluate, no_bound, rounding, unknown
+from robal_jax.intervals import Interval, evaluate, made_by, unknown
+from robal_jax.linear_bounds import least, tighten
+
+METHODS = ("crown", "intervals")
 
 
 def interval_bounds(
@@ -82,7 +85,7 @@ def interval_bounds(
 
 
 def margin_bounds(
-    logits_fn: LogitsFn, lower: chex.Array, upper: chex.Array, labels: chex.Array
+    logits_fn: LogitsFn, lower: chex.Array, upper: chex.Array, labels: chex.Array, *, method: str = "crown"
 ) -> chex.Array:
     """Bounds the margin of all images of a box from below, one box per image.
 
@@ -113,20 +116,27 @@ def margin_bounds(
     """
     _boxes(lower, upper)
     checks.labels_of(len(lower), labels)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    lines = method == "crown"
 
     def one(low: chex.Array, high: chex.Array, label: chex.Array) -> chex.Array:
-        logits = _propagate(logits_fn, low, high)
+        logits = _propagate(logits_fn, low, high, lines)
         unit = jnp.eye(logits.low.shape[1], dtype=logits.low.dtype)
-        margins = _least(logits, (unit[label][None] - unit)[:, None])
-        return jnp.min(jnp.where(jnp.arange(len(unit)) == label, jnp.inf, margins))
+        margins = [
+            jax.vmap(lambda row, way=way: least(logits, row, lines=way))((unit[label][None] - unit)[:, None])
+            for way in {False, lines}
+        ]
+        return jnp.min(jnp.where(jnp.arange(len(unit)) == label, jnp.inf, jnp.stack(margins).max(0)))
 
     classes = jax.eval_shape(partial(checks.called, logits_fn), jnp.asarray(lower)).shape[-1]
     checks.labels_in(classes, labels)
-    return jax.vmap(one)(jnp.asarray(lower), jnp.asarray(upper), jnp.asarray(labels))
+    arrays = tuple(map(jnp.asarray, (lower, upper, labels)))
+    return jax.lax.map(lambda of_image: one(*of_image), arrays) if lines else jax.vmap(one)(*arrays)
 
 
 def certified(
-    logits_fn: LogitsFn, images: chex.Array, labels: chex.Array, *, threat: ThreatModel
+    logits_fn: LogitsFn, images: chex.Array, labels: chex.Array, *, threat: ThreatModel, method: str = "crown"
 ) -> chex.Array:
     """Says which images no adversary can break: their margin is positive on all images of the threat model.
 
@@ -163,7 +173,7 @@ def certified(
     radius = like_images(radius, images) if radius.ndim else radius
     lower = jnp.maximum(images - radius, threat.lower)
     upper = jnp.minimum(images + radius, threat.upper)
-    return margin_bounds(logits_fn, lower, upper, labels) > 0
+    return margin_bounds(logits_fn, lower, upper, labels, method=method) > 0
 
 
 def _boxes(lower: chex.Array, upper: chex.Array) -> None:
@@ -181,16 +191,16 @@ def _or_infinite(bound: chex.Array, infinite: float) -> chex.Array:
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
 
 
-def _propagate(logits_fn: LogitsFn, low: chex.Array, high: chex.Array) -> Interval:
+def _propagate(logits_fn: LogitsFn, low: chex.Array, high: chex.Array, lines: bool = False) -> Interval:
     """Returns the logits ``[1, K]`` of the box of one image."""
     program = jax.make_jaxpr(partial(checks.called, logits_fn))(low[None])
-    (logits,) = _run(program.jaxpr, program.consts, [Interval(low[None], high[None])])
+    (logits,) = _run(program.jaxpr, program.consts, [Interval(low[None], high[None])], lines)
     if unknown(logits):
         return logits
     return Interval(logits, logits)  # no image changes them
 
 
-def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any], lines: bool) -> list[Any]:
     """Runs a program on intervals and arrays."""
     values = dict(zip([*program.constvars, *program.invars], [*constants, *inputs], strict=True))
 
@@ -204,11 +214,11 @@ def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[
         arguments = [read(variable) for variable in equation.invars]
         if equation.primitive.name in _CALLS:
             inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-            outputs = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), arguments)
+            outputs = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), arguments, lines)
         elif equation.primitive.name == "stop_gradient":
             outputs = arguments  # it would hide the slopes from the margin
         elif any(unknown(argument) for argument in arguments):
-            outputs = [_made_by(equation, arguments)]
+            outputs = [_made_by(equation, arguments, lines)]
         else:
             found = evaluate(equation, *arguments)
             outputs = found if equation.primitive.multiple_results else [found]
@@ -216,107 +226,11 @@ def _run(program: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[
     return [read(variable) for variable in program.outvars]
 
 
-def _made_by(equation: Any, inputs: Sequence[Any]) -> Interval:
-    """Returns the interval of an equation's output."""
-    name = equation.primitive.name
-    known = [x.low.dtype for x in inputs if unknown(x)]
-    numbers = all(jnp.issubdtype(dtype, jnp.floating) for dtype in known)
-    if name not in RULES or not (numbers or name in ("select_n", "convert_element_type")):
-        raise no_bound(name)
-    low, high, terms, affine = RULES[name](equation, *inputs)
-    return Interval(low, high, equation, inputs, terms, affine)
-
-
-# ---------------------------------------------------------------- margins
-
-
-def _least(node: Interval, weights: chex.Array) -> chex.Array:
-    """Bounds linear functions of a node from below, ``<A_i, node>``, through the affine operations before it.
-
-    Args:
-      node: the image's array ``[...]``.
-      weights: ``A [m, ...]``.
-
-    Returns:
-      ``[m]``.
-    """
-    between, bases = _affine_part(node)
-
-    def replay(*values: chex.Array) -> chex.Array:
-        found = dict(zip(bases, values, strict=True))
-        for made in between:
-            found[made] = evaluate(made.equation, *[found[x] if unknown(x) else x for x in made.inputs])
-        return found[node]
-
-    constant, pull = jax.vjp(replay, *[jnp.zeros_like(base.low) for base in bases])
-    pulled = jax.vmap(pull)(weights)
-    total = _inner(weights, constant)
-    for base, coefficients in zip(bases, pulled, strict=True):
-        total += _least_of_base(base, coefficients)
-    terms = sum(made.terms for made in between) + sum(x.low.size for x in (node, *bases))
-    size = _inner(jnp.abs(weights), _largest_terms(node, between, bases))
-    return _or_infinite(total - 2 * rounding(terms, size.dtype) * size, -jnp.inf)
-
-
-def _affine_part(node: Interval) -> tuple[list[Interval], list[Interval]]:
-    """Returns the affine nodes that lead to a node, in their order, and the nodes that they start from."""
-    between: dict[Interval, None] = {}
-    bases: dict[Interval, None] = {}
-
-    def visit(found: Interval) -> None:
-        if found in between or found in bases:
-            return
-        if not found.affine:
-            bases[found] = None
-            return
-        for value in filter(unknown, found.inputs):
-            visit(value)
-        between[found] = None
-
-    visit(node)
-    return list(between), list(bases)
-
-
-def _largest_terms(node: Interval, between: Sequence[Interval], bases: Sequence[Interval]) -> chex.Array:
-    """Returns the sums of the absolute terms of a node, as if nothing cancelled."""
-    largest = {base: base.largest for base in bases}
-    for made in between:
-        inputs = [Interval(-largest[x], largest[x]) if unknown(x) else x for x in made.inputs]
-        low, high, *_ = RULES[made.equation.primitive.name](made.equation, *inputs)
-        largest[made] = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return largest[node]
-
-
-def _least_of_base(base: Interval, weights: chex.Array) -> chex.Array:
-    """Bounds linear functions of a node, ``[m]``, by its interval or by what a common factor multiplies."""
-    centre, radius = centre_and_radius(base)
-    plain = _or_infinite(_inner(weights, centre) - _inner(jnp.abs(weights), radius), -jnp.inf)
-    name = _name(base)
-    if name not in ("mul", "div") or not all(map(unknown, base.inputs)):
-        return plain
-    value, factor = base.inputs
-    if name == "mul" and _common(factor) is None:
-        value, factor = factor, value
-    number = _common(factor)
-    if number is None:
-        return plain
-    least, low, high = _least(value, weights), number.low.reshape(()), number.high.reshape(())
-    scaled = jnp.minimum(*((least / low, least / high) if name == "div" else (least * low, least * high)))
-    scaled -= rounding(2, scaled.dtype) * jnp.abs(scaled)
-    return jnp.maximum(plain, jnp.where(low > 0, _or_infinite(scaled, -jnp.inf), -jnp.inf))
-
-
-def _name(node: Interval) -> str:
-    return node.equation.primitive.name if node.equation else ""
-
-
-def _common(node: Interval) -> Interval | None:
-    """Returns the single number that an array repeats; None if there are several."""
-    while node.low.size > 1 and _name(node) == "broadcast_in_dim":
-        node = node.inputs[0]
-    return node if node.low.size == 1 else None
-
-
-def _inner(weights: chex.Array, values: chex.Array) -> chex.Array:
-    """Inner products of ``[m, ...]`` and ``[...]``."""
-    return jnp.sum((weights * values[None]).reshape(len(weights), -1), axis=1)
+def _made_by(equation: Any, inputs: Sequence[Any], lines: bool) -> Interval:
+    """Returns the interval of an equation's output; with lines, what it is not affine in is tightened first."""
+    made = made_by(equation, inputs)
+    if made.affine or not lines:
+        return made
+    for value in filter(unknown, inputs):
+        tighten(value)
+    return made_by(equation, inputs)
