@@ -87,8 +87,9 @@ def least(node: Interval, weights: chex.Array, *, lines: bool) -> chex.Array:
             underflow = weights.size * float(jnp.finfo(handed.dtype).tiny)
             errors.append(underflow * jnp.sum(value.largest))
             pending.setdefault(value, []).append(handed)
-    error = sum(errors) + rounding(2 * len(errors), weights.dtype) * sum(map(jnp.abs, values))
-    return _or_none(sum(values) - error)
+    numbers, error = jnp.stack(values), sum(errors)
+    error += rounding(2 * len(errors), numbers.dtype) * jnp.sum(jnp.abs(numbers))
+    return _or_none(jnp.sum(numbers) - error)
 
 
 class _Step(NamedTuple):
@@ -100,7 +101,7 @@ class _Step(NamedTuple):
 
 
 def _before(node: Interval, weights: chex.Array, lines: bool) -> _Step:
-    """Replaces a node by its inputs, or by a number."""
+    """Replaces a node by its inputs, or by a number where the way ends."""
     inputs = [value for value in node.inputs if unknown(value)]
     if node.affine:
 
@@ -119,7 +120,8 @@ def _before(node: Interval, weights: chex.Array, lines: bool) -> _Step:
         shift, error = _sum_of(weights, jnp.where(weights > 0, line.low_shift, line.high_shift))
         error += rounding(1, slopes.dtype) * _inner(jnp.abs(slopes), value.largest)
         return _Step(shift, error, [(value, slopes)])
-    return _Step(*_least_of_base(node, weights, lines))
+    end = _least_by_interval(node, weights)
+    return _Step(jnp.maximum(end, _least_by_factor(node, weights, lines)), jnp.zeros_like(end))
 
 
 def _sum_of(weights: chex.Array, values: chex.Array) -> tuple[chex.Array, chex.Array]:
@@ -128,22 +130,27 @@ def _sum_of(weights: chex.Array, values: chex.Array) -> tuple[chex.Array, chex.A
     return _inner(weights, values), rounding(values.size, kind.dtype) * size + values.size * float(kind.tiny)
 
 
-def _least_of_base(base: Interval, weights: chex.Array, lines: bool) -> tuple[chex.Array, chex.Array]:
-    """Bounds a linear function of a node by its interval or by what a common factor multiplies."""
+def _least_by_interval(base: Interval, weights: chex.Array) -> chex.Array:
     value, error = _sum_of(weights, jnp.where(weights > 0, base.low, base.high))
-    plain, none = _or_none(value - error), jnp.zeros_like(value)
+    return _or_none(value - error)
+
+
+def _least_by_factor(base: Interval, weights: chex.Array, lines: bool) -> chex.Array | float:
+    """Bounds a linear function of a product or quotient whose second factor is one positive number."""
     if base.name not in ("mul", "div") or not all(map(unknown, base.inputs)):
-        return plain, none
+        return -jnp.inf
     value, factor = base.inputs
     if base.name == "mul" and _common(factor) is None:
         value, factor = factor, value
     number = _common(factor)
     if number is None:
-        return plain, none
+        return -jnp.inf
     bound, low, high = least(value, weights, lines=lines), number.low.reshape(()), number.high.reshape(())
-    scaled = jnp.minimum(*((bound / low, bound / high) if base.name == "div" else (bound * low, bound * high)))
-    scaled -= rounding(2, scaled.dtype) * jnp.abs(scaled)
-    return jnp.maximum(plain, jnp.where(low > 0, _or_none(scaled), -jnp.inf)), none
+    ends = (bound / low, bound / high) if base.name == "div" else (bound * low, bound * high)
+    scaled = jnp.minimum(*ends)
+    size = jnp.abs(scaled) + _inner(jnp.abs(weights), base.largest)  # each product is rounded, too
+    scaled -= rounding(2 + weights.size, scaled.dtype) * size
+    return jnp.where(low > 0, _or_none(scaled), -jnp.inf)
 
 
 def _common(node: Interval) -> Interval | None:
@@ -177,11 +184,12 @@ def _corner(low: chex.Array, high: chex.Array, constant: Any) -> Lines:
 
 
 def _maximum(node: Interval, x: Interval) -> Lines:
+    """``max(x, c)``."""
     return _corner(x.low, x.high, _constant(node))
 
 
 def _minimum(node: Interval, x: Interval) -> Lines:
-    """``-max(-x, -c)``."""
+    """``min(x, c) = -max(-x, -c)``."""
     line = _corner(-x.high, -x.low, -_constant(node))
     return Lines(line.high_slope, -line.high_shift, line.low_slope, -line.low_shift)
 
@@ -204,7 +212,7 @@ def _increasing(node: Interval, x: Interval) -> Lines:
         jax.jvp(lambda end: evaluate(node.equation, end), (end,), (jnp.ones_like(end),))[1]
         for end in (x.low, x.high)
     ]
-    share, slope = rounding(ELEMENTARY_TERMS, node.low.dtype), jnp.minimum(*slopes)
+    share, slope = rounding(4 * ELEMENTARY_TERMS, node.low.dtype), jnp.minimum(*slopes)
     slope = jnp.where(jnp.isfinite(slope), jnp.maximum(slope - share * (1 + slope), 0.0), 0.0)
     error = share * (node.largest + slope * x.largest)
     return Lines(slope, node.low - slope * x.low - error, slope, node.high - slope * x.high + error)
