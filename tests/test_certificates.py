@@ -84,7 +84,10 @@ def lines_of(function, low, high):
     """Lines of a function of one operation."""
     program, x = jax.make_jaxpr(function)(low), Interval(low, high)
     (equation,) = program.eqns
-    node = made_by(equation, [x if value in program.jaxpr.invars else value.val for value in equation.invars])
+    node = made_by(
+        equation,
+        [x if value in program.jaxpr.invars else low.dtype.type(value.val) for value in equation.invars],
+    )
     return LINES[node.name](node, x), node
 
 

@@ -101,6 +101,7 @@ class Evaluation:
       protocols: all protocols of class groups, see ``metrics.groups_by_protocol``.
       minimum_norm: a key of ``attacks.MINIMUM_NORM``; '' for no distances.
       corruptions: whether clean images are also corrupted and classified.
+      certified: whether a lower bound of the robust accuracy is computed, too.
     """
 
     test: TestSet
@@ -126,6 +127,7 @@ class Evaluation:
     protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     minimum_norm: str = ""
     corruptions: bool = False
+    certified: bool = False
 
 
 def evaluation(
@@ -174,6 +176,11 @@ def evaluation_on(
     settings, platform = config.evaluation, platform or jax.default_backend()
     if settings.corruptions:
         corruptions.check_images(test.images.shape)
+    if settings.certified and settings.precision != "highest":
+        raise InputError(
+            f"evaluation.precision is {settings.precision!r}, and certified bounds are for full precision; "
+            "set evaluation.precision=highest"
+        )
     counts = test.class_counts if trained_counts is None else trained_counts
     protocols = groups_of(config, test.class_counts)
     head = settings.head if settings.head.name else config.head
@@ -215,6 +222,7 @@ def evaluation_on(
         protocols=protocols,
         minimum_norm=settings.minimum_norm,
         corruptions=settings.corruptions,
+        certified=settings.certified,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
         judged={
