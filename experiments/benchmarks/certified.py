@@ -29,10 +29,10 @@ def certified_levels(
     logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, radii: Sequence[float], method: str
 ) -> tuple[float, np.ndarray]:
     """Returns the seconds per image of one call, and how many of the radii each image is certified for."""
-    bound = jax.jit(
+    traced = jax.jit(
         lambda radius: robal_jax.certified(logits_fn, x, y, threat=ThreatModel(radius), method=method)
     )
-    bound = bound.lower(np.full(len(x), 0.1, np.float32)).compile()
+    bound = traced.lower(np.full(len(x), 0.1, np.float32)).compile()
     low, high, calls, begin = np.zeros(len(x), int), np.full(len(x), len(radii)), 0, time.perf_counter()
 
     def certifies(ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -59,18 +59,19 @@ def main(arguments: list[str]) -> None:
         y = np.asarray(data.test_labels)[ids]
         radii = (*RADII, config["threat"]["epsilon"])
 
-        @jax.jit
-        def attacked(radius, model=model, x=x, y=y):
-            pgd = partial(attacks.pgd, loss=attacks.negative_margin, steps=40, step_size=radius / 4)
-            return model.logits_fn(pgd(model.logits_fn, jax.random.key(0), x, y, threat=ThreatModel(radius)))
-
+        attack = partial(
+            attacks.pgd, model.logits_fn, jax.random.key(0), x, y, loss=attacks.negative_margin, steps=40
+        )
         reached, line = {}, f"{name}: seconds per image"
         for method in certificates.METHODS:
             seconds, reached[method] = certified_levels(model.logits_fn, x, y, radii, method)
             line += f" {method} {seconds:.4f}"
         print(line, flush=True)
         for number, radius in enumerate(radii):
-            robust = np.asarray(attacked(np.full(examples, radius, np.float32)).argmax(-1) == y)
+            adversarial = jax.jit(attack, static_argnames=("threat", "step_size"))(
+                threat=ThreatModel(radius), step_size=radius / 4
+            )
+            robust = model.logits(np.asarray(adversarial)).argmax(-1) == y
             line = f"{name} radius {radius:g}:"
             for method, levels in reached.items():
                 found = levels > number
