@@ -174,13 +174,7 @@ def evaluation_on(
       InputError: a field of the config cannot be used.
     """
     settings, platform = config.evaluation, platform or jax.default_backend()
-    if settings.corruptions:
-        corruptions.check_images(test.images.shape)
-    if settings.certified and settings.precision != "highest":
-        raise InputError(
-            f"evaluation.precision is {settings.precision!r}, and certified bounds are for full precision; "
-            "set evaluation.precision=highest"
-        )
+    _check_additions(settings, test)
     counts = test.class_counts if trained_counts is None else trained_counts
     protocols = groups_of(config, test.class_counts)
     head = settings.head if settings.head.name else config.head
@@ -231,6 +225,21 @@ def evaluation_on(
             "budget": by_class.get("budget", "constant"),
         },
     )
+
+
+def _check_additions(settings: ConfigDict, test: TestSet) -> None:
+    """Refuses figures without attacks that cannot be had with these images or this precision.
+
+    Raises:
+      InputError: corruptions of such images, or bounds in less than full precision.
+    """
+    if settings.corruptions:
+        corruptions.check_images(test.images.shape)
+    if settings.certified and settings.precision != "highest":
+        raise InputError(
+            f"evaluation.precision is {settings.precision!r}, and certified bounds are for full precision; "
+            "set evaluation.precision=highest"
+        )
 
 
 def groups_of(config: ConfigDict, class_counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:

@@ -135,11 +135,8 @@ def evaluate_model(
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
-    identity = {
-        "model": _fingerprint(predict, weights, images),
-        "surrogate": other and _fingerprint(*other[:2], images),
-        "settings": _settings(job, audit, select),
-    }
+    prints = [model and _fingerprint(*model[:2], images) for model in ((predict, weights), other)]
+    identity = {"model": prints[0], "surrogate": prints[1], "settings": _settings(job, audit, select)}
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, weights, other_victim, identity, about), folder, say)
