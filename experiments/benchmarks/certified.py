@@ -28,7 +28,7 @@ RADII = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 def certified_levels(
     logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, radii: Sequence[float], method: str
 ) -> tuple[float, np.ndarray]:
-    """Returns the CPU seconds per image of one call, and how many of the radii each image is certified for."""
+    """Returns the CPU seconds per image of a call, and how many of the radii each is certified for."""
     traced = jax.jit(
         lambda radius: robal_jax.certified(logits_fn, x, y, threat=ThreatModel(radius), method=method)
     )
