@@ -237,6 +237,28 @@ def test_bounds_in_float32_hold_exact_and_computed_logits():
         assert (bound >= margins(exact, labels) - 0.01 * np.abs(exact).max()).all()
 
 
+def test_bounds_in_float32_hold_where_weights_cancel():
+    """Behind a matrix and its inverse, what is left of the weights is mostly rounding."""
+    left, _, right = np.linalg.svd(normal(24, 24))
+    matrix = left * np.logspace(0, -5, 24) @ right
+    layers = [layer.astype(np.float32) for layer in (matrix, np.linalg.inv(matrix), normal(24, 4, seed=1))]
+    images = np.random.RandomState(0).uniform(size=(64, 24)).astype(np.float32)
+    labels = np.arange(64) % 4
+
+    def logits_fn(x):
+        for layer in layers:
+            x = x @ layer.astype(x.dtype)
+        return x
+
+    with jax.enable_x64(True):
+        exact = margins(np.asarray(logits_fn(images.astype(np.float64))), labels)
+    bound = np.asarray(margin_bounds(logits_fn, images, images, labels))
+    assert bound.dtype == np.float32
+    assert (bound <= exact).all()
+    assert (bound <= margins(np.asarray(logits_fn(images)), labels)).all()
+    assert np.isfinite(bound).all()
+
+
 # ---------------------------------------------------------------- rules
 
 # Functions of arrays [B, 4] to [B, 4] with entries in [-1, 3], or in [0.1, 3] for those of POSITIVE.
