@@ -210,6 +210,9 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # Also the accuracy on clean images under 15 common corruptions at 5 strengths (Hendrycks and Dietterich,
     # ICLR 2019). Images need 1 or 3 channels. A finished evaluation is given it without another attack.
     config.corruptions = False
+    # Also the certified accuracy at the radius and at parts of it, a lower bound of the robust accuracy by
+    # linear bounds (CROWN). For small networks, in L-infinity. A finished evaluation is given it, too.
+    config.certified = False
     config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
     config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
     config.precision = "highest"  # a robust accuracy needs full float32

@@ -14,20 +14,23 @@ import jax.numpy as jnp
 
 from robal_jax.errors import InputError
 
-_ELEMENTARY_TERMS = 16
+ELEMENTARY_TERMS = 16
 """Terms of a sum whose rounding is that of an elementary function."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Interval:
     """All values that one array of the network may have; the graph of what made it.
 
     Attributes:
-      low, high: ends.
+      low, high: ends; tighter ones may replace them.
       equation: of the program, which made it; None for the images.
       inputs: of the equation, intervals and arrays.
       terms: rounding errors of the equation are those of a sum of so many terms.
       affine: whether the equation is affine in its intervals.
+      size: the largest sums of the absolute terms of an affine equation.
+      depth: of the graph behind it.
+      tight: whether its ends are as tight as they will be.
     """
 
     low: chex.Array
@@ -36,11 +39,39 @@ class Interval:
     inputs: Sequence[Any] = ()
     terms: int = 0
     affine: bool = False
+    size: chex.Array | None = None
+    depth: int = 0
+    tight: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the operation that made it; '' for the images."""
+        return self.equation.primitive.name if self.equation else ""
 
     @property
     def largest(self) -> chex.Array:
         """Largest absolute values."""
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
+
+
+def made_by(equation: Any, inputs: Sequence[Any]) -> Interval:
+    """Returns the interval of an equation's output.
+
+    Raises:
+      InputError: the operation has no rule.
+    """
+    name = equation.primitive.name
+    known = [x.low.dtype for x in inputs if unknown(x)]
+    numbers = all(jnp.issubdtype(dtype, jnp.floating) for dtype in known)
+    if name not in RULES or not (numbers or name in ("select_n", "convert_element_type")):
+        raise no_bound(name)
+    low, high, terms, affine = RULES[name](equation, *inputs)
+    depth = 1 + max(x.depth for x in inputs if unknown(x))
+    made = Interval(low, high, equation, inputs, terms, affine, depth=depth)
+    if affine:
+        around_0 = [Interval(-x.largest, x.largest) if unknown(x) else x for x in inputs]
+        made.size = Interval(*RULES[name](equation, *around_0)[:2]).largest
+    return made
 
 
 def evaluate(equation: Any, *arrays: Any) -> Any:
@@ -120,7 +151,7 @@ def _at_ends(equation: Any, inputs: Sequence[Any], domain: float = -math.inf) ->
 
 def _reciprocal_root(equation: Any, x: Interval) -> _Found:
     high, low = _at_ends(equation, [x], 0.0)
-    return *_widened(low, high, _ELEMENTARY_TERMS), _ELEMENTARY_TERMS, False
+    return *_widened(low, high, ELEMENTARY_TERMS), ELEMENTARY_TERMS, False
 
 
 def _conversion(equation: Any, x: Interval) -> _Found:
@@ -179,10 +210,10 @@ def _real_power(equation: Any, x: Any, exponent: Any) -> _Found:
     if unknown(exponent):
         raise no_bound("pow with an exponent")
     ends = jnp.stack(_at_ends(equation, [x, exponent], 0.0))
-    low, high = _widened(ends.min(0), ends.max(0), _ELEMENTARY_TERMS)
+    low, high = _widened(ends.min(0), ends.max(0), ELEMENTARY_TERMS)
     negative = x.low < 0
     low, high = jnp.where(negative, -jnp.inf, low), jnp.where(negative, jnp.inf, high)
-    return low, high, _ELEMENTARY_TERMS, False
+    return low, high, ELEMENTARY_TERMS, False
 
 
 def _contraction(equation: Any, x: Any, y: Any) -> _Found:
@@ -241,10 +272,10 @@ RULES: dict[str, _Rule] = {
     **dict.fromkeys(("add", "add_any", "cumsum", "reduce_sum", "reduce_window_sum"), _sum),
     **dict.fromkeys(
         ("asinh", "atan", "cbrt", "erf", "exp", "exp2", "expm1", "logistic", "sinh", "tanh"),
-        _increasing(_ELEMENTARY_TERMS),
+        _increasing(ELEMENTARY_TERMS),
     ),
-    **dict.fromkeys(("log", "sqrt"), _increasing(_ELEMENTARY_TERMS, domain=0.0)),
-    "log1p": _increasing(_ELEMENTARY_TERMS, domain=-1.0),
+    **dict.fromkeys(("log", "sqrt"), _increasing(ELEMENTARY_TERMS, domain=0.0)),
+    "log1p": _increasing(ELEMENTARY_TERMS, domain=-1.0),
     "rsqrt": _reciprocal_root,
     **dict.fromkeys(("abs", "integer_pow", "square"), _power),
     "pow": _real_power,

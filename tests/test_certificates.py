@@ -11,7 +11,10 @@ from sklearn import datasets
 
 import robal_jax
 from robal_jax import ThreatModel, attacks, certified, classifiers, interval_bounds, margin_bounds
+from robal_jax.certificates import METHODS
 from robal_jax.errors import InputError
+from robal_jax.intervals import Interval, made_by
+from robal_jax.linear_bounds import LINES
 
 EPSILON = 2.0**-52  # of float64
 
@@ -56,16 +59,95 @@ def test_certified_boxes_have_no_misclassified_point(float64):
 
     images = np.random.RandomState(2).uniform(size=(60, 2))
     labels = np.asarray(logits_fn(images)).argmax(-1)
-    shares = []
-    for radius in (0.005, 0.02, 0.1):
+    bounds = {
+        method: jax.jit(functools.partial(margin_bounds, logits_fn, method=method)) for method in METHODS
+    }
+    shares = {name: [] for name in (*METHODS, "exhaustive")}
+    for radius in (0.005, 0.02, 0.05, 0.1):
         lower, upper = box(images, radius)
         on_grid = margins(np.asarray(logits_fn(points(lower, upper, 41))), labels).min(0)
-        bound = np.asarray(margin_bounds(logits_fn, lower, upper, labels))
-        assert (bound <= on_grid).all()
-        found = np.asarray(certified(logits_fn, images, labels, threat=ThreatModel(radius)))
-        np.testing.assert_array_equal(found, bound > 0)
-        shares.append(found.mean())
-    assert 1 > shares[0] > shares[1] > shares[2] > 0  # neither all nor none, so the test above says something
+        shares["exhaustive"].append(np.mean(on_grid > 0))
+        for method, bounded in bounds.items():
+            bound = np.asarray(bounded(lower, upper, labels))
+            assert (bound <= on_grid).all()
+            shares[method].append(np.mean(bound > 0))
+    for found in shares.values():  # neither all nor none, so the tests above say something
+        assert found[0] > found[2] > found[3] > 0
+    truth, crown, intervals = (np.array(shares[name])[1:] for name in ("exhaustive", *METHODS))
+    assert (truth - crown < (truth - intervals) / 2).all()
+    for method in METHODS:
+        found = certified(logits_fn, images, labels, threat=ThreatModel(0.1), method=method)
+        assert np.mean(np.asarray(found)) == shares[method][-1]
+
+
+def lines_of(function, low, high):
+    """Lines of a function of one operation."""
+    program, x = jax.make_jaxpr(function)(low), Interval(low, high)
+    (equation,) = program.eqns
+    node = made_by(
+        equation,
+        [x if value in program.jaxpr.invars else low.dtype.type(value.val) for value in equation.invars],
+    )
+    return LINES[node.name](node, x), node
+
+
+OPERATIONS = {
+    "max": lambda x: jax.lax.max(x, x.dtype.type(0.25)),
+    "min": lambda x: jax.lax.min(x, x.dtype.type(-0.25)),
+    "tanh": jax.lax.tanh,
+    "logistic": jax.lax.logistic,
+    "erf": jax.lax.erf,
+    "exp": jax.lax.exp,
+    "log": jax.lax.log,
+    "sqrt": jax.lax.sqrt,
+    "square": jax.lax.square,
+    "product with itself": lambda x: jax.lax.mul(x, x),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_between_their_lines(name, dtype, float64):
+    """On a grid of each interval, which covers less area than the interval does."""
+    random = np.random.RandomState(0)
+    ends = random.uniform(0 if name in ("log", "sqrt") else -3, 3, size=(2, 500)).astype(dtype)
+    low, high = np.sort(ends, axis=0)
+    high[:50] = low[:50]  # and of points
+    line, node = lines_of(OPERATIONS[name], jnp.asarray(low), jnp.asarray(high))
+    shares = np.linspace(0, 1, 101, dtype=dtype)[:, None]
+    x = np.clip(low + shares * (high - low), low, high)
+    low_slope, low_shift, high_slope, high_shift = (np.asarray(part, np.float64) for part in line)
+    below, above = low_slope * x + low_shift, high_slope * x + high_shift
+    for values in (OPERATIONS[name](jnp.asarray(x)), OPERATIONS[name](jnp.asarray(x, np.float64))):
+        assert (below <= np.asarray(values)).all()
+        assert (np.asarray(values) <= above).all()
+    assert np.mean(above - below) < 0.95 * np.mean(node.high - node.low)
+
+
+@pytest.mark.slow
+def test_linear_bounds_hold_and_are_no_worse_than_intervals(float64):
+    """Two layers of several activations and a residual connection, on a grid of each box."""
+    layers = [normal(2, 10), normal(10, 10, seed=1) / 2, normal(10, 3, seed=2)]
+
+    def activation(x):
+        parts = jax.nn.relu(x), jax.nn.relu6(4 * x), jnp.minimum(x, 0.1), jnp.tanh(x), x**2 / 4
+        return x / 2 + jnp.concatenate([part[:, 2 * i : 2 * i + 2] for i, part in enumerate(parts)], 1)
+
+    def logits_fn(x):
+        for layer in layers[:-1]:
+            x = activation(x @ layer - 0.1)
+        return x @ layers[-1]
+
+    lower, upper = box(np.random.RandomState(2).uniform(size=(24, 2)), 0.1)
+    labels = np.arange(24) % 3
+    values = np.asarray(logits_fn(points(lower, upper, 41).reshape(-1, 2))).reshape(-1, 24, 3)
+    on_grid = margins(values, labels).min(0)
+    crown, intervals = (
+        np.asarray(margin_bounds(logits_fn, lower, upper, labels, method=method)) for method in METHODS
+    )
+    assert (crown <= on_grid).all()
+    assert (crown >= intervals - 1000 * EPSILON * (1 + np.abs(intervals))).all()
+    assert np.mean(on_grid - crown) < np.mean(on_grid - intervals) / 2
 
 
 def exact_margins(weight, bias, images, labels, radius):
@@ -147,6 +229,34 @@ def test_bounds_in_float32_hold_exact_and_computed_logits():
     assert computed.dtype == np.float32
     for logits in (computed, exact):
         assert ((low <= logits) & (logits <= high)).all()
+    labels = np.arange(32) % 8
+    for method in METHODS:
+        bound = np.asarray(margin_bounds(logits_fn, images, images, labels, method=method))
+        assert (bound <= margins(exact, labels)).all()
+        # Sums of 128 terms, in three layers: their errors are far below the logits.
+        assert (bound >= margins(exact, labels) - 0.01 * np.abs(exact).max()).all()
+
+
+def test_bounds_in_float32_hold_where_weights_cancel():
+    """Behind a matrix and its inverse, what is left of the weights is mostly rounding."""
+    left, _, right = np.linalg.svd(normal(24, 24))
+    matrix = left * np.logspace(0, -5, 24) @ right
+    layers = [layer.astype(np.float32) for layer in (matrix, np.linalg.inv(matrix), normal(24, 4, seed=1))]
+    images = np.random.RandomState(0).uniform(size=(64, 24)).astype(np.float32)
+    labels = np.arange(64) % 4
+
+    def logits_fn(x):
+        for layer in layers:
+            x = x @ layer.astype(x.dtype)
+        return x
+
+    with jax.enable_x64(True):
+        exact = margins(np.asarray(logits_fn(images.astype(np.float64))), labels)
+    bound = np.asarray(margin_bounds(logits_fn, images, images, labels))
+    assert bound.dtype == np.float32
+    assert (bound <= exact).all()
+    assert (bound <= margins(np.asarray(logits_fn(images)), labels)).all()
+    assert np.isfinite(bound).all()
 
 
 # ---------------------------------------------------------------- rules
@@ -230,11 +340,12 @@ def test_margins_hold_what_shared_factors_give(name, float64):
     )
     inside = lower + shares[:, None] * (upper - lower)
     on_points = margins(np.asarray(jax.vmap(SHARED[name])(inside)), labels).min(0)
-    bound = np.asarray(margin_bounds(SHARED[name], lower, upper, labels))
-    assert (bound <= on_points).all()
-    assert np.isfinite(bound).any()
-    if name == "stopped gradient":
-        np.testing.assert_allclose(bound, on_points, rtol=0, atol=1000 * EPSILON)
+    for method in METHODS:
+        bound = np.asarray(margin_bounds(SHARED[name], lower, upper, labels, method=method))
+        assert (bound <= on_points).all()
+        assert np.isfinite(bound).any()
+        if name == "stopped gradient":
+            np.testing.assert_allclose(bound, on_points, rtol=0, atol=1000 * EPSILON)
 
 
 REFUSED = {
@@ -257,6 +368,11 @@ def test_other_norms_are_refused():
         certified(lambda x: x, jnp.zeros((2, 3)), jnp.array([0, 1]), threat=ThreatModel(0.1, "l2"))
 
 
+def test_other_methods_are_refused():
+    with pytest.raises(InputError, match="unknown method 'ibp'; use one of crown, intervals"):
+        margin_bounds(lambda x: x, jnp.zeros((2, 3)), jnp.ones((2, 3)), jnp.array([0, 1]), method="ibp")
+
+
 # ---------------------------------------------------------------- trained networks
 
 
@@ -267,13 +383,20 @@ def digits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["at", "robal_n"])
-def test_attacks_break_no_certified_image(method, digits):
-    model = robal_jax.load_model(f"digits_lt/{method}_small_cnn")
-    images, digit = digits
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize(
+    ("network", "method", "radii", "images"),
+    [("at", "intervals", (0.0005, 0.001, 0.1), 200), ("robal_n", "crown", (0.02, 0.05, 0.1), 10)],
+)
+def test_attacks_break_no_certified_image(network, method, radii, images, digits):
+    model = robal_jax.load_model(f"digits_lt/{network}_small_cnn")
+    images, digit = (array[:images] for array in digits)
     labels = np.argsort(np.array(model.test.class_names, int))[digit]
-    bound = jax.jit(lambda radii: certified(model.logits_fn, images, labels, threat=ThreatModel(radii)))
     pgd = functools.partial(attacks.pgd, model.logits_fn, jax.random.key(0), images, labels, steps=20)
+
+    @jax.jit
+    def bound(radii):
+        return certified(model.logits_fn, images, labels, threat=ThreatModel(radii), method=method)
 
     @jax.jit
     def attack(radii):
@@ -281,15 +404,18 @@ def test_attacks_break_no_certified_image(method, digits):
 
     clean = model.logits(images).argmax(-1) == labels
     shares = []
-    for radius in (0.0005, 0.001, 0.1):
-        radii = np.full(len(images), radius, np.float32)
-        certain, robust = np.asarray(bound(radii)), np.asarray(attack(radii).argmax(-1) == labels)
+    for radius in radii:
+        same = np.full(len(images), radius, np.float32)
+        certain, robust = np.asarray(bound(same)), np.asarray(attack(same).argmax(-1) == labels)
         assert not (certain & ~robust).any()
         assert not (certain & ~clean).any()
         shares.append(certain.mean())
     assert shares[0] > shares[1] > 0 == shares[2]
+    if method == "crown":
+        return
     with jax.enable_x64(True):
-        margin = margin_bounds(model.logits_fn, images.astype(np.float64), images.astype(np.float64), labels)
+        wide = images.astype(np.float64)
+        margin = margin_bounds(model.logits_fn, wide, wide, labels, method="intervals")
     np.testing.assert_array_equal(np.asarray(margin) > 0, clean)
 
 

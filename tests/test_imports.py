@@ -23,7 +23,7 @@ LAYERS = (
     {"errors", "keys"},
     {"checks"},
     {"models", "arguments", "intervals"},
-    {"class_terms"},
+    {"class_terms", "linear_bounds"},
     {"losses"},
     {
         "attacks",

@@ -101,6 +101,7 @@ class Evaluation:
       protocols: all protocols of class groups, see ``metrics.groups_by_protocol``.
       minimum_norm: a key of ``attacks.MINIMUM_NORM``; '' for no distances.
       corruptions: whether clean images are also corrupted and classified.
+      certified: whether a lower bound of the robust accuracy is computed, too.
       replaced: ``predict`` with the gradient of a differentiable approximation, for the stages of the
         ensemble with BPDA; None without them.
     """
@@ -128,6 +129,7 @@ class Evaluation:
     protocols: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     minimum_norm: str = ""
     corruptions: bool = False
+    certified: bool = False
     replaced: Callable[..., Any] | None = None
 
 
@@ -175,8 +177,7 @@ def evaluation_on(
       InputError: a field of the config cannot be used.
     """
     settings, platform = config.evaluation, platform or jax.default_backend()
-    if settings.corruptions:
-        corruptions.check_images(test.images.shape)
+    _check_additions(settings, test)
     counts = test.class_counts if trained_counts is None else trained_counts
     protocols = groups_of(config, test.class_counts)
     head = settings.head if settings.head.name else config.head
@@ -218,6 +219,7 @@ def evaluation_on(
         protocols=protocols,
         minimum_norm=settings.minimum_norm,
         corruptions=settings.corruptions,
+        certified=settings.certified,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
         judged={
@@ -226,6 +228,21 @@ def evaluation_on(
             "budget": by_class.get("budget", "constant"),
         },
     )
+
+
+def _check_additions(settings: ConfigDict, test: TestSet) -> None:
+    """Refuses figures without attacks that cannot be had with these images or this precision.
+
+    Raises:
+      InputError: corruptions of such images, or bounds in less than full precision.
+    """
+    if settings.corruptions:
+        corruptions.check_images(test.images.shape)
+    if settings.certified and settings.precision != "highest":
+        raise InputError(
+            f"evaluation.precision is {settings.precision!r}, and certified bounds are for full precision; "
+            "set evaluation.precision=highest"
+        )
 
 
 def groups_of(config: ConfigDict, class_counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:

@@ -6,7 +6,8 @@
 - ``measurements``, ``verdicts``, ``ensemble_checks``: what the audit measures, and what it says
 - ``explanations``, ``outcomes``, ``evidence``: the checks in words, their outcomes, and the tests behind them
 - ``findings``: from what was found to the files of the report
-- ``corrupted``: the accuracy on corrupted images, added to what is stored
+- ``additions``: figures that no attack changes, added to what is stored: ``corrupted``, the accuracy on
+  corrupted images, and ``certifying``, the certified accuracy
 - ``any_model``, ``run``: the evaluation of any function, and a trained run as a function
 """
 

@@ -51,6 +51,7 @@ def evaluate_model(
     minimum_norm: str = "",
     audit: int = 200,
     corruptions: bool = False,
+    certified: bool = False,
     seed: int = 0,
     batch_size: int = 500,
     name: str = "model",
@@ -92,6 +93,9 @@ def evaluate_model(
       audit: test images in the audit's sample; 0 for no audit.
       corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
         see ``robal_jax.data.corruptions``. A finished evaluation is given it without another attack.
+      certified: whether to report the certified accuracy, too, a lower bound of the robust accuracy at the
+        radius and at parts of it, see ``robal_jax.certified``. For small networks and L-infinity; it takes a
+        good part of a second per image. A finished evaluation is given it without another attack.
       seed: of the attacks' random starts, and of the corruptions.
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
@@ -108,7 +112,8 @@ def evaluate_model(
 
     Raises:
       ValueError: images, labels or logits have a wrong shape, type or range; or JAX traces the call.
-      InputError: no such ensemble, the folder cannot be used, or it has another evaluation.
+      InputError: no such ensemble, the folder cannot be used, or it has another evaluation; or the model
+        cannot be certified.
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
@@ -137,6 +142,7 @@ def evaluate_model(
         protocols=protocols,
         minimum_norm=minimum_norm,
         corruptions=bool(corruptions),
+        certified=bool(certified),
         replaced=model.replaced,
         about={},
     )

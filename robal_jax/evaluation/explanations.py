@@ -189,6 +189,16 @@ ON_OCCASION = {
         "Report the accuracy under the ensemble with BPDA. It is only as low as the approximation is good: "
         "if Square breaks more after it, try another.",
     ),
+    "certified": Explanation(
+        "Certified and broken",
+        EVERYTHING,
+        "Flagged if a single image is certified within a radius and yet misclassified within it, clean or "
+        "under an attack of this evaluation. Without such an image the check is not listed.",
+        "Both cannot be true. Either the network was computed with less precision than the bounds assume "
+        "(TF32, convolutions by FFT or Winograd), or the bounds or the stored outcomes are wrong.",
+        "Do not use the numbers; evaluate again in float64 or on a CPU, and report the fault with the folder "
+        "of the evaluation if it stays.",
+    ),
     "selected_on_test": Explanation(
         "Selected on test images",
         CHOICE,

@@ -6,7 +6,8 @@
 3. The distances of the closest adversarial images, if they are asked for (``attacks/minimum_norm.py``).
 4. The audit of these attacks on a sample (``measurements.py``).
 5. Verdicts and results (``findings.py``).
-6. If asked for, the accuracy on corrupted images (``corrupted.py``); then the report.
+6. If asked for, the accuracy on corrupted images (``corrupted.py``) and the certified accuracy
+   (``certifying.py``); then the report.
 
 The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
 devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
@@ -30,7 +31,8 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, user_path
-from robal_jax.evaluation.corrupted import add_corruptions
+from robal_jax.evaluation import certifying, corrupted
+from robal_jax.evaluation.additions import add
 from robal_jax.evaluation.findings import is_stored, publish, regroup, store
 from robal_jax.evaluation.measurements import (
     Measured,
@@ -173,6 +175,7 @@ def attack_and_report(
     job = subject.job
     hosts.by_first(partial(check_evaluation, folder, report.FILES))
     victim = as_victim(job, subject.weights)
+    certifying.check_certifiable(victim, job)
     if subject.surrogate is not None:
         _refuse_itself(victim, subject.surrogate)
     test_set = digest_of_images(job.test.images, job.test.labels)
@@ -187,9 +190,10 @@ def attack_and_report(
             hosts.by_first(partial(regroup, job, about, subject.beside, folder, say))
         elif not _attack_and_store(subject._replace(identity=identity), victim, folder, command, stop):
             return False
-        kept = Unfinished(folder / UNFINISHED / f"{PARTS[-1]}.npz", identity)
-        if not add_corruptions(victim, job, about, folder, kept, stop, say):
-            return False
+        for addition in (corrupted.ADDITION, certifying.ADDITION):
+            kept = Unfinished(folder / UNFINISHED / f"{addition.name}.npz", identity)
+            if not add(addition, victim, job, about, folder, kept, stop, say):
+                return False
         hosts.by_first(partial(shutil.rmtree, folder / UNFINISHED, ignore_errors=True))
         hosts.by_first(partial(publish, victim, folder, say))
     return True
@@ -206,7 +210,7 @@ def _attack_and_store(
         parts.append(Unfinished(folder / UNFINISHED / f"{name}.npz", subject.identity))
         return parts[-1]
 
-    first, second, third, fourth, _ = PARTS
+    first, second, third, fourth, *_ = PARTS
     outcomes = conditions(victim, job, part(first), stop)
     found = None if outcomes is None else ensemble(victim, job, outcomes, part(second), stop)
     lengths = None if found is None else distances(victim, job, part(third), stop)

@@ -104,6 +104,19 @@ def json_float(value: Any) -> float:
     return float(value) if np.isfinite(value) else LARGEST
 
 
+def broken_though_certified(broken: int, images: int) -> Verdict:
+    """Flags certified images that are misclassified, which cannot be.
+
+    Args:
+      broken: their number.
+      images: number of test images.
+    """
+    conclusions = {FLAGGED: "a contradiction: the bounds or the evaluation are wrong."}
+    figures = f"Of {images} images {broken} are certified and yet misclassified, clean or under an attack"
+    evidence = {"broken": broken, "images": images}
+    return make_verdict("certified", FLAGGED, figures, conclusions, evidence)
+
+
 def selected_on_test(selection: str) -> Verdict:
     """Flags a checkpoint that was chosen on test images.
 

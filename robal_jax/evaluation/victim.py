@@ -97,13 +97,16 @@ class Victim:
         """Returns images by index as the model sees them: float32 ``[m, H, W, C]`` in [0, 1]."""
         return np.array(as_float(self.images[ids], self.pixel_max), np.float32)
 
-    def compile(self, work: Work, predict: Callable | None = None) -> Callable[..., chex.ArrayTree]:
+    def compile(
+        self, work: Work, predict: Callable | None = None, size: int | None = None
+    ) -> Callable[..., chex.ArrayTree]:
         """Turns work on one batch into a function of image indices, compiled once for any number of images.
 
         Args:
           work: is called with the model, one key per image, images in [0, 1], labels, and the caller's extra
             arguments.
           predict: a function in place of the model, with the same arguments.
+          size: images in each call, on all devices together; ``self.size`` if None.
 
         Returns:
           ``(ids [m], *parts [m, ...], **shared) -> outputs [m, ...]``, NumPy arrays, any m > 0. The last
@@ -118,6 +121,6 @@ class Victim:
                 examples = (self.ids[mine], self.images[mine], self.labels[mine], *more)
                 return compiled(examples, (self._shared, shared))
 
-            return parallel.in_batches(on_devices, (ids, *parts), self.size)
+            return parallel.in_batches(on_devices, (ids, *parts), size or self.size)
 
         return run

@@ -8,6 +8,7 @@ from robal_jax.errors import InputError
 from robal_jax.reporting import (
     audit,
     budgets,
+    certified,
     corruptions,
     curves,
     distances,
@@ -73,6 +74,7 @@ def write_report(
         *sections.condition_section(results, pictures),
         *sections.group_section(results),
         *groups.protocol_section(results),
+        *certified.certified_section(results),
         *distances.distance_section(results),
         *corruptions.corruption_section(results),
         *sections.class_section(results, pictures),

@@ -85,7 +85,9 @@ class Results:
         - the evaluation: 'versions' ({package: version}), 'commit' (of the checkout), 'device', 'processor',
           'date', 'seconds', 'command'.
       summary: what :func:`metrics.summarize` returns; with 'corruptions', what
-        :func:`metrics.summarize_corruptions` returns, if images were corrupted.
+        :func:`metrics.summarize_corruptions` returns, if images were corrupted; with 'certified', if bounds
+        were computed: 'factors' (parts of the radius), 'by_factor' (for each, FIGUREs 'accuracy' and one per
+        group), and 'broken' (certified images that are misclassified).
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
         'doubts' (``FIXED_STEPS``, ``EVERYTHING``, ...), 'statement', 'evidence' (a dict),
@@ -147,6 +149,11 @@ class Results:
     def corruptions(self) -> Mapping[str, Any]:
         """Accuracies on corrupted images, see :func:`metrics.summarize_corruptions`; empty without them."""
         return self.summary.get("corruptions", {})
+
+    @property
+    def certified(self) -> Mapping[str, Any]:
+        """Certified accuracies, see ``summary``; empty without them."""
+        return self.summary.get("certified", {})
 
     @property
     def training(self) -> Mapping[str, Any]:

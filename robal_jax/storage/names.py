@@ -16,6 +16,7 @@ RESULTS = "results.json"
 EXAMPLES = "examples.npz"
 ADVERSARIAL = "adversarial.npz"
 CORRUPTED = "corrupted.npz"  # predicted classes of corrupted images
+CERTIFIED = "certified.npz"  # within how many of the radii each image is certified
 PER_CLASS = "per_class.csv"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 UNFINISHED = "unfinished"
