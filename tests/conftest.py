@@ -45,6 +45,27 @@ def with_devices(count, **more):
 collect_ignore = ["twins.py"]  # needs PyTorch, and has no doctest
 
 
+# Files with the longest tests come first, so that no worker begins one when all others are done.
+LONGEST = (
+    "test_readme",
+    "test_tour",
+    "test_calibration",
+    "test_devices_page",
+    "test_tables",
+    "test_parallel",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips long tests unless ``-m`` asks for them, and puts the files with the longest ones first."""
+    asked = config.getoption("markexpr")
+    for item in items:
+        wanted = "long" in asked or ("parity" in asked and item.get_closest_marker("parity"))
+        if item.get_closest_marker("long") and not wanted:
+            item.add_marker(pytest.mark.skip(reason="a long test; pytest -m long runs it"))
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.stem) in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish():
     """Spares the garbage collector a look at modules and tests, which live to the end."""
     gc.collect()

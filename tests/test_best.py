@@ -337,6 +337,7 @@ def replacing(workdir):
     return len([path for path in workdir.glob("best/*") if path.is_dir()]) > 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_runs_choose_the_same_checkpoint(tmp_path, capsys):
     env = {}  # all runs share the compilations of the tests

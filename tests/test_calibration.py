@@ -1,7 +1,6 @@
 """The benchmark of the audit (experiments/benchmarks/calibration.py), and a tenth of it."""
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -105,11 +104,9 @@ def test_the_table_counts_by_kind_and_check(tmp_path):
     assert calibration.read_records(tmp_path / "none") == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.skipif(
-    "ROBAL_CALIBRATION" not in os.environ, reason="set ROBAL_CALIBRATION=1; it audits seven models"
-)
 def test_a_tenth_is_judged_rightly(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", "--tenth=1", "--sample=120", f"--out={tmp_path / 'table.md'}"]
     calibration.main(arguments)

@@ -37,6 +37,7 @@ def losses(run):
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_commands(tmp_path):
     for name in ("configs", "experiments"):

@@ -266,7 +266,7 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [2, 4, 40])
+@pytest.mark.parametrize("after", [2, *(pytest.param(after, marks=pytest.mark.long) for after in (4, 40))])
 def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
     """In the conditions, in the ensemble and in the audit."""
     original, updates = Meter.update, []
@@ -350,7 +350,9 @@ evaluation.evaluate(config, pathlib.Path(workdir))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "ensemble"), [("jit", "standard"), ("pmap", "apgd_ce")])
+@pytest.mark.parametrize(
+    ("layout", "ensemble"), [pytest.param("jit", "standard", marks=pytest.mark.long), ("pmap", "apgd_ce")]
+)
 def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble):
     fields = "evaluation.audit.examples=0", f"train.layout={layout}", f"evaluation.autoattack={ensemble}"
     overrides = [f"--config.{field}" for field in fields]
@@ -370,6 +372,7 @@ def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble
     np.testing.assert_array_equal(np.load(copy / "evaluation" / "adversarial.npz")["ids"], broken)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_twice(evaluated, copy):
     command = subprocess_command(EVALUATED, copy, "--config.evaluation.audit.examples=0")

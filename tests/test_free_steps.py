@@ -257,6 +257,7 @@ print(json.dumps({layout: gap(one, twelve_steps(layout, 4)) for layout in parall
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_any_devices_make_the_same_free_steps():
     (gaps,) = said(LAYOUTS)

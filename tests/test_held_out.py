@@ -412,6 +412,7 @@ def test_the_best_checkpoint_is_evaluated(looked):
     assert (meta["selection"], meta["checkpoint"]) == ("last", str(looked[1]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_two_processes_choose_the_same_checkpoint(tmp_path):

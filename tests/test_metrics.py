@@ -324,7 +324,7 @@ def test_macro_interval_covers_precision_and_f_score(size, recall, errors):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_classes", [2, 10, 100])
+@pytest.mark.parametrize("num_classes", [2, 10, pytest.param(100, marks=pytest.mark.long)])
 def test_macro_interval_covers_precision_and_f_score_everywhere(num_classes):
     draws = 1000 if num_classes == 100 else 5000
     low = binomial_low(0.93, draws)

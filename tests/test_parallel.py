@@ -139,6 +139,7 @@ def said(script):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_parts_of_a_batch_may_lie_on_any_devices():
     (gaps,) = said(SCRIPT)
@@ -148,6 +149,7 @@ def test_the_parts_of_a_batch_may_lie_on_any_devices():
         assert gap < BOUND, what
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_everything_at_once_on_any_devices():
     """Averages, AWP, radii that are learned, mixed images: seven steps, into the second epoch."""
@@ -156,6 +158,7 @@ def test_everything_at_once_on_any_devices():
         assert gap < BOUND, layout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_is_learned_of_the_classes_on_any_devices():
     """Losses and statistics of the whole batch, and radii from them: seven steps, into the second epoch.

@@ -34,6 +34,7 @@ def test_python_examples(code, tmp_path, monkeypatch):
         assert (tmp_path / "runs/linear/report.html").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_commands(tmp_path, monkeypatch):

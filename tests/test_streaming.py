@@ -130,6 +130,7 @@ def run_until(stop_at, workdir, root, monkeypatch):
     return checkpoints.steps(workdir / "checkpoints")[-1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_go_on_and_read_their_own_images(root, streamed, tmp_path, monkeypatch):
     assert run_until(1, tmp_path / "run", root, monkeypatch) == 2

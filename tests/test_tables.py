@@ -672,6 +672,7 @@ def interrupt(process, folder, seen, number):
     return process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_table_ends_with_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

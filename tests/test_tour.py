@@ -25,6 +25,7 @@ def figures(text):
     return {name: float(number) for name, number in re.findall(r"(\w+) (\d+\.\d)", text)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Jupyter's packages
 @pytest.mark.usefixtures("optimised")

@@ -484,6 +484,7 @@ def test_all_checkpoints_damaged(copy):
 # ---------------------------------------------------------------- bfloat16
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_bfloat16_is_as_robust(tmp_path):
     """AT on the digits, trained in both; and the trained network attacked in both. Judged in float32."""

@@ -445,6 +445,7 @@ def test_a_publication_is_replaced_by_the_same_bytes(run, files):
 # ---------------------------------------------------------------- the commands
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("average", ["none", "ema"])
 def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys, average):

@@ -305,6 +305,7 @@ def left_out(request, name):
         pytest.skip("has a near relative; pytest -m parity makes it")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.usefixtures("left_out", "numbers_are_given")
 def test_steps(reference, recipe, name):

@@ -89,6 +89,7 @@ def test_cpu_convolution(reference, recipe):
 
 
 # float32 runs part by 1e-2 in the training gradients of these (ReLU kinks); float64 ones do not meet a kink.
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrn34_10", "resnet18"])
 def test_big_networks(reference, recipe, name):
