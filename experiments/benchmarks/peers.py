@@ -9,7 +9,7 @@ and torchattacks (pip install foolbox; pip install --no-deps torchattacks).
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,8 +42,9 @@ def main(arguments: list[str]) -> None:
         "norm": "linf (the default) or l2",
         "epsilon": "radius; the run's by default",
         "distances": "the minimum-norm attacks only",
+        "ensemble": "the four attacks of torchattacks.AutoAttack only, as that package runs them",
     }
-    values = cli.parse(arguments, texts, __doc__, switches=("distances",))
+    values = cli.parse(arguments, texts, __doc__, switches=("distances", "ensemble"))
     if not values["workdir"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
@@ -62,6 +63,12 @@ def main(arguments: list[str]) -> None:
     print(f"{count} images, {norm}, epsilon {threat.epsilon:g}, largest difference of logits {apart:.1e}")
     print(f"clean accuracy {np.mean(clean.argmax(-1) == labels):.3f}")
 
+    if values["ensemble"]:
+        name = "torchattacks"
+        return print_robust(
+            our_stages(logits_fn, images, labels, autoattack.stages(name, 10, threat=threat)),
+            their_ensemble(twin, x, y, threat),
+        )
     if not values["distances"]:
         print_robust(our_attacks(logits_fn, images, labels, threat), their_attacks(twin, x, y, threat))
     print_distances(our_distances(logits_fn, images, labels, norm), their_distances(twin, x, y, norm))
@@ -182,8 +189,20 @@ def our_attacks(logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, thre
         shown = attack(images, jnp.asarray(labels))
         return (np.asarray(logits_fn(shown)).argmax(-1) == labels) & (clean == labels)
 
+    runs: Runs = {name: partial(simple, attack) for name, attack in alone.items()}
+    names = ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
+    stages = [stage for name in names for stage in autoattack.stages(name, 10, threat=threat)]
+    return runs | our_stages(logits_fn, images, labels, stages)
+
+
+def our_stages(
+    logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, stages: Sequence[autoattack.Stage]
+) -> Runs:
+    """Returns each of these stages alone, compiled."""
+    clean = np.asarray(logits_fn(images)).argmax(-1)
+
     def staged(stage: autoattack.Stage, step: Callable) -> np.ndarray:
-        keys, progress = jax.random.split(key, len(labels)), autoattack.begin(labels, clean)
+        keys, progress = jax.random.split(jax.random.key(0), len(labels)), autoattack.begin(labels, clean)
 
         def attack(ids: np.ndarray, number: int) -> Any:
             batch = np.resize(ids, len(labels))
@@ -195,11 +214,32 @@ def our_attacks(logits_fn: LogitsFn, images: jax.Array, labels: np.ndarray, thre
             pass
         return progress.broken_in == autoattack.ROBUST
 
-    runs: Runs = {name: partial(simple, attack) for name, attack in alone.items()}
-    for name in ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"):
-        (stage,) = autoattack.stages(name, 10, threat=threat)
-        runs[name] = partial(staged, stage, jax.jit(partial(stage.attack, logits_fn)))
-    return runs
+    return {stage.name: partial(staged, stage, jax.jit(partial(stage.attack, logits_fn))) for stage in stages}
+
+
+def by_torchattacks(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel, attack: Any
+) -> Callable[[], np.ndarray]:
+    """Returns an attack of torchattacks on the images that are classified correctly."""
+    right, order = model(x).argmax(1) == y, float("inf") if threat.norm == "linf" else 2
+
+    def run() -> np.ndarray:
+        shown, result = attack(x[right], y[right]), right.clone()
+        far = (shown - x[right]).flatten(1).norm(order, dim=1) > threat.epsilon * (1 + 1e-5)
+        result[right] = (model(shown).argmax(1) == y[right]) | far
+        return result.numpy()
+
+    return run
+
+
+def their_ensemble(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ThreatModel
+) -> dict[str, Runs]:
+    """Returns each attack of torchattacks' AutoAttack alone, with that package's settings."""
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    whole = torchattacks.AutoAttack(model, norm=norm, eps=threat.epsilon, n_classes=10, seed=0)
+    each = dict(zip(autoattack.VERSIONS["torchattacks"], whole._autoattack.attacks, strict=True))
+    return {name: {"torchattacks": by_torchattacks(model, x, y, threat, one)} for name, one in each.items()}
 
 
 def their_attacks(
@@ -212,20 +252,7 @@ def their_attacks(
     def robust(shown: torch.Tensor) -> np.ndarray:
         return (model(shown).argmax(1) == y).numpy() & right
 
-    def torchattack(attack: Any) -> Callable[[], np.ndarray]:
-        def run() -> np.ndarray:
-            result = right.copy()
-            result[right] = robust_of(attack, right)
-            return result
-
-        def robust_of(attack: Any, chosen: np.ndarray) -> np.ndarray:
-            shown = attack(x[chosen], y[chosen])
-            far = (shown - x[chosen]).flatten(1).norm(float("inf") if norm == "Linf" else 2, dim=1) > eps * (
-                1 + 1e-5
-            )
-            return ((model(shown).argmax(1) == y[chosen]) | far).numpy()
-
-        return run
+    torchattack = partial(by_torchattacks, model, x, y, threat)
 
     def fool(attack: Any) -> Callable[[], np.ndarray]:
         wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
