@@ -25,7 +25,7 @@ from robal_jax.evaluation.loop import Subject, as_victim, attack_and_report
 from robal_jax.evaluation.measurements import StepSize
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
-from robal_jax.storage import checkpoints
+from robal_jax.storage import checkpoints, mirror
 from robal_jax.storage.best import stated
 
 LogitsFn = Callable[[chex.Array], chex.Array]
@@ -88,7 +88,7 @@ def evaluate_model(
       dataset: for the report.
       select: how the checkpoint was chosen: 'last', which also stands for not known, 'best' (on held-out
         images), or 'best_on_test', which the audit flags.
-      folder: receives the report and all results. If None, only what is returned is kept.
+      folder: receives the report and all results; a path, or a URL, see ``storage.buckets``. If None, only what is returned is kept.
       say: receives messages for the user, line by line.
 
     Returns:
@@ -146,14 +146,15 @@ def _attacked(
     speak = hosts.speaker(say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
-        kept = user_path(str(folder or stack.enter_context(tempfile.TemporaryDirectory())))
+        named = str(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        kept, speak = stack.enter_context(mirror.kept(user_path(named), speak))
         try:
             done = attack_and_report(subject, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete
             done = True
             speak(f"warning: {error}")
         if not done:
-            speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
+            speak(f"stopped; the same call resumes from {folder}" if folder else "stopped; nothing is kept")
         elif not folder:
             speak("no folder was given: the report is not kept")
         return read_run(kept) if done else None

@@ -3,8 +3,8 @@
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a killed process
 leaves no half-written checkpoint. Orbax does not notice a bit that changes on the disk afterwards, but the
 sha256 of all arrays, kept in the checkpoint's metadata, does. The state is the same on every device, so host
-copies are saved, and a checkpoint can be read on any number of devices. All processes of a job save together
-and read the same checkpoints.
+copies are saved, and a checkpoint can be read on any number of devices. The first process of a job saves, and
+all read the same checkpoints.
 
 This is the only module that knows Orbax.
 """
@@ -17,6 +17,8 @@ import shutil
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import chex
@@ -25,16 +27,15 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from robal_jax.devices import hosts
 from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.storage.files import write_whole
-from robal_jax.storage.names import CHECKPOINTS
+from robal_jax.storage.names import CHECKPOINTS, FILES
 
 T = TypeVar("T")
 
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arrays of a checkpoint, nested dictionaries, to some of them."""
-
-FILES = "files.json"  # digests of Orbax's own files, beside them
 
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
 
@@ -208,11 +209,7 @@ def _file_digests(path: pathlib.Path) -> dict[str, str]:
 
 
 def _alone() -> ocp.Context:
-    """Lets Orbax read in this process without waiting for the other processes of the job.
-
-    Still, all processes must read the same checkpoints: Orbax numbers its operations, and identifies a common
-    save by its number.
-    """
+    """Lets Orbax work in this process without waiting for the other processes of the job."""
     context = ocp.Context()
     if jax.process_count() > 1:
         context.multiprocessing.primary_host = jax.process_index()
@@ -285,7 +282,10 @@ def restore_latest(
 
 
 class Saver:
-    """Writes checkpoints in the background, keeping the newest ones; a context manager."""
+    """Writes checkpoints in the background, keeping the newest ones; a context manager.
+
+    All processes of a job use it together; the first one writes.
+    """
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         """Opens a folder, which is made if there is none.
@@ -298,21 +298,24 @@ class Saver:
           InputError: the folder cannot be made, or its name cannot be used.
         """
         self._folder = folder.absolute()
-        if jax.process_count() > 1 and MISREAD & set(str(self._folder)):
-            raise InputError(f"several processes cannot save to {self._folder}; choose a name without []*?\\")
+        self._names = contextlib.ExitStack()
+        self._pending: Future[None] | None = None
+        hosts.by_first(partial(self._open, keep))
+
+    def _open(self, keep: int) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"cannot make {self._folder} ({error.strerror}); choose another folder"
             ) from error
-        self._names = contextlib.ExitStack()
         self._checkpointer = ocp.training.Checkpointer(
             self._names.enter_context(_plain(self._folder)),
+            context=_alone(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        self._pending: tuple[Any, pathlib.Path] | None = None
+        self._background = self._names.enter_context(ThreadPoolExecutor(1))
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
         """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256.
@@ -320,13 +323,16 @@ class Saver:
         Raises:
           InputError: the disk is too full for it, or the previous checkpoint could not be written.
         """
-        self.wait()
+        return hosts.by_first(partial(self._save, step, state))
+
+    def _save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
+        self._wait()
         host = _host(state)
         self._check_room([array.nbytes for array in _flat(host).values()])
         sha256 = digest(host)
         saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
         path = self._folder / str(step)
-        self._pending = saving, path
+        self._pending = self._background.submit(_finish, saving, path)
         return path, sha256
 
     def _check_room(self, sizes: list[int]) -> None:
@@ -346,19 +352,23 @@ class Saver:
         Raises:
           InputError: it could not be written; earlier checkpoints are intact.
         """
+        hosts.by_first(self._wait)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
         try:
-            if self._pending is not None:
-                saving, path = self._pending
-                saving.result()
-                if jax.process_index() == 0:
-                    write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
+            if pending is not None:
+                pending.result()
         except Exception as error:
             raise InputError(
                 f"could not write a checkpoint to {self._folder} ({one_line(error)}); earlier checkpoints "
                 "are intact: remove the cause and run the same command again"
             ) from error
-        finally:
-            self._pending = None
+
+    def _close(self) -> None:
+        with self._names:
+            self._wait()
+            self._checkpointer.close()
 
     def __enter__(self) -> "Saver":
         return self
@@ -366,11 +376,14 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        try:
-            self.wait()
-            self._checkpointer.close()
-        except Exception:
-            if kind is None:  # otherwise Orbax repeats an error that was already raised
-                raise
-        finally:
-            self._names.close()
+        if kind is None:
+            hosts.by_first(self._close)
+        elif hosts.is_first():
+            with contextlib.suppress(Exception):  # Orbax repeats an error that was already raised
+                self._close()
+
+
+def _finish(saving: Any, path: pathlib.Path) -> None:
+    """Waits until a checkpoint has its name, and lists the digests of its files."""
+    saving.result()
+    write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
