@@ -7,6 +7,7 @@ all rows.
 """
 
 import contextlib
+import functools
 import io
 import json
 import pathlib
@@ -33,7 +34,7 @@ FLAGS = {
     "seeds": "number of seeds, counted from 0; 3 by default",
     "splits": "number of long-tailed subsets per seed, config.data.seed from 0; 1 by default",
     "rows": "keys of rows, separated by commas; all by default",
-    "out": "folder of all runs and tables; runs/tables by default",
+    "out": "folder of all runs and tables, or its URL in a bucket; runs/tables by default",
 }
 
 
@@ -227,14 +228,25 @@ def main(arguments: list[str]) -> None:
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
+    from robal_jax.devices import hosts
+    from robal_jax.storage import buckets, mirror
+
+    hosts.start("")
+    with mirror.kept(request.out, functools.partial(print, flush=True)) as (out, say):
+        diverged = make_table(request._replace(out=out), say)
+    if diverged:
+        log = buckets.shown(out / request.data / "reproduce.log")
+        raise DivergedError(f"no result from {', '.join(diverged)}; see {log}")
+
+
+def make_table(request: "Request", say: Callable[[str], None]) -> list[str]:
+    """Makes a table in a folder of this machine; returns the runs that diverged."""
     from experiments.paper.catalogue import heading
     from experiments.paper.plan import make_plan
     from experiments.paper.table import assemble, markdown
-    from robal_jax.devices import hosts
     from robal_jax.storage.claims import check_place
     from robal_jax.storage.files import check_replaceable, write_whole
 
-    hosts.start("")
     plan = make_plan(request)
     folder = request.out / request.data
     path = folder / f"table{request.table}.md"
@@ -244,8 +256,8 @@ def main(arguments: list[str]) -> None:
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
         if diverged is None:
-            print("stopped; run the same command again to resume")
-            return
+            say("stopped; run the same command again to resume")
+            return []
         results = {
             key: {
                 setting: {seed: read_results(path) for seed, path in by_seed.items()}
@@ -258,11 +270,10 @@ def main(arguments: list[str]) -> None:
         write_whole(path, text.encode())
         content = cli.as_started(json.dumps(table, indent=1, ensure_ascii=False))
         write_whole(path.with_suffix(".json"), f"{content}\n".encode())
-        print(f"\n{text.partition('## Commands')[0]}table, and the commands of its rows: {path}")
+        say(f"\n{text.partition('## Commands')[0]}table, and the commands of its rows: {path}")
         if table.get("follow_up"):
-            print(_durations(plan, path.with_suffix(".seconds.json")))
-    if diverged:
-        raise DivergedError(f"no result from {', '.join(diverged)}; see {folder / 'reproduce.log'}")
+            say(_durations(plan, path.with_suffix(".seconds.json")))
+    return diverged
 
 
 if __name__ == "__main__":

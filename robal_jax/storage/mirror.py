@@ -28,7 +28,17 @@ from robal_jax.errors import DivergedError, InputError
 from robal_jax.storage import buckets
 from robal_jax.storage.buckets import Bucket, BucketError, Copy, Entry, Known
 from robal_jax.storage.lock import BEAT, SILENCE, Holder, at_work, myself, refusal
-from robal_jax.storage.names import BEST, CHECKPOINTS, FILES, IMPORT, LOCK, RECORD, RESULTS, VERSIONS
+from robal_jax.storage.names import (
+    BEST,
+    CHECKPOINTS,
+    EVALUATION,
+    FILES,
+    IMPORT,
+    LOCK,
+    RECORD,
+    RESULTS,
+    VERSIONS,
+)
 
 Say = Callable[[str], None]
 
@@ -47,8 +57,8 @@ def rank(key: str) -> int:
     5. Checkpoints, and the lists of their digests.
 
     Example:
-      >>> [rank(key) for key in ("versions.json", "metrics.jsonl", "checkpoints/9/d/0", "checkpoints/9/files.json")]
-      [0, 1, 6, 7]
+      >>> [rank(f"checkpoints/9/{name}") for name in ("state/d/0", "files.json")], rank("metrics.jsonl")
+      ([6, 7], 1)
     """
     folder, (*_, name) = buckets.of_a_checkpoint(key), key.split("/")
     if folder:
@@ -81,7 +91,7 @@ def files_in(folder: pathlib.Path) -> tuple[dict[str, os.stat_result], bool]:
     return found, unfinished
 
 
-class Changed(Exception):
+class ChangedError(Exception):
     """A file is no longer as it was listed, so that what follows in the order has to wait."""
 
 
@@ -101,7 +111,7 @@ class Writer:
 
         Raises:
           BucketError: the bucket cannot be used now.
-          Changed: the copy changed too much meanwhile.
+          ChangedError: the copy changed too much meanwhile.
         """
         files, unfinished = files_in(self.copy.folder)
         self._seen |= files.keys()
@@ -122,9 +132,9 @@ class Writer:
             content = path.read_bytes() if size <= buckets.SMALL else None
             identity = buckets.md5(path if content is None else content)
         except FileNotFoundError as error:
-            raise Changed from error
+            raise ChangedError from error
         if rank(key) > 1 and path.stat().st_mtime_ns != status.st_mtime_ns:
-            raise Changed
+            raise ChangedError
         previous = before.identities[-1:] if before else ()
         old = before or Known((), -1, 0)
         copy.note(key, old._replace(identities=(identity, *previous), there=bool(before and before.there)))
@@ -155,11 +165,9 @@ def open_copy(copy: Copy, say: Say) -> None:
     Raises:
       BucketError: the bucket cannot be used now.
     """
-    entries, left = copy.bucket.entries(), False
-    broken = buckets.broken(entries)
-    if as_left(copy, entries):
-        left = True
-    else:
+    entries = {key: entry for key, entry in copy.bucket.entries().items() if not _of_an_evaluation(key)}
+    broken, left = buckets.broken(entries), as_left(copy, entries)
+    if not left:
         _set_aside(copy, say)
     for key in broken:  # of a job that was killed
         copy.bucket.remove(key)
@@ -172,6 +180,12 @@ def open_copy(copy: Copy, say: Say) -> None:
     copy.fetch(wanted)
     copy.compact()
     Writer(copy).write()
+
+
+def _of_an_evaluation(key: str) -> bool:
+    """Returns whether a file belongs to an evaluation in a run's folder, a job with a copy of its own."""
+    folder, inside, _ = key.partition("/")
+    return bool(inside) and (folder == EVALUATION or folder.startswith(f"{EVALUATION}-"))
 
 
 def as_left(copy: Copy, entries: dict[str, Entry]) -> bool:
@@ -305,13 +319,13 @@ class Keeper:
             self._lock.check()
             if not self._lock.lost:
                 self._writer.write()
-        except Changed:
+        except ChangedError:
             return False
         except (BucketError, OSError) as error:
             if not self._failed:
                 self._say(
-                    f"warning: cannot write to {self._url} ({buckets.why(error)}); the work goes on, and what "
-                    f"is saved is in {self._copy.folder}"
+                    f"warning: cannot write to {self._url} ({buckets.why(error)}); the work goes on, and "
+                    f"what is saved is in {self._copy.folder}"
                 )
             self._failed = True
             return False
@@ -331,7 +345,7 @@ class Keeper:
             self._lock.release()
 
     def _finish(self, seconds: float, *, quiet: bool) -> None:
-        """Writes the rest; raises an ``InputError`` if that is not possible, unless another error is raised."""
+        """Writes the rest; raises an ``InputError`` if that cannot be done, unless ``quiet``."""
         until, pause = time.monotonic() + seconds, 1.0
         while not (done := self._try()) and time.monotonic() + pause < until:
             time.sleep(pause)

@@ -133,7 +133,7 @@ def _train(
     say: Callable[[str], None],
     track: Track | None,
 ) -> tuple[pathlib.Path, str, int]:
-    """Trains in a folder of this machine; returns the newest checkpoint, its sha256, and all steps' number."""
+    """Trains in a folder of this machine; returns the newest checkpoint, its sha256, the number of steps."""
     folder = workdir / CHECKPOINTS
     with hosts.only_first(lambda: announced("reading the data")):
         job = builder.training(config)
