@@ -1,6 +1,6 @@
 """Compare evaluated runs: python experiments/compare.py RUN [RUN ...] [--out=FILE.md] [--html=FILE.html].
 
-A RUN is the folder of a run or of results, or its URL in a bucket; every other RUN is compared with the first.
+A RUN is the folder of a run or of results, or its URL in a bucket; the others are compared with the first.
 """
 
 import pathlib

@@ -88,7 +88,8 @@ def evaluate_model(
       dataset: for the report.
       select: how the checkpoint was chosen: 'last', which also stands for not known, 'best' (on held-out
         images), or 'best_on_test', which the audit flags.
-      folder: receives the report and all results; a path, or a URL, see ``storage.buckets``. If None, only what is returned is kept.
+      folder: receives the report and all results; a path, or a URL, see ``storage.buckets``.
+        If None, only what is returned is kept.
       say: receives messages for the user, line by line.
 
     Returns:

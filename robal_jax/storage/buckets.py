@@ -1,4 +1,4 @@
-"""Folders and files in buckets, ``gs://BUCKET/PATH`` and ``s3://BUCKET/PATH``, and their copies on this machine.
+"""Folders and files in buckets, ``gs://BUCKET/PATH`` and ``s3://BUCKET/PATH``, and their local copies.
 
 All other modules work in local folders. What is read from a bucket is copied to the user's cache first
 (:func:`fetched`), and what is written to one is written to a copy there that ``mirror`` keeps in step::
@@ -9,8 +9,8 @@ All other modules work in local folders. What is read from a bucket is copied to
 
 A copy remembers which object each of its files is, so that no file is read again that has not changed.
 
-This is the only module that knows fsspec. Messages never quote what a library says of an error, because it may
-contain addresses with signatures.
+This is the only module that knows fsspec. Messages never quote what a library says of an error, because it
+may contain addresses with signatures.
 """
 
 import base64
@@ -41,7 +41,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNUSABLE = frozenset("?#*[]\\@%")  # of fsspec, of Orbax or of our own copies
 
 _CLASSES = {"gs": ("gcsfs.core", "GCSFileSystem"), "s3": ("s3fs", "S3FileSystem")}
-"""Where fsspec's class of a scheme is; the one at the top of gcsfs asks Google for the kind of each bucket."""
+"""Where fsspec's class of a scheme is; that at the top of gcsfs asks Google for the kind of each bucket."""
 
 _ENDPOINTS = {"gs": ("STORAGE_EMULATOR_HOST",), "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")}
 """Variables of the environment with another address than that of Google or Amazon."""
@@ -201,8 +201,10 @@ def _filesystem(scheme: str) -> Any:
     if scheme == "s3":
         quick = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
         options["config_kwargs"] = quick
-    elif os.environ.get("STORAGE_EMULATOR_HOST"):
-        options["token"] = "anon"
+    else:
+        options["consistency"] = "md5"  # of what arrived; S3's library always sends a checksum along
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            options["token"] = "anon"
     return getattr(module, name)(**options)
 
 
@@ -279,7 +281,7 @@ class Bucket:
 
 
 def _entry(info: Mapping[str, Any]) -> Entry:
-    names = ("ETag", "md5Hash", "generation", "etag", "created")
+    names = ("ETag", "md5Hash", "generation", "etag")
     identity = next((str(info[name]) for name in names if info.get(name)), "").strip('"')
     if info.get("md5Hash") and "ETag" not in info:
         with contextlib.suppress(binascii.Error):

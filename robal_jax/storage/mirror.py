@@ -1,12 +1,12 @@
 """A folder in a bucket as the folder of a job: a copy to work in, which is kept in step with the bucket.
 
 The job works in the copy as in any folder; a thread writes what it finds there to the bucket. An object is
-replaced whole. The order of :func:`rank` makes the rest whole, too: whatever is in the bucket after a kill is
-what an interrupted job may leave on a disk. Of a checkpoint all files are written before the list of their
-digests; a reader ignores a checkpoint without it.
+replaced whole, and the order of :func:`rank` does the rest: what is in the bucket after a kill is what an
+interrupted job may leave on a disk. Of a checkpoint all files are written before the list of their digests,
+without which a reader ignores it.
 
-One job at a time writes to a folder of a bucket: an object ``.lock`` names it, and its heartbeats show that it
-is alive. With several processes the first one writes, and each has a copy of its own.
+One job at a time writes to a folder of a bucket: an object ``.lock`` names it, and its heartbeats show that
+it is alive. With several processes the first one writes, and each has a copy of its own.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import jax
 
