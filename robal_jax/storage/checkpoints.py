@@ -37,6 +37,8 @@ T = TypeVar("T")
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arrays of a checkpoint, nested dictionaries, to some of them."""
 
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are not finished, or are being removed
+
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
 
 # Orbax searches for files with patterns that begin with the folder, and TensorStore takes a backslash for a
@@ -309,12 +311,10 @@ class Saver:
             raise InputError(
                 f"cannot make {self._folder} ({error.strerror}); choose another folder"
             ) from error
-        self._checkpointer = ocp.training.Checkpointer(
-            self._names.enter_context(_plain(self._folder)),
-            context=_alone(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        for path in self._folder.iterdir():
+            if TEMPORARY in path.name:  # of a job that was killed
+                shutil.rmtree(path)
+        self._keep, self._place = keep, self._names.enter_context(_plain(self._folder))
         self._background = self._names.enter_context(ThreadPoolExecutor(1))
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
@@ -330,9 +330,12 @@ class Saver:
         host = _host(state)
         self._check_room([array.nbytes for array in _flat(host).values()])
         sha256 = digest(host)
-        saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
+        with _alone():
+            saving = ocp.save_checkpointables_async(
+                self._place / str(step), {"state": host}, custom_metadata={"sha256": sha256}
+            )
         path = self._folder / str(step)
-        self._pending = self._background.submit(_finish, saving, path)
+        self._pending = self._background.submit(_finish, saving, path, self._keep)
         return path, sha256
 
     def _check_room(self, sizes: list[int]) -> None:
@@ -368,7 +371,6 @@ class Saver:
     def _close(self) -> None:
         with self._names:
             self._wait()
-            self._checkpointer.close()
 
     def __enter__(self) -> "Saver":
         return self
@@ -383,7 +385,10 @@ class Saver:
                 self._close()
 
 
-def _finish(saving: Any, path: pathlib.Path) -> None:
-    """Waits until a checkpoint has its name, and lists the digests of its files."""
+def _finish(saving: Any, path: pathlib.Path, keep: int) -> None:
+    """Waits until a checkpoint has its name, lists the digests of its files, and removes old checkpoints."""
     saving.result()
     write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
+    for step in steps(path.parent)[:-keep]:
+        old = path.parent / str(step)
+        shutil.rmtree(old.rename(path.parent / f"{step}{TEMPORARY}-old"))
