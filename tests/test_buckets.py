@@ -137,10 +137,9 @@ def test_names(scheme, tmp_path, monkeypatch):
     assert buckets.url_of("runs/x") is None
     assert buckets.url_of("other://bucket/x") is None
     for kind in ("read", "work"):
-        copy = buckets.place(kind, url, 3)
+        copy = buckets.place(kind, url)
         assert buckets.url_of(copy / "evaluation") == f"{url}/evaluation"
         assert buckets.named(f"see {copy}, {copy}/a.") == f"see {url}, {url}/a."
-    assert buckets.place("work", url) != buckets.place("work", url, 1)
     monkeypatch.setenv(
         {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}[scheme], "http://127.0.0.1:1"
     )

@@ -149,7 +149,7 @@ def url_of(path: str | pathlib.Path) -> str | None:
 def named(text: str, kinds: str = "read|work") -> str:
     """Returns a text in which copies, of all kinds or one, have the names of what they are copies of."""
     with contextlib.suppress(InputError):
-        copies = rf"{re.escape(_root())}/(?:{kinds})/(gs|s3)(?:-[0-9a-f]{{8}})?/([^\s@]*)/@\d*(?![\w@-])"
+        copies = rf"{re.escape(_root())}/(?:{kinds})/(gs|s3)(?:-[0-9a-f]{{8}})?/([^\s@]*)/@(?![\w@-])"
         text = re.sub(copies, r"\1://\2", text)
     return text
 
@@ -164,20 +164,19 @@ def shown(path: str | pathlib.Path) -> str:
     return url_of(path) or str(path)
 
 
-def place(kind: str, url: str, number: int = 0) -> pathlib.Path:
+def place(kind: str, url: str) -> pathlib.Path:
     """Returns the folder of a copy.
 
     Args:
       kind: 'read' or 'work'.
       url: of the folder in a bucket.
-      number: of the process, because every process of a job has a copy of its own to work in.
     """
     parts = _parts(url)
     assert parts is not None
     scheme, path = parts
     endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS[scheme])), "")
     tag = f"-{hashlib.sha256(endpoint.encode()).hexdigest()[:8]}" if endpoint else ""
-    return pathlib.Path(_root(), kind, scheme + tag, path, f"@{number or ''}")
+    return pathlib.Path(_root(), kind, scheme + tag, path, "@")
 
 
 # ---------------------------------------------------------------- the bucket

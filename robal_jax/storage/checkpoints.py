@@ -3,8 +3,8 @@
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a killed process
 leaves no half-written checkpoint. Orbax does not notice a bit that changes on the disk afterwards, but the
 sha256 of all arrays, kept in the checkpoint's metadata, does. The state is the same on every device, so host
-copies are saved, and a checkpoint can be read on any number of devices. The first process of a job saves, and
-all read the same checkpoints.
+copies are saved, and a checkpoint can be read on any number of devices. All processes of a job save together
+and read the same checkpoints.
 
 This is the only module that knows Orbax.
 """
@@ -18,7 +18,6 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import chex
@@ -27,7 +26,6 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from robal_jax.devices import hosts
 from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import CHECKPOINTS, FILES
@@ -36,8 +34,6 @@ T = TypeVar("T")
 
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arrays of a checkpoint, nested dictionaries, to some of them."""
-
-TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of folders that are not finished, or are being removed
 
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
 
@@ -211,7 +207,11 @@ def _file_digests(path: pathlib.Path) -> dict[str, str]:
 
 
 def _alone() -> ocp.Context:
-    """Lets Orbax work in this process without waiting for the other processes of the job."""
+    """Lets Orbax read in this process without waiting for the other processes of the job.
+
+    Still, all processes must read the same checkpoints: Orbax numbers its operations, and identifies a common
+    save by its number.
+    """
     context = ocp.Context()
     if jax.process_count() > 1:
         context.multiprocessing.primary_host = jax.process_index()
@@ -284,10 +284,7 @@ def restore_latest(
 
 
 class Saver:
-    """Writes checkpoints in the background, keeping the newest ones; a context manager.
-
-    All processes of a job use it together; the first one writes.
-    """
+    """Writes checkpoints in the background, keeping the newest ones; a context manager."""
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         """Opens a folder, which is made if there is none.
@@ -300,22 +297,22 @@ class Saver:
           InputError: the folder cannot be made, or its name cannot be used.
         """
         self._folder = folder.absolute()
-        self._names = contextlib.ExitStack()
-        self._pending: Future[None] | None = None
-        hosts.by_first(partial(self._open, keep))
-
-    def _open(self, keep: int) -> None:
+        if jax.process_count() > 1 and MISREAD & set(str(self._folder)):
+            raise InputError(f"several processes cannot save to {self._folder}; choose a name without []*?\\")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"cannot make {self._folder} ({error.strerror}); choose another folder"
             ) from error
-        for path in self._folder.iterdir():
-            if TEMPORARY in path.name:  # of a job that was killed
-                shutil.rmtree(path)
-        self._keep, self._place = keep, self._names.enter_context(_plain(self._folder))
+        self._names = contextlib.ExitStack()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._names.enter_context(_plain(self._folder)),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
         self._background = self._names.enter_context(ThreadPoolExecutor(1))
+        self._pending: Future[None] | None = None
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
         """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256.
@@ -323,19 +320,13 @@ class Saver:
         Raises:
           InputError: the disk is too full for it, or the previous checkpoint could not be written.
         """
-        return hosts.by_first(partial(self._save, step, state))
-
-    def _save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
-        self._wait()
+        self.wait()
         host = _host(state)
         self._check_room([array.nbytes for array in _flat(host).values()])
         sha256 = digest(host)
-        with _alone():
-            saving = ocp.save_checkpointables_async(
-                self._place / str(step), {"state": host}, custom_metadata={"sha256": sha256}
-            )
+        saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
         path = self._folder / str(step)
-        self._pending = self._background.submit(_finish, saving, path, self._keep)
+        self._pending = self._background.submit(_finish, saving, path)
         return path, sha256
 
     def _check_room(self, sizes: list[int]) -> None:
@@ -355,22 +346,16 @@ class Saver:
         Raises:
           InputError: it could not be written; earlier checkpoints are intact.
         """
-        hosts.by_first(self._wait)
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
         try:
-            if pending is not None:
-                pending.result()
+            if self._pending is not None:
+                self._pending.result()
         except Exception as error:
             raise InputError(
                 f"could not write a checkpoint to {self._folder} ({one_line(error)}); earlier checkpoints "
                 "are intact: remove the cause and run the same command again"
             ) from error
-
-    def _close(self) -> None:
-        with self._names:
-            self._wait()
+        finally:
+            self._pending = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -378,17 +363,18 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        if kind is None:
-            hosts.by_first(self._close)
-        elif hosts.is_first():
-            with contextlib.suppress(Exception):  # Orbax repeats an error that was already raised
-                self._close()
+        try:
+            self.wait()
+            self._checkpointer.close()
+        except Exception:
+            if kind is None:  # otherwise Orbax repeats an error that was already raised
+                raise
+        finally:
+            self._names.close()
 
 
-def _finish(saving: Any, path: pathlib.Path, keep: int) -> None:
-    """Waits until a checkpoint has its name, lists the digests of its files, and removes old checkpoints."""
+def _finish(saving: Any, path: pathlib.Path) -> None:
+    """Waits until a checkpoint has its name, and lists the digests of its files."""
     saving.result()
-    write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
-    for step in steps(path.parent)[:-keep]:
-        old = path.parent / str(step)
-        shutil.rmtree(old.rename(path.parent / f"{step}{TEMPORARY}-old"))
+    if jax.process_index() == 0:
+        write_whole(path / FILES, json.dumps(_file_digests(path)).encode())

@@ -6,7 +6,7 @@ interrupted job may leave on a disk. Of a checkpoint all files are written befor
 without which a reader ignores it.
 
 One job at a time writes to a folder of a bucket: an object ``.lock`` names it, and its heartbeats show that
-it is alive. With several processes the first one writes, and each has a copy of its own.
+it is alive. A job of several processes needs a folder that all of them share, and is refused.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ from functools import partial
 
 import jax
 
-from robal_jax.devices import hosts
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.storage import buckets
 from robal_jax.storage.buckets import Bucket, BucketError, Copy, Entry, Known
@@ -364,14 +363,12 @@ class Keeper:
 def folder_of(path: str | pathlib.Path) -> pathlib.Path:
     """Returns the folder on this machine in which a job works, see :func:`kept`."""
     url = buckets.url_of(path)
-    return pathlib.Path(path) if url is None else buckets.place("work", url, jax.process_index())
+    return pathlib.Path(path) if url is None else buckets.place("work", url)
 
 
 @contextlib.contextmanager
 def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say]]:
     """Yields the folder for a job to work in: the path itself, or of a URL a copy that is kept in step.
-
-    All processes of a job enter together.
 
     Args:
       path: of a folder, or its URL, or of a copy to read from.
@@ -388,16 +385,12 @@ def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say
     if url is None:
         yield pathlib.Path(path), say
         return
+    if jax.process_count() > 1:  # Orbax saves in all processes together, to one folder
+        raise InputError(
+            f"several processes cannot work in {url} yet; choose a folder that all share, or one process"
+        )
     folder = folder_of(path)
-
-    @contextlib.contextmanager
-    def keeper() -> Iterator[None]:
-        with Keeper(Copy(Bucket(url), folder), say):
-            yield
-
-    with hosts.held_by_first(keeper):
-        if not hosts.is_first():
-            buckets.reached(url, lambda: buckets.follow(Copy(Bucket(url), folder)))
+    with Keeper(Copy(Bucket(url), folder), say):
         try:
             yield folder, buckets.naming(say)
         except (InputError, DivergedError) as error:
