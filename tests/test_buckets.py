@@ -358,6 +358,13 @@ def test_what_was_changed_from_elsewhere_counts(memory):
     assert (aside / "metrics.jsonl").read_text() == "mine\nnot written\n"
 
 
+def test_several_processes_are_refused(memory, monkeypatch):
+    monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=rf"several processes cannot work in {URL} yet"):
+        leave(5)
+    assert Bucket(URL).entries() == {}
+
+
 # ---------------------------------------------------------------- servers
 
 TRAIN = """
