@@ -1,6 +1,6 @@
 """Compare evaluated runs: python experiments/compare.py RUN [RUN ...] [--out=FILE.md] [--html=FILE.html].
 
-A RUN is the folder of a run or of results; every other RUN is compared with the first.
+A RUN is the folder of a run or of results, or its URL in a bucket; the others are compared with the first.
 """
 
 import pathlib
@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
-from robal_jax.errors import InputError, user_path
+from robal_jax.errors import InputError
 from robal_jax.reporting import comparison
 from robal_jax.reporting.results import read_runs
 from robal_jax.reporting.terminal import terminal
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     flags = [argument for argument in arguments if argument.startswith("-")]
     values = cli.parse(flags, FLAGS, __doc__)
     _check_files(values)
-    runs = read_runs([str(user_path(folder)) for folder in folders])
+    runs = read_runs(folders)
     tables = comparison.compare(runs)
     comparison.print_comparison(tables, terminal())
     if values["out"]:

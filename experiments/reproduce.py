@@ -46,7 +46,13 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     from experiments.paper.catalogue import rows_of
     from experiments.paper.plan import Request
     from experiments.paper.rows import DATA_SETS
+    from robal_jax.storage import buckets
 
+    if buckets.is_url(values["out"]):
+        raise InputError(
+            f"--out is {values['out']}, in a bucket; a table is made in a folder of this machine: name one, "
+            "and copy it afterwards"
+        )
     data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
     if data not in DATA_SETS:
         raise InputError(f"unknown data set {data!r}; use one of {', '.join(DATA_SETS)}")

@@ -11,7 +11,7 @@ from robal_jax.errors import InputError
 
 NEEDED = {
     "config": "config file and data set, configs/at.py:digits_lt or at:digits_lt",
-    "workdir": "folder of the run",
+    "workdir": "folder of the run, or its URL in a bucket, gs://… or s3://…",
 }
 TRACK = {"track": "wandb or trackio, which then receive the metrics too; wandb:NAME names the project"}
 
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> None:
 
     from robal_jax import builder, training  # after the cheap checks: they import JAX
     from robal_jax.devices import hosts
+    from robal_jax.storage import mirror
     from robal_jax.storage.config_file import to_json
     from robal_jax.storage.trackers import tracking
 
@@ -47,9 +48,8 @@ def main(arguments: list[str]) -> None:
         cli.check_shown()
         return
     hosts.start(*(values[name] for name in cli.PROCESSES))
-    workdir = pathlib.Path(values["workdir"])
-    with tracking(values["track"], workdir) as track:
-        training.train(config, workdir, say=functools.partial(print, flush=True), track=track)
+    with tracking(values["track"], mirror.folder_of(values["workdir"])) as track:
+        training.train(config, values["workdir"], say=functools.partial(print, flush=True), track=track)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from robal_jax.errors import (
     place_in,
     user_path,
 )
+from robal_jax.storage import buckets
 from robal_jax.storage.config_file import run_around
 from robal_jax.storage.names import BEST, CHECKPOINTS
 
@@ -100,7 +101,8 @@ def run(main: Callable[[list[str]], None]) -> None:
                 streams[1].quiet_until = 0.0
         sys.stdout.flush()
         if status:
-            print("error: " + as_started(" ".join(message.split())), file=sys.stderr)
+            text = buckets.named(" ".join(message.split()), "read")
+            print("error: " + as_started(text), file=sys.stderr)
         elif lost := streams[0].lost:
             print(f"warning: stdout lost a part of the output ({one_line(lost)})", file=sys.stderr)
     if status:
@@ -333,13 +335,13 @@ def run_and_checkpoint(values: Mapping[str, str]) -> tuple[pathlib.Path | None, 
     """Returns the folders that ``--workdir`` and ``--checkpoint`` name, None for one that is not given.
 
     The checkpoint may be the number of a step of the run. The run may be left out if the checkpoint is inside
-    of it.
+    of it. What lies in a bucket is copied, see ``storage.buckets``.
 
     Raises:
       InputError: the run is a checkpoint, or it is missing and the checkpoint is not inside of one.
     """
     run, checkpoint = (
-        pathlib.Path(values[name]) if values[name] else None for name in ("workdir", "checkpoint")
+        buckets.fetched(values[name]) if values[name] else None for name in ("workdir", "checkpoint")
     )
     place = (run or checkpoint or pathlib.Path()).absolute()
     around = run_around(place)

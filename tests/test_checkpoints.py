@@ -228,7 +228,7 @@ def test_failed_write(tmp_path):
             def result(self):
                 raise OSError(28, "No space left on device")
 
-        saver._pending = Failing(), tmp_path
+        saver._pending = Failing()
         with pytest.raises(InputError, match=r"could not write a checkpoint to .*No space left"):
             saver.wait()
     assert int(latest(tmp_path / "run", tree())[0].step) == 1

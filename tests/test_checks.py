@@ -235,7 +235,7 @@ SETTINGS = [  # attack, settings, message
     ("apgd", {"rho": np.nan}, "rho is nan; it must be finite and >= 0"),
     ("fab", {"beta": -1.0}, "beta is -1; it must be finite and >= 0"),
     ("square", {"queries": 0}, "queries is 0; it must be at least 1"),
-    ("autoattack", {"queries": None}, "queries is None; it must be an integer"),
+    ("autoattack", {"queries": 2.5}, "queries is 2.5; it must be an integer"),
     ("autoattack", {"version": None}, "unknown ensemble None; use 'none', one of"),
     ("autoattack", {"version": []}, "unknown ensemble ''"),
     ("autoattack", {"version": ["apgd_ce", "apgd_ce"]}, "unknown ensemble 'apgd_ce,apgd_ce'"),

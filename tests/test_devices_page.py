@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from robal_jax import cli
 
 PAGE = (ROOT / "experiments/devices.md").read_text()
+LINES = PAGE.splitlines()
 BASH = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -80,4 +81,6 @@ def test_what_is_written_as_a_field_is_one():
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", PAGE):
-        assert (ROOT / "experiments" / target).exists()
+        page, _, heading = target.partition("#")
+        assert (ROOT / "experiments" / page).exists()
+        assert not heading or heading in [line.lower().lstrip("# ").replace(" ", "-") for line in LINES]

@@ -34,11 +34,19 @@ from robal_jax.errors import InputError
 from robal_jax.keys import fold_in
 from robal_jax.models import convolutions
 from robal_jax.perturbations import PERTURBATIONS, Perturbation
+from robal_jax.storage import buckets
+
+
+def copied(path: Any) -> str:
+    """Returns the place of a copy of what a URL names, see ``storage.buckets``; '' for any other value."""
+    return str(buckets.fetched(path)) if isinstance(path, str) and buckets.is_url(path) else ""
 
 
 def dataset(config: ConfigDict) -> Dataset:
     """Loads the long-tailed training set and the balanced test set, on the host."""
     load = call("data set", sources.SOURCES, config.data)
+    if path := copied(load.keywords.get("path")):
+        load = functools.partial(load, path=path)
     with calling("data set", config.data.name):
         found = load()
     contracts.check_dataset(config.data.name, found)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax.builder.parts import HeldOut, dataset, generated_per_batch, hold_out
+from robal_jax.builder.parts import HeldOut, copied, dataset, generated_per_batch, hold_out
 from robal_jax.data import Dataset, Images, epoch_order, generated, inspection
 from robal_jax.errors import InputError
 from robal_jax.storage.workdir import data_digest, digest_of_images
@@ -84,7 +84,7 @@ def training_images(config: ConfigDict) -> TrainingImages:
 def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingImages:
     """Adds generated images to those of the data set."""
     size, count, data = config.train.batch_size, generated_per_batch(config), originals.data
-    more = generated.load_generated(config.generated.path, data)
+    more = generated.load_generated(copied(config.generated.path) or config.generated.path, data)
     first, number, share = len(data.train_labels), len(more.labels), count / size
     counts = generated.mixture_counts(data.class_counts, np.bincount(more.labels), share)
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import pathlib
 import platform
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 # Uses Eigen's convolutions and matrix products instead of YNNPACK's, which are slower on two cores
 # (experiments/benchmarks/NOTES.md).
@@ -80,6 +80,19 @@ def own_settings(environment: MutableMapping[str, str]) -> list[str]:
     return warnings
 
 
+def user_cache(environment: Mapping[str, str]) -> pathlib.Path:
+    """Returns the folder of the user's for what can be made again.
+
+    Args:
+      environment: ``os.environ``, or another mapping.
+
+    Raises:
+      RuntimeError: the user has no home folder, and the environment names no other.
+    """
+    home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return home / "robal_jax"
+
+
 def prepare_jax(environment: MutableMapping[str, str]) -> list[str]:
     """Sets the variables that JAX reads when it is imported and when it starts, unless they are set already.
 
@@ -98,8 +111,7 @@ def prepare_jax(environment: MutableMapping[str, str]) -> list[str]:
     """
     warnings = own_settings(environment)
     try:
-        home = pathlib.Path(environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "robal_jax" / _processor()))
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache(environment) / _processor()))
     except RuntimeError:  # a user of a container may have no home
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", "")
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

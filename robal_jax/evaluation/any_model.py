@@ -27,7 +27,7 @@ from robal_jax.evaluation.measurements import StepSize
 from robal_jax.evaluation.steps import with_bpda
 from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
-from robal_jax.storage import checkpoints
+from robal_jax.storage import checkpoints, mirror
 from robal_jax.storage.best import stated
 
 LogitsFn = Callable[[chex.Array], chex.Array]
@@ -102,7 +102,8 @@ def evaluate_model(
       dataset: for the report.
       select: how the checkpoint was chosen: 'last', which also stands for not known, 'best' (on held-out
         images), or 'best_on_test', which the audit flags.
-      folder: receives the report and all results. If None, only what is returned is kept.
+      folder: receives the report and all results; a path, or a URL, see ``storage.buckets``.
+        If None, only what is returned is kept.
       say: receives messages for the user, line by line.
 
     Returns:
@@ -120,8 +121,7 @@ def evaluate_model(
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     model = _attackable(logits_fn, surrogate_fn, images)
-    num_classes = model.num_classes
-    test = _test_set(images, labels, num_classes, class_counts, class_names)
+    test = _test_set(images, labels, model.num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
         test=test,
@@ -132,13 +132,13 @@ def evaluate_model(
         threat=threat,
         step_size=length,
         version=version,
-        ensemble=_ensemble(version, num_classes, threat, length, adaptive=surrogate_fn is not None),
+        ensemble=_ensemble(version, model.num_classes, threat, length, adaptive=surrogate_fn is not None),
         audit_examples=min(audit, len(labels)),
         surrogate="",
         batch_size=min(at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend()), len(labels)),
         seed=seed,
         layout="jit",
-        groups=next(iter(protocols.values()), {"all": np.arange(num_classes)}),
+        groups=next(iter(protocols.values()), {"all": np.arange(model.num_classes)}),
         protocols=protocols,
         minimum_norm=minimum_norm,
         corruptions=bool(corruptions),
@@ -146,9 +146,11 @@ def evaluate_model(
         replaced=model.replaced,
         about={},
     )
-    other = None if surrogate is None else _parted(surrogate, images, "surrogate", num_classes)
-    transfer = {"surrogate": other and _fingerprint(*other[:2], images)}
-    identity = {**model.identity, **transfer, "settings": _settings(job, audit, select)}
+    other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
+    identity = model.identity | {
+        "surrogate": other and _fingerprint(*other[:2], images),
+        "settings": _settings(job, audit, select),
+    }
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
@@ -161,14 +163,15 @@ def _attacked(
     speak = hosts.speaker(say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
-        kept = user_path(str(folder or stack.enter_context(tempfile.TemporaryDirectory())))
+        named = str(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        kept, speak = stack.enter_context(mirror.kept(user_path(named), speak))
         try:
             done = attack_and_report(subject, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete
             done = True
             speak(f"warning: {error}")
         if not done:
-            speak(f"stopped; the same call resumes from {kept}" if folder else "stopped; nothing is kept")
+            speak(f"stopped; the same call resumes from {folder}" if folder else "stopped; nothing is kept")
         elif not folder:
             speak("no folder was given: the report is not kept")
         return read_run(kept) if done else None

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from robal_jax import builder, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.devices import hosts
-from robal_jax.errors import InputError, user_path
+from robal_jax.errors import InputError
 from robal_jax.evaluation import certifying, corrupted
 from robal_jax.evaluation.additions import add
 from robal_jax.evaluation.findings import is_stored, publish, regroup, store
@@ -47,6 +47,7 @@ from robal_jax.reporting import report
 from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.results import Outcomes, from_arrays, to_arrays
+from robal_jax.storage import buckets, mirror
 from robal_jax.storage.best import default_checkpoint, how_chosen
 from robal_jax.storage.claims import check_evaluation
 from robal_jax.storage.config_file import read_config, to_json
@@ -87,29 +88,32 @@ def evaluate(
 
     Args:
       config: of the run, with the evaluation's settings.
-      workdir: of the run.
+      workdir: of the run, or its URL, see ``storage.buckets``.
       checkpoint: folder of one checkpoint; if None, the one that the config selects: the newest undamaged one
         or the best.
-      folder: receives the results; ``workdir/evaluation`` if None.
+      folder: receives the results, or its URL; ``workdir/evaluation`` if None.
       command: the command line, for the report.
       say: receives messages for the user, line by line.
 
     Returns:
-      The folder of the results.
+      The folder of the results; with a URL the copy on this machine.
 
     Raises:
       InputError: config, data, checkpoint or folder cannot be used, or are not those of the run; or the
         folder has another evaluation.
       ReportError: the results are stored, but the report could not be written; the same call writes it.
     """
-    say, workdir = hosts.speaker(say), pathlib.Path(workdir)
-    with hosts.stop_signals() as stop:
+    say = hosts.speaker(say)
+    chosen = None if checkpoint is None else buckets.inside(checkpoint, workdir)
+    workdir = buckets.fetched(workdir)
+    folder = workdir / EVALUATION if folder is None else folder
+    with hosts.stop_signals() as stop, mirror.kept(folder, buckets.naming(say)) as (place, speak):
         check_same_model(config, workdir)
         job = builder.evaluation(config, class_counts_in_training(workdir))
         check_same_data(job.data_sha256, workdir, say)
         for line in job.test.notes:
             say(line)
-        chosen = default_checkpoint(workdir, job.select) if checkpoint is None else pathlib.Path(checkpoint)
+        chosen = default_checkpoint(workdir, job.select) if chosen is None else chosen
         weights, path, sha256 = restore_weights(workdir, chosen, job.variables, say, job.weights)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
@@ -117,7 +121,7 @@ def evaluate(
         hosts.check_agreement("the config", to_json(config))
         curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
         about = {
-            "checkpoint": str(path),
+            "checkpoint": buckets.shown(path),
             "checkpoint_sha256": sha256,
             **({"origin": origin} if (origin := origin_of(workdir)) else {}),
             **how_chosen(workdir, path, job.select, job.judged),
@@ -125,12 +129,12 @@ def evaluate(
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }
         identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
-        folder = workdir / EVALUATION if folder is None else pathlib.Path(folder)
         beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
         subject = Subject(job, weights, surrogate, identity, about, beside)
-        if not attack_and_report(subject, folder, command, stop, say):
-            say(f"stopped; the same command resumes from {folder / UNFINISHED}")
-        return folder
+        done = attack_and_report(subject, place, command, stop, speak)
+    if not done:
+        say(f"stopped; the same command resumes from {buckets.shown(place / UNFINISHED)}")
+    return place
 
 
 class Subject(NamedTuple):
@@ -285,7 +289,7 @@ def _surrogate(
     """
     if not job.surrogate:
         return None
-    workdir = user_path(job.surrogate)
+    workdir = buckets.fetched(job.surrogate)
     own = builder.with_part_of(read_config(workdir), config)
     other = builder.evaluation(own, class_counts_in_training(workdir))
     if digest_of_images(*other.test[:2]) != digest_of_images(*job.test[:2]):

@@ -13,6 +13,7 @@ import numpy as np
 
 from robal_jax import builder, checks
 from robal_jax.data import TestSet, as_float
+from robal_jax.storage import buckets
 from robal_jax.storage.best import default_checkpoint
 from robal_jax.storage.config_file import read_config, to_json
 from robal_jax.storage.workdir import check_same_data, class_counts_in_training, restore_weights
@@ -87,7 +88,7 @@ def load_run(
     """Loads a run that was trained or imported.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run, or its URL, see ``storage.buckets``.
       checkpoint: folder of one checkpoint; if None, the one that the config selects: the newest undamaged one
         or the best.
       weights: 'current', those after the last step, or 'average', the average that the run kept of them; if
@@ -99,11 +100,12 @@ def load_run(
     Raises:
       InputError: there is no run or checkpoint, it is damaged, or the run's data are not there.
     """
-    workdir = pathlib.Path(workdir)
+    chosen = None if checkpoint is None else buckets.inside(checkpoint, workdir)
+    workdir = buckets.fetched(workdir)
     config = read_config(workdir)
     job = builder.evaluation(config, class_counts_in_training(workdir))
     check_same_data(job.data_sha256, workdir, print)
-    chosen = default_checkpoint(workdir, job.select) if checkpoint is None else pathlib.Path(checkpoint)
+    chosen = default_checkpoint(workdir, job.select) if chosen is None else chosen
     which = job.weights if weights is None else weights
     tree, path, sha256 = restore_weights(workdir, chosen, job.variables, print, which)
     fields = json.loads(to_json(config))

@@ -16,8 +16,18 @@ import numpy as np
 from robal_jax import metrics
 from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.reporting import names
+from robal_jax.storage import buckets
 from robal_jax.storage.files import write_whole
-from robal_jax.storage.names import EVALUATION, EXAMPLES, PER_CLASS, RESULTS
+from robal_jax.storage.names import (
+    ADVERSARIAL,
+    BEST,
+    CHECKPOINTS,
+    EVALUATION,
+    EXAMPLES,
+    PER_CLASS,
+    RESULTS,
+    UNFINISHED,
+)
 
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, zipfile.BadZipFile
@@ -28,6 +38,9 @@ FIXED_STEPS, EVERYTHING, CHOICE = "fixed steps", "everything", "choice of the ch
 OWN_GRADIENT = "own gradient"
 """What a check of the audit casts doubt on: the accuracies under FGSM, PGD and MIM; all of them; or, because
 the checkpoint was chosen on the test images, that they hold for new images; or all but those with BPDA."""
+
+WITHOUT_RESULTS = (CHECKPOINTS, BEST, UNFINISHED, ADVERSARIAL)
+"""Names of the folders and files of a run in which no comparison looks."""
 
 MANY_CLASSES = 20
 """With more classes a report names some of them only."""
@@ -284,7 +297,7 @@ def read_run(workdir: pathlib.Path) -> EvaluatedRun:
     results = Results.read(folder)
     examples = read_arrays(folder / EXAMPLES)
     with _reading(folder / EXAMPLES):
-        run = EvaluatedRun(**vars(results), name=str(workdir), examples=examples)
+        run = EvaluatedRun(**vars(results), name=buckets.shown(workdir), examples=examples)
         examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
     return run
 
@@ -318,7 +331,7 @@ def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
     """Reads several runs.
 
     Args:
-      workdirs: folders of the runs.
+      workdirs: folders of the runs, or their URLs, see ``storage.buckets``.
 
     Returns:
       The runs in that order.
@@ -326,10 +339,11 @@ def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
     Raises:
       InputError: no run, the same folder twice, or a run that cannot be read.
     """
-    folders = [results_folder(pathlib.Path(workdir)).resolve() for workdir in workdirs]
+    places = [buckets.fetched(workdir, WITHOUT_RESULTS) for workdir in workdirs]
+    folders = [results_folder(place).resolve() for place in places]
     if len(set(folders)) < max(1, len(folders)):
         raise InputError("no run, or the same run twice; name at least one folder, and each only once")
-    return [read_run(pathlib.Path(workdir)) for workdir in workdirs]
+    return [read_run(place) for place in places]
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -308,7 +308,6 @@ def _setting(key: str, value: Any) -> str:
 
 def reading_section(results: Results) -> list[page.Block]:
     """Returns how to read the report."""
-    conditions = results.conditions
     items = [
         (
             "Intervals.",
@@ -339,6 +338,12 @@ def reading_section(results: Results) -> list[page.Block]:
             "check is no proof of robustness."
         )
         items.append(("Audit.", text))
+    return [page.section("How to read this"), page.points([*items, *_ensembles(results)])]
+
+
+def _ensembles(results: Results) -> list[tuple[str, str]]:
+    """Returns what to know of each ensemble among the conditions: its name, and a text."""
+    conditions, items = results.conditions, []
     if "robal_aa" in conditions:
         text = (
             'is the pair of attacks that the RoBal paper calls "AA": two of the four attacks of AutoAttack.'
@@ -372,7 +377,7 @@ def reading_section(results: Results) -> list[page.Block]:
             "of AutoAttack; those of the attacks with a fixed step size are the least tight."
         )
         items.append(("AutoAttack", text))
-    return [page.section("How to read this"), page.points(items)]
+    return items
 
 
 def config_section(results: Results) -> list[page.Block]:

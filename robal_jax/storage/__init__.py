@@ -8,6 +8,8 @@
 - ``trackers``: Weights & Biases and trackio
 - ``unfinished``: the state of an interrupted evaluation
 - ``evaluated``: the folder of an evaluation: which evaluations may use it
+- ``buckets``: files and folders in buckets, and their copies on this machine
+- ``mirror``: a folder in a bucket as the folder of a job
 - ``lock``: one job per folder
 - ``files``: writing a file whole or not at all
 """

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import chex
@@ -27,14 +28,12 @@ from orbax.checkpoint import v1 as ocp
 
 from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.storage.files import write_whole
-from robal_jax.storage.names import CHECKPOINTS
+from robal_jax.storage.names import CHECKPOINTS, FILES
 
 T = TypeVar("T")
 
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arrays of a checkpoint, nested dictionaries, to some of them."""
-
-FILES = "files.json"  # digests of Orbax's own files, beside them
 
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
 
@@ -312,7 +311,8 @@ class Saver:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
-        self._pending: tuple[Any, pathlib.Path] | None = None
+        self._background = self._names.enter_context(ThreadPoolExecutor(1))
+        self._pending: Future[None] | None = None
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
         """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256.
@@ -326,7 +326,7 @@ class Saver:
         sha256 = digest(host)
         saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
         path = self._folder / str(step)
-        self._pending = saving, path
+        self._pending = self._background.submit(_finish, saving, path)
         return path, sha256
 
     def _check_room(self, sizes: list[int]) -> None:
@@ -348,10 +348,7 @@ class Saver:
         """
         try:
             if self._pending is not None:
-                saving, path = self._pending
-                saving.result()
-                if jax.process_index() == 0:
-                    write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
+                self._pending.result()
         except Exception as error:
             raise InputError(
                 f"could not write a checkpoint to {self._folder} ({one_line(error)}); earlier checkpoints "
@@ -374,3 +371,10 @@ class Saver:
                 raise
         finally:
             self._names.close()
+
+
+def _finish(saving: Any, path: pathlib.Path) -> None:
+    """Waits until a checkpoint has its name, and lists the digests of its files."""
+    saving.result()
+    if jax.process_index() == 0:
+        write_whole(path / FILES, json.dumps(_file_digests(path)).encode())

@@ -16,7 +16,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
 from robal_jax.devices.output import Tolerant
@@ -107,8 +107,10 @@ def _acquired(path: pathlib.Path) -> IO[str]:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
             locked, holder = _lock(file), _read(file)
-            if locked is False or (holder and _at_work(holder, locked, path)):
-                raise InputError(_refusal(path, holder))
+            if locked is False or (
+                holder and at_work(holder, str(path.parent), lambda: path.stat().st_mtime_ns, locked)
+            ):
+                raise InputError(refusal(str(path.parent), holder))
             if not _is_at(file, path):  # its holder has just removed it
                 continue
             _check_replaceable(file, path)
@@ -151,10 +153,17 @@ def _check_replaceable(file: IO[str], path: pathlib.Path) -> None:
         raise InputError(f"{path} is not of a job, and would be lost; choose another folder, or move it away")
 
 
-def _at_work(holder: Holder, locked: bool | None, path: pathlib.Path) -> bool:
-    """Returns whether the process that a lock's file names is still at work."""
+def at_work(holder: Holder, place: str, sign: Callable[[], object], locked: bool | None = None) -> bool:
+    """Returns whether the process that a lock names is still at work.
+
+    Args:
+      holder: whom the lock names.
+      place: what is locked, for a message.
+      sign: returns what a living holder changes from time to time; raises FileNotFoundError without a lock.
+      locked: whether the system gave us the lock; None if it has none.
+    """
     if not holder.here:
-        return _shows_life(holder, path)
+        return _shows_life(holder, place, sign)
     if locked or holder.pid == os.getpid():
         return False
     try:
@@ -166,18 +175,18 @@ def _at_work(holder: Holder, locked: bool | None, path: pathlib.Path) -> bool:
     return True
 
 
-def _shows_life(holder: Holder, path: pathlib.Path) -> bool:
-    """Waits until the holder on another machine touches its file, which may take ``SILENCE`` seconds."""
+def _shows_life(holder: Holder, place: str, sign: Callable[[], object]) -> bool:
+    """Waits until the holder on another machine gives a sign, which may take ``SILENCE`` seconds."""
     text = (
-        f"{path.parent} was used by process {holder.pid} on {holder.host}; waiting up to {SILENCE:g} s for a "
+        f"{place} was used by process {holder.pid} on {holder.host}; waiting up to {SILENCE:g} s for a "
         "sign of life"
     )
     print(text, file=Tolerant(sys.stderr), flush=True)
     with contextlib.suppress(FileNotFoundError):  # it has just ended
-        last, until = path.stat().st_mtime_ns, time.monotonic() + SILENCE
+        last, until = sign(), time.monotonic() + SILENCE
         while time.monotonic() < until:
             time.sleep(min(1.0, SILENCE / 10))
-            if path.stat().st_mtime_ns != last:
+            if sign() != last:
                 return True
     return False
 
@@ -189,6 +198,7 @@ def _is_at(file: IO[str], path: pathlib.Path) -> bool:
         return False
 
 
-def _refusal(path: pathlib.Path, holder: Holder | None) -> str:
+def refusal(place: str, holder: Holder | None) -> str:
+    """Says that a place is used by another process."""
     who = f" (process {holder.pid} on {holder.host}, since {holder.since})" if holder else ""
-    return f"{path.parent} is used by another process{who}; wait until it has ended, or choose another folder"
+    return f"{place} is used by another process{who}; wait until it has ended, or choose another folder"

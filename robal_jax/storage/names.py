@@ -7,6 +7,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TRACKED = "tracked.txt"  # name of the run at Weights & Biases or trackio
 CHECKPOINTS = "checkpoints"
+FILES = "files.json"  # in each checkpoint: digests of Orbax's own files
 BEST = "best"  # the checkpoint that was best during the training
 RECORD = "best.json"  # in BEST
 DAMAGED = "damaged"
@@ -20,5 +21,7 @@ CERTIFIED = "certified.npz"  # within how many of the radii each image is certif
 PER_CLASS = "per_class.csv"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"
 UNFINISHED = "unfinished"
+
+JOURNAL = ".bucket.jsonl"  # of a copy of a folder in a bucket: what is equal to what there
 
 LOCK = ".lock"  # of the job that works in a folder

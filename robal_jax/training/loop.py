@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from robal_jax import builder
 from robal_jax.data import image_folder
 from robal_jax.devices import hosts, parallel
-from robal_jax.errors import DivergedError, InputError, user_path
+from robal_jax.errors import DivergedError, InputError
 from robal_jax.keys import key_of
-from robal_jax.storage import checkpoints
+from robal_jax.storage import buckets, checkpoints, mirror
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
@@ -105,52 +105,65 @@ def train(
 
     Args:
       config: the resolved config.
-      workdir: folder of the run, see ``storage.workdir``.
+      workdir: folder of the run, see ``storage.workdir``; or its URL, see ``storage.buckets``.
       say: receives messages for the user, line by line; the last one names the checkpoint and its sha256.
       track: receives every row of the metrics too, as ``(step, {name: value})``.
 
     Returns:
-      The folder of the newest checkpoint.
+      The folder of the newest checkpoint; with a URL that in the copy on this machine.
 
     Raises:
       InputError: the config, the data or the workdir cannot be used; nothing was changed.
       DivergedError: a loss or gradient was not finite; the last good checkpoint is kept.
     """
-    workdir = pathlib.Path(workdir)
-    say, folder = hosts.speaker(say), workdir / CHECKPOINTS
+    say = hosts.speaker(say)
     with hosts.stop_signals() as stop:
-        with hosts.only_first(lambda: announced("reading the data")):
-            job = builder.training(config)
-            check_spread(job, jax.device_count())
-        hosts.check_agreement("the config", to_json(config))
-        hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
-        # Before anything is written, because this checkpoint may be missing or may not fit the model.
-        like = jax.eval_shape(partial(initial_state, job))
-        start, teacher = (_weights_of(job, name, folder) for name in ("start_from", "teacher"))
-        state = fine_tuned_state(job, start, say) if start else None
-        if teacher:
-            state = taught_state(state or _first_state(job), teacher, say)
-        hosts.by_first(partial(make_workdir, workdir))
-        with hosts.held_by_first(partial(alone_in, workdir)):
-            kept = hosts.by_first(
-                partial(prepare_workdir, config, job.data_sha256, workdir, job.stored, job.total_steps)
-            )
-            found = newest_whole(workdir, like, say)
-            if found:
-                state = found.tree
-                say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
-            for line in [*filter(None, [kept]), *job.data.notes, *_about(job, like, workdir)]:
-                say(line)
-            for doubt in [] if found else builder.doubts(config):
-                say(f"warning: {doubt}")
-            if state is None:
-                state = _first_state(job)
-            path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
-            hosts.by_first(partial(check_there, workdir, path))
+        with mirror.kept(workdir, say) as (folder, speak):
+            path, sha256, total = _train(config, folder, stop, speak, track)
         if stop:
-            say(f"stopped at step {path.name} of {job.total_steps}; the same command resumes from there")
-        say(f"checkpoint {path} sha256 {sha256}")
+            say(f"stopped at step {path.name} of {total}; the same command resumes from there")
+        say(f"checkpoint {buckets.shown(path)} sha256 {sha256}")
         return path
+
+
+def _train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    stop: hosts.Stop,
+    say: Callable[[str], None],
+    track: Track | None,
+) -> tuple[pathlib.Path, str, int]:
+    """Trains in a folder of this machine; returns the newest checkpoint, its sha256, the number of steps."""
+    folder = workdir / CHECKPOINTS
+    with hosts.only_first(lambda: announced("reading the data")):
+        job = builder.training(config)
+        check_spread(job, jax.device_count())
+    hosts.check_agreement("the config", to_json(config))
+    hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
+    # Before anything is written, because this checkpoint may be missing or may not fit the model.
+    like = jax.eval_shape(partial(initial_state, job))
+    start, teacher = (_weights_of(job, name, folder) for name in ("start_from", "teacher"))
+    state = fine_tuned_state(job, start, say) if start else None
+    if teacher:
+        state = taught_state(state or _first_state(job), teacher, say)
+    hosts.by_first(partial(make_workdir, workdir))
+    with hosts.held_by_first(partial(alone_in, workdir)):
+        kept = hosts.by_first(
+            partial(prepare_workdir, config, job.data_sha256, workdir, job.stored, job.total_steps)
+        )
+        found = newest_whole(workdir, like, say)
+        if found:
+            state = found.tree
+            say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
+        for line in [*filter(None, [kept]), *job.data.notes, *_about(job, like, workdir)]:
+            say(line)
+        for doubt in [] if found else builder.doubts(config):
+            say(f"warning: {doubt}")
+        if state is None:
+            state = _first_state(job)
+        path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
+        hosts.by_first(partial(check_there, workdir, path))
+    return path, sha256, job.total_steps
 
 
 def _about(job: builder.Training, like: TrainState, workdir: pathlib.Path) -> list[str]:
@@ -194,7 +207,7 @@ def _weights_of(
     """
     found, workdir = None, getattr(job.settings, field)
     if workdir and not checkpoints.steps(folder):
-        found = checkpoints.read_latest(user_path(workdir))
+        found = checkpoints.read_latest(buckets.fetched(workdir))
     hosts.check_agreement(f"config.train.{field}", found.sha256 if found else "none")
     return found
 

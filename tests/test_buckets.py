@@ -1,0 +1,491 @@
+"""Folders in buckets: what is written in which order, what a kill leaves, and real servers on this machine.
+
+``ROBAL_BUCKETS`` says how many times a training on each server is killed, by default once.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from experiments.benchmarks.layouts import free_port
+from robal_jax.errors import InputError
+from robal_jax.storage import buckets, checkpoints, lock, mirror
+from robal_jax.storage.buckets import Bucket, Copy
+
+KILLS = int(os.environ.get("ROBAL_BUCKETS", "1"))
+URL = "s3://bucket/runs/x"
+
+
+# ---------------------------------------------------------------- a bucket in memory
+
+
+class Weak:
+    """A file system in memory that stops working after ``left`` changes, as a killed job does."""
+
+    def __init__(self, store):
+        self.fs, self.left, self.log, self.after = store, 10**6, [], lambda: None
+        self.error = OSError(5, "https://x?X-Amz-Signature=1")
+
+    def __getattr__(self, name):
+        def call(path, *args, **kwargs):
+            if name in ("pipe_file", "rm_file"):
+                self.left -= 1
+                self.log.append((name, path))
+            if self.left < 0:
+                raise self.error
+            result = getattr(self.fs, name)(path, *args, **kwargs)
+            if name in ("pipe_file", "rm_file"):
+                self.after()
+            for info in {"find": dict.values, "info": lambda info: [info]}.get(name, lambda _: ())(result):
+                info["ETag"] = hashlib.md5(self.fs.cat_file(info["name"])).hexdigest()
+            return result
+
+        return call
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path):
+    """``memory()``: a connection to an empty bucket, which later ones share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(buckets, "PATIENCE", 0.1)
+    monkeypatch.setattr(mirror, "PERIOD", 0.02)
+    monkeypatch.setattr(mirror, "LAST_TRY", 0.1)
+    monkeypatch.setattr(buckets, "AT_ONCE", 1)
+    store = fsspec.filesystem("memory", skip_instance_cache=True, use_listings_cache=False)
+    store.store.clear()
+    store.pseudo_dirs.clear()
+    weak = Weak(store)
+    monkeypatch.setattr(buckets, "_filesystem", lambda scheme: weak)
+    return weak
+
+
+def new_machine():
+    shutil.rmtree(pathlib.Path(os.environ["XDG_CACHE_HOME"]))
+
+
+def state(step):
+    return {"step": np.array(step), "weights": np.full((8, 8), step, np.float32)}
+
+
+def run_up_to(folder, step, keep=2):
+    """Writes what a training leaves at a step: the newest two checkpoints, and a best one."""
+    (folder / "versions.json").write_text('{"robal_jax": "1"}')
+    (folder / "config.json").write_text("{}")
+    rows = "".join(json.dumps({"step": i}) + "\n" for i in range(1, step + 1))
+    (folder / "metrics.jsonl").write_text(rows)
+    with checkpoints.Saver(folder / "best", 1) as saver:
+        saver.save(step, state(step))
+    (folder / "best" / "best.json").write_text(json.dumps({"step": step}))
+    with checkpoints.Saver(folder / "checkpoints", keep) as saver:
+        saver.save(step, state(step))
+
+
+def check_resumable(content):
+    """What is in a bucket is what a killed training may leave; returns the newest step, 0 for none.
+
+    ``content`` is what a reader takes from there, bytes by key.
+    """
+    found = sorted(
+        int(key.split("/")[1]) for key in content if re.fullmatch(r"checkpoints/\d+/files.json", key)
+    )
+    for step in found:
+        check_whole(content, f"checkpoints/{step}")
+    if not found:
+        return 0
+    assert {"versions.json", "config.json", "metrics.jsonl"} <= content.keys()
+    assert content["metrics.jsonl"].count(b"\n") >= found[-1]
+    best = json.loads(content["best/best.json"])["step"]
+    assert best >= found[-1]
+    check_whole(content, f"best/{best}")
+    return found[-1]
+
+
+def check_whole(content, checkpoint):
+    for name, digest in json.loads(content[f"{checkpoint}/files.json"]).items():
+        assert hashlib.sha256(content[f"{checkpoint}/{name}"]).hexdigest() == digest
+
+
+def read_by_a_new_machine():
+    new_machine()
+    place = buckets.fetched(URL)
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_names(scheme, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = f"{scheme}://bucket/runs/x"
+    assert buckets.url_of(url) == buckets.url_of(f"{url}/") == buckets.url_of(pathlib.Path(url)) == url
+    assert buckets.url_of("runs/x") is None
+    assert buckets.url_of("other://bucket/x") is None
+    for kind in ("read", "work"):
+        copy = buckets.place(kind, url)
+        assert buckets.url_of(copy / "evaluation") == f"{url}/evaluation"
+        assert buckets.named(f"see {copy}, {copy}/a.") == f"see {url}, {url}/a."
+    monkeypatch.setenv(
+        {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}[scheme], "http://127.0.0.1:1"
+    )
+    assert buckets.place("read", url) not in (buckets.place("work", url), copy)
+    assert buckets.url_of(buckets.place("read", url)) == url
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://me:secret@bucket/x", "gs://bucket/x?key=secret", "s3://bucket/../secret"]
+)
+def test_a_url_that_cannot_be_used_is_not_quoted(url):
+    with pytest.raises(InputError) as raised:
+        buckets.fetched(url)
+    assert "secret" not in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("url", "package"), [("gs://bucket/x", "gcsfs"), ("s3://bucket/x", "s3fs")])
+def test_without_the_extra(url, package, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.core", None)
+    with pytest.raises(InputError, match=rf"needs {package} .*; .* pip install 'robal-jax\[buckets\]'"):
+        buckets.fetched(url)
+
+
+# ---------------------------------------------------------------- order, and kills
+
+
+def test_whatever_a_kill_leaves_can_be_resumed(memory):
+    """After every single change of the bucket, a reader finds what a training may resume from."""
+    found, bucket = [], Bucket(URL)
+
+    def look():
+        found.append(check_resumable({key: bucket.read(key) for key in buckets.needed(bucket.entries())}))
+
+    copy = Copy(bucket, buckets.place("work", URL))
+    writer, memory.after = mirror.Writer(copy), look
+    for step in (5, 9):
+        run_up_to(copy.folder, step, keep=1)
+        writer.write()
+    assert found == sorted(found)
+    assert set(found) == {0, 5, 9}
+    assert len(found) > 50
+    names = [path.removeprefix("bucket/runs/x/") for _, path in memory.log]
+    assert not [name for name in names if "tmp" in name or name.startswith(".")]
+    assert {"pipe_file", "rm_file"} == {name for name, _ in memory.log}
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["new machine", "same machine"])
+def test_a_killed_job_starts_again(memory, fresh, monkeypatch):
+    """What the killed job left is found, what it had not written is written, and nothing broken is left."""
+    leave(5)
+    memory.left = 36
+    with pytest.raises(InputError, match=r"everything is in .*, and the same command"):
+        leave(9)
+    memory.left = 10**6
+    partly = buckets.broken(Bucket(URL).entries())
+    assert partly
+    if fresh:
+        new_machine()
+    said = []
+    with mirror.kept(URL, said.append) as (folder, _):
+        assert checkpoints.steps(folder / "checkpoints")[-1] == (5 if fresh else 9)
+        assert not buckets.broken(Bucket(URL).entries())
+        run_up_to(folder, 10)
+        here = sorted(mirror.files_in(folder)[0])
+    assert said == []
+    assert sorted(Bucket(URL).entries()) == here
+    assert check_resumable(read_by_a_new_machine()) == 10
+
+
+def leave(step):
+    """Does what a training does up to a step, in a bucket."""
+    with mirror.kept(URL, print) as (folder, _):
+        run_up_to(folder, step)
+
+
+def test_a_damaged_object_is_noticed(memory):
+    leave(5)
+    leave(9)
+    largest = max(
+        (key for key in Bucket(URL).entries() if key.startswith("checkpoints/9/state/")),
+        key=lambda key: Bucket(URL).entries()[key].size,
+    )
+    content = bytearray(Bucket(URL).read(largest))
+    content[len(content) // 2] ^= 1
+    Bucket(URL).write(largest, bytes(content))
+    damaged = []
+    with mirror.kept(URL, print) as (folder, _):
+        found = checkpoints.restore_latest(
+            folder / "checkpoints", state(0), on_damage=lambda *why: damaged.append(why)
+        )
+    assert int(found.tree["step"]) == 5
+    assert [(path.name, why) for path, why in damaged] == [
+        ("9", f"{largest.removeprefix('checkpoints/9/')} is not what was written")
+    ]
+
+
+def test_files_that_are_equal_are_not_read_again(memory, monkeypatch):
+    leave(5)
+    place = buckets.fetched(URL)
+    got = []
+    monkeypatch.setattr(Bucket, "get", lambda bucket, key, path: got.append(key))
+    assert buckets.fetched(URL) == place
+    assert got == []
+    monkeypatch.undo()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_bucket_that_cannot_be_reached_for_a_while(memory):
+    said = []
+    with mirror.kept(URL, said.append) as (folder, _):
+        memory.left = 0
+        (folder / "metrics.jsonl").write_text("1\n")
+        wait_until(lambda: said)
+        memory.left = 10**6
+        wait_until(lambda: len(said) > 1)
+    assert said == [
+        f"warning: cannot write to {URL} (OSError); the work goes on, and what is saved is in {folder}",
+        f"{URL} can be written to again, and has everything",
+    ]
+    assert Bucket(URL).read("metrics.jsonl") == b"1\n"
+    assert list(Bucket(URL).entries()) == ["metrics.jsonl"]  # and no lock
+
+
+def wait_until(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError("secret"), "no permission"),
+        (FileNotFoundError("secret"), "no such bucket"),
+        (type("NoCredentialsError", (Exception,), {})("secret"), "no credentials"),
+        (type("HttpError", (Exception,), {"code": 503})("secret"), "HttpError 503"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used(memory, error, said):
+    memory.left, memory.error = 0, error
+    with pytest.raises(InputError) as raised, mirror.kept(URL, print):
+        pass
+    assert str(raised.value) == (
+        f"cannot use {URL} ({said}); check its name, the credentials in the environment and the network, and "
+        "run the same command again"
+    )
+
+
+def test_an_error_of_the_job_is_named_and_what_it_had_is_written(memory):
+    with pytest.raises(InputError, match=rf"^no file {URL}/a$"), mirror.kept(URL, print) as (folder, _):
+        (folder / "b").write_text("b")
+        raise InputError(f"no file {folder / 'a'}")
+    assert Bucket(URL).read("b") == b"b"
+
+
+# ---------------------------------------------------------------- several jobs
+
+
+def test_the_second_job_is_refused(memory, monkeypatch):
+    me = lock.myself()
+    other = me._replace(host="node7", boot="other")
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    monkeypatch.setattr(mirror, "BEAT", 0.05)
+    with mirror.kept(URL, print):
+        held = json.loads(Bucket(URL).read(".lock"))
+        assert held["pid"] == me.pid
+        wait_until(lambda: json.loads(Bucket(URL).read(".lock"))["beat"] > held["beat"])
+    ended = threading.Event()
+
+    def beat():
+        for count in range(1000):
+            if ended.wait(0.05):
+                break
+            Bucket(URL).write(".lock", json.dumps({**other._asdict(), "beat": count}).encode())
+
+    Bucket(URL).write(".lock", json.dumps(other._asdict()).encode())
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(InputError, match=rf"{URL} is used by another process \(process {me.pid} on node7"):
+        mirror.kept(URL, print).__enter__()
+    ended.set()
+    thread.join()
+    with mirror.kept(URL, print):  # it has fallen silent
+        assert json.loads(Bucket(URL).read(".lock"))["host"] == me.host
+
+
+def test_a_job_that_lost_its_lock_writes_nothing(memory, monkeypatch):
+    monkeypatch.setattr(mirror, "BEAT", 0.02)
+    with pytest.raises(InputError, match=f"another job took {URL}"), mirror.kept(URL, print) as (folder, _):
+        Bucket(URL).write(".lock", b"{}")
+        time.sleep(0.2)
+        (folder / "metrics.jsonl").write_text("mine")
+    assert Bucket(URL).read("metrics.jsonl") is None
+    assert Bucket(URL).read(".lock") == b"{}"
+
+
+def test_what_was_changed_from_elsewhere_counts(memory):
+    with mirror.kept(URL, print) as (folder, _):
+        (folder / "metrics.jsonl").write_text("mine\n")
+        (folder / "versions.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("mine\nnot written\n")
+    Bucket(URL).write("metrics.jsonl", b"theirs\n")
+    said = []
+    with mirror.kept(URL, said.append) as (folder, _):
+        assert (folder / "metrics.jsonl").read_text() == "theirs\n"
+        assert (folder / "versions.json").exists()
+    (line,) = said
+    assert line.startswith(f"{URL} was changed from elsewhere; what only this machine had is in {folder}-")
+    aside = pathlib.Path(line.split(" is in ")[1].split(" (")[0])
+    assert (aside / "metrics.jsonl").read_text() == "mine\nnot written\n"
+
+
+def test_several_processes_are_refused(memory, monkeypatch):
+    monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=rf"several processes cannot work in {URL} yet"):
+        leave(5)
+    assert Bucket(URL).entries() == {}
+
+
+# ---------------------------------------------------------------- servers
+
+TRAIN = """
+import sys
+from robal_jax import cli
+from robal_jax.storage import mirror
+mirror.PERIOD = 0.2  # so that many kills fall into a transfer
+from experiments import train
+cli.run(train.main)
+"""
+STEPS = 30
+
+
+class Server:
+    """A server on this machine, with a bucket."""
+
+    def __init__(self, scheme, port, folder):
+        self.url, self.address = f"{scheme}://bucket/runs", f"http://127.0.0.1:{port}"
+        self.env = {
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "AWS_ENDPOINT_URL": self.address,
+            "STORAGE_EMULATOR_HOST": self.address,
+            "AWS_ACCESS_KEY_ID": "nobodyskey",
+            "AWS_SECRET_ACCESS_KEY": "nobodyssecret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.folder = folder
+
+    def train(self, workdir, *more):
+        arguments = [
+            f"--config={ROOT}/configs/robal_n.py:digits_lt",
+            f"--workdir={workdir}",
+            f"--config.train.epochs={STEPS // 5}",
+            "--config.schedule.milestones=(3,5)",
+            "--config.attack.steps=2",
+            "--config.train.checkpoint_epochs=1",
+            *more,
+        ]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, "-c", TRAIN, *arguments],
+            env={**os.environ, **self.env}, stdout=pipe, stderr=pipe, text=True,
+        )  # fmt: skip
+
+    def finish(self, workdir):
+        """Trains to the end; what was said."""
+        process = self.train(workdir)
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "nobodys" not in out + errors
+        return out
+
+    def journal(self, workdir):
+        """How often the copy of a run's folder has changed what it remembers."""
+        work = self.folder / "cache/robal_jax/buckets/work"
+        found = work.glob(f"*/bucket/runs/{workdir}/@/.bucket.jsonl")
+        return sum(path.read_text().count("\n") for path in found)
+
+
+SERVERS = {
+    "s3": ("moto.server", "from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"),
+    "gs": (
+        "gcp_storage_emulator.server",
+        # As real servers do, and unlike the emulator, it drops what a killed client did not send whole.
+        "from gcp_storage_emulator import server; read = server._read_raw_data\n"
+        "def whole(request):\n"
+        "    content, size = read(request), request.headers.get('Content-Length')\n"
+        "    assert not size or len(content) == int(size)\n"
+        "    return content\n"
+        "server._read_raw_data = whole\n"
+        "server.create_server('127.0.0.1', {port}, True, default_bucket='bucket').run()",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, tmp_path_factory, optimised):
+    """A server with an empty bucket; skips where its package or that of the client is not installed."""
+    module, code = SERVERS[request.param]
+    for name in (module, {"s3": "s3fs", "gs": "gcsfs"}[request.param]):
+        pytest.importorskip(name)
+    port = free_port()
+    found = Server(request.param, port, tmp_path_factory.mktemp(request.param))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.format(port=port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: answers(found.address), 120)
+    if request.param == "s3":
+        urllib.request.urlopen(urllib.request.Request(f"{found.address}/bucket", method="PUT")).close()
+    yield found
+    process.terminate()
+    process.wait()
+
+
+def answers(address):
+    try:
+        urllib.request.urlopen(address).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_killed_trainings_end_with_the_same_digest(server, tmp_path, capsys):
+    """Each is killed while it writes to the bucket, and resumes on another machine, which has no copy."""
+    generator = random.Random(0)
+    expected = server.finish(tmp_path / "local").splitlines()[-1].partition(" sha256 ")[2]
+    resumed = []
+    for i in range(KILLS):
+        process, changes = server.train(f"{server.url}/{i}"), generator.randrange(20, 160)
+        wait_until(lambda i=i, n=changes, p=process: server.journal(i) > n or p.poll() is not None, 300)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        shutil.rmtree(server.folder / "cache")
+        out = server.finish(f"{server.url}/{i}")
+        assert out.splitlines()[-1] == f"checkpoint {server.url}/{i}/checkpoints/{STEPS} sha256 {expected}"
+        first = out.splitlines()[0]
+        resumed.append(int(first.split()[3]) if first.startswith("resuming at step ") else 0)
+    with capsys.disabled():
+        print(f"\n{server.url}: {KILLS} kills, resumed at steps {resumed}, all with the same digest")
