@@ -121,10 +121,9 @@ def evaluate_model(
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     model = _attackable(logits_fn, surrogate_fn, images)
-    test = _test_set(images, labels, model.num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
-        test=test,
+        test=_test_set(images, labels, model.num_classes, class_counts, class_names),
         ids=np.arange(len(labels)),
         variables={},
         predict=model.predict,
@@ -147,10 +146,8 @@ def evaluate_model(
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
-    identity = model.identity | {
-        "surrogate": other and _fingerprint(*other[:2], images),
-        "settings": _settings(job, audit, select),
-    }
+    transfer = {"surrogate": other and _fingerprint(*other[:2], images)}
+    identity = {**model.identity, **transfer, "settings": _settings(job, audit, select)}
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
