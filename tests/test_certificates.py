@@ -382,6 +382,7 @@ def digits():
     return (found.images[::9, ..., None] / 16).astype(np.float32), found.target[::9]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(

@@ -121,9 +121,10 @@ def evaluate_model(
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     model = _attackable(logits_fn, surrogate_fn, images)
+    test = _test_set(images, labels, model.num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
-        test=_test_set(images, labels, model.num_classes, class_counts, class_names),
+        test=test,
         ids=np.arange(len(labels)),
         variables={},
         predict=model.predict,
@@ -146,8 +147,7 @@ def evaluate_model(
         about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
-    transfer = {"surrogate": other and _fingerprint(*other[:2], images)}
-    identity = {**model.identity, **transfer, "settings": _settings(job, audit, select)}
+    identity = model.identity | _identity(other, images, _settings(job, audit, select))
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
@@ -323,6 +323,13 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
         **({"minimum_norm": job.minimum_norm} if job.minimum_norm else {}),
         **({} if select == "last" else {"select": select}),
     }
+
+
+def _identity(
+    other: tuple[Callable[..., Any], dict[str, Any], int] | None, images: np.ndarray, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what tells evaluations of one model apart: that of the transfer attack, and the settings."""
+    return {"surrogate": other and _fingerprint(*other[:2], images), "settings": settings}
 
 
 def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:

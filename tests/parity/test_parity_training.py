@@ -178,6 +178,7 @@ def check_attack(reference, recipe, check, at, batch, seen):
         reference.check("training, float32 images", "train_step", f"{at}/x_adv", ours, FLOAT32, theirs=theirs)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.usefixtures("numbers_are_given")
