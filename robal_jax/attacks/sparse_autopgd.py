@@ -72,7 +72,7 @@ class SparseSearch(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What is done at each look at the model, arrays ``[steps + 3]``.
+    """Actions at each look at the model, arrays ``[steps + 3]``.
 
     Attributes:
       factor: of the radius.

@@ -13,15 +13,13 @@ T = TypeVar("T")
 BPDA = "_bpda"
 """End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
 
-_AUTOATTACK = ("autoattack_plus", "autoattack_rand", "autoattack")
+_WHOLE = ("union", "autoattack_plus", "autoattack_rand", "autoattack")
 _OTHERS = ("torchattacks", "fast", "custom", "robal_aa")
 
-_WITH_BPDA = tuple(name + BPDA for name in ("union", *_AUTOATTACK, *_OTHERS, "pgd_20"))
-
-AUTOATTACK = (*_WITH_BPDA[: 1 + len(_AUTOATTACK)], "union", *_AUTOATTACK)
+AUTOATTACK = (*(name + BPDA for name in _WHOLE), *_WHOLE)
 """Conditions with all attacks of AutoAttack, the strongest first."""
 
-ENSEMBLES = (*_WITH_BPDA, "union", *_AUTOATTACK, *_OTHERS)
+ENSEMBLES = (*(name + BPDA for name in (*_WHOLE, *_OTHERS, "pgd_20")), *_WHOLE, *_OTHERS)
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {

@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a copy remembers of one of its files.
+    """Memory that a copy has of one of its files.
 
     Attributes:
       identities: those that the object may have if nobody else has written it.
