@@ -2,6 +2,7 @@
 
 import html.parser
 import shutil
+import time
 
 import numpy as np
 
@@ -158,3 +159,10 @@ def truncate(folder):
 def empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def wait_until(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)

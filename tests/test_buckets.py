@@ -1,33 +1,27 @@
-"""Folders in buckets: what is written in which order, what a kill leaves, and real servers on this machine.
+"""Folders in buckets: what is written in which order, and what a kill leaves, in a bucket in memory.
 
-``ROBAL_BUCKETS`` says how many times a training on each server is killed, by default once.
+Real servers: test_bucket_servers.py.
 """
 
 import hashlib
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import wait_until
 
-from experiments.benchmarks.layouts import free_port
 from robal_jax.errors import InputError
 from robal_jax.storage import buckets, checkpoints, lock, mirror
 from robal_jax.storage.buckets import Bucket, Copy
 
-KILLS = int(os.environ.get("ROBAL_BUCKETS", "1"))
 URL = "s3://bucket/runs/x"
 
 
@@ -268,13 +262,6 @@ def test_a_bucket_that_cannot_be_reached_for_a_while(memory):
     assert list(Bucket(URL).entries()) == ["metrics.jsonl"]  # and no lock
 
 
-def wait_until(condition, seconds=20):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -342,150 +329,40 @@ def test_a_job_that_lost_its_lock_writes_nothing(memory, monkeypatch):
     assert Bucket(URL).read(".lock") == b"{}"
 
 
+def test_what_arrived_without_an_answer_is_our_own(memory):
+    """The first try arrives, but not its answer; the second one, of a longer file, does not arrive."""
+    copy = Copy(Bucket(URL), buckets.place("work", URL))
+    writer, path = mirror.Writer(copy), copy.folder / "metrics.jsonl"
+
+    def lost():
+        raise OSError
+
+    path.write_bytes(b"")
+    writer.write()
+    for content, left in (b"1\n", 1), (b"1\n2\n", 0):
+        path.write_bytes(content)
+        memory.left, memory.after = left, lost
+        with pytest.raises(buckets.BucketError):
+            writer.write()
+    memory.left = 10**6
+    assert Bucket(URL).read("metrics.jsonl") == b"1\n"
+    assert mirror.as_left(copy, copy.bucket.entries())
+
+
 def test_what_was_changed_from_elsewhere_counts(memory):
     with mirror.kept(URL, print) as (folder, _):
         (folder / "metrics.jsonl").write_text("mine\n")
         (folder / "versions.json").write_text("{}")
     (folder / "metrics.jsonl").write_text("mine\nnot written\n")
+    with checkpoints.Saver(folder / "checkpoints", 2) as saver:
+        saver.save(5, state(5))
     Bucket(URL).write("metrics.jsonl", b"theirs\n")
     said = []
     with mirror.kept(URL, said.append) as (folder, _):
         assert (folder / "metrics.jsonl").read_text() == "theirs\n"
         assert (folder / "versions.json").exists()
+        assert not checkpoints.steps(folder / "checkpoints")
     (line,) = said
     assert line.startswith(f"{URL} was changed from elsewhere; what only this machine had is in {folder}-")
     aside = pathlib.Path(line.split(" is in ")[1].split(" (")[0])
     assert (aside / "metrics.jsonl").read_text() == "mine\nnot written\n"
-
-
-def test_several_processes_are_refused(memory, monkeypatch):
-    monkeypatch.setattr(mirror.jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match=rf"several processes cannot work in {URL} yet"):
-        leave(5)
-    assert Bucket(URL).entries() == {}
-
-
-# ---------------------------------------------------------------- servers
-
-TRAIN = """
-import sys
-from robal_jax import cli
-from robal_jax.storage import mirror
-mirror.PERIOD = 0.2  # so that many kills fall into a transfer
-from experiments import train
-cli.run(train.main)
-"""
-STEPS = 30
-
-
-class Server:
-    """A server on this machine, with a bucket."""
-
-    def __init__(self, scheme, port, folder):
-        self.url, self.address = f"{scheme}://bucket/runs", f"http://127.0.0.1:{port}"
-        self.env = {
-            "XDG_CACHE_HOME": str(folder / "cache"),
-            "AWS_ENDPOINT_URL": self.address,
-            "STORAGE_EMULATOR_HOST": self.address,
-            "AWS_ACCESS_KEY_ID": "nobodyskey",
-            "AWS_SECRET_ACCESS_KEY": "nobodyssecret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "PYTHONPATH": str(ROOT),
-        }
-        self.folder = folder
-
-    def train(self, workdir, *more):
-        arguments = [
-            f"--config={ROOT}/configs/robal_n.py:digits_lt",
-            f"--workdir={workdir}",
-            f"--config.train.epochs={STEPS // 5}",
-            "--config.schedule.milestones=(3,5)",
-            "--config.attack.steps=2",
-            "--config.train.checkpoint_epochs=1",
-            *more,
-        ]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, "-c", TRAIN, *arguments],
-            env={**os.environ, **self.env}, stdout=pipe, stderr=pipe, text=True,
-        )  # fmt: skip
-
-    def finish(self, workdir):
-        """Trains to the end; what was said."""
-        process = self.train(workdir)
-        out, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert "nobodys" not in out + errors
-        return out
-
-    def journal(self, workdir):
-        """How often the copy of a run's folder has changed what it remembers."""
-        work = self.folder / "cache/robal_jax/buckets/work"
-        found = work.glob(f"*/bucket/runs/{workdir}/@/.bucket.jsonl")
-        return sum(path.read_text().count("\n") for path in found)
-
-
-SERVERS = {
-    "s3": ("moto.server", "from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"),
-    "gs": (
-        "gcp_storage_emulator.server",
-        # As real servers do, and unlike the emulator, it drops what a killed client did not send whole.
-        "from gcp_storage_emulator import server; read = server._read_raw_data\n"
-        "def whole(request):\n"
-        "    content, size = read(request), request.headers.get('Content-Length')\n"
-        "    assert not size or len(content) == int(size)\n"
-        "    return content\n"
-        "server._read_raw_data = whole\n"
-        "server.create_server('127.0.0.1', {port}, True, default_bucket='bucket').run()",
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=SERVERS)
-def server(request, tmp_path_factory, optimised):
-    """A server with an empty bucket; skips where its package or that of the client is not installed."""
-    module, code = SERVERS[request.param]
-    for name in (module, {"s3": "s3fs", "gs": "gcsfs"}[request.param]):
-        pytest.importorskip(name)
-    port = free_port()
-    found = Server(request.param, port, tmp_path_factory.mktemp(request.param))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code.format(port=port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_until(lambda: answers(found.address), 120)
-    if request.param == "s3":
-        urllib.request.urlopen(urllib.request.Request(f"{found.address}/bucket", method="PUT")).close()
-    yield found
-    process.terminate()
-    process.wait()
-
-
-def answers(address):
-    try:
-        urllib.request.urlopen(address).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.slow
-def test_killed_trainings_end_with_the_same_digest(server, tmp_path, capsys):
-    """Each is killed while it writes to the bucket, and resumes on another machine, which has no copy."""
-    generator = random.Random(0)
-    expected = server.finish(tmp_path / "local").splitlines()[-1].partition(" sha256 ")[2]
-    resumed = []
-    for i in range(KILLS):
-        process, changes = server.train(f"{server.url}/{i}"), generator.randrange(20, 160)
-        wait_until(lambda i=i, n=changes, p=process: server.journal(i) > n or p.poll() is not None, 300)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        shutil.rmtree(server.folder / "cache")
-        out = server.finish(f"{server.url}/{i}")
-        assert out.splitlines()[-1] == f"checkpoint {server.url}/{i}/checkpoints/{STEPS} sha256 {expected}"
-        first = out.splitlines()[0]
-        resumed.append(int(first.split()[3]) if first.startswith("resuming at step ") else 0)
-    with capsys.disabled():
-        print(f"\n{server.url}: {KILLS} kills, resumed at steps {resumed}, all with the same digest")

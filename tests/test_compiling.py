@@ -163,7 +163,11 @@ def test_largest_batch_follows_from_two_sizes():
 def test_settings_for_a_target():
     environment = {"XLA_FLAGS": "--a=b", "JAX_PLATFORMS": "cuda"}
     chips.prepare("h100:8", environment)
-    assert environment == {"XLA_FLAGS": "--a=b --xla_gpu_autotune_level=0", "JAX_PLATFORMS": "cpu"}
+    assert environment == {
+        "XLA_FLAGS": "--a=b --xla_gpu_autotune_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")

@@ -63,8 +63,9 @@ def test_alone_all_is_done_here():
 # ---------------------------------------------------------------- two processes
 
 SCRIPT = """
-import json, sys
+import json, pathlib, sys
 from robal_jax import builder, cli, training
+from robal_jax.storage import checkpoints
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 hosts.start(*sys.argv[1:4])
@@ -79,6 +80,14 @@ except InputError as error:
     found["error"] = str(error)
 with hosts.only_first(lambda: open(sys.argv[4], "a")) as file:
     file.write("one line\\n")
+own = pathlib.Path(sys.argv[4] + f"-{jax.process_index()}")  # not on a drive that both share
+with checkpoints.Saver(own / "run", 2) as saver:
+    found["digests"] = [saver.save(step, {"a": np.arange(step)})[1] for step in (1, 2, 3)]
+found["saved"] = checkpoints.steps(own / "run")
+try:
+    checkpoints.Saver(own / "run" / "3" / "files.json" / "x", 2)  # of the first, because it is a file there
+except InputError as error:
+    found["unsaved"] = str(error)
 parts = {"a": np.arange(8.0), "b": np.arange(16).reshape(8, 2)}
 work = lambda parts, shared: jax.tree.map(lambda x: x + shared * jax.numpy.mean(x), parts)
 for layout in parallel.LAYOUTS:
@@ -105,11 +114,14 @@ def test_what_the_first_process_does_for_all(tmp_path):
     said = [json.loads(out.splitlines()[-1]) for out in finish(processes)]
     assert [one["first"] for one in said] == [True, False]
     assert [one["ran"] for one in said] == [1, 0]
+    assert [one["saved"] for one in said] == [[2, 3], []]
     assert log.read_text() == "one line\n"
     for one in said:
         assert one["devices"] == [4, 2]
         assert one["told"] == [0, 1, 2]
         assert one["error"] == "no such thing"
+        assert one["digests"] == said[0]["digests"]
+        assert "cannot make" in one["unsaved"]
         for layout in ("jit", "pmap"):
             # Each device has two rows, and their mean is its own.
             assert one[layout]["a"] == [i + 2 * (i // 2 * 2 + 0.5) for i in range(8)]

@@ -121,11 +121,19 @@ def by_first(function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def held_by_first(make: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Enters ``make()``, such as a lock, in the first process; see :func:`by_first` for its errors."""
+def held_by_first(make: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enters ``make()``, such as a lock, in the first process, and leaves it there while all others wait.
+
+    See :func:`by_first` for its errors.
+    """
     with contextlib.ExitStack() as stack:
-        by_first(lambda: stack.enter_context(make()))
+
+        def enter() -> None:
+            stack.enter_context(make())
+
+        by_first(enter)
         yield
+        by_first(stack.close)
 
 
 def check_agreement(what: str, value: str) -> None:

@@ -171,7 +171,7 @@ def _attacked(
             speak(f"stopped; the same call resumes from {folder}" if folder else "stopped; nothing is kept")
         elif not folder:
             speak("no folder was given: the report is not kept")
-        return read_run(kept) if done else None
+        return hosts.by_first(partial(read_run, kept)) if done else None
 
 
 def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import importlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -196,6 +197,8 @@ def _filesystem(scheme: str) -> Any:
             f"{scheme}:// needs {package.partition('.')[0]} ({one_line(error)}); install it with "
             "pip install 'robal-jax[buckets]'"
         ) from error
+    for logger in ("gcsfs", "s3fs", "asyncio"):  # what fails is said by us, in a line and without addresses
+        logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
         quick = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}

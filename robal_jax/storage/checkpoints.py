@@ -3,8 +3,8 @@
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a killed process
 leaves no half-written checkpoint. Orbax does not notice a bit that changes on the disk afterwards, but the
 sha256 of all arrays, kept in the checkpoint's metadata, does. The state is the same on every device, so host
-copies are saved, and a checkpoint can be read on any number of devices. All processes of a job save together
-and read the same checkpoints.
+copies are saved, and a checkpoint can be read on any number of devices. Of several processes the first one
+writes, and each reads by itself.
 
 This is the only module that knows Orbax.
 """
@@ -18,14 +18,17 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import chex
 import flax.traverse_util
 import jax
 import numpy as np
+from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
+from robal_jax.devices import hosts
 from robal_jax.errors import UNREACHABLE, InputError, one_line
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import CHECKPOINTS, FILES
@@ -34,6 +37,8 @@ T = TypeVar("T")
 
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arrays of a checkpoint, nested dictionaries, to some of them."""
+
+TEMPORARY = ".orbax-checkpoint-tmp"  # in names of folders that are not finished, or half removed
 
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
 
@@ -207,11 +212,7 @@ def _file_digests(path: pathlib.Path) -> dict[str, str]:
 
 
 def _alone() -> ocp.Context:
-    """Lets Orbax read in this process without waiting for the other processes of the job.
-
-    Still, all processes must read the same checkpoints: Orbax numbers its operations, and identifies a common
-    save by its number.
-    """
+    """Lets Orbax read and write in this process without waiting for the other processes of the job."""
     context = ocp.Context()
     if jax.process_count() > 1:
         context.multiprocessing.primary_host = jax.process_index()
@@ -283,8 +284,24 @@ def restore_latest(
     return None
 
 
+def _checkpointer() -> orbax.AsyncCheckpointer:
+    """Returns what writes in this process alone, which Orbax's newer interface, used for reading, cannot."""
+    me = jax.process_index()
+    alone = orbax.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix="robal_jax"
+    )
+    handler = orbax.CompositeCheckpointHandler(
+        composite_options=orbax.CompositeOptions(multiprocessing_options=alone),
+        state=orbax.PyTreeCheckpointHandler(multiprocessing_options=alone),
+    )
+    return orbax.AsyncCheckpointer(handler, multiprocessing_options=alone)
+
+
 class Saver:
-    """Writes checkpoints in the background, keeping the newest ones; a context manager."""
+    """Writes checkpoints in the background, keeping the newest ones; a context manager.
+
+    All processes of a job make the same calls together. The first one writes, and its errors reach all.
+    """
 
     def __init__(self, folder: pathlib.Path, keep: int) -> None:
         """Opens a folder, which is made if there is none.
@@ -297,22 +314,23 @@ class Saver:
           InputError: the folder cannot be made, or its name cannot be used.
         """
         self._folder = folder.absolute()
-        if jax.process_count() > 1 and MISREAD & set(str(self._folder)):
-            raise InputError(f"several processes cannot save to {self._folder}; choose a name without []*?\\")
+        self._opened = contextlib.ExitStack()
+        self._pending: Future[None] | None = None
+        hosts.by_first(partial(self._open, keep))
+
+    def _open(self, keep: int) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
                 f"cannot make {self._folder} ({error.strerror}); choose another folder"
             ) from error
-        self._names = contextlib.ExitStack()
-        self._checkpointer = ocp.training.Checkpointer(
-            self._names.enter_context(_plain(self._folder)),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
-        self._background = self._names.enter_context(ThreadPoolExecutor(1))
-        self._pending: Future[None] | None = None
+        for path in self._folder.iterdir():
+            if TEMPORARY in path.name:  # of a job that was killed
+                shutil.rmtree(path)
+        self._keep, self._plain = keep, self._opened.enter_context(_plain(self._folder))
+        self._checkpointer = self._opened.enter_context(_checkpointer())
+        self._background = self._opened.enter_context(ThreadPoolExecutor(1))
 
     def save(self, step: int, state: chex.ArrayTree) -> tuple[pathlib.Path, str]:
         """Starts writing ``state`` as checkpoint ``step``; returns its folder and sha256.
@@ -322,12 +340,27 @@ class Saver:
         """
         self.wait()
         host = _host(state)
-        self._check_room([array.nbytes for array in _flat(host).values()])
         sha256 = digest(host)
-        saving = self._checkpointer.save_async(step, host, force=True, custom_metadata={"sha256": sha256})
-        path = self._folder / str(step)
-        self._pending = self._background.submit(_finish, saving, path)
-        return path, sha256
+        hosts.by_first(partial(self._start, step, host, sha256))
+        return self._folder / str(step), sha256
+
+    def _start(self, step: int, host: dict[str, Any], sha256: str) -> None:
+        self._check_room([array.nbytes for array in _flat(host).values()])
+        self._checkpointer.save(
+            self._plain / str(step),
+            args=orbax.args.Composite(state=orbax.args.PyTreeSave(host)),
+            force=True,
+            custom_metadata={"sha256": sha256},
+        )
+        self._pending = self._background.submit(self._finish, self._folder / str(step))
+
+    def _finish(self, path: pathlib.Path) -> None:
+        """Waits until a checkpoint has its name, lists its files' digests, and removes the oldest ones."""
+        self._checkpointer.wait_until_finished()
+        write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
+        for step in steps(self._folder)[: -self._keep]:
+            old = self._folder / str(step)
+            shutil.rmtree(old.rename(self._folder / f"{step}{TEMPORARY}"))
 
     def _check_room(self, sizes: list[int]) -> None:
         """Raises before a save that would fill the disk, which Orbax reports with pages of tracebacks."""
@@ -346,16 +379,18 @@ class Saver:
         Raises:
           InputError: it could not be written; earlier checkpoints are intact.
         """
+        hosts.by_first(self._wait)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
         try:
-            if self._pending is not None:
-                self._pending.result()
+            if pending is not None:
+                pending.result()
         except Exception as error:
             raise InputError(
                 f"could not write a checkpoint to {self._folder} ({one_line(error)}); earlier checkpoints "
                 "are intact: remove the cause and run the same command again"
             ) from error
-        finally:
-            self._pending = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -364,17 +399,8 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         try:
-            self.wait()
-            self._checkpointer.close()
+            with self._opened:
+                (self.wait if kind is None else self._wait)()  # after an error the others may not be here
         except Exception:
             if kind is None:  # otherwise Orbax repeats an error that was already raised
                 raise
-        finally:
-            self._names.close()
-
-
-def _finish(saving: Any, path: pathlib.Path) -> None:
-    """Waits until a checkpoint has its name, and lists the digests of its files."""
-    saving.result()
-    if jax.process_index() == 0:
-        write_whole(path / FILES, json.dumps(_file_digests(path)).encode())

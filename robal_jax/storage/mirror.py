@@ -6,7 +6,7 @@ interrupted job may leave on a disk. Of a checkpoint all files are written befor
 without which a reader ignores it.
 
 One job at a time writes to a folder of a bucket: an object ``.lock`` names it, and its heartbeats show that
-it is alive. A job of several processes needs a folder that all of them share, and is refused.
+it is alive. Of several processes the first one writes; each other one begins with a copy of its own.
 """
 
 import contextlib
@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import jax
-
+from robal_jax.devices import hosts
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.storage import buckets
 from robal_jax.storage.buckets import Bucket, BucketError, Copy, Entry, Known
@@ -133,9 +132,9 @@ class Writer:
             raise ChangedError from error
         if rank(key) > 1 and path.stat().st_mtime_ns != status.st_mtime_ns:
             raise ChangedError
-        previous = before.identities[-1:] if before else ()
-        old = before or Known((), -1, 0)
-        copy.note(key, old._replace(identities=(identity, *previous), there=bool(before and before.there)))
+        old = before or Known((), -1, 0, there=False)
+        # Of earlier tries without an answer any may have been the last to arrive.
+        copy.note(key, old._replace(identities=tuple(dict.fromkeys((identity, *old.identities)))))
         if content is None:
             copy.bucket.put(key, path)
         else:
@@ -205,6 +204,9 @@ def _set_aside(copy: Copy, say: Say) -> None:
     for key in unsaved:
         (aside / key).parent.mkdir(parents=True, exist_ok=True)
         (copy.folder / key).rename(aside / key)
+    for path in sorted(copy.folder.rglob("*"), reverse=True):  # an empty one is no checkpoint
+        with contextlib.suppress(OSError):  # not empty, or a file
+            path.rmdir()
     if unsaved:
         say(
             f"{copy.bucket.url} was changed from elsewhere; what only this machine had is in {aside} "
@@ -374,6 +376,9 @@ def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say
       path: of a folder, or its URL, or of a copy to read from.
       say: receives messages for the user.
 
+    All processes of a job call it together. What the first one writes to its folder reaches the bucket; the
+    others read what was there at the start.
+
     Yields:
       The folder on this machine, and ``say`` for messages that may name it.
 
@@ -385,12 +390,8 @@ def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say
     if url is None:
         yield pathlib.Path(path), say
         return
-    if jax.process_count() > 1:  # Orbax saves in all processes together, to one folder
-        raise InputError(
-            f"several processes cannot work in {url} yet; choose a folder that all share, or one process"
-        )
-    folder = folder_of(path)
-    with Keeper(Copy(Bucket(url), folder), say):
+    with hosts.held_by_first(lambda: Keeper(Copy(Bucket(url), folder_of(path)), say)):
+        folder = folder_of(path) if hosts.is_first() else buckets.fetched(url)  # as the first one left it
         try:
             yield folder, buckets.naming(say)
         except (InputError, DivergedError) as error:

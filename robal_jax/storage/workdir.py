@@ -36,7 +36,7 @@ from robal_jax import averages
 from robal_jax.data import Dataset, Images, image_folder
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
-from robal_jax.storage import checkpoints, config_file
+from robal_jax.storage import buckets, checkpoints, config_file
 from robal_jax.storage.claims import check_run
 from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, IMPORT, VERSIONS
@@ -318,8 +318,10 @@ def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> 
     found = checkpoints.restore_latest(
         workdir / CHECKPOINTS, like, on_damage=lambda path, why: damaged.append((path, why))
     )
+    # A folder of a drive that all share has a config by now; copies of a bucket were made before.
+    shared = buckets.url_of(workdir) is not None or (workdir / CONFIG).is_file()
     state = found.sha256 if found else "none"
-    hosts.check_agreement(f"what is in {workdir}", f"{(workdir / CONFIG).is_file()} {state}")
+    hosts.check_agreement(f"what is in {buckets.shown(workdir)}", f"{shared} {state}")
     for path, why in damaged:
         hosts.by_first(partial(_set_aside, workdir, say, path, why))
     return found
