@@ -124,6 +124,7 @@ def test_operations_are_between_their_lines(name, dtype, float64):
     assert np.mean(above - below) < 0.95 * np.mean(node.high - node.low)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_linear_bounds_hold_and_are_no_worse_than_intervals(float64):
     """Two layers of several activations and a residual connection, on a grid of each box."""

@@ -188,6 +188,7 @@ def compiled(tmp_path, *flags):
     return json.loads(path.read_text()), done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_command_on_the_devices_present(tmp_path):
     found, text = compiled(tmp_path, "--programs=train")

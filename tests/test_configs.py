@@ -83,6 +83,7 @@ def left_out(method, data):
     return list(DATA)[METHODS.index(method) % len(DATA)] != data and "ROBAL_EVERY_CONFIG" not in os.environ
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "data"), [(method, data) for data in DATA for method in METHODS if not left_out(method, data)]

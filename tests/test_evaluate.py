@@ -242,6 +242,7 @@ def test_a_cpu_s_piece_goes_with_its_cache(monkeypatch, tmp_path, size, images):
     assert cpu.cpu_piece() == images * 32 * 32
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_one_compilation_for_every_attack(copy, monkeypatch):
     """Partial batches, rounds and restarts included: each piece of work is traced once."""
@@ -265,8 +266,9 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [2, *(pytest.param(after, marks=pytest.mark.long) for after in (4, 40))])
+@pytest.mark.parametrize("after", [2, 4, 40])
 def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
     """In the conditions, in the ensemble and in the audit."""
     original, updates = Meter.update, []
@@ -426,6 +428,7 @@ def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     assert stored["outcome"] == "passed"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_model_that_saturates_is_flagged_and_its_autoattack_is_the_same(evaluated, copy):
     folder, _ = run(copy, "evaluation.logit_scale=10000.0", "evaluation.autoattack=robal_aa")

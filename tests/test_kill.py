@@ -89,6 +89,7 @@ def largest_difference(one, other):
     return float(max(jax.tree.leaves(gaps)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
     generator = random.Random(0)
@@ -127,6 +128,7 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
     assert gap < 1e-11
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stopped_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
     generator, seconds, steps = random.Random(1), [], []
@@ -158,6 +160,7 @@ def test_stopped_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
     assert max(seconds) < 30
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root"

@@ -536,7 +536,7 @@ def test_every_backbone_standardises_before_its_first_convolution(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name if name == "deepmind" else pytest.param(name, marks=pytest.mark.slow) for name in NEW]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "preact" else name for name in NEW]
 )
 def test_other_convolution_and_spread_batch(name):
     """On a CPU, and with a batch on two devices, it is the same network; one operation after the other."""
