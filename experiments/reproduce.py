@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 from robal_jax.errors import DivergedError, InputError, ReportError
+from robal_jax.storage import buckets
 from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 
@@ -33,7 +34,7 @@ FLAGS = {
     "seeds": "number of seeds, counted from 0; 3 by default",
     "splits": "number of long-tailed subsets per seed, config.data.seed from 0; 1 by default",
     "rows": "keys of rows, separated by commas; all by default",
-    "out": "folder of all runs and tables; runs/tables by default",
+    "out": "folder of all runs and tables, or its URL in a bucket, gs://… or s3://…; runs/tables by default",
 }
 
 
@@ -46,13 +47,7 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     from experiments.paper.catalogue import rows_of
     from experiments.paper.plan import Request
     from experiments.paper.rows import DATA_SETS
-    from robal_jax.storage import buckets
 
-    if buckets.is_url(values["out"]):
-        raise InputError(
-            f"--out is {values['out']}, in a bucket; a table is made in a folder of this machine: name one, "
-            "and copy it afterwards"
-        )
     data, seeds = values["data"] or "digits_lt", values["seeds"] or "3"
     if data not in DATA_SETS:
         raise InputError(f"unknown data set {data!r}; use one of {', '.join(DATA_SETS)}")
@@ -82,8 +77,9 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
 
 def finished(workdir: pathlib.Path) -> dict[str, str] | None:
     """Returns number and sha256 of a run's last checkpoint, None if :func:`do` did not finish the run."""
-    marker = read_json(workdir / "finished.json")
-    return marker if marker and (workdir / CHECKPOINTS / marker["checkpoint"]).is_dir() else None
+    folder = buckets.fetched(workdir)
+    marker = read_json(folder / "finished.json")
+    return marker if marker and (folder / CHECKPOINTS / marker["checkpoint"]).is_dir() else None
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -99,7 +95,7 @@ def read_results(folder: pathlib.Path) -> "Results | None":
     from robal_jax.reporting.results import Results
 
     try:
-        return Results.read(folder)
+        return Results.read(buckets.fetched(folder))
     except InputError:
         return None
 
@@ -112,9 +108,10 @@ def evaluated_checkpoint(job: "Job", run: dict[str, str]) -> tuple[pathlib.Path,
     """
     from robal_jax.storage.best import default_checkpoint, read_best
 
-    path, best = default_checkpoint(job.workdir, job.config.train.select), read_best(job.workdir)
+    workdir = buckets.fetched(job.workdir)
+    path, best = default_checkpoint(workdir, job.config.train.select), read_best(workdir)
     if path is None or best is None:
-        return job.workdir / CHECKPOINTS / run["checkpoint"], run["sha256"]
+        return workdir / CHECKPOINTS / run["checkpoint"], run["sha256"]
     return path, best.sha256
 
 
@@ -131,8 +128,10 @@ def set_outdated_aside(folder: pathlib.Path, sha256: str, say: Callable[[str], N
     """Renames the evaluation in a folder if it is of another checkpoint, such as of a run before this one."""
     from robal_jax.storage.evaluated import identity_in
 
-    there = identity_in(folder)
+    there = identity_in(buckets.fetched(folder))
     if there and there.get("checkpoint_sha256") != sha256:
+        if buckets.is_url(folder):
+            raise InputError(f"{buckets.shown(folder)} is of another checkpoint; move it away, or remove it")
         aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%dT%H%M%S')}")
         folder.rename(aside)
         say(f"{folder} is of another checkpoint; moved to {aside}")
@@ -145,11 +144,13 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
       DivergedError: the training diverged.
     """
     from robal_jax import builder, evaluation, training
-    from robal_jax.storage import checkpoints
+    from robal_jax.storage import checkpoints, mirror
     from robal_jax.storage.files import write_whole
 
     if job.folder is not None:
-        checkpoint, sha256 = evaluated_checkpoint(job, read_json(job.workdir / "finished.json"))
+        run = finished(job.workdir)
+        assert run is not None, "a run is trained before it is evaluated"
+        checkpoint, sha256 = evaluated_checkpoint(job, run)
         set_outdated_aside(job.folder, sha256, say)
         with contextlib.redirect_stdout(io.StringIO()):  # its table
             try:
@@ -165,9 +166,10 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
     elif training.train(job.config, job.workdir, say=say).name == str(
         builder.training(job.config).total_steps
     ):
-        _, path, sha256 = checkpoints.read_latest(job.workdir)
-        marker = {"checkpoint": path.name, "sha256": sha256}
-        write_whole(job.workdir / "finished.json", json.dumps(marker).encode())
+        with mirror.kept(job.workdir, say) as (folder, _):
+            _, path, sha256 = checkpoints.read_latest(folder)
+            marker = {"checkpoint": path.name, "sha256": sha256}
+            write_whole(folder / "finished.json", json.dumps(marker).encode())
 
 
 def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | None:
@@ -221,11 +223,11 @@ def _durations(plan: "Plan", path: pathlib.Path) -> str:
 
     of_row: dict[str, list[pathlib.Path]] = {}
     for job in plan.jobs:
-        of_row.setdefault(job.key, []).append(job.workdir)
+        of_row.setdefault(job.key, []).append(buckets.fetched(job.workdir))
     found = {key: seconds(dict.fromkeys(workdirs)) for key, workdirs in of_row.items()}
     rounded = {key: round(value, 1) for key, value in found.items() if value is not None}
     write_whole(path, f"{json.dumps(rounded, indent=1)}\n".encode())
-    return f"seconds of training per run, by row: {path}"
+    return f"seconds of training per run, by row: {buckets.shown(path)}"
 
 
 def main(arguments: list[str]) -> None:
@@ -233,16 +235,36 @@ def main(arguments: list[str]) -> None:
     arguments, overrides = cli.split_overrides(arguments)
     request = request_of(cli.parse(arguments, FLAGS, __doc__), overrides)
 
-    from experiments.paper.catalogue import heading
     from experiments.paper.plan import make_plan
-    from experiments.paper.table import assemble, markdown
     from robal_jax.devices import hosts
-    from robal_jax.storage.claims import check_place
-    from robal_jax.storage.files import check_replaceable, write_whole
+    from robal_jax.storage import mirror
 
     hosts.start("")
     plan = make_plan(request)
-    folder = request.out / request.data
+    place = request.out / request.data
+    if buckets.is_url(place):  # beside the runs, each of which is kept in step by itself
+        place /= "tables"
+    with mirror.kept(place, print) as (folder, _):
+        make(plan, request, folder)
+
+
+def make(plan: "Plan", request: "Request", folder: pathlib.Path) -> None:
+    """Does the jobs of a plan, and writes and prints its table.
+
+    Args:
+      plan: of the table.
+      request: what the user asked for.
+      folder: receives the table.
+
+    Raises:
+      DivergedError: a run diverged; the table is there without it.
+      InputError: the folder cannot be used, or a job cannot be done.
+    """
+    from experiments.paper.catalogue import heading
+    from experiments.paper.table import assemble, markdown
+    from robal_jax.storage.claims import check_place
+    from robal_jax.storage.files import check_replaceable, write_whole
+
     path = folder / f"table{request.table}.md"
     check_place(folder)
     check_replaceable(path, f"# {heading(request.table)} ")
@@ -264,11 +286,15 @@ def main(arguments: list[str]) -> None:
         write_whole(path, text.encode())
         content = cli.as_started(json.dumps(table, indent=1, ensure_ascii=False))
         write_whole(path.with_suffix(".json"), f"{content}\n".encode())
-        print(f"\n{text.partition('## Commands')[0]}table, and the commands of its rows: {path}")
+        print(
+            f"\n{text.partition('## Commands')[0]}table, and the commands of its rows: {buckets.shown(path)}"
+        )
         if table.get("follow_up"):
             print(_durations(plan, path.with_suffix(".seconds.json")))
     if diverged:
-        raise DivergedError(f"no result from {', '.join(diverged)}; see {folder / 'reproduce.log'}")
+        raise DivergedError(
+            f"no result from {', '.join(diverged)}; see {buckets.shown(folder / 'reproduce.log')}"
+        )
 
 
 if __name__ == "__main__":

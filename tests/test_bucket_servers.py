@@ -32,8 +32,8 @@ from robal_jax import cli
 from robal_jax.storage import buckets, mirror
 mirror.PERIOD = 0.2  # so that many kills and faults fall into a transfer
 buckets.PATIENCE = float(sys.argv.pop(2))
-from experiments import evaluate, train
-cli.run({"train": train, "evaluate": evaluate}[sys.argv.pop(1)].main)
+from experiments import evaluate, reproduce, train
+cli.run({"train": train, "evaluate": evaluate, "reproduce": reproduce}[sys.argv.pop(1)].main)
 """
 STEPS = 30
 
@@ -235,6 +235,45 @@ def test_several_processes_on_machines_that_share_nothing_else(server, tmp_path)
     assert found.files == alone.files
     for name in alone:
         np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_table_goes_on_elsewhere(server, tmp_path):
+    """It is killed while it fine-tunes, and ends on another machine as in a local folder."""
+    flags = (
+        "--table=1",
+        "--rows=at,lws",
+        "--seeds=1",
+        "--config.train.epochs=2",
+        "--config.schedule.milestones=()",
+    )
+    small = "--config.data.test_per_class=3"
+    finish(server.start("reproduce", *flags, small, f"--out={tmp_path}/out"))
+    url = f"{server.url}/tables"
+    (process,) = server.start("reproduce", *flags, small, f"--out={url}")
+    said = ""
+    while "[3/4]" not in said:
+        said += process.stdout.readline()
+    process.kill()
+    process.communicate()
+    server.lose_machines()
+    out = finish(server.start("reproduce", *flags, small, f"--out={url}"))
+    assert "4 trainings and evaluations, 2 of them done" in out
+    assert f"table, and the commands of its rows: {url}/digits_lt/tables/table1.md" in out
+    place = next(
+        server.caches.glob("0/robal_jax/buckets/work/*/bucket/runs/tables/digits_lt/tables/@/table1.md")
+    )
+    texts = [
+        path.read_text().replace(str(out), "OUT")
+        for path, out in ((place, url), (tmp_path / "out/digits_lt/table1.md", tmp_path / "out"))
+    ]
+    assert texts[0] == texts[1]
+    assert url in place.read_text()
+    assert "4 of them done" in finish(server.start("reproduce", *flags, small, f"--out={url}"))
 
 
 # ---------------------------------------------------------------- faults

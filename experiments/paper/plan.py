@@ -19,6 +19,7 @@ from experiments.paper.catalogue import TABLES
 from experiments.paper.rows import Further, Row, Table
 from robal_jax import builder, cli
 from robal_jax.errors import InputError
+from robal_jax.storage.buckets import shown
 from robal_jax.storage.config_file import differences, to_json, training_fields, without_neutral
 
 Run = int | tuple[int, int]
@@ -34,7 +35,7 @@ class Request(NamedTuple):
       seeds: of the runs of every row; with several splits a run is a pair (seed, split).
       rows: those of ``published.rows_of``.
       overrides: of every config, such as ``train.epochs=4``.
-      out: folder of all runs and tables.
+      out: folder of all runs and tables; it may be a URL, see ``storage.buckets``.
       configs: folder of the config files.
     """
 
@@ -206,7 +207,7 @@ def make_plan(request: Request) -> Plan:
         workdir = _workdir(run_name(row, request), seed, request)
         first = _first(row)
         start = training(first[1], seed, first[1].key)[0] if first else None
-        more = (*_fields_of(seed), f"{first[0]}={start}" if first else "")
+        more = (*_fields_of(seed), f"{first[0]}={shown(start)}" if first and start else "")
         if workdir not in jobs:
             jobs[workdir] = Job(key, seed, row_config(row, request, *more), workdir, start)
         return workdir, more
@@ -224,7 +225,7 @@ def make_plan(request: Request) -> Plan:
                 folder = _evaluation_folder(row, seed, request, *own)
                 further.setdefault(row.key, {}).setdefault(each.name, {})[seed] = folder
                 other = _transfers_from(each, row, table)
-                surrogate = training(other, seed, other.key)[0] if other else ""
+                surrogate = shown(training(other, seed, other.key)[0]) if other else ""
                 evaluation(row, seed, workdir, folder, *more, *own, f"evaluation.audit.surrogate={surrogate}")
             for setting, by_seed in settings.items():
                 folder = by_seed[seed] = _evaluation_folder(row, seed, request, setting)
@@ -236,12 +237,12 @@ def commands(row: Row, request: Request) -> list[str]:
     """Returns the commands that train and evaluate a row, with the first seed."""
     seed, data = request.seeds[0], request.data
     name = run_name(row, request)
-    workdir = _workdir(name, seed, request)
+    workdir = shown(_workdir(name, seed, request))
     first = _first(row)
     started = commands(first[1], request)[:1] if first else []
     asked = [*_fields_of(seed), *_protocol(row, request), *row.overrides, *request.overrides]
     if first:
-        asked += [f"{first[0]}={_workdir(run_name(first[1], request), seed, request)}"]
+        asked += [f"{first[0]}={shown(_workdir(run_name(first[1], request), seed, request))}"]
     train = ["train.py", f"--config=configs/{name.rpartition('-')[0]}.py:{data}", f"--workdir={workdir}"]
     lines = [[*train, *(f"--config.{each}" for each in asked)]]
     own = [each for each in (*PROTOCOL, *asked) if each.startswith("evaluation.")]
@@ -250,13 +251,13 @@ def commands(row: Row, request: Request) -> list[str]:
     def evaluation(*changes: str) -> list[str]:
         folder = _evaluation_folder(row, seed, request, *changes)
         typed = {each.partition("=")[0]: each for each in (*own, *changes) if each}  # the last one counts
-        return [*evaluate, f"--folder={folder}", *(f"--config.{each}" for each in typed.values())]
+        return [*evaluate, f"--folder={shown(folder)}", *(f"--config.{each}" for each in typed.values())]
 
     lines += map(evaluation, row.settings)
     table = TABLES[request.table]
     for each in table.further:
         lines.append(evaluation(*_not_asked(each.overrides, request)))
         if other := _transfers_from(each, row, table):
-            surrogate = _workdir(run_name(other, request), seed, request)
+            surrogate = shown(_workdir(run_name(other, request), seed, request))
             lines[-1].append(f"--config.evaluation.audit.surrogate={surrogate}")
     return started + [shlex.join(["python", f"experiments/{script}", *rest]) for script, *rest in lines]
