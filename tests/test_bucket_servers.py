@@ -63,14 +63,14 @@ class Server:
             "PYTHONPATH": str(ROOT),
         }
 
-    def start(self, script, *flags, processes=1, port=None, patience=60):
+    def start(self, script, *flags, processes=1, port=None, patience=60, **env):
         """Starts a job, each process on a machine of its own."""
         together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
         command = [sys.executable, "-c", COMMAND, script, str(patience), *flags]
         return [
             subprocess.Popen(
                 [*command, *([*together, f"--process={i}"] if processes > 1 else [])],
-                env=self.env(port, i), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=self.env(port, i) | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for i in range(processes)
         ]  # fmt: skip
@@ -189,9 +189,14 @@ def test_killed_trainings_end_with_the_same_digest(server, expected, capsys):
 # ---------------------------------------------------------------- several processes
 
 
+def metrics_of(server, workdir):
+    """The metrics in the copy of the first machine; None if there is none."""
+    return next(server.caches.glob(f"0/robal_jax/buckets/work/*/bucket/runs/{workdir}/@/metrics.jsonl"), None)
+
+
 def step_in(server, workdir):
     """The last step that the first machine's metrics name."""
-    path = next(server.caches.glob(f"0/robal_jax/buckets/work/*/bucket/runs/{workdir}/@/metrics.jsonl"), None)
+    path = metrics_of(server, workdir)
     lines = path.read_text().splitlines() if path else []
     return json.loads(lines[-1])["step"] if lines else 0
 
@@ -235,6 +240,27 @@ def test_several_processes_on_machines_that_share_nothing_else(server, tmp_path)
     assert found.files == alone.files
     for name in alone:
         np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_resumed_on_a_smaller_slice(server, tmp_path):
+    """Four processes are told to stop, and two go on, in float64: only the order of sums differs."""
+    (alone,) = server.train(tmp_path / "run", JAX_ENABLE_X64="1")
+    finish([alone])
+    jobs = server.train(f"{server.url}/slice", processes=4, JAX_ENABLE_X64="1")
+    wait_until(lambda: step_in(server, "slice") >= 5 or jobs[0].poll() is not None, 300)
+    jobs[3].send_signal(signal.SIGTERM)
+    assert "stopped at step " in finish(jobs)
+    server.lose_machines()
+    said = finish(server.train(f"{server.url}/slice", processes=2, JAX_ENABLE_X64="1"))
+    assert "resuming at step " in said
+    assert f"/checkpoints/{STEPS} sha256 " in said.splitlines()[-1]
+    losses = [
+        [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+        for path in (metrics_of(server, "slice"), tmp_path / "run/metrics.jsonl")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-9)
 
 
 # ---------------------------------------------------------------- tables
