@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from robal_jax import metrics
+from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.results import (
     EVERYTHING,
     FIXED_STEPS,
@@ -166,3 +167,21 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def traced_work(monkeypatch):
+    """A list that receives the name of each piece of work on a model when JAX traces it to compile it."""
+    original, traced = Victim.compile, []
+
+    def compile(self, work, predict=None):
+        name = getattr(work, "func", work).__name__
+
+        def counted(*args, **keywords):
+            stage = getattr(work, "keywords", {}).get("stage")
+            traced.append(name if stage is None else stage.name)
+            return work(*args, **keywords)
+
+        return original(self, counted, predict)
+
+    monkeypatch.setattr(Victim, "compile", compile)
+    return traced

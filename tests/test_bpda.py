@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import with_devices
+from helpers import traced_work
 
 import robal_jax
 from robal_jax import ThreatModel, attacks, bpda
 from robal_jax.attacks import autoattack, clean_start
 from robal_jax.errors import InputError
 from robal_jax.evaluation.steps import with_bpda
-from robal_jax.evaluation.victim import Victim
 from robal_jax.models import closure
 from robal_jax.reporting import figures
 from robal_jax.reporting.names import headline_attack
@@ -240,19 +240,7 @@ def run_all():
 @pytest.mark.slow
 def test_one_compilation_and_four_devices(tmp_path, monkeypatch):
     """Of the attacks that are younger than AutoAttack."""
-    original, traced = Victim.compile, []
-
-    def compile(self, work, predict=None):
-        name = getattr(work, "func", work).__name__
-
-        def counted(*args, **keywords):
-            stage = getattr(work, "keywords", {}).get("stage")
-            traced.append(name if stage is None else stage.name)
-            return work(*args, **keywords)
-
-        return original(self, counted, predict)
-
-    monkeypatch.setattr(Victim, "compile", compile)
+    traced = traced_work(monkeypatch)
     expected = run_all()
     own = [name for name in autoattack.VERSIONS["fast"] if name != "square"]
     stages = [*own, *(name + autoattack.BPDA for name in ("pgd_20", *own)), "square"]

@@ -166,6 +166,7 @@ def expected(server, tmp_path_factory):
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_trainings_end_with_the_same_digest(server, expected, capsys):
     """Each is killed while it writes to the bucket, and resumes on another machine, which has no copy."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import with_devices
+from helpers import traced_work
 
 from robal_jax import (
     attacks,
@@ -26,7 +27,6 @@ from robal_jax.attacks import ThreatModel, autoattack, clean_start
 from robal_jax.devices import cpu
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
-from robal_jax.evaluation.victim import Victim
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config
 from robal_jax.storage.progress import Meter, training_curve
@@ -246,19 +246,7 @@ def test_a_cpu_s_piece_goes_with_its_cache(monkeypatch, tmp_path, size, images):
 @pytest.mark.slow
 def test_one_compilation_for_every_attack(copy, monkeypatch):
     """Partial batches, rounds and restarts included: each piece of work is traced once."""
-    original, traced = Victim.compile, []
-
-    def compile(self, work, predict=None):
-        name = getattr(work, "func", work).__name__
-
-        def counted(*args, **keywords):
-            stage = getattr(work, "keywords", {}).get("stage")
-            traced.append(name if stage is None else stage.name)
-            return work(*args, **keywords)
-
-        return original(self, counted, predict)
-
-    monkeypatch.setattr(Victim, "compile", compile)
+    traced = traced_work(monkeypatch)
     run(copy)
     audited = ["outputs", "gradients", "probe", "margin", "unbounded", "gradient_free"]
     assert sorted(traced) == sorted(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from small_network import CLASSES, SHAPE, SIZE, batch, logits_fn
 
 from robal_jax import attacks
 from robal_jax.attacks import ThreatModel, clean_start, fab_attack, starting_points
 from robal_jax.attacks.threat import COMMON_NORMS
 
-SHAPE, SIZE, CLASSES = (4, 4, 2), 32, 4
 PROJECTIONS = {norm: jax.jit(project) for norm, project in fab_attack.PROJECTIONS.items()}
 THREATS = {norm: ThreatModel(0.1, norm) for norm in COMMON_NORMS}
 each_norm = pytest.mark.parametrize("norm", THREATS)
@@ -167,23 +167,6 @@ def test_linear_model_is_left_by_the_shortest_way(norm):
 
 
 # ---------------------------------------------------------------- a network
-
-
-def logits_fn(images):
-    """A network of two layers, smooth enough for a boundary that bends."""
-    rng = np.random.RandomState(1)
-    first, second = rng.randn(SIZE, 16) / 2, rng.randn(16, CLASSES)
-    hidden = jnp.tanh((images.reshape(len(images), -1) - 0.5) @ jnp.asarray(first, images.dtype))
-    return hidden @ jnp.asarray(second, images.dtype)
-
-
-@functools.cache
-def batch():
-    """Images with pixels near and at both bounds, and labels: all right but the last two."""
-    rng = np.random.RandomState(0)
-    images = jnp.asarray(np.clip(rng.uniform(-0.1, 1.1, (12, *SHAPE)), 0, 1), jnp.float32)
-    labels = logits_fn(images).argmax(-1)
-    return images, labels.at[-2:].set((labels[-2:] + 1) % CLASSES)
 
 
 @functools.cache
