@@ -612,6 +612,7 @@ def test_multi_targeted_breaks_what_hides_behind_the_runner_up():
             np.testing.assert_allclose(logits[:, 1], 9.5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_multi_targeted_keeps_the_best_of_its_runs():
     weight = jnp.asarray(np.random.RandomState(6).randn(SIZE, 5) / 8, jnp.float32)
     logits_fn = lambda x: (x.reshape(len(x), -1) - 0.5) @ weight  # noqa: E731

@@ -291,6 +291,7 @@ def test_an_image_s_result_is_its_own(norm):
     assert not np.array_equal(attack(norm)(keys[::-1], images, labels), found), "the keys are not read"
 
 
+@pytest.mark.slow
 def test_one_key_for_all_and_one_step():
     _, images, labels = batch()
     found = jax.jit(partial(attacks.apgd, logits_fn, threat=THREATS["linf"], steps=1))

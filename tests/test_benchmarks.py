@@ -148,6 +148,7 @@ def test_a_whole_chunk_lowers_from_shapes_alone():
     assert all(donated) and not any(x.donated for x in jax.tree.leaves(lowered.args_info[0][1]))
 
 
+@pytest.mark.slow
 def test_fresh_processes_return_json():
     assert startup.in_fresh_process("step", "shape", "digits_cnn") == [8, 1]
 

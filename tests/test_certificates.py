@@ -51,6 +51,7 @@ def points(lower, upper, steps):
 # ---------------------------------------------------------------- margins
 
 
+@pytest.mark.slow
 def test_certified_boxes_have_no_misclassified_point(float64):
     first, second = normal(2, 16), normal(16, 3, seed=1)
 
@@ -167,6 +168,7 @@ AFFINE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AFFINE)
 def test_affine_networks_have_their_exact_margin(name, float64):
     images, labels = np.random.RandomState(0).uniform(size=(8, 5)), np.arange(8) % 4
@@ -212,6 +214,7 @@ def test_a_norm_that_may_be_zero_certifies_nothing():
 # ---------------------------------------------------------------- rounding
 
 
+@pytest.mark.slow
 def test_bounds_in_float32_hold_exact_and_computed_logits():
     """Boxes of radius 0: what is left is the rounding."""
     sizes = (64, 128, 64, 8)
@@ -330,6 +333,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_margins_hold_what_shared_factors_give(name, float64):
     random = np.random.RandomState(0)

@@ -54,6 +54,7 @@ def folder(finished, tmp_path, monkeypatch, undrawn):
     return shutil.copytree(finished, tmp_path / "evaluation")
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_is_given_them_resumed_and_contradicted(folder, monkeypatch):
     original, updates = Meter.update, []
 

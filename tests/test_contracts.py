@@ -694,6 +694,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_that_breaks_its_contract(name):
     refused(f"objective 'test_contracts:{name}' {OBJECTIVES[name]}", "objective", name)

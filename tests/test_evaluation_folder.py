@@ -156,6 +156,7 @@ def test_other_settings_replace_nothing(copy, no_attack, override, difference):
 SEVERAL = "evaluation.groups=last_80_percent,few,thirds"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(SEVERAL,), ("evaluation.head_classes=2",)])
 def test_other_groups_need_no_attack(copy, no_attack, undrawn, overrides):
     folder, before = copy / "evaluation", json.loads((copy / "evaluation" / "results.json").read_text())

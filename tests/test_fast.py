@@ -59,6 +59,7 @@ def test_targets_are_ordered_by_distance_and_not_by_logit(norm, order):
     np.testing.assert_array_equal(attacks.ranked_class(logits_fn(images), 2), 1)
 
 
+@pytest.mark.slow
 def test_malt_reaches_the_nearest_class():
     """Class 2 is out of reach of the radius; class 1 has the higher logit, and 3 changes faster."""
     slopes = jnp.array([0.0, 1.0, 0.5, 8.0])
@@ -70,6 +71,7 @@ def test_malt_reaches_the_nearest_class():
         attack(logits_fn, jax.random.key(0), jnp.zeros((1, 1, 1, 1)), jnp.array([0]), rank=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", EPSILONS)
 def test_fast_stays_in_the_threat_model_and_breaks_what_large_logits_hide(norm):
     threat = ThreatModel(EPSILONS[norm], norm)

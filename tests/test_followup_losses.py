@@ -115,6 +115,7 @@ def test_squared_error():
     np.testing.assert_allclose(losses.squared_error(Z, other), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["harl", "rebalanced", "tail_batch", "tail_pair"])
 def test_the_whole_batch_on_two_devices(name):
     """A step takes the mean of the devices' losses and gradients; it must be that of one device."""

@@ -372,6 +372,7 @@ def test_type_checkers_see_the_same_names():
     assert seen == robal_jax._NAMES
 
 
+@pytest.mark.slow
 def test_rooms_are_found_without_importing_them():
     code = (
         "import sys, robal_jax\n"

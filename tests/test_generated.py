@@ -455,6 +455,7 @@ def test_an_evaluation_removes_the_prior_of_the_mixture(finished):
     np.testing.assert_allclose(found, np.tile(np.log(prior), (2, 1)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_results_carry_the_label(tmp_path):
     label = "uses generated data (70 % of each batch)"
     report.write_report(tmp_path / "report", fake_results(meta={**META, "generated": label}))

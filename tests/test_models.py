@@ -136,6 +136,7 @@ def test_statistics_of_a_batch_that_is_spread():
     assert np.abs(alone - logits[:4]).max() > 1e-3  # the axis name matters
 
 
+@pytest.mark.slow
 def test_statistics_in_one_pass_are_those_of_two():
     """Logits, moments and gradients, of a whole batch and of halves on two devices, in float64."""
 
@@ -189,6 +190,7 @@ def test_passes_made_as_one_keep_their_own_statistics():
     assert np.abs(np.subtract(*means)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_weights_made_ready_predict_the_same():
     """To the bit: only the place of the computation changes."""
     network = models.Network(models.WideResNet(10, 1), classifiers.LinearHead(3))
@@ -429,6 +431,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "shape", "width", "size"),
     NETWORKS,

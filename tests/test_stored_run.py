@@ -75,6 +75,7 @@ def test_its_interrupted_evaluation_resumes(stored, monkeypatch):
         np.testing.assert_array_equal(examples["pred_clean"], clean)
 
 
+@pytest.mark.slow
 def test_it_can_be_loaded(stored):
     run = evaluation.load_run(stored)
     assert run.checkpoint == stored / "checkpoints" / "5"

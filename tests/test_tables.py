@@ -113,6 +113,7 @@ def test_the_readme_of_the_configs_is_up_to_date():
             assert any(line[:3] == named and line[-2:] == [each.pgd, each.aa] for line in cells)
 
 
+@pytest.mark.slow
 def test_table_1_shares_runs():
     plan = make_plan(request_for("1"))
     assert len(trainings(plan)) == 3 * 13
@@ -129,6 +130,7 @@ def test_table_1_shares_runs():
         assert runs[at[seed]].config.evaluation.tau_p == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, data in EVERY if data == "digits_lt"])
 def test_jobs_come_after_what_they_need(name):
     done = set()
@@ -141,6 +143,7 @@ def test_jobs_come_after_what_they_need(name):
             assert job.workdir in done
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_alone_brings_the_run_it_starts_from():
     plan = make_plan(request_for("1", "lws", seeds=(0,)))
     assert [job.key for job in plan.jobs] == ["at", "lws", "lws"]

@@ -256,6 +256,7 @@ R50 = {"name": "resnet50", "stem": "imagenet"}
 R20 = {"name": "resnet20", "shortcut": "A"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "config", "message"),
     [

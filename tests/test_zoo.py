@@ -185,6 +185,7 @@ def test_a_model_by_each_of_its_paths(published):
     assert robal_jax.load_model is load_model
 
 
+@pytest.mark.slow
 def test_the_check_can_fail(published):
     model = load_model(published)
     changed = jax.tree.map(lambda array: array * np.float32(1.01), model.params)
