@@ -24,7 +24,7 @@ BATCH = 64  # the paper's
 
 
 class Links(NamedTuple):
-    """What connects devices; the rates are those of data sheets, the rest is assumed.
+    """Connections between devices. The rates are from data sheets; the seconds of a hop are guesses.
 
     Attributes:
       layouts: of the topology by number of devices.
@@ -41,14 +41,11 @@ class Links(NamedTuple):
     def seconds(self, size: float, count: int, devices: int) -> float:
         """Returns the time of ``count`` reductions of ``size`` bytes together, at half of the links' rate."""
         near = min(devices, self.near)
-        stages = ((near, size, *self._of(0)), (devices // near, size / near, *self._of(1)))
+        stages = zip((near, devices // near), (size, size / near), self.rates, self.hops, strict=True)
         return sum(
             2 * (n - 1) / n * part / (rate / 2) + count * 2 * math.log2(n) * hop
             for n, part, rate, hop in stages
         )
-
-    def _of(self, stage: int) -> tuple[float, float]:
-        return self.rates[stage], self.hops[stage]
 
 
 LINKS = {
@@ -97,7 +94,7 @@ def rows(workdir: pathlib.Path, network: str, chip: str, *, shared: bool) -> lis
         program = compiled(workdir, network, f"{chip}:{layout}", BATCH if shared else BATCH * devices)
         reduced = program["transfers"].get("all-reduce", {"count": 0, "bytes": 0})
         works = program["estimated_seconds"]
-        talks = links.seconds(reduced["bytes"], reduced["count"], devices) if devices > 1 else 0.0
+        talks = links.seconds(reduced["bytes"], reduced["count"], devices)
         images = BATCH if shared else BATCH * devices
         speed = images / devices / (works + talks)  # of one device
         alone = alone or speed

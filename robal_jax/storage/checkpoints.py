@@ -212,7 +212,7 @@ def _file_digests(path: pathlib.Path) -> dict[str, str]:
 
 
 def _alone() -> ocp.Context:
-    """Lets Orbax read and write in this process without waiting for the other processes of the job."""
+    """Lets Orbax read in this process without waiting for the other processes of the job."""
     context = ocp.Context()
     if jax.process_count() > 1:
         context.multiprocessing.primary_host = jax.process_index()

@@ -372,12 +372,12 @@ def folder_of(path: str | pathlib.Path) -> pathlib.Path:
 def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say]]:
     """Yields the folder for a job to work in: the path itself, or of a URL a copy that is kept in step.
 
+    All processes of a job call it together. What the first one writes to its folder reaches the bucket; the
+    others read what was there at the start.
+
     Args:
       path: of a folder, or its URL, or of a copy to read from.
       say: receives messages for the user.
-
-    All processes of a job call it together. What the first one writes to its folder reaches the bucket; the
-    others read what was there at the start.
 
     Yields:
       The folder on this machine, and ``say`` for messages that may name it.

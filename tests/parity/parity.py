@@ -39,6 +39,11 @@ class Reference:
         self.load = functools.cache(lambda name: dict(load(name)))
         self.files = collections.defaultdict(lambda: {"compared": set(), "input": set()})
         self.groups = collections.defaultdict(dict)
+        self.ran = set()
+
+    def pytest_runtest_logreport(self, report):
+        """Notes which tests ran in this process, whose tally this is."""
+        self.ran.add(report.nodeid)
 
     def __call__(self, file, key):
         """An array that we read."""
