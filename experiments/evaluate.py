@@ -26,6 +26,9 @@ SHORT = {
     "surrogate": "audit.surrogate",
 }
 
+MODELS = "runs/zoo"
+"""Folder of the runs that models of the zoo are made to."""
+
 
 def run_of(model: str, workdir: pathlib.Path | None) -> tuple[pathlib.Path, ConfigDict]:
     """Returns the folder and the config of the run to evaluate, which for a model is not made yet.
@@ -45,12 +48,23 @@ def run_of(model: str, workdir: pathlib.Path | None) -> tuple[pathlib.Path, Conf
         from robal_jax import zoo
 
         card = zoo.read_card(model)
-        return workdir or pathlib.Path("runs", "zoo", card["name"]), zoo.config_of(card)
+        return workdir or pathlib.Path(MODELS, card["name"]), zoo.config_of(card)
     assert workdir is not None
     hosts.check_agreement(f"what is in {workdir}", str((workdir / CONFIG).is_file()))
     config = read_config(workdir)
     builder.validate(config)
     return workdir, config
+
+
+def surrogate_run(surrogate: str) -> str:
+    """Returns the folder of a surrogate; if it is a model of the zoo, its run is made."""
+    from robal_jax import zoo
+
+    if pathlib.Path(surrogate, CONFIG).is_file() or surrogate not in zoo.names():
+        return surrogate
+    workdir = pathlib.Path(MODELS, surrogate)
+    zoo.make_run(surrogate, workdir)
+    return str(workdir)
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +85,8 @@ def main(arguments: list[str]) -> None:
         "corruptions": "true for the accuracy on corrupted images, too: config.evaluation.corruptions",
         "budget": "radii by class: constant (the standard) or by_frequency: config.evaluation.budget.name",
         "weights": "current or average, the run's config.average: config.evaluation.weights",
-        "surrogate": "another run on the same data, for the audit: config.evaluation.audit.surrogate",
+        "surrogate": "another run on the same data, or a model of the zoo, for the audit: "
+        "config.evaluation.audit.surrogate",
     }
     flags, overrides = cli.split_overrides(arguments)
 
@@ -126,6 +141,8 @@ def main(arguments: list[str]) -> None:
         from robal_jax import zoo
 
         zoo.make_run(values["model"], workdir)
+    if config.evaluation.audit.surrogate:
+        config.evaluation.audit.surrogate = surrogate_run(config.evaluation.audit.surrogate)
     evaluation.evaluate(config, workdir, checkpoint=checkpoint, folder=folder, command=command)
 
 

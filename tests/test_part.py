@@ -144,6 +144,19 @@ def test_a_surrogate_attacks_the_same_part(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("own", "asked", "place"),
+    [("", "a.npz", "a.npz"), ("b.npz", "a.npz", "b.npz"), ("", "", "")],
+)
+def test_a_surrogate_without_a_place_of_its_data_reads_those_of_the_evaluation(own, asked, place):
+    configs = [
+        cli.apply_overrides(cli.load_config("at:cifar10_lt"), [f"--config.data.path={each}"])
+        for each in (own, asked)
+    ]
+    assert builder.with_part_of(*configs).data.path == place
+    assert "path" not in builder.with_part_of(digits(), configs[1]).data
+
+
+@pytest.mark.parametrize(
     ("flags", "name"),
     [
         ([], "evaluation"),

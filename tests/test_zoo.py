@@ -490,6 +490,14 @@ def test_evaluating_a_model_is_evaluating_its_run(tmp_path, monkeypatch, capsys,
         )
 
 
+def test_a_model_as_surrogate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = evaluate.surrogate_run(DIGITS)
+    assert made == f"runs/zoo/{DIGITS}" == evaluate.surrogate_run(made)
+    assert imported_from(tmp_path / made)["weights_sha256"] == card_of(DIGITS)["weights_sha256"]
+    assert evaluate.surrogate_run("runs/at") == "runs/at"
+
+
 def test_what_the_command_refuses(tmp_path, capsys):
     refused(
         "--model has one checkpoint",

@@ -59,6 +59,8 @@ def with_inference_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
 def with_part_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     """Returns the config of a run with the part of the test set that another config evaluates.
 
+    A model of the zoo names no place of its data; it gets that of the other config.
+
     Raises:
       InputError: a field of one of the configs cannot be used.
     """
@@ -69,6 +71,8 @@ def with_part_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
         combined.evaluation.examples = part.examples
         if part.examples:
             combined.evaluation.seed = part.seed
+        if combined.data.name == other.data.name and combined.data.get("path") == "":
+            combined.data.path = other.data.path
     return combined.lock()
 
 
