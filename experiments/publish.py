@@ -2,7 +2,8 @@
 
 Writes FOLDER/NAME.safetensors (the weights that the run's config evaluates), FOLDER/NAME.json (a card with
 the config, the figures of the evaluations and images to check the model on) and FOLDER/NAME.robustbench.json.
-robal_jax.load_model loads them; those in experiments/zoo ship with the library.
+robal_jax.load_model loads them; those in experiments/zoo ship with the library. A run that evaluate.py
+--model=FOLDER/NAME made adds its evaluations to the card of that model.
 """
 
 import pathlib

@@ -429,6 +429,31 @@ def test_imported_weights_are_not_published(published, tmp_path):
     )
 
 
+def test_a_run_of_a_model_adds_its_evaluations_to_the_card(files, tmp_path):
+    """The weights stay, and so do the figures under AutoAttack, which the second evaluation has not."""
+    zoo.make_run(files, tmp_path / "run")
+    loaded, before = load_run(tmp_path / "run"), json.loads(files.read_text())
+    weights = files.with_suffix(".safetensors").read_bytes()
+    folders = {name: tmp_path / name for name in ("more", "less")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        found = results_for(loaded, n=190)
+        if name == "more":
+            conditions = found.summary["conditions"]
+            conditions["autoattack"] = conditions["pgd_20"]
+        found.write(folder)
+    out = files.with_suffix("")
+    written = zoo.publish(tmp_path / "run", out, {"more": folders["more"]})
+    assert written == [files, files.with_suffix(".robustbench.json")]
+    assert zoo.publish(tmp_path / "run", out, {"less": folders["less"]}) == [files]
+    card = json.loads(files.read_text())
+    assert list(card["evaluations"]) == [*before["evaluations"], "more", "less"]
+    assert card | {"evaluations": before["evaluations"]} == before
+    assert files.with_suffix(".safetensors").read_bytes() == weights
+    assert "evaluated on all 190 test images" in files.with_suffix(".robustbench.json").read_text()
+    load_model(files).check()
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "json", "robustbench.json"])
 def test_no_other_file_is_replaced(run, tmp_path, ending):
     path = tmp_path / f"mine.{ending}"

@@ -19,7 +19,7 @@ from robal_jax.storage.files import check_replaceable, reason, write_whole
 from robal_jax.storage.names import EVALUATION, VERSIONS
 from robal_jax.storage.workdir import class_counts_in_training, imported_from
 from robal_jax.zoo import cards
-from robal_jax.zoo.models import ENDINGS, NAME, load_model
+from robal_jax.zoo.models import ENDINGS, NAME, load_model, read_card
 
 MARKS = ('"checkpoint_sha256":', '"weights_sha256":', '"number_forward_passes":')
 """Texts in the beginnings of the three files, in the order of ``ENDINGS``."""
@@ -33,14 +33,16 @@ def publish(
 ) -> list[pathlib.Path]:
     """Writes the weights of a run that its config evaluates, their card, and the card for RobustBench.
 
+    A run that was made from the model at ``out`` adds its evaluations to the card; the weights stay.
+
     Args:
-      workdir: folder of a run that was trained here; its data set is read.
+      workdir: folder of a run that was trained here, or made from the model at ``out``; its data set is read.
       out: ``FOLDER/NAME``, the files without their endings; the model's name is that of the folder and NAME.
       evaluations: folders of results of this run, by the names that the card gives them; if None, that in
         ``workdir``.
 
     Returns:
-      The three files.
+      The files that were written.
 
     Raises:
       InputError: the run, an evaluation or a file cannot be used.
@@ -55,14 +57,20 @@ def publish(
     for file, mark in zip(files, MARKS, strict=True):
         check_replaceable(file, mark)
     read_config(workdir)  # says what is wrong with a folder that is no run
-    if imported_from(workdir) is not None:
-        raise InputError(f"the weights of {workdir} were imported; publish a run that was trained here")
+    imported = imported_from(workdir)
+    if imported is not None and not _is_of_model(imported, files[1]):
+        raise InputError(
+            f"the weights of {workdir} were imported; publish a run that was trained here, or name in --out "
+            "the model that they are of"
+        )
     folders = evaluations or {EVALUATION: workdir}
     results = {key: Results.read(results_folder(folder)) for key, folder in folders.items()}
-    made_with = _versions(workdir)
+    made_with = _versions(workdir) if imported is None else {}
     run = load_run(workdir)
     for key, folder in folders.items():
         _check_is_of(run, str(folder), results[key])
+    if imported is not None:
+        return _with_more_figures(files, results)
 
     weights_file, card_file, robustbench_file = files
     config = ConfigDict(cards.without_paths(run.config)).lock()
@@ -88,6 +96,39 @@ def publish(
         raise InputError(f"cannot write {out} ({reason(error, out)}); choose another --out") from error
     load_model(card_file, trust_code=True).check()
     return files
+
+
+def _is_of_model(imported: Mapping[str, Any], card_file: pathlib.Path) -> bool:
+    """Returns whether a run's weights are those of a model."""
+    try:
+        card = read_card(card_file)
+    except InputError:
+        return False
+    return bool(imported.get("weights_sha256") == card["weights_sha256"])
+
+
+def _with_more_figures(files: list[pathlib.Path], results: Mapping[str, Results]) -> list[pathlib.Path]:
+    """Adds evaluations to the cards of a model; those of the same names are replaced.
+
+    The card for RobustBench has one evaluation, which is replaced unless it alone has AutoAttack.
+
+    Returns:
+      The files that were written.
+    """
+    _, card_file, robustbench_file = files
+    card = read_card(card_file)
+    card["evaluations"] |= {name: cards.figures(each) for name, each in results.items()}
+    made = cards.robustbench(cards.leading(list(results.values())), card["network"])
+    texts = {card_file: json_text(card)}
+    try:
+        earlier = robustbench_file.read_text() if robustbench_file.exists() else ""
+        if "autoattack_acc" in made or '"autoattack_acc":' not in earlier:
+            texts[robustbench_file] = json.dumps(made, indent=2)
+        for file, text in texts.items():
+            write_whole(file, f"{text}\n".encode())
+    except OSError as error:
+        raise InputError(f"cannot write {card_file} ({reason(error, card_file)})") from error
+    return list(texts)
 
 
 def _described(
