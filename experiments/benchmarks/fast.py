@@ -1,11 +1,12 @@
 """The ensembles 'fast' and 'union' beside AutoAttack: python experiments/benchmarks/fast.py --workdir=DIR.
 
-Attacks three kinds of models: 'digits' (AT and RoBal-N, five seeds, trained here by ``calibration.py``),
-'golden' (the network of the released AutoAttack's numbers, if ROBAL_GOLDEN_DIR names their folder) and
-'masked' (the deterministic masks of ``masked.py``, on the models that ``calibration.py`` masks). Each is
-attacked by 'standard', 'torchattacks' and 'union' with one key, and by 'fast' with several. 'union' continues
-after 'standard', whose stages are its first. Prints one line per model, and one table in Markdown per kind.
-Outcomes are kept in DIR, so that the same command resumes; they hold as long as the attacks do not change.
+Attacks four kinds of models: 'digits' (AT and RoBal-N, five seeds, trained here by ``calibration.py``),
+'golden' (the network of the released AutoAttack's numbers, if ROBAL_GOLDEN_DIR names their folder), 'cifar'
+(the zoo's two ResNet-20, if --data names an .npz file of CIFAR-10) and 'masked' (the deterministic masks of
+``masked.py``, on the models that ``calibration.py`` masks). Each is attacked by 'standard', 'torchattacks'
+and 'union' with one key, and by 'fast' with several. 'union' continues after 'standard', whose stages are its
+first. Prints one line per model, and one table in Markdown per kind. Outcomes are kept in DIR, so that the
+same command resumes; they hold as long as the attacks do not change.
 
 Passes are counted from the rounds, the images that reach each, and the cost of a round, so they are those of
 the algorithm, not of a batch that was filled up. A gradient is one forward and one backward pass.
@@ -26,8 +27,9 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import calibration, masked, measure
-from robal_jax import cli
+from robal_jax import cli, load_model
 from robal_jax.attacks import ThreatModel, autoattack
+from robal_jax.data import balanced_part
 from robal_jax.keys import fold_in
 
 TARGETS, BATCH, CLASSES = 9, 50, 10
@@ -48,7 +50,7 @@ class Network(NamedTuple):
     members: list[tuple[str, Any, np.ndarray, np.ndarray]]
 
 
-def networks(bench: calibration.Bench, images: dict[str, int]) -> Iterator[tuple[str, Network]]:
+def networks(bench: calibration.Bench, images: dict[str, int], data: str) -> Iterator[tuple[str, Network]]:
     """Yields the kind of each network, and the network."""
 
     def of(
@@ -80,9 +82,22 @@ def networks(bench: calibration.Bench, images: dict[str, int]) -> Iterator[tuple
         x = np.asarray(x.transpose(0, 2, 3, 1), np.float32)
         network = importlib.import_module("tests.parity.autoattack_net").network(arrays)
         yield "golden", Network(lambda _, x: network(x), epsilon, [("golden", (), x, y)])
+    if data and images["cifar"]:
+        with np.load(data) as file:
+            ids = balanced_part(file["test_labels"], images["cifar"], seed=0)
+            pixels, labels = file["test_images"][ids], file["test_labels"][ids]
+        for name in ("cifar10_lt/at_resnet20", "cifar10_lt/robal_n_resnet20"):
+            model = load_model(name)
+            x, y = np.asarray(pixels / 255, np.float32), labels.astype(np.int32)
+            member = (name.partition("/")[2], (model.params, model.stats), x, y)
+            yield "cifar", Network(partial(_apply, model.predict), 8 / 255, [member])
     for name, (mask, expected) in masked.MASKS.items() if images["masked"] else ():
         if "randomised" not in expected:
             yield "masked", of("masked", list(calibration.BASES), f"{name}, ", mask)
+
+
+def _apply(predict: Callable[..., Any], weights: tuple[Any, Any], x: Any) -> Any:
+    return predict(*weights, x)
 
 
 class Passes(NamedTuple):
@@ -233,18 +248,19 @@ def main(arguments: list[str]) -> None:
         "seeds": "keys of 'fast', 3",
         "digits": "images per model of this kind, 0 for none: 200",
         "golden": "the same, 200",
+        "cifar": "the same, 100",
         "masked": "the same, 50",
+        "data": "an .npz file with test_images and test_labels of CIFAR-10, for this kind",
     }
     values = cli.parse(arguments, texts, __doc__)
     workdir = pathlib.Path(values["workdir"] or "runs/calibration")
-    images = {
-        kind: int(values[kind] or count) for kind, count in (("digits", 200), ("golden", 200), ("masked", 50))
-    }
+    default = {"digits": 200, "golden": 200, "cifar": 100, "masked": 50}
+    images = {kind: int(values[kind] or count) for kind, count in default.items()}
     folder = workdir / "fast"
     folder.mkdir(parents=True, exist_ok=True)
     print(measure.device())
     rows: dict[str, list[dict[str, Any]]] = {}
-    for kind, network in networks(calibration.Bench(workdir, ""), images):
+    for kind, network in networks(calibration.Bench(workdir, ""), images, values["data"]):
         rows.setdefault(kind, []).extend(outcomes(network, int(values["seeds"] or 3), folder))
     for kind, found in rows.items():
         print(f"\n{kind}\n\n{table(found)}")
