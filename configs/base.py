@@ -213,6 +213,10 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # Also the certified accuracy at the radius and at parts of it, a lower bound of the robust accuracy by
     # linear bounds (CROWN). For small networks, in L-infinity. A finished evaluation is given it, too.
     config.certified = False
+    # Also how the attacks of the ensemble compare: for each one alone, the smallest of eight radii at which
+    # it breaks each image of the audit's sample. Each attack runs about three times on each of these images,
+    # also on those that another one has broken. A finished evaluation is given it, too.
+    config.optimality = False
     config.audit = ConfigDict({"examples": 200})  # test images in its sample; 0: no audit
     config.audit.surrogate = ""  # another run on the same data, for attacks by transfer; '': none
     config.precision = "highest"  # a robust accuracy needs full float32

@@ -378,6 +378,13 @@ def stages(
     )
 
 
+def with_threat(stage: Stage, threat: ThreatModel) -> Stage:
+    """Returns a stage of :func:`stages` with another threat model, such as one radius per image."""
+    assert isinstance(stage.attack, partial)
+    settings = dataclasses.replace(stage.attack.keywords["settings"], threat=threat)
+    return stage._replace(attack=partial(stage.attack, settings=settings))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Settings:
     threat: ThreatModel
@@ -473,16 +480,9 @@ def _apgd_malt(
     *,
     settings: _Settings,
 ) -> chex.Array:
-    return malt_apgd(
-        logits_fn,
-        keys,
-        images,
-        labels,
-        threat=settings.threat,
-        rank=number + 1,
-        candidates=settings.targets,
-        steps=settings.steps,
-    )
+    threat, steps = settings.threat, settings.steps
+    towards: dict[str, Any] = {"rank": number + 1, "candidates": settings.targets}
+    return malt_apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, **towards)
 
 
 _ATTACKS: dict[str, Callable[..., chex.Array]] = {

@@ -76,7 +76,7 @@ def with_part_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     return combined.lock()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Everything that an evaluation needs except the weights.
 
@@ -106,6 +106,7 @@ class Evaluation:
       minimum_norm: a key of ``attacks.MINIMUM_NORM``; '' for no distances.
       corruptions: whether clean images are also corrupted and classified.
       certified: whether a lower bound of the robust accuracy is computed, too.
+      optimality: whether the attacks of the ensemble are compared at several radii.
       replaced: ``predict`` with the gradient of a differentiable approximation, for the stages of the
         ensemble with BPDA; None without them.
     """
@@ -114,18 +115,18 @@ class Evaluation:
     ids: np.ndarray
     variables: dict[str, Any]
     predict: Callable[..., Any]
-    features: Callable[..., Any] | None
+    features: Callable[..., Any] | None = None
     threat: ThreatModel
     step_size: float | tuple[float, ...]
     version: str
     ensemble: tuple[autoattack.Stage, ...]
     audit_examples: int
-    surrogate: str
+    surrogate: str = ""
     batch_size: int
     seed: int
     layout: str
     groups: dict[str, np.ndarray]
-    about: dict[str, Any]
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
     data_sha256: str = ""
     weights: str = "current"
     select: str = "last"
@@ -134,6 +135,7 @@ class Evaluation:
     minimum_norm: str = ""
     corruptions: bool = False
     certified: bool = False
+    optimality: bool = False
     replaced: Callable[..., Any] | None = None
 
 
@@ -224,6 +226,7 @@ def evaluation_on(
         minimum_norm=settings.minimum_norm,
         corruptions=settings.corruptions,
         certified=settings.certified,
+        optimality=settings.optimality,
         about=_about(config, test, head, ensemble) | by_class,
         select=config.train.select,
         judged={

@@ -192,7 +192,7 @@ _NUMBERS = (
 
 _BOOLEANS = (
     "train.sync_batch_norm", "attack.common_noise", "attack.second_step", "threat.scaled_steps",
-    "evaluation.corruptions", "evaluation.certified",
+    "evaluation.corruptions", "evaluation.certified", "evaluation.optimality",
 )  # fmt: skip
 
 REQUIRED: dict[str, Rule] = {

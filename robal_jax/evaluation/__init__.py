@@ -6,8 +6,8 @@
 - ``measurements``, ``verdicts``, ``ensemble_checks``: what the audit measures, and what it says
 - ``explanations``, ``outcomes``, ``evidence``: the checks in words, their outcomes, and the tests behind them
 - ``findings``: from what was found to the files of the report
-- ``additions``: figures that no attack changes, added to what is stored: ``corrupted``, the accuracy on
-  corrupted images, and ``certifying``, the certified accuracy
+- ``additions``: figures that are added to what is stored: ``corrupted``, the accuracy on corrupted images,
+  ``certifying``, the certified accuracy, and ``optimality``, a comparison of the attacks
 - ``any_model``, ``run``: the evaluation of any function, and a trained run as a function
 """
 

@@ -1,4 +1,4 @@
-"""Figures that no attack changes, added to results that are stored already.
+"""Figures on which no outcome under attack depends, added to results that are stored already.
 
 They are of this call, or of an evaluation that was finished long ago. What was found for every image is kept
 in a file of its own, and is used again if other groups of classes are asked for.

@@ -52,6 +52,7 @@ def evaluate_model(
     audit: int = 200,
     corruptions: bool = False,
     certified: bool = False,
+    optimality: bool = False,
     seed: int = 0,
     batch_size: int = 500,
     name: str = "model",
@@ -96,6 +97,9 @@ def evaluate_model(
       certified: whether to report the certified accuracy, too, a lower bound of the robust accuracy at the
         radius and at parts of it, see ``robal_jax.certified``. For small networks and L-infinity; it takes a
         good part of a second per image. A finished evaluation is given it without another attack.
+      optimality: whether to compare the attacks of the ensemble, too: the smallest radius at which each one
+        alone breaks each image of the audit's sample, see :func:`robal_jax.distances.attack_optimality`.
+        A finished evaluation is given it.
       seed: of the attacks' random starts, and of the corruptions.
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
@@ -128,13 +132,11 @@ def evaluate_model(
         ids=np.arange(len(labels)),
         variables={},
         predict=model.predict,
-        features=None,
         threat=threat,
         step_size=length,
         version=version,
         ensemble=_ensemble(version, model.num_classes, threat, length, adaptive=surrogate_fn is not None),
         audit_examples=min(audit, len(labels)),
-        surrogate="",
         batch_size=min(at_once(batch_size, math.prod(images.shape[1:3]), jax.default_backend()), len(labels)),
         seed=seed,
         layout="jit",
@@ -143,8 +145,8 @@ def evaluate_model(
         minimum_norm=minimum_norm,
         corruptions=bool(corruptions),
         certified=bool(certified),
+        optimality=bool(optimality),
         replaced=model.replaced,
-        about={},
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
     identity = model.identity | _identity(other, images, _settings(job, audit, select))

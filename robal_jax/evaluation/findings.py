@@ -38,7 +38,15 @@ from robal_jax.reporting.results import (
 )
 from robal_jax.reporting.terminal import evaluation_table, terminal
 from robal_jax.storage.files import replacing
-from robal_jax.storage.names import ADVERSARIAL, CERTIFIED, CORRUPTED, EXAMPLES, REPORT_HTML, RESULTS
+from robal_jax.storage.names import (
+    ADVERSARIAL,
+    CERTIFIED,
+    CORRUPTED,
+    EXAMPLES,
+    OPTIMALITY,
+    REPORT_HTML,
+    RESULTS,
+)
 
 GALLERY_IMAGES = 8
 
@@ -159,7 +167,7 @@ def regroup(
 
 def _remove(folder: pathlib.Path) -> None:
     remove_report(folder)
-    for name in (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, CERTIFIED):
+    for name in (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, CERTIFIED, OPTIMALITY):
         (folder / name).unlink(missing_ok=True)
 
 

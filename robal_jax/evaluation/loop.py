@@ -6,8 +6,8 @@
 3. The distances of the closest adversarial images, if they are asked for (``attacks/minimum_norm.py``).
 4. The audit of these attacks on a sample (``measurements.py``).
 5. Verdicts and results (``findings.py``).
-6. If asked for, the accuracy on corrupted images (``corrupted.py``) and the certified accuracy
-   (``certifying.py``); then the report.
+6. If asked for, the accuracy on corrupted images (``corrupted.py``), the certified accuracy
+   (``certifying.py``) and a comparison of the attacks (``optimality.py``); then the report.
 
 The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
 devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
@@ -31,7 +31,7 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
-from robal_jax.evaluation import certifying, corrupted
+from robal_jax.evaluation import certifying, corrupted, optimality
 from robal_jax.evaluation.additions import add
 from robal_jax.evaluation.findings import is_stored, publish, regroup, store
 from robal_jax.evaluation.measurements import (
@@ -40,6 +40,7 @@ from robal_jax.evaluation.measurements import (
     largest_radius,
     outputs,
     plan_measurements,
+    sample_ids,
 )
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, closest_step, eval_step
 from robal_jax.evaluation.victim import Victim
@@ -180,6 +181,7 @@ def attack_and_report(
     hosts.by_first(partial(check_evaluation, folder, report.FILES))
     victim = as_victim(job, subject.weights)
     certifying.check_certifiable(victim, job)
+    optimality.check_comparable(job)
     if subject.surrogate is not None:
         _refuse_itself(victim, subject.surrogate)
     test_set = digest_of_images(job.test.images, job.test.labels)
@@ -194,7 +196,7 @@ def attack_and_report(
             hosts.by_first(partial(regroup, job, about, subject.beside, folder, say))
         elif not _attack_and_store(subject._replace(identity=identity), victim, folder, command, stop):
             return False
-        for addition in (corrupted.ADDITION, certifying.ADDITION):
+        for addition in (corrupted.ADDITION, certifying.ADDITION, optimality.ADDITION):
             kept = Unfinished(folder / UNFINISHED / f"{addition.name}.npz", identity)
             if not add(addition, victim, job, about, folder, kept, stop, say):
                 return False
@@ -418,8 +420,7 @@ def audited(
     """Returns the audit's measurements on a sample; None if stopped before the end."""
     if not job.audit_examples:
         return Sample(np.arange(0), {})
-    order = np.random.default_rng(job.seed).permutation(len(victim.labels))
-    ids = np.sort(order[: job.audit_examples])
+    ids = sample_ids(len(victim.labels), job.audit_examples, job.seed)
     plans = plan_measurements(victim, ids, threat=job.threat, step_size=job.step_size, surrogate=surrogate)
     measured = _read_measured(kept.arrays)
     with hosts.only_first(lambda: Meter("audit", len(plans), len(measured))) as meter:

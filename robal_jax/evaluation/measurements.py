@@ -65,6 +65,11 @@ class Sample(NamedTuple):
     measured: Measured
 
 
+def sample_ids(images: int, examples: int, seed: int) -> np.ndarray:
+    """Returns the numbers of the images in the audit's sample, sorted; a larger one has the smaller one."""
+    return np.sort(np.random.default_rng(seed).permutation(images)[:examples])
+
+
 def outputs(
     logits_fn: LogitsFn, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array
 ) -> dict[str, chex.Array]:

@@ -13,7 +13,7 @@ from robal_jax.storage.config_file import evaluation_fields
 # What may differ between an evaluation at the common radius and one at radii by class.
 _MAY_DIFFER = (
     "evaluation.budget.", "evaluation.autoattack", "evaluation.audit.", "evaluation.minimum_norm",
-    "evaluation.corruptions", "evaluation.certified",
+    "evaluation.corruptions", "evaluation.certified", "evaluation.optimality",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from robal_jax.reporting import (
     distances,
     figures,
     groups,
+    optimality,
     page,
     sections,
 )
@@ -71,6 +72,7 @@ def write_report(
         *sections.summary_section(results, pictures),
         *budgets.budget_section(results),
         *audit.audit_section(results, pictures),
+        *optimality.optimality_section(results),
         *sections.condition_section(results, pictures),
         *sections.group_section(results),
         *groups.protocol_section(results),

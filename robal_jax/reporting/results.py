@@ -100,7 +100,10 @@ class Results:
       summary: what :func:`metrics.summarize` returns; with 'corruptions', what
         :func:`metrics.summarize_corruptions` returns, if images were corrupted; with 'certified', if bounds
         were computed: 'factors' (parts of the radius), 'by_factor' (for each, FIGUREs 'accuracy' and one per
-        group), and 'broken' (certified images that are misclassified).
+        group), and 'broken' (certified images that are misclassified); with 'optimality', if the attacks
+        were compared: 'factors' (parts of the radius), 'examples' (number of images), 'attacks' (by name
+        'optimality', a number or None if it is not defined, and 'robust', a FIGURE per part), and 'best'
+        (a FIGURE per part, under the best attack on each image).
       audit: whether the attacks can be trusted; None without an audit. 'examples', the number of images in
         its sample; 'verdicts', a list of {'name', 'title', 'outcome' (see :func:`outcome_of`),
         'doubts' (``FIXED_STEPS``, ``EVERYTHING``, ...), 'statement', 'evidence' (a dict),
@@ -167,6 +170,11 @@ class Results:
     def certified(self) -> Mapping[str, Any]:
         """Certified accuracies, see ``summary``; empty without them."""
         return self.summary.get("certified", {})
+
+    @property
+    def optimality(self) -> Mapping[str, Any]:
+        """How the attacks compare, see ``summary``; empty without it."""
+        return self.summary.get("optimality", {})
 
     @property
     def training(self) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluation.minimum_norm": "",
     "evaluation.corruptions": False,
     "evaluation.certified": False,
+    "evaluation.optimality": False,
     "threat.budget": {"name": "constant"},
     "threat.ramp": 0.0,
     "threat.scaled_steps": True,
@@ -72,14 +73,13 @@ data themselves are compared by their digest.
 
 NOT_JUDGED = (
     "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
-    "evaluation.minimum_norm",
-    "evaluation.corruptions", "evaluation.certified",
+    "evaluation.minimum_norm", "evaluation.corruptions", "evaluation.certified", "evaluation.optimality",
 )  # fmt: skip
 """Beginnings of the names of the fields of an evaluation on which no look during the training depends."""
 
 WITHOUT_ATTACKS = (
     "evaluation.groups", "evaluation.head_classes", "evaluation.tail_classes", "evaluation.corruptions",
-    "evaluation.certified",
+    "evaluation.certified", "evaluation.optimality",
 )  # fmt: skip
 """Names of the fields of an evaluation on which no attack depends.
 

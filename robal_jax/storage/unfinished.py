@@ -15,7 +15,7 @@ from robal_jax.storage.files import replacing
 
 SAVE_SECONDS = 30.0  # between two saves
 
-PARTS = ("conditions", "ensemble", "distances", "audit", "corruptions", "certified")
+PARTS = ("conditions", "ensemble", "distances", "audit", "corruptions", "certified", "optimality")
 """Names of the parts of an evaluation, each with a file of its own."""
 
 

@@ -1,0 +1,125 @@
+"""The optimality of attacks in an evaluation: added, resumed, exact on a linear model, reported, refused."""
+
+import os
+import shutil
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from robal_jax import ThreatModel, evaluate_model, metrics
+from robal_jax.errors import InputError
+from robal_jax.evaluation import loop
+from robal_jax.evaluation.optimality import FACTORS
+from robal_jax.reporting import figures
+from robal_jax.storage.progress import Meter
+
+DIGITS = datasets.load_digits()
+X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
+MEANS = np.stack([X[Y == digit].mean(0).ravel() for digit in range(10)])  # noqa: SIM300
+IMAGES, LABELS = X[:40], Y[:40]
+EPSILON, SAMPLE = 0.2, 24
+
+
+def nearest_mean(images):
+    """The class whose mean image is nearest: an affine network."""
+    return images.reshape(len(images), 64) @ jnp.asarray(2 * MEANS.T) - jnp.asarray((MEANS**2).sum(1))[None]
+
+
+def evaluate(folder, **options):
+    arguments = {
+        "version": "apgd_ce,apgd_t", "audit": SAMPLE, "seed": 3, "say": lambda _: None,
+        "class_counts": tuple(range(20, 10, -1)), "threat": ThreatModel(EPSILON), **options,
+    }  # fmt: skip
+    return evaluate_model(nearest_mean, IMAGES, LABELS, folder=folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An evaluation without a comparison of the attacks. Not to be written to."""
+    folder = tmp_path_factory.mktemp("evaluations") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png", lambda figure: b"png")
+        patch.setattr(figures, "svg", lambda figure: b"svg")
+        evaluate(folder, minimum_norm="fmn")
+    return folder
+
+
+def worst_margin(images, labels, radius):
+    """The smallest margin of the affine network within a radius and the bounds of the pixels, exactly."""
+    x = images.reshape(len(images), 1, 64).astype(np.float64)
+    slope = 2 * (MEANS[labels][:, None] - MEANS[None])  # of the margin towards each class
+    offset = (MEANS**2).sum(1)[None] - (MEANS[labels] ** 2).sum(1)[:, None]
+    farthest = np.clip(x - radius * np.sign(slope), 0, 1)
+    margins = (slope * farthest).sum(-1) + offset
+    margins[np.arange(len(labels)), labels] = np.inf
+    return margins.min(-1)
+
+
+@pytest.mark.slow
+def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path, monkeypatch, undrawn):
+    folder = shutil.copytree(finished, tmp_path / "evaluation")
+    attack = loop.conditions
+    monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
+    original, updates = Meter.update, []
+
+    def update(self, done, note=""):
+        updates.append(note)
+        original(self, done, note)
+        if updates.count("apgd_t") == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "update", update)
+    assert evaluate(folder, minimum_norm="fmn", optimality=True) is None
+    monkeypatch.setattr(Meter, "update", original)
+    found = evaluate(folder, minimum_norm="fmn", optimality=True)
+    monkeypatch.setattr(loop, "conditions", attack)
+    whole = evaluate(tmp_path / "at_once", minimum_norm="fmn", optimality=True)
+    assert whole.optimality == found.optimality
+    assert whole.conditions == found.conditions
+
+    with np.load(folder / "optimality.npz") as stored:
+        sample, survived = stored["sample"], stored["apgd_t"]
+    assert len(np.unique(sample)) == SAMPLE == found.optimality["examples"]
+    exact = [worst_margin(IMAGES[sample], LABELS[sample], EPSILON * factor) > 0 for factor in FACTORS]
+    assert (survived == np.sum(exact, axis=0)).mean() >= 0.9  # an attack finds the worst, or is near it
+    assert (survived >= np.sum(exact, axis=0)).all()
+    attacks = found.optimality["attacks"]
+    assert list(attacks) == ["apgd_ce", "apgd_t", "fmn"]
+    assert max(row["optimality"] for row in attacks.values()) > 0.95
+    assert all(0 <= row["optimality"] <= 1 for row in attacks.values())
+    for place in range(len(FACTORS)):
+        assert attacks["apgd_t"]["robust"][place] == metrics.share(survived > place)
+    text = (folder / "report.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| APGD-T | ") and line.count("|") == 7)
+    assert f"{attacks['apgd_t']['optimality']:.3f}" in row
+    last = 100 * found.optimality["best"][-1]["value"]
+    (best,) = (line for line in text.splitlines() if line.startswith("| Best on each image |"))
+    assert best.split("|")[-2].strip() == f"{last:.1f}"
+
+
+@pytest.mark.slow
+def test_an_attack_that_breaks_nothing_has_no_optimality(tmp_path, undrawn):
+    found = evaluate(
+        tmp_path / "run", threat=ThreatModel((1e-4,) * 10), version="apgd_ce", optimality=True, audit=10
+    )
+    (row,) = found.optimality["attacks"].values()
+    assert row["optimality"] is None
+    assert len({figure["value"] for figure in row["robust"]}) == 1
+    assert "| APGD-CE | — | " in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version": "none"}, "optimality compares the attacks of an ensemble; name one"),
+        ({"audit": 0}, "optimality is measured on the audit's sample, which is empty; ask for an audit"),
+        ({"version": "rand"}, "an attack on a random model has no distance; leave optimality out"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_at_once(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked"))
+    with pytest.raises(InputError, match=message):
+        evaluate(tmp_path / "run", optimality=True, **options)
