@@ -308,6 +308,7 @@ def svg(figure: Figure) -> bytes:
 def _file(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=_DPI, **options)
+    figure.set_layout_engine("none")  # the next file has the same layout
     return buffer.getvalue()
 
 

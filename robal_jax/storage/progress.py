@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from robal_jax.devices.output import Tolerant
 from robal_jax.errors import one_line
@@ -140,27 +137,31 @@ class Board:
     """Scalars for TensorBoard, for looking at only: a write that fails ends the board, but not the run."""
 
     def __init__(self, folder: pathlib.Path, step: int, say: Callable[[str], None]) -> None:
+        # Imported here, because it imports what is installed for cloud storage, which takes a second.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
         self._folder, self._say, self._flushed = folder, say, 0.0
         self._file: Any = None
+        self._event, self._scalar = Event, summary.scalar
         with self._lost_if_it_fails():
             folder.mkdir(exist_ok=True)
-            self._file = EventsWriter(str(folder / "events"))
+            self._file = event_file_writer.EventsWriter(str(folder / "events"))
             if step:  # hides what an interrupted run logged after it
-                self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+                self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one row."""
         with self._lost_if_it_fails():
             for name, value in values.items():
-                self._add(Event(step=step, summary=summary.scalar(name, value)))
+                self._add(step, summary=self._scalar(name, value))
             if self._file and time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = time.monotonic()
 
-    def _add(self, event: Any) -> None:
+    def _add(self, step: int, **content: Any) -> None:
         if self._file:
-            event.wall_time = time.time()
-            self._file.write_event(event)
+            self._file.write_event(self._event(step=step, wall_time=time.time(), **content))
 
     @contextlib.contextmanager
     def _lost_if_it_fails(self) -> Iterator[None]:
