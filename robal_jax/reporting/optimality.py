@@ -32,12 +32,12 @@ def optimality_section(results: Results) -> list[page.Block]:
     return [
         page.section("Optimality of the attacks"),
         page.paragraph(
-            f"Each attack of the ensemble ran alone on {found['examples']} images of the audit, at "
+            f"Each attack of the ensemble ran alone on the audit's {found['examples']} images, at "
             f"{len(found['factors'])} radii up to {threat(results.meta) or 'the radius'}. Its optimality "
             "compares the accuracies that it leaves at all of these radii with those of the best attack on "
             "each image (AttackBench): it is 1 for an attack that is the best on every image, and 0 for one "
-            "that breaks nothing. It knows no other attacks than these. Where Square, which follows no "
-            "gradient, comes near the others or leads, their gradients mislead. Accuracies are in percent."
+            "that breaks nothing. It knows no other attacks than these. Where Square leads, which follows no "
+            "gradient, the gradients of the others mislead. Accuracies are in percent."
         ),
         page.table(("Attack", "Optimality", *radii), rows),
     ]
