@@ -1,5 +1,6 @@
 """Strict JAX for every test, and the fixtures that several test files share."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -151,10 +152,31 @@ def float64(optimised):
         yield
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Leaves out the drawing of a report, which takes most of the time."""
+DRAWN = {}
+"""The functions that draw, by name."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """Reports are written without drawing, which takes most of the time of a short evaluation."""
     from robal_jax.reporting import figures
 
-    monkeypatch.setattr(figures, "png", lambda figure: b"png")
-    monkeypatch.setattr(figures, "svg", lambda figure: b"svg")
+    DRAWN.update(png=figures.png, svg=figures.svg)
+    with mock.patch.multiple(figures, png=lambda figure: b"png", svg=lambda figure: b"svg"):
+        yield
+
+
+@contextlib.contextmanager
+def drawing():
+    """Reports that are written inside are drawn."""
+    from robal_jax.reporting import figures
+
+    with mock.patch.multiple(figures, **DRAWN):
+        yield
+
+
+@pytest.fixture
+def drawn():
+    """Reports are drawn."""
+    with drawing():
+        yield

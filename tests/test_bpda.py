@@ -179,7 +179,6 @@ def test_stages_and_their_names(version, named):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_what_bpda_breaks_counts_and_the_audit_flags_it(tmp_path, monkeypatch):
     """Interrupted in the middle of BPDA's attacks; resumed with the same approximation only."""
     original, updates = Meter.update, []

@@ -14,7 +14,6 @@ from robal_jax import ThreatModel, certified, evaluate_model, metrics
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
 from robal_jax.evaluation.certifying import FACTORS
-from robal_jax.reporting import figures
 from robal_jax.storage.progress import Meter
 
 DIGITS = datasets.load_digits()
@@ -41,15 +40,12 @@ def evaluate(folder, **options):
 def finished(tmp_path_factory):
     """An evaluation without certified accuracies. Not to be written to."""
     folder = tmp_path_factory.mktemp("evaluations") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "png", lambda figure: b"png")
-        patch.setattr(figures, "svg", lambda figure: b"svg")
-        evaluate(folder)
+    evaluate(folder)
     return folder
 
 
 @pytest.fixture
-def folder(finished, tmp_path, monkeypatch, undrawn):
+def folder(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
     return shutil.copytree(finished, tmp_path / "evaluation")
 

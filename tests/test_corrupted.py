@@ -15,7 +15,7 @@ from robal_jax import ThreatModel, evaluate_model, metrics
 from robal_jax.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
-from robal_jax.reporting import figures, page
+from robal_jax.reporting import page
 from robal_jax.reporting.corruptions import corruption_section, mean_in_words
 from robal_jax.reporting.names import with_interval
 from robal_jax.reporting.results import Results
@@ -44,15 +44,12 @@ def evaluate(folder, **options):
 def finished(tmp_path_factory):
     """An evaluation without corruptions. Not to be written to."""
     folder = tmp_path_factory.mktemp("evaluations") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "png", lambda figure: b"png")
-        patch.setattr(figures, "svg", lambda figure: b"svg")
-        evaluate(folder, class_counts=range(20, 10, -1))
+    evaluate(folder, class_counts=range(20, 10, -1))
     return folder
 
 
 @pytest.fixture
-def folder(finished, tmp_path, monkeypatch, undrawn):
+def folder(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
     return shutil.copytree(finished, tmp_path / "evaluation")
 
@@ -69,7 +66,6 @@ def expected():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_distances_stay_beside_them(tmp_path):
     counts = range(20, 10, -1)
     run, _ = evaluate(tmp_path / "both", class_counts=counts, minimum_norm="fmn", corruptions=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import with_devices
+from conftest import drawing, with_devices
 from helpers import traced_work
 
 from robal_jax import (
@@ -48,7 +48,7 @@ SHORT = ("evaluation.autoattack=none", "evaluation.audit.examples=0")
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A short run and its evaluation. Not to be written to."""
+    """A short run and its evaluation, with drawn figures. Not to be written to."""
     config = cli.load_config("configs/robal_n.py:digits_lt")
     assert config.evaluation.autoattack == "standard"
     with config.unlocked():
@@ -56,7 +56,8 @@ def evaluated(tmp_path_factory):
     config = cli.apply_overrides(config, [f"--config.{override}" for override in SETTINGS])
     workdir = tmp_path_factory.mktemp("runs") / "evaluated"
     training.train(config, workdir)
-    assert run(workdir)[0] == workdir / "evaluation"
+    with drawing():
+        assert run(workdir)[0] == workdir / "evaluation"
     return workdir
 
 
@@ -89,6 +90,8 @@ def state_of(workdir):
 @pytest.mark.slow
 def test_files(evaluated):
     assert {path.name for path in (evaluated / "evaluation").iterdir()} == FILES
+    for picture in (evaluated / "evaluation").glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
     saved = examples(evaluated / "evaluation")
     for condition in evaluation.CONDITIONS:
         assert saved[f"pred_{condition}"].shape == (TEST_IMAGES,)

@@ -158,7 +158,7 @@ SEVERAL = "evaluation.groups=last_80_percent,few,thirds"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(SEVERAL,), ("evaluation.head_classes=2",)])
-def test_other_groups_need_no_attack(copy, no_attack, undrawn, overrides):
+def test_other_groups_need_no_attack(copy, no_attack, overrides):
     folder, before = copy / "evaluation", json.loads((copy / "evaluation" / "results.json").read_text())
     evaluated_before = (folder / "examples.npz").read_bytes()
     _, said = evaluate(copy, *overrides, command="again")
@@ -188,7 +188,7 @@ def test_an_unfinished_evaluation_goes_on_in_other_groups(tmp_path):
     np.testing.assert_array_equal(Unfinished(path, other).arrays["pred"], np.arange(3))
 
 
-def test_several_protocols_are_side_by_side(copy, no_attack, undrawn):
+def test_several_protocols_are_side_by_side(copy, no_attack):
     folder, _ = evaluate(copy, SEVERAL)
     summary = json.loads((folder / "results.json").read_text())["summary"]
     assert list(summary["protocols"]) == ["last_80_percent", "few", "thirds"]

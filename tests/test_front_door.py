@@ -148,7 +148,7 @@ def test_the_audit_with_a_surrogate(digits):
 
 
 @pytest.mark.slow
-def test_distances_of_any_model(digits, tmp_path, undrawn):
+def test_distances_of_any_model(digits, tmp_path):
     images, labels = digits
     model, counts = plain(images, labels), np.arange(40, 20, -2)
     options = {**SHORT, "version": "none", "folder": tmp_path, "minimum_norm": "fmn", "class_counts": counts}
@@ -171,7 +171,7 @@ def test_distances_of_any_model(digits, tmp_path, undrawn):
 
 
 @pytest.mark.slow
-def test_groups_of_any_model(digits, tmp_path, undrawn):
+def test_groups_of_any_model(digits, tmp_path):
     """No class is rare: the report says so; other groups, and the counts themselves, need no new attack."""
     images, labels = digits
     model, counts, said = plain(images, labels), np.arange(60, 10, -5), []

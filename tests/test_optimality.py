@@ -13,7 +13,6 @@ from robal_jax import ThreatModel, evaluate_model, metrics
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
 from robal_jax.evaluation.optimality import FACTORS
-from robal_jax.reporting import figures
 from robal_jax.storage.progress import Meter
 
 DIGITS = datasets.load_digits()
@@ -40,10 +39,7 @@ def evaluate(folder, **options):
 def finished(tmp_path_factory):
     """An evaluation without a comparison of the attacks. Not to be written to."""
     folder = tmp_path_factory.mktemp("evaluations") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "png", lambda figure: b"png")
-        patch.setattr(figures, "svg", lambda figure: b"svg")
-        evaluate(folder, minimum_norm="fmn")
+    evaluate(folder, minimum_norm="fmn")
     return folder
 
 
@@ -59,7 +55,7 @@ def worst_margin(images, labels, radius):
 
 
 @pytest.mark.slow
-def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path, monkeypatch, undrawn):
+def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "evaluation")
     attack = loop.conditions
     monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
@@ -101,7 +97,7 @@ def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path,
 
 
 @pytest.mark.slow
-def test_an_attack_that_breaks_nothing_has_no_optimality(tmp_path, undrawn):
+def test_an_attack_that_breaks_nothing_has_no_optimality(tmp_path):
     found = evaluate(
         tmp_path / "run", threat=ThreatModel((1e-4,) * 10), version="apgd_ce", optimality=True, audit=10
     )

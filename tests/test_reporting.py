@@ -53,7 +53,7 @@ FILES = {"results.json", "per_class.csv", "report.md", "report.html"} | FIGURES
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
-def test_report_files(tmp_path, num_classes):
+def test_report_files(tmp_path, drawn, num_classes):
     meta = META | {"class_names": [f"name {k}" for k in range(num_classes)]}
     results = fake_results(num_classes, meta)
     summary = results.summary
@@ -111,7 +111,7 @@ def full_report(folder, num_classes=10, **changes):
     return (folder / "report.html").read_text(), (folder / "report.md").read_text()
 
 
-def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
+def test_full_report_says_the_same_in_both_forms(tmp_path):
     html, markdown = full_report(tmp_path)
     page = Text(html)
     sections = re.findall(r"^## (.*)", markdown, re.MULTILINE)
@@ -164,7 +164,7 @@ def test_full_report_says_the_same_in_both_forms(tmp_path, undrawn):
 
 
 @pytest.mark.slow
-def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
+def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path, drawn):
     html, markdown = full_report(tmp_path, num_classes=30)
     page = Text(html)
     links = [
@@ -186,7 +186,7 @@ def test_page_loads_nothing_and_takes_no_name_for_markup(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["audit", "norms", "gallery"])
-def test_every_input_may_be_missing(tmp_path, undrawn, given):
+def test_every_input_may_be_missing(tmp_path, given):
     parts = {"audit": AUDIT, "norms": norms(10)}
     shown = {given: parts[given]} if given in parts else {}
     write_report(tmp_path, fake_results(**shown), gallery=None if shown else gallery())
@@ -198,7 +198,7 @@ def test_every_input_may_be_missing(tmp_path, undrawn, given):
         assert absent not in markdown
 
 
-def test_audit_without_curves_and_norms_without_weights(tmp_path, undrawn):
+def test_audit_without_curves_and_norms_without_weights(tmp_path):
     _, markdown = full_report(
         tmp_path, audit={**AUDIT, "curves": {}}, norms={"weights": None, "features": [1.0] * 10}
     )
@@ -226,7 +226,7 @@ def test_verdict_of_the_audit(outcomes, overall, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "now"), [(True, FLAGGED), (False, PASSED), (None, NOT_RUN)])
-def test_results_of_older_versions_are_read(before, now, tmp_path, undrawn):
+def test_results_of_older_versions_are_read(before, now, tmp_path):
     old = verdict("a", now)
     del old["outcome"]
     old["flagged"] = before
@@ -237,7 +237,7 @@ def test_results_of_older_versions_are_read(before, now, tmp_path, undrawn):
     assert "What the checks mean" not in markdown
 
 
-def test_the_report_says_what_the_checks_mean(tmp_path, undrawn):
+def test_the_report_says_what_the_checks_mean(tmp_path):
     meaning = {"raised": "Flagged if it is so.", "means": "It is bad.", "do": "Mend it."}
     audit = {**AUDIT, "verdicts": [{**verdict("Scale", NOTE), "meaning": meaning}]}
     html, markdown = full_report(tmp_path, audit=audit)
@@ -289,7 +289,7 @@ def test_report_without_an_audit_says_so():
         (("autoattack", "union"), ("autoattack", "union")),
     ],
 )
-def test_ensembles(tmp_path, undrawn, ensembles, shown):
+def test_ensembles(tmp_path, ensembles, shown):
     labels, predictions = fake_evaluation()
     predictions |= dict.fromkeys(ensembles, predictions["new_attack"])
     results = Results(META, metrics.summarize(labels, predictions, np.arange(20, 10, -1)))
@@ -379,7 +379,7 @@ SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly u
         ),
     ],
 )
-def test_first_line_in_words(tmp_path, undrawn, attacks, groups, meta, words):
+def test_first_line_in_words(tmp_path, attacks, groups, meta, words):
     results = results_of(CLEAN | attacks, groups, **meta)
     assert in_words(results) == words
     write_report(tmp_path, results)
@@ -389,7 +389,7 @@ def test_first_line_in_words(tmp_path, undrawn, attacks, groups, meta, words):
     assert words in " ".join(printed(evaluation_table, results).split())
 
 
-def test_tail_is_on_the_cards(tmp_path, undrawn):
+def test_tail_is_on_the_cards(tmp_path):
     write_report(tmp_path, results_of(CLEAN | {"pgd_20": [0.8, 0.7, 0.6, 0.5]}, **LINF))
     header = (tmp_path / "report.md").read_text().partition("## Summary")[0]
     assert "- PGD-20 = Worst: **65.0 %** [58.2, 71.3]; tail 50.0 %" in header
@@ -400,7 +400,7 @@ def test_tail_is_on_the_cards(tmp_path, undrawn):
     assert "## All classes" not in rest
 
 
-def test_equal_rows_are_one_row(tmp_path, undrawn):
+def test_equal_rows_are_one_row(tmp_path):
     shares = [0.8, 0.7, 0.6, 0.5]
     attacks = {"fgsm": [0.9] * 4, "pgd_20": shares, "mim_20": shares, "autoattack": shares}
     write_report(tmp_path, results_of(CLEAN | attacks, **LINF))
@@ -415,7 +415,7 @@ def test_equal_rows_are_one_row(tmp_path, undrawn):
 
 
 @pytest.mark.parametrize(("num_classes", "tables"), [(20, 1), (21, 2), (100, 2)])
-def test_many_classes_are_folded(tmp_path, undrawn, num_classes, tables):
+def test_many_classes_are_folded(tmp_path, num_classes, tables):
     write_report(
         tmp_path, fake_results(num_classes, META | {"class_names": [f"n{k}" for k in range(num_classes)]})
     )
@@ -431,7 +431,7 @@ def test_many_classes_are_folded(tmp_path, undrawn, num_classes, tables):
         assert f"<summary>All {num_classes} classes</summary>" in folded
 
 
-def test_training_commit_and_processor(tmp_path, undrawn):
+def test_training_commit_and_processor(tmp_path):
     training = {"epoch": [1, 2], "loss": [2.0, 1.0], "adv_accuracy": [0.1, 0.256], "grad_norm": [1.0, 1.0]}
     meta = META | {"training": training, "commit": "0123abc-dirty", "processor": "Z80 & co"}
     write_report(tmp_path, fake_results(meta=meta))
@@ -446,7 +446,7 @@ def test_training_commit_and_processor(tmp_path, undrawn):
 
 
 @pytest.mark.slow
-def test_accuracy_by_radius(tmp_path, undrawn):
+def test_accuracy_by_radius(tmp_path):
     audit = {"examples": 50, "verdicts": [], "curves": {"epsilon": curve([0, 0.1], PGD=[0.9, 0.5])}}
     write_report(tmp_path, fake_results(audit=audit))
     assert {file.name for file in tmp_path.iterdir()} == FILES | {"epsilon.png"}
@@ -454,7 +454,7 @@ def test_accuracy_by_radius(tmp_path, undrawn):
     assert markdown.index("(epsilon.png)") < markdown.index("## Audit")
 
 
-def test_distances(tmp_path, undrawn):
+def test_distances(tmp_path):
     figure, unknown = {"value": 0.15, "low": 0.1, "high": 0.2}, {"value": None, "low": 0.3, "high": None}
     median = {
         "all": figure,
@@ -474,20 +474,20 @@ def test_distances(tmp_path, undrawn):
     assert "Distance to" not in (tmp_path / "report.md").read_text()
 
 
-def test_numbers_in_strings_keep_their_spaces(tmp_path, undrawn):
+def test_numbers_in_strings_keep_their_spaces(tmp_path):
     meta = META | {"remark": "[1,  2]", "list": [1, [2, 3]], "empty": []}
     write_report(tmp_path, fake_results(meta=meta))
     assert json.loads((tmp_path / "results.json").read_text())["meta"] == meta
 
 
-def test_report_replaces_an_older_one(tmp_path, undrawn):
+def test_report_replaces_an_older_one(tmp_path):
     write_report(tmp_path, fake_results())
     write_report(tmp_path, fake_results(meta=META | {"method": "other"}))
     assert json.loads((tmp_path / "results.json").read_text())["meta"]["method"] == "other"
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
-def test_report_without_attacks(tmp_path):
+def test_report_without_attacks(tmp_path, drawn):
     labels, predictions = fake_evaluation()
     summary = metrics.summarize(labels, {"clean": predictions["clean"]}, np.arange(20, 10, -1))
     write_report(tmp_path, Results(META | {"main_attack": "clean"}, summary))
@@ -499,7 +499,7 @@ def test_report_refuses_an_unknown_main_attack(tmp_path):
         write_report(tmp_path, fake_results(meta=META | {"main_attack": "pgd_99"}))
 
 
-def test_report_refuses_a_folder_that_is_a_file(tmp_path, undrawn):
+def test_report_refuses_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the report"):
         write_report(tmp_path / "file", fake_results())
