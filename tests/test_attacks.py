@@ -387,6 +387,7 @@ def test_negative_margin(confidence):
     )
 
 
+@pytest.mark.slow
 def test_negative_margin_has_a_gradient_where_cross_entropy_has_none():
     logits, labels = jnp.array([[200.0, 0.0, -1.0]]), jnp.array([0])
     gradients = [
@@ -477,6 +478,7 @@ def noisy_linear_model(weight, noise):
     return logits_fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [2, 4000])
 def test_loss_gradient_averages_over_draws(draws):
     _, images, labels = batch()
@@ -498,6 +500,7 @@ def test_loss_gradient_averages_over_draws(draws):
     np.testing.assert_allclose(values, logits[:, 1] - logits[:, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_loss_gradient_of_a_model_that_is_not_random():
     logits_fn, weight = linear_model(classes=5)
     _, images, labels = batch()
@@ -595,6 +598,7 @@ def masked_model(images):
     return jnp.stack([10 + 0 * s, 9 + 5 * s, 2 - 100 * s, -5 + 0 * s], axis=-1)
 
 
+@pytest.mark.slow
 def test_multi_targeted_breaks_what_hides_behind_the_runner_up():
     images, labels = jnp.full((6, *SHAPE), 0.5), jnp.zeros(6, jnp.int32)
     attack = partial(attacks.pgd, threat=THREAT, **STEPS)
@@ -738,6 +742,7 @@ def test_shortest_adversarial_finds_the_boundary(norm):
     np.testing.assert_array_equal(gradient, jnp.zeros_like(images), "a gradient flows back")
 
 
+@pytest.mark.slow
 def test_shortest_adversarial_stays_in_bounds_and_finds_nothing_without_a_gradient():
     keys, images, labels = batch()
     constant = lambda x: jnp.eye(2)[labels]  # noqa: E731
@@ -750,6 +755,7 @@ def test_shortest_adversarial_stays_in_bounds_and_finds_nothing_without_a_gradie
         assert found.max() <= 1
 
 
+@pytest.mark.slow
 @each_norm
 def test_shortest_adversarial_takes_only_the_direction_of_an_attack_that_goes_too_far(norm):
     logits_fn, images, labels, _ = at_known_distances(norm)

@@ -484,6 +484,7 @@ def test_the_smallest_gap_is_the_smallest(margin):
     assert at < evidence.LEVEL <= below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [5, 30, 300])
 def test_a_mean_of_zero_is_rarely_called_more(images):
     values = np.random.default_rng(0).normal(size=(5000, images))
@@ -677,6 +678,7 @@ def test_images_that_depend_on_their_batch_are_seen(size):
     assert np.abs(gap).max() > 0.01
 
 
+@pytest.mark.slow
 def test_an_honest_model_is_not_flagged(measured):
     found = judged_model(measured["honest"])
     assert flagged(found) == []
@@ -749,6 +751,7 @@ def few(count=8):
     return jax.random.split(jax.random.key(5), count), images, linear(images).argmax(-1)
 
 
+@pytest.mark.slow
 def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
     def blind(x):
         return jax.lax.stop_gradient(linear(x))
@@ -781,6 +784,7 @@ def test_an_attack_without_a_bound_may_show_any_image(norm):
     assert not right.any()
 
 
+@pytest.mark.slow
 def test_square_and_shown_and_crafted():
     keys, images, labels = few()
     threat = ThreatModel(0.2)

@@ -126,6 +126,7 @@ def test_resized_crops_have_the_area_and_the_ratio_of_the_definition(parts):
         assert abs((ratio < bound).mean() - (bound + 1) / 2) < 0.07, bound
 
 
+@pytest.mark.slow
 def test_resized_crops_lie_anywhere_in_the_image_and_half_are_flipped(parts):
     assert 0.44 < parts["flipped"].mean() < 0.56
     room = SIDE - np.stack([parts["height"], parts["width"]])
@@ -168,6 +169,7 @@ def test_resizing_keeps_a_flat_image_flat(value):
         assert np.array_equal(out, np.full((4, 13, 1), value, np.uint8))
 
 
+@pytest.mark.slow
 def test_augmentations_that_keep_the_size():
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     keys = jax.random.split(jax.random.key(7), 6)
@@ -264,6 +266,7 @@ def test_blending_rounds_twice():
         assert (blend(backdrop, image, factor) != expected).sum() == 0, factor
 
 
+@pytest.mark.slow
 def test_autocontrast_of_every_range():
     """Pillow's float64 arithmetic falls short of an integer in 5958 of the 32640 ranges."""
     low, high = np.triu_indices(256)
@@ -539,6 +542,7 @@ def test_what_follows_the_resizing_sees_images_of_the_new_size():
     assert np.array_equal(found, cutout(streams[2], images))
 
 
+@pytest.mark.slow
 def test_a_function_of_the_users_own():
     dataset = data()
     mirror = augmentation("test_augmentation:flipped", dataset)

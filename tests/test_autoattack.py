@@ -485,6 +485,7 @@ def test_the_batch_size_changes_nothing():
     assert traced == traced_once
 
 
+@pytest.mark.slow
 def test_a_round_is_as_if_run_by_hand():
     """Keys, rounds and targets are those of the stages; what comes first does not depend on what follows."""
     logits_fn, images, labels, keys = problem()
@@ -523,6 +524,7 @@ def test_versions_that_are_refused(version, message):
         ensemble("linf", 8, version)
 
 
+@pytest.mark.slow
 def test_one_key_is_split_by_position():
     logits_fn, images, labels, _ = problem()
     found = robal_jax.autoattack(

@@ -139,6 +139,7 @@ def numpy_apgd(start, image, label, norm, name):
     return np.stack(path), size, best, fooled, by_rounding
 
 
+@pytest.mark.slow
 @each_search
 def test_search_is_the_published_one(norm, name):
     _, images, labels = batch()
@@ -168,6 +169,7 @@ def test_search_is_the_published_one(norm, name):
     assert skipped <= COUNT // 2, "rounding decides too often"
 
 
+@pytest.mark.slow
 def test_when_a_step_size_is_halved():
     threat, labels, x = THREATS["linf"], jnp.zeros(4, int), jnp.zeros((4, *SHAPE))
     start = autopgd.begin(jnp.zeros((4, CLASSES)), jnp.full(4, 5.0), x, x, labels, threat)
@@ -354,6 +356,7 @@ def test_a_random_model_is_attacked_with_the_keys():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), calm, plain)
 
 
+@pytest.mark.slow
 def test_noise_is_new_in_every_step():
     keys, images, labels = batch()
 
@@ -371,6 +374,7 @@ def test_noise_is_new_in_every_step():
     assert not np.intersect1d(first, logits).size
 
 
+@pytest.mark.slow
 def test_apgd_hands_its_keys_to_a_random_model():
     keys, images, labels = batch()
     settings, start = {"threat": THREATS["linf"], "steps": 3, "eot": 2}, start_of("linf")

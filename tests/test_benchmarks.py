@@ -67,6 +67,7 @@ def test_the_share_in_which_the_device_waits():
     assert overhead.waiting_share(0.020, 0.020) == 0.0
 
 
+@pytest.mark.slow
 def test_operations_by_hand():
     forward = 2 * (FIRST + SECOND + THIRD + DENSE + HEAD)
     for method, passes, training_passes in (("robal_n", 16, 2), ("at", 13, 1)):
@@ -136,6 +137,7 @@ def test_compilations_and_those_from_the_cache_are_counted():
     assert counts == {"asked": 2, "from_cache": 1}
 
 
+@pytest.mark.slow
 def test_a_whole_chunk_lowers_from_shapes_alone():
     """What memory.py compiles: the state goes in and comes out in place."""
     job = step.job_of("digits_cnn", "at", 4, 1)
@@ -261,6 +263,7 @@ def test_outcome_of_a_mutation(tmp_path, body, outcome):
     assert found["outcome"] == outcome
 
 
+@pytest.mark.slow
 def test_mutations_resume_after_a_line_that_was_cut_off(tmp_path, monkeypatch):
     runs = []
 

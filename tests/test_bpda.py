@@ -77,6 +77,7 @@ def test_the_plain_gradient_finds_nothing_and_bpda_does(defence):
     assert np.abs(found - IMAGES).max() <= 0.1 + 2.0**-24
 
 
+@pytest.mark.slow
 def test_values_are_the_model_s_and_gradients_the_approximation_s():
     """Under the transformations of an evaluation; the weights of both are arguments of its programs."""
     rng = np.random.RandomState(1)
@@ -236,6 +237,7 @@ def run_all():
         }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_one_compilation_and_four_devices(tmp_path, monkeypatch):
     """Of the attacks that are younger than AutoAttack."""

@@ -53,6 +53,7 @@ def test_dafa_moves_weight_from_easy_classes_to_the_hard_ones_like_them():
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dafa_weights_are_never_negative():
     taken = jnp.concatenate(
         [jnp.array([[0.9] + [0.1 / 9] * 9]), jnp.tile(jnp.array([[0.8] + [0.2 / 9] * 9]), (9, 1))]
@@ -63,6 +64,7 @@ def test_dafa_weights_are_never_negative():
     assert (weights[1:] > 1).all()
 
 
+@pytest.mark.slow
 def test_classes_without_images():
     counts = jnp.array([4, 0])
     np.testing.assert_array_equal(budgets.class_accuracy(jnp.array([3, 0]), counts), [0.75, 0])

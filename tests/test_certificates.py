@@ -188,6 +188,7 @@ def test_affine_networks_have_their_exact_margin(name, float64):
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e4 * 1000 * EPSILON)
 
 
+@pytest.mark.slow
 def test_cosine_head_is_certified_where_its_features_are(float64):
     """The norm is common to all classes: the sign of the margin is that of unit weights without it."""
     weight = np.abs(normal(5, 6)), normal(4, 6, seed=1)
@@ -204,6 +205,7 @@ def test_cosine_head_is_certified_where_its_features_are(float64):
     assert 0 < np.mean(found) < 1
 
 
+@pytest.mark.slow
 def test_a_norm_that_may_be_zero_certifies_nothing():
     logits_fn = functools.partial(classifiers.cosine_logits, weight=jnp.eye(2), scale=10.0)
     images = jnp.array([[0.5, 0.1], [0.05, 0.01]])
@@ -425,6 +427,7 @@ def test_attacks_break_no_certified_image(network, method, radii, images, digits
     np.testing.assert_array_equal(np.asarray(margin) > 0, clean)
 
 
+@pytest.mark.slow
 def test_compiled_and_by_itself(float64):
     """An image has the same bound in any batch, but for rounding."""
     weight = normal(5, 4)

@@ -296,6 +296,7 @@ def test_images_without_channels(name, shape):
         ATTACKS[name](logits_fn, KEY, IMAGES.reshape(shape), LABELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [["apgd_ce", "square"], ("apgd_ce", "square")])
 def test_an_ensemble_is_a_list_too(version):
     given = {"threat": THREAT, "steps": 2, "queries": 2}

@@ -172,6 +172,7 @@ def test_a_run_that_is_gone_is_noticed(run, gone):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_says_that_its_folder_is_gone(tmp_path, monkeypatch):
     """As soon as the next checkpoint is due, and without a new folder in its place."""
     from robal_jax import cli

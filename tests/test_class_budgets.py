@@ -141,6 +141,7 @@ def batch(count=12):
     return jax.random.split(jax.random.key(0), count), images, jnp.arange(count) % 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_each_image_is_evaluated_at_its_own_radius(norm):
     keys, images, labels = batch()

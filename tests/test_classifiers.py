@@ -257,6 +257,7 @@ def test_no_gradient_flows_through_the_norm_of_tau_norm():
     np.testing.assert_allclose(found, cotangent.T @ FEATURES / np.sqrt(norms) / 2, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tde_without_a_direction_is_the_cosine():
     def tde(features, weight):
         direction = jnp.zeros(D)

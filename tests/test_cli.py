@@ -407,6 +407,7 @@ def test_no_checkpoint_to_evaluate(tmp_path):
     refused(f"no checkpoint {missing}", evaluation.evaluate, config, tmp_path, checkpoint=missing)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(tmp_path):
     path = saved_run(tmp_path / "robal")
     saved_run(tmp_path / "at", "configs/at.py:digits_lt")

@@ -42,6 +42,7 @@ def of_the_epoch(logits, labels, epoch):
     return losses.cross_entropy(logits, labels) * epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean_of_three", "of_the_epoch"])
 def test_label_smoothing_reaches_any_loss_of_the_objective_and_not_the_attack_s(name, monkeypatch):
     seen = {}
@@ -518,6 +519,7 @@ def test_backbones_that_keep_it(name, head):
     builder.training(changed)
 
 
+@pytest.mark.slow
 def test_flax_s_batch_norm_is_refused_without_a_config_too():
     network = models.functional(models.Network(FlaxNorm(), classifiers.LinearHead(10)))
     images = jnp.zeros((4, 8, 8, 1))
@@ -529,6 +531,7 @@ def test_flax_s_batch_norm_is_refused_without_a_config_too():
     fixed.train(*fixed.init(jax.random.key(0), images), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18", "test_contracts:OneByOne"])
 @pytest.mark.parametrize(("batch", "parts"), [(1, 1), (64, 64)])
 def test_one_value_per_channel_is_refused_before_training(model, batch, parts):
@@ -616,6 +619,7 @@ def test_a_head_that_breaks_its_contract(name):
     refused(f"head 'test_contracts:{name}' {HEADS[name]}", "head", name)
 
 
+@pytest.mark.slow
 def test_heads_that_keep_it():
     builder.training(config("head", "GoodHead"))
     builder.training(config("head", "RequiredTemperature", temperature=2.0))
@@ -818,6 +822,7 @@ def test_an_optimizer_that_breaks_its_contract(name):
     refused(f"optimizer 'test_contracts:{name}' {OPTIMIZERS[name]}", "optimizer", name)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_keeps_it():
     builder.training(config("optimizer", "adam", b1=0.8))
 

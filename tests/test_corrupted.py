@@ -76,6 +76,7 @@ def test_distances_stay_beside_them(tmp_path):
     assert "Distance to the closest adversarial image" in report
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_is_given_them_without_an_attack(folder):
     counts, attacked = range(20, 10, -1), (folder / "examples.npz").read_bytes()
     before, _ = evaluate(folder, class_counts=counts)
@@ -101,6 +102,7 @@ def test_a_finished_evaluation_is_given_them_without_an_attack(folder):
     assert "Common corruptions" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_they_are_resumed_and_made_again_if_damaged(folder, monkeypatch):
     original, updates = Meter.update, []
 

@@ -342,10 +342,9 @@ evaluation.evaluate(config, pathlib.Path(workdir))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "ensemble"), [pytest.param("jit", "standard", marks=pytest.mark.long), ("pmap", "apgd_ce")]
-)
+@pytest.mark.parametrize(("layout", "ensemble"), [("jit", "standard"), ("pmap", "apgd_ce")])
 def test_four_devices_give_the_outcomes_of_one(evaluated, copy, layout, ensemble):
     fields = "evaluation.audit.examples=0", f"train.layout={layout}", f"evaluation.autoattack={ensemble}"
     overrides = [f"--config.{field}" for field in fields]

@@ -41,6 +41,7 @@ def test_the_probability_margin_is_that_of_standardised_logits():
     np.testing.assert_array_equal(np.array(expected) > 0, logits.argmax(-1) != labels)
 
 
+@pytest.mark.slow
 def test_level_logits_have_no_gradient():
     margin = lambda z: attacks.probability_margin(z, jnp.zeros(2, int)).sum()  # noqa: E731
     assert margin(jnp.zeros((2, CLASSES))) == 0

@@ -87,6 +87,7 @@ def test_classes_are_sorted_by_count():
         assert labels_of(draw(results).axes[0].xaxis) == ["1", "3", "2", "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_figures_of_a_summary_have_no_labels_on_top_of_each_other(num_classes):
     meta = META | {
@@ -225,6 +226,7 @@ def test_class_names_in_figures():
         assert figure.get_suptitle().startswith(r"\$m\$ □ on digits-LT:")
 
 
+@pytest.mark.slow
 def test_every_class_is_named_up_to_a_hundred():
     for num_classes, named in ((100, 100), (101, 51)):
         axes = figures.errors_figure(fake_results(num_classes)).axes[0]

@@ -50,6 +50,7 @@ def test_harl(labels):
     np.testing.assert_allclose(found, np.full(B, numpy_harl(Z, labels)), rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_harl_of_a_solved_batch_has_a_gradient_without_nan():
     logits = 1e4 * jax.nn.one_hot(Y, K)
     value, gradient = jax.value_and_grad(lambda z: losses.harl(z, Y).mean())(logits)

@@ -188,6 +188,7 @@ def test_radii_by_class_with_a_ramp_and_cfa():
     assert np.isfinite(sums["loss"])
 
 
+@pytest.mark.slow
 def test_a_state_without_free_steps_has_no_perturbations():
     job = builder.training(free_config("attack.free_steps=0"))
     assert training.initial_state(job).delta == {}

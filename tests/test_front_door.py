@@ -92,6 +92,7 @@ def nnx_model(images, labels):
 MODELS = {"plain": plain, "linen": linen, "nnx": nnx_model, "jitted": lambda *data: jax.jit(plain(*data))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "plain" else pytest.mark.slow) for kind in MODELS]
 )

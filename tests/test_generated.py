@@ -161,6 +161,7 @@ def test_a_class_that_would_vanish_is_refused():
         generated.mixture_counts(np.array([100, 1]), np.array([10**6, 1]), 0.69)
 
 
+@pytest.mark.slow
 def test_a_training_knows_the_prior_of_its_batches(file, monkeypatch):
     """Its loss and its head; the groups of an evaluation stay those of the originals."""
     seen = {}
@@ -384,6 +385,7 @@ def test_generated_images_change_the_run(finished, tmp_path):
     assert set(stored) - set(plain) == {"generated_sha256", "class_counts"}
 
 
+@pytest.mark.slow
 def test_other_generated_images_are_refused(finished, tmp_path, file):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     images, labels = images_and_labels()
@@ -415,6 +417,7 @@ def test_images_in_files_are_streamed(folders, tmp_path, in_memory):
 # ---------------------------------------------------------------- evaluations
 
 
+@pytest.mark.slow
 def test_an_evaluation_needs_no_generated_images_and_says_that_there_were_some(
     finished, tmp_path, monkeypatch
 ):
@@ -438,6 +441,7 @@ def test_an_evaluation_needs_no_generated_images_and_says_that_there_were_some(
     assert run.logits(run.test.images[:2]).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_an_evaluation_removes_the_prior_of_the_mixture(finished):
     """With tau_p: what the balanced softmax would have added in training."""
     configs = [

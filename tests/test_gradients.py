@@ -183,6 +183,7 @@ def test_models_of_a_low_precision(dtype, scale):
         assert threat.distance(shown, IMAGES).max() <= threat.epsilon + 1e-6, norm
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_never_wins():
     """Neither among the steps of a search nor among restarts, and it moves nothing."""
     highest = losses.cross_entropy(model(0, 1.0, IMAGES), LABELS) + 0.3

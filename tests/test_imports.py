@@ -185,11 +185,13 @@ def test_functions_are_short(name):
     assert {name: size for name, size in sizes.items() if size > 60} == {}
 
 
+@pytest.mark.slow
 def test_files_are_short():
     sizes = {name: len(lines_of_code(path)) for name, path in MODULES.items()}
     assert {name: size for name, size in sizes.items() if size > 350} == {}
 
 
+@pytest.mark.slow
 def test_runs_are_compared_without_matplotlib():
     code = (
         "import sys;"

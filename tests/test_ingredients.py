@@ -189,6 +189,7 @@ def awp_step(epoch, parts=1, start=2):
     return one_step(state_of(optimizer), optimizer, extras, epoch, parts)
 
 
+@pytest.mark.slow
 def test_awp_is_the_step_at_perturbed_weights():
     optimizer = optax.sgd(0.1)
     state = state_of(optimizer)
@@ -305,6 +306,7 @@ def test_cfa_follows_the_last_epoch_from_its_start():
         assert not classes["shown"].any()
 
 
+@pytest.mark.slow
 def test_dafa_measures_one_epoch():
     budget = budgets.dafa(np.array([4, 4, 4]), 0.1, epoch=2)
     classes, labels = budget.init(), jnp.array([0, 0, 1, 1])
@@ -396,6 +398,7 @@ def test_n_fgsm_leaves_the_ball(digits):
     assert jnp.abs(outcome_of(digits)[1].attacked.images - digits[3].images).max() < 0.1 + 1e-6
 
 
+@pytest.mark.slow
 def test_radii_of_a_batch_bound_its_attack(digits):
     radii = jnp.array([0.0, 0.01, 0.05, 0.1, 0.2, 0.3])
     for more in ((), ("attack.common_noise=True",), ("threat.scaled_steps=False",)):
@@ -431,6 +434,7 @@ def test_passes_of_the_attack_that_move_statistics(digits, mode, passes):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_linear_model_are_aligned():
     batch = objectives.Batch(IMAGES, LABELS, KEYS, 1)
     linear = linear_model()._replace(
@@ -452,6 +456,7 @@ def test_gradients_of_a_linear_model_are_aligned():
     assert misalignment(bent) > 0.1
 
 
+@pytest.mark.slow
 def test_alignment_is_an_addition(digits):
     plain, _ = outcome_of(digits)
     value, outcome = outcome_of(digits, "attack.alignment=0.2")
@@ -513,6 +518,7 @@ def own_perturbation():
     return perturbations.Perturbation(lambda params, direction, epoch: direction["backbone"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "message"),
     [

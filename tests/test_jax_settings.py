@@ -130,6 +130,7 @@ def test_settings_are_ignored_in_one_line_and_defaults_without_a_word():
     assert own_settings({name: values[0].upper() for name, values in OWNED.items()}) == []
 
 
+@pytest.mark.slow
 def test_the_values_without_a_word_are_the_defaults_of_jax():
     names = [name.lower() for name in OWNED]
     code = f"import jax; print(*[jax.config.values[name] for name in {names}])"

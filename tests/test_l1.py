@@ -80,6 +80,7 @@ def test_clipping_twice_is_no_projection():
     assert np.abs(np.clip(in_ball, 0, 1) - images).sum() < 0.2
 
 
+@pytest.mark.slow
 def test_one_radius_per_image_and_distances():
     candidates, images, _ = map(jnp.asarray, problems(4))
     radii = jnp.array([0.5, 1.0, 1.5, 2.0])
@@ -95,6 +96,7 @@ def test_one_radius_per_image_and_distances():
 # ---------------------------------------------------------------- steps and starts
 
 
+@pytest.mark.slow
 def test_sparse_steps_take_the_largest_entries():
     gradient = np.random.RandomState(1).randn(5, 2, 3, 4).astype(np.float32)
     entries = np.array([1, 2, 7, 23, 24])
@@ -107,6 +109,7 @@ def test_sparse_steps_take_the_largest_entries():
     np.testing.assert_array_equal(THREAT.ascent_direction(jnp.asarray(gradient))[0], steps[0])
 
 
+@pytest.mark.slow
 def test_uniform_start_fills_the_ball():
     """Of a point uniform in a ball of n dimensions, its length to the power of n is uniform in [0, 1]."""
     images = jnp.full((2000, 1, 1, 3), 0.5)
@@ -177,6 +180,7 @@ def numpy_sparse_apgd(start, image, label, name):
     return np.stack(path), best, last, sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ce", pytest.param("dlr", marks=pytest.mark.slow)])
 def test_search_is_the_published_one(name):
     keys, images, labels = batch()
@@ -209,6 +213,7 @@ def attack():
     return jax.jit(partial(attacks.apgd, logits_fn, threat=THREAT, steps=STEPS))
 
 
+@pytest.mark.slow
 def test_apgd_stays_in_the_ball_and_an_image_s_result_is_its_own():
     keys, images, labels = batch()
     found = attack()(keys, images, labels)

@@ -372,6 +372,7 @@ def test_mean_of_weighted_losses_is_the_weighted_mean(name):
     np.testing.assert_allclose(loss(logits, labels, class_weights=np.full(K, 2.0)), plain, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAKES_WEIGHTS)
 def test_weighted_losses_of_a_batch_over_a_mapped_axis(name):
     loss = functools.partial(TAKES_WEIGHTS[name], class_weights=np.linspace(0.2, 3.0, K))

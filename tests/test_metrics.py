@@ -283,6 +283,7 @@ def test_macro_interval_covers_macro_recall(num_classes, size, recall):
     assert recall_coverage(num_classes, size, recall, draws) >= binomial_low(0.93, draws)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_macro_interval_covers_macro_recall_everywhere():
     draws = 10_000
@@ -418,6 +419,7 @@ def test_interval_and_p_value_never_contradict_each_other(n):
             assert (found["low"] <= 0 <= found["high"]) == (found["p_value"] >= 0.05), found
 
 
+@pytest.mark.slow
 def test_interval_leaves_out_zero_wherever_the_exact_test_rejects():
     # At the least significant numbers, and an infinite number of images, where the interval is widest.
     differ = np.arange(6, 200_000)

@@ -60,6 +60,7 @@ def test_linear_model_is_left_by_the_shortest_way(name):
     assert (closest.distance <= exact * longest).all()
 
 
+@pytest.mark.slow
 @each_search
 def test_saturated_logits_do_not_hold_a_search_up(name):
     (plain, images, *_), (steep, *_) = linear_model(), linear_model(2.0**14)

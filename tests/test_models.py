@@ -117,6 +117,7 @@ def test_one_value_per_channel_has_no_variance():
         layer.apply(variables, x, True, mutable=["batch_stats"])
 
 
+@pytest.mark.slow
 def test_statistics_of_a_batch_that_is_spread():
     """Two halves under an axis name give what the whole batch gives."""
     images = jnp.asarray(np.random.RandomState(0).rand(8, 8, 8, 1), jnp.float32)
@@ -174,6 +175,7 @@ def test_statistics_in_one_pass_are_those_of_two():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=bound, atol=bound), each, wanted)
 
 
+@pytest.mark.slow
 def test_passes_made_as_one_keep_their_own_statistics():
     network = models.Network(models.SmallCNN((4, 4, 4), 8), classifiers.LinearHead(3))
     with jax.enable_x64(True):
@@ -236,6 +238,7 @@ SIZES = [
 
 
 # Of 3 channels and 3x3 it is one matrix product.
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("height", "width", "size", "stride"), SIZES)
 def test_convolutions(height, width, size, stride, channels):
@@ -539,7 +542,8 @@ def test_every_backbone_standardises_before_its_first_convolution(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name == "preact" else name for name in NEW]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name in ("preact", "resnet20") else name for name in NEW],
 )
 def test_other_convolution_and_spread_batch(name):
     """On a CPU, and with a batch on two devices, it is the same network; one operation after the other."""
@@ -573,6 +577,7 @@ def check_other_convolution_and_spread_batch(name):
     np.testing.assert_allclose(*predicted, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inside", "last"), [("silu", "relu"), ("relu", "silu")])
 def test_activations_of_a_wide_resnet(inside, last):
     """The one before pooling is a setting of its own: the released form has ReLU there."""
@@ -626,6 +631,7 @@ def test_resnet50_from_pytorch_and_back(stem):
         assert torch.equal(value, network.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_training_and_prediction():
     """A training pass leaves moments and changes nothing; cpu_convolution is the same network."""
     images = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 1), jnp.float32)
@@ -651,6 +657,7 @@ def test_training_and_prediction():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "piece", "pieces"),
     [(12, 4 * 64, 3), (12, 5 * 64, 0), (4, 4 * 64, 0), (12, 63, 0), (12, None, 0)],

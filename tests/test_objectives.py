@@ -361,6 +361,7 @@ def test_trades_attacks_the_divergence():
 # ---------------------------------------------------------------- avmixup
 
 
+@pytest.mark.slow
 def test_mixing_weights_belong_to_the_key_and_not_to_the_attack():
     draws = 4000
 

@@ -134,6 +134,7 @@ def test_parts_are_not_compared_with_the_whole(both):
         compare(runs)
 
 
+@pytest.mark.slow
 def test_a_surrogate_attacks_the_same_part(tmp_path):
     workdir = shutil.copytree(STORED, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
     asked = digits("evaluation.examples=20", "evaluation.seed=4")

@@ -35,6 +35,7 @@ def lengths(norm, found, images):
     return np.asarray(ThreatModel(1.0, norm).distance(found, images))
 
 
+@pytest.mark.slow
 @each_norm
 def test_projection_of_each_image_is_that_with_its_own_radius(norm):
     _, images, labels = batch()
@@ -190,6 +191,7 @@ def test_autoattack_with_equal_radii_is_autoattack_with_one(norm):
     assert (lengths(norm, own.images, images) <= allowed).all()
 
 
+@pytest.mark.slow
 def test_fab_counts_within_the_image_s_own_radius():
     """FAB finds the nearest misclassified image of all; the ensemble takes those within each radius."""
     keys, images, labels = batch()

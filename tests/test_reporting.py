@@ -52,6 +52,7 @@ FIGURES = {"per_class.png", "attacks.png", "errors.png", "confusion.png"}
 FILES = {"results.json", "per_class.csv", "report.md", "report.html"} | FIGURES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_report_files(tmp_path, drawn, num_classes):
     meta = META | {"class_names": [f"name {k}" for k in range(num_classes)]}
@@ -237,6 +238,7 @@ def test_results_of_older_versions_are_read(before, now, tmp_path):
     assert "What the checks mean" not in markdown
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_checks_mean(tmp_path):
     meaning = {"raised": "Flagged if it is so.", "means": "It is bad.", "do": "Mend it."}
     audit = {**AUDIT, "verdicts": [{**verdict("Scale", NOTE), "meaning": meaning}]}
@@ -414,6 +416,7 @@ def test_equal_rows_are_one_row(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_classes", "tables"), [(20, 1), (21, 2), (100, 2)])
 def test_many_classes_are_folded(tmp_path, num_classes, tables):
     write_report(
@@ -487,6 +490,7 @@ def test_report_replaces_an_older_one(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_report_without_attacks(tmp_path, drawn):
     labels, predictions = fake_evaluation()
     summary = metrics.summarize(labels, {"clean": predictions["clean"]}, np.arange(20, 10, -1))

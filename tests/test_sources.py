@@ -392,6 +392,7 @@ def test_tfds_damaged(tmp_path, name, content):
     )
 
 
+@pytest.mark.slow
 def test_tfds_is_read_without_tensorflow_and_in_silence(tfds_dir):
     code = (
         "import sys\n"
@@ -536,6 +537,7 @@ def test_prepare_downloads_with_tfds(script, tmp_path, monkeypatch, direct_netwo
         script.prepare("cifar100", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_prepare_exit_status(tmp_path):
     write_tfds(tmp_path)
     for file in tmp_path.glob("*/*/*.array_record*"):

@@ -83,6 +83,7 @@ def distances(norm, found, images):
 # ---------------------------------------------------------------- what holds for both norms
 
 
+@pytest.mark.slow
 @each_norm
 def test_invariants(norm):
     logits_fn, _ = model()
@@ -205,6 +206,7 @@ def test_shares_that_no_square_has_are_refused(p_init):
 # ---------------------------------------------------------------- sizes
 
 
+@pytest.mark.slow
 def test_smallest_images():
     with pytest.raises(ValueError, match=r"images have 8 x 4 pixels; .* at least 5 x 5"):
         square_attack.l2_moves(THREATS["l2"], (8, 4, 3), 0.8)
@@ -227,6 +229,7 @@ ODD_SIDES = (29, 21, 15, 11, 7, 5, 5, 3, 3, 3)
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "rescaled"), [(2010, False), (300, True)])
 def test_sides_of_the_queries(queries, rescaled):
     """Every query's square, as the model sees it, where none is ever kept."""

@@ -162,6 +162,7 @@ def test_stopped_in_mid_epoch_and_continued(root, streamed, tmp_path, monkeypatc
     assert sum(seen) == 8 * (15 - step)  # what came before is not read again
 
 
+@pytest.mark.slow
 def test_other_files_are_noticed_at_a_resume(root, streamed, tmp_path):
     lists = (root / "train.txt").read_text().splitlines()
     (root / "other.txt").write_text("\n".join([*lists[1:], lists[1]]) + "\n")

@@ -205,6 +205,7 @@ def test_overrides_that_cannot_be(table, override, message):
         make_plan(request_for(table, overrides=(override,)))
 
 
+@pytest.mark.slow
 def test_further_evaluations_of_every_run():
     rows = ("at", "robal_n", "la")
     overrides = ("evaluation.examples=20",)
@@ -334,6 +335,7 @@ def test_runs_without_a_tail_have_a_table():
     assert row["ours_by_group"]["tail"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, data in EVERY if data == "digits_lt"])
 def test_published_figures_are_shown_beside_the_same_data_only(name):
     request = request_for(name, seeds=(0,))

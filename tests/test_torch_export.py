@@ -88,6 +88,7 @@ def agree(found, expected):
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) else ()) for name in NETWORKS],
@@ -225,6 +226,7 @@ def exported(run):
     return run / "out.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["at", "robal_n", "tde"])
 def test_the_exported_file_of_a_digits_run(safetensors, tmp_path, method):
     model, params, stats, images = small_run(tmp_path / "run", method)
@@ -249,6 +251,7 @@ def reread(run, file, workdir):
     return tree["params"], tree["stats"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["at", "robal_n"])
 def test_old_and_new_exports_are_imported_alike(safetensors, tmp_path, method):
     """Version 0.1.0 wrote the inputs of ``fc`` as (h, w, c), and no mark of the order."""

@@ -644,6 +644,7 @@ def test_import_and_export_keep_every_bit(safetensors, tmp_path, capsys, name, c
     assert json.loads(metadata["config"])["model"]["depth"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits_lt", "robal_jax.data.sources:load_digits_lt"])
 def test_an_imported_state_has_the_form_of_a_trained_one(safetensors, tmp_path, data):
     config = cli.apply_overrides(
@@ -669,6 +670,7 @@ def test_weights_of_other_types_become_float32(safetensors, tmp_path):
     np.testing.assert_array_equal(exported["fc.bias"], halves["fc.bias"].astype(np.float32), strict=True)
 
 
+@pytest.mark.slow
 def test_what_an_import_refuses(safetensors, tmp_path):
     weights, _ = write_network(tmp_path, "wrn")
     run = tmp_path / "run"
@@ -698,6 +700,7 @@ def test_a_bare_network_does_not_fit_a_cosine_head(safetensors, tmp_path):
     refused(r"\(unused: fc\.bias\)", import_to, tmp_path / "run", weights, *SMALL)
 
 
+@pytest.mark.slow
 def test_what_an_export_refuses(safetensors, tmp_path):
     weights, _ = write_network(tmp_path, "wrn")
     run = tmp_path / "run"

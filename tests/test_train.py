@@ -111,6 +111,7 @@ def test_checkpoints_are_as_many_epochs_apart_as_told(finished, tmp_path):
     assert sha256 == finished[1]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(finished):
     job, other = (builder.training(tiny_config(*overrides)) for overrides in ((), ("seed=1",)))
     assert checkpoints.digest(initial_state(job)) != checkpoints.digest(initial_state(other))
@@ -191,6 +192,7 @@ def test_epoch_that_a_step_sees(steps_per_epoch, first):
     assert sums["seen"].tolist() == expected
 
 
+@pytest.mark.slow
 def test_images_and_labels_that_a_step_sees():
     """Those of the numbers in a row, from a set on the device as from the row itself."""
     images = jnp.arange(24, dtype=jnp.uint8).reshape(6, 2, 2, 1)
@@ -322,6 +324,7 @@ def kill():
     raise KilledError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("look", "step"),
     [(1, 2), pytest.param(4, 7, marks=pytest.mark.slow), pytest.param(6, 10, marks=pytest.mark.slow)],
@@ -426,6 +429,7 @@ def test_damaged_workdir_is_refused(copy, name, content):
         run(copy)
 
 
+@pytest.mark.slow
 def test_checkpoints_without_config_are_refused(copy):
     (copy / "config.json").unlink()
     with pytest.raises(InputError, match=r"has checkpoints but no config\.json"):
@@ -463,6 +467,7 @@ def test_divergence_names_the_step_and_keeps_the_checkpoint(tmp_path):
 SLOW_DAMAGES = (pytest.param(damage, marks=pytest.mark.slow) for damage in (zero, lose, truncate, empty))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_a_bit, *SLOW_DAMAGES])
 def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     damage(newest(copy))
@@ -474,6 +479,7 @@ def test_damaged_checkpoint_is_passed_over(finished, copy, damage):
     assert len(list((copy / "damaged").iterdir())) == 1  # kept for who wants to look
 
 
+@pytest.mark.slow
 def test_all_checkpoints_damaged(copy):
     for folder in (copy / "checkpoints").iterdir():
         empty(folder)

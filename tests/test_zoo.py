@@ -179,6 +179,7 @@ def test_a_published_run_is_the_same_function(run, published):
         model.logits(np.zeros((1, 4, 4, 1)))
 
 
+@pytest.mark.slow
 def test_a_model_by_each_of_its_paths(published):
     models = [load_model(f"{published}{ending}") for ending in ("", ".json", ".safetensors")]
     assert {model.sha256 for model in models} == {models[0].sha256}
@@ -194,6 +195,7 @@ def test_the_check_can_fail(published):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [DIGITS, "digits_lt/robal_n_small_cnn"])
 def test_rounding_stays_below_its_bound(name):
     """In float64 nothing is rounded."""
@@ -326,6 +328,7 @@ def test_a_folder_is_no_file_to_write(run, tmp_path):
 # ---------------------------------------------------------------- a model as a run
 
 
+@pytest.mark.slow
 def test_a_run_of_a_model(published, run, tmp_path):
     """It is made once, found again, and another one is left alone."""
     zoo.make_run(published, tmp_path / "run")
@@ -357,6 +360,7 @@ def test_a_run_of_a_model_has_the_data_of_its_training(published, tmp_path):
     refused("the data differ from those of the run", load_run, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["current", "average"])
 def test_a_run_can_start_from_a_model(files, tmp_path, which):
     """An average is the only weights of its checkpoint, so it cannot be taken for the current ones."""
@@ -378,6 +382,7 @@ def test_a_run_can_start_from_a_model(files, tmp_path, which):
             load_run(tmp_path / "run", weights="current")
 
 
+@pytest.mark.slow
 def test_class_counts_of_a_mixture(files, tmp_path):
     """A model that was trained with generated images has their class counts for its prior."""
     shutil.copytree(ZOO / "digits_lt", files.parent, dirs_exist_ok=True)
@@ -429,6 +434,7 @@ def test_imported_weights_are_not_published(published, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_a_model_adds_its_evaluations_to_the_card(files, tmp_path):
     """The weights stay, and so do the figures under AutoAttack, which the second evaluation has not."""
     zoo.make_run(files, tmp_path / "run")

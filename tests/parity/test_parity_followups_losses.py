@@ -88,6 +88,7 @@ def test_rebalanced(reference, case):
         released(f"{at}/released/{what}", ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "divergence"), [("released", "batch"), ("per_pair", "pair")])
 def test_tail_features(reference, name, divergence):
     counts = reference(FILE, "input/c10/counts")

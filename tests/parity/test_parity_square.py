@@ -14,6 +14,7 @@ from robal_jax.attacks import ThreatModel, square_attack
 pytestmark = pytest.mark.parity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "bound"), [("autoattack_trace_f64", SINGLE), ("autoattack_trace", FLOAT32)], ids=("f64", "f32")
 )
