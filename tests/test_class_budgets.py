@@ -288,6 +288,7 @@ def test_the_accuracy_at_the_common_radius_is_that_of_the_same_weights(tmp_path,
 # ---------------------------------------------------------------- whole evaluations
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_any_model_at_radii_by_class(tmp_path):
     _, images, _ = batch(60)

@@ -54,6 +54,7 @@ def own_config(**changes):
     return config
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_user_s_own_objective_with_statistics_resumes_in_mid_epoch(tmp_path, monkeypatch):
     """Stopped after three of five steps of the second epoch: the same bits as a run without a stop."""

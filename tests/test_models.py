@@ -540,10 +540,13 @@ def test_every_backbone_standardises_before_its_first_convolution(name):
     np.testing.assert_allclose(stem(standard, images), expected, rtol=1e-5, atol=1e-5)
 
 
+LONG = ("preact", "resnet20", "resnet20_b")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long) if name in ("preact", "resnet20") else name for name in NEW],
+    [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in NEW],
 )
 def test_other_convolution_and_spread_batch(name):
     """On a CPU, and with a batch on two devices, it is the same network; one operation after the other."""
