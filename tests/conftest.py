@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector a look at modules and tests, which live to the end, and runs it less often.
+    """Spares the garbage collector a look at modules and tests, which live to the end, and seldom runs it.
 
     JAX makes so many objects when it traces that the collector takes some percent of the time otherwise.
     """
