@@ -1,6 +1,7 @@
 """Augmentation on the device (robal_jax.data): crops, Pillow's operations, policies, erased boxes, lists."""
 
 import collections
+import functools
 import itertools
 
 import jax
@@ -153,11 +154,12 @@ def test_resized_crop_depends_on_the_own_key_only():
 
 @pytest.mark.slow
 def test_the_whole_image_as_part_is_the_image_itself():
+    resized_part = jax.jit(_resized_part, static_argnums=3)
     image = np.random.default_rng(0).integers(0, 256, (7, 12, 3), dtype=np.uint8)
-    same = _resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
+    same = resized_part(image, jnp.zeros(2), jnp.array([7.0, 12.0]), (7, 12))
     assert same.dtype == np.uint8
     assert np.array_equal(same, image)
-    corner = _resized_part(image, jnp.array([2.0, 5.0]), jnp.array([4.0, 6.0]), (4, 6))
+    corner = resized_part(image, jnp.array([2.0, 5.0]), jnp.array([4.0, 6.0]), (4, 6))
     assert np.array_equal(corner, image[2:6, 5:11])
 
 
@@ -526,9 +528,9 @@ def test_one_name_alone_gets_the_keys_themselves(name):
 @pytest.mark.slow
 def test_a_list_is_applied_in_its_order_with_a_stream_of_the_key_for_each():
     dataset = data((8, 6))
-    found = augmentation("randaugment,crop_flip,crop_flip,cutout", dataset)(KEYS, some(dataset))
-    streams = [jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(KEYS) for i in range(4)]
-    images = randaugment(streams[0], some(dataset), pixel_max=16)
+    found = jax.jit(augmentation("randaugment,crop_flip,crop_flip,cutout", dataset))(KEYS, some(dataset))
+    streams = [jax.vmap(jax.random.fold_in, (0, None))(KEYS, i) for i in range(4)]
+    images = jax.jit(functools.partial(randaugment, pixel_max=16))(streams[0], some(dataset))
     images = random_crop_flip(streams[2], random_crop_flip(streams[1], images))
     assert np.array_equal(found, cutout(streams[3], images))
 
@@ -536,8 +538,8 @@ def test_a_list_is_applied_in_its_order_with_a_stream_of_the_key_for_each():
 @pytest.mark.slow
 def test_what_follows_the_resizing_sees_images_of_the_new_size():
     dataset = data((8, 8), stored=(12, 10))
-    found = augmentation("crop_flip,resized_crop_flip,cutout", dataset)(KEYS, some(dataset))
-    streams = [jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(KEYS) for i in range(3)]
+    found = jax.jit(augmentation("crop_flip,resized_crop_flip,cutout", dataset))(KEYS, some(dataset))
+    streams = [jax.vmap(jax.random.fold_in, (0, None))(KEYS, i) for i in range(3)]
     images = random_resized_crop_flip(streams[1], random_crop_flip(streams[0], some(dataset)), (8, 8))
     assert np.array_equal(found, cutout(streams[2], images))
 

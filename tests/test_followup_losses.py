@@ -136,12 +136,12 @@ def test_the_whole_batch_on_two_devices(name):
     def loss(matrix, x, labels, axis_name=None):
         return functions[name](x @ matrix, labels, axis_name=axis_name).mean()
 
-    one = jax.value_and_grad(loss)(matrix, x, labels)
+    one = jax.jit(jax.value_and_grad(loss))(matrix, x, labels)
     split = x.reshape(2, 3, -1), labels.reshape(2, 3)
 
     def of_device(x, labels):
         return jax.lax.pmean(jax.value_and_grad(loss)(matrix, x, labels, AXIS), AXIS)
 
-    two = jax.vmap(of_device, axis_name=AXIS)(*split)
+    two = jax.jit(jax.vmap(of_device, axis_name=AXIS))(*split)
     for here, there in zip(one, two, strict=True):
         np.testing.assert_allclose(there, np.stack([here, here]), rtol=2e-5, atol=1e-6)

@@ -93,13 +93,14 @@ MODELS = {"plain": plain, "linen": linen, "nnx": nnx_model, "jitted": lambda *da
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "plain" else pytest.mark.slow) for kind in MODELS]
-)
-def test_any_model_is_evaluated(kind, digits, tmp_path):
+@pytest.mark.parametrize("kind", MODELS)
+def test_any_model_is_evaluated(kind, digits, tmp_path, capsys):
     images, labels = digits
     model = MODELS[kind](images, labels)
-    found = evaluate_model(model, images, labels, folder=tmp_path, name=kind, **SHORT)
+    said = []
+    found = evaluate_model(model, images, labels, folder=tmp_path, name=kind, **{**SHORT, "say": said.append})
+    assert "Percent of test images" in "".join(said)
+    assert not capsys.readouterr().out
     clean = np.argmax(model(images), -1)
     assert np.mean(clean == labels) > 0.9
     np.testing.assert_array_equal(found.predictions["clean"], clean)

@@ -332,7 +332,7 @@ def mixed_on(devices):
     images = jnp.arange(8, dtype=jnp.uint8)[:, None, None, None] * jnp.ones((8, 6, 6, 1), jnp.uint8)
     split = [x.reshape(devices, -1, *x.shape[1:]) for x in (images, LABELS, jnp.arange(8))]
     mixed = partial(training_step._mixed, jax.random.key(5), axis_name=AXIS)
-    found = jax.vmap(mixed, axis_name=AXIS)(*split)
+    found = jax.jit(jax.vmap(mixed, axis_name=AXIS))(*split)
     return jax.tree.map(lambda x: np.asarray(x.reshape(8, *x.shape[2:])), found)
 
 

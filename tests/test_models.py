@@ -159,7 +159,7 @@ def test_statistics_in_one_pass_are_those_of_two():
     with jax.enable_x64(True):
         images = jnp.asarray(np.random.RandomState(0).rand(8, 8, 8, 1))
         model = models.functional(models.Network(models.SmallCNN((4, 4, 4), 8), classifiers.LinearHead(3)))
-        drawn = model.init(jax.random.key(0), images)
+        drawn = jax.jit(model.init)(jax.random.key(0), images)
         params, stats = (jax.tree.map(lambda x: x.astype(float), tree) for tree in drawn)
         stats = arrays_like(stats, 1)
         wanted = jax.jit(partial(train, False, None))(params, stats, images)
@@ -182,7 +182,7 @@ def test_passes_made_as_one_keep_their_own_statistics():
         nat = jnp.asarray(np.random.RandomState(0).rand(6, 8, 8, 1))
         adv = 0.5 * nat
         model = models.functional(network)
-        params, stats = jax.tree.map(lambda x: x.astype(float), model.init(jax.random.key(0), nat))
+        params, stats = jax.tree.map(lambda x: x.astype(float), jax.jit(model.init)(jax.random.key(0), nat))
         found = []
         for accelerator in False, True:
             model = models.functional(network, accelerator=accelerator)
@@ -540,7 +540,7 @@ def test_every_backbone_standardises_before_its_first_convolution(name):
     np.testing.assert_allclose(stem(standard, images), expected, rtol=1e-5, atol=1e-5)
 
 
-LONG = ("preact", "resnet20", "resnet20_b")
+LONG = ("deepmind", "preact", "resnet20", "resnet20_b")
 
 
 @pytest.mark.slow
@@ -699,7 +699,7 @@ def test_precision_reaches_every_product_and_its_gradients():
     network = models.Network(models.WideResNet(10, 1), classifiers.CosineHead(10))
     model = models.functional(network, precision="highest")
     images = jnp.ones((2, 32, 32, 3))
-    params, stats = model.init(jax.random.key(0), images)
+    params, stats = jax.jit(model.init)(jax.random.key(0), images)
     program = str(jax.make_jaxpr(jax.grad(lambda x: model.predict(params, stats, x).sum()))(images))
     products = program.count("conv_general_dilated[") + program.count("dot_general[")
     assert products == 2 * (9 + 1)  # nine convolutions, one matrix product, and the gradient of each

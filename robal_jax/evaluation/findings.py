@@ -193,7 +193,7 @@ def read_adversarial(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def publish(victim: Victim, folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """Writes the report of stored results, if it is missing, and prints the table.
+    """Writes the report of stored results, if it is missing, and says what the table shows.
 
     Args:
       victim: the model and the test images.
@@ -211,7 +211,10 @@ def publish(victim: Victim, folder: pathlib.Path, say: Callable[[str], None]) ->
             failure = error
     checkpoint = run.meta.get("checkpoint")
     say(run.title + (f", checkpoint {checkpoint}" if checkpoint else ""))
-    evaluation_table(run, terminal())
+    console = terminal()
+    with console.capture() as table:
+        evaluation_table(run, console)
+    say(table.get().rstrip("\n"))
     if failure:
         raise ReportError(
             f"the results in {folder} are complete, but not the report ({one_line(failure)}); remove the "
