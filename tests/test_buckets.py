@@ -188,7 +188,7 @@ def test_a_killed_job_starts_again(memory, fresh, monkeypatch):
     """What the killed job left is found, what it had not written is written, and nothing broken is left."""
     leave(5)
     memory.left = 36
-    with pytest.raises(InputError, match=r"everything is in .*, and the same command"):
+    with pytest.raises(InputError, match=r"cannot write to .* \(.+\); everything is in .*, and the same"):
         leave(9)
     memory.left = 10**6
     partly = buckets.broken(Bucket(URL).entries())
