@@ -689,6 +689,7 @@ def test_an_honest_model_is_not_flagged(measured):
     assert 0.05 < robust.mean() < clean.mean() - 0.2  # so that the checks have something to compare
 
 
+@pytest.mark.slow
 def test_large_logits_are_no_robustness(measured):
     found = judged_model(measured["hidden"])
     assert set(flagged(found)) == {"logit_scale", "zero_gradients", "unbounded", "square"}

@@ -361,6 +361,7 @@ def test_an_image_depends_on_its_own_key_only(name):
     assert len({one.tobytes() for one in twins}) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("pixel_max", [1, 16])
 def test_other_ranges_of_pixels_are_brought_to_bytes_and_back(name, pixel_max):
@@ -517,6 +518,7 @@ def fails(keys, images, size):
     raise KeyError("no such thing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_one_name_alone_gets_the_keys_themselves(name):
     dataset = data(pixel_max=255)

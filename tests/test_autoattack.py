@@ -501,6 +501,7 @@ def test_a_round_is_as_if_run_by_hand():
     np.testing.assert_array_equal(one.robust["apgd_ce"], found.robust["apgd_ce"])
 
 
+@pytest.mark.slow
 def test_attacks_in_the_order_of_the_list():
     found, _ = ensemble("linf", 8, "square,apgd_ce")
     assert list(found.robust) == ["clean", "square", "apgd_ce"]

@@ -240,6 +240,7 @@ def test_no_gradient_flows_back():
     np.testing.assert_array_equal(gradient(images), jnp.zeros_like(images))
 
 
+@pytest.mark.slow
 @each_norm
 def test_closer_than_pgd(norm):
     """Even than the boundary on the way to where PGD ends."""

@@ -161,6 +161,7 @@ def test_a_smaller_radius_holds_at_once():
     np.testing.assert_allclose(moved[:, 0, 0, 0], [0.05, 0.0, 0.2], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", COMMON_NORMS)
 def test_a_perturbation_stays_in_its_ball(norm):
     """Also where pixels are at the edge of their range, which does not bound it."""

@@ -209,6 +209,7 @@ def test_awp_is_the_step_at_perturbed_weights():
     np.testing.assert_allclose(awp_step(2)[0].params["kernel"], expected, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_awp_attacks_once():
     attacked, optimizer = [], optax.sgd(0.1)
     objective = partial(pgd_at, attacked=attacked)
@@ -216,6 +217,7 @@ def test_awp_attacks_once():
     assert len(attacked) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_awp_in_parts_is_that_of_the_batch(parts):
     whole, cut = awp_step(2), awp_step(2, parts)
@@ -422,6 +424,7 @@ def test_batch_statistics_in_the_attack(digits):
         assert bool((first != second).any()) == coupled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "passes"), [("running", 0), ("batch_update", 2), ("batch_update_end", 3)])
 def test_passes_of_the_attack_that_move_statistics(digits, mode, passes):
     model, params, stats, _ = digits

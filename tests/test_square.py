@@ -161,6 +161,7 @@ def test_finds_what_random_noise_does_not(norm):
     assert (found.margin <= 0).mean() >= 0.8
 
 
+@pytest.mark.slow
 @each_norm
 def test_square_is_the_best_image_of_its_search(norm):
     logits_fn, _ = model()

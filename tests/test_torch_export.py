@@ -102,6 +102,7 @@ def test_numpy_computes_the_same_from_names_and_shapes(name):
         agree(found, expected)
 
 
+@pytest.mark.slow
 def test_the_comparison_can_fail():
     """The order (h, w, c) of our own weights is not PyTorch's."""
     model, params, stats, images = network_of("small_cnn")

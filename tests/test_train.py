@@ -289,6 +289,7 @@ def test_fine_tuning_moves_what_it_shall(tmp_path):
     assert training.train(config, tmp_path / "lws", say=said.append) == after
 
 
+@pytest.mark.slow
 def test_fine_tuning_of_another_model_is_refused(finished, tmp_path):
     config = fine_tuning_config(f"train.start_from={finished[0]}", "model.width=8")
     with pytest.raises(InputError, match=r"has params/backbone/fc/bias \(16,\), which does not fit"):
