@@ -23,6 +23,7 @@ from conftest import ROOT
 from helpers import wait_until
 
 from experiments.benchmarks.layouts import free_port
+from robal_jax.storage import buckets
 
 KILLS = int(os.environ.get("ROBAL_BUCKETS", "1"))
 
@@ -161,6 +162,18 @@ def answers(address):
 def expected(server, tmp_path_factory):
     """The digest of the training in a local folder."""
     return digest_of(finish(server.train(tmp_path_factory.mktemp("local") / "run")))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_objects_arrive_whole_whatever_their_end(server, monkeypatch):
+    for name, value in server.env(None, 0).items():
+        monkeypatch.setenv(name, value)
+    bucket = buckets.Bucket(f"{server.url}/ends")
+    for end in (b"", b"\r", b"\n", b"\r\n", b"\n\r", b"\r\r"):
+        for content, new in ((b"first" + end, True), (b"second" + end, False)):
+            bucket.write(f"of {end.hex()}", content, new=new)
+            assert bucket.read(f"of {end.hex()}") == content
 
 
 # ---------------------------------------------------------------- kills
