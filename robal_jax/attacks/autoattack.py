@@ -11,7 +11,8 @@ rounds of a stage call one compiled function with full batches::
             ...  # after every batch: save the progress, show it, or stop
 
 Only the callback ``attack`` knows the model, the images and the devices. Progress consists of arrays and
-counts; from saved progress, the ensemble continues as if it had not been interrupted.
+counts; from saved progress, the ensemble continues as if it had not been interrupted. A stage that only some
+models need does nothing on the others (:func:`wanted`), which also follows from the progress alone.
 
 Only the whole standard ensemble is called AutoAttack. RoBal's tables call the first two of its four attacks
 "AA"; here that pair is ``robal_aa``.
