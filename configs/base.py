@@ -201,8 +201,9 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     config.tail_classes = 0
     # 'robal_aa' (RoBal's pair APGD-CE and APGD-T), 'standard' (AutoAttack), 'torchattacks' (as that package
     # runs AutoAttack, with 10 iterations, which much published work reports), 'fast' (PMA, APGD-MALT and a
-    # short Square, an upper estimate for daily work), 'union' ('standard', then PMA and APGD-MALT: at most
-    # AutoAttack's accuracy), 'plus', 'rand', 'none', or a list: 'apgd_ce,square'.
+    # short Square, with AutoAttack's own Square after it if it breaks an image; an upper estimate for daily
+    # work), 'union' ('standard', then PMA and APGD-MALT: at most AutoAttack's accuracy), 'plus', 'rand',
+    # 'none', or a list: 'apgd_ce,square'.
     config.autoattack = "robal_aa"
     # 'fmn' (L-infinity, L2) or 'ddn' (L2): the distances of the closest adversarial images, their medians by
     # class and group, and the robust accuracy by radius that follows from them; '': none

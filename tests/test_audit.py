@@ -13,10 +13,11 @@ import pytest
 from scipy.stats import multinomial
 
 from robal_jax import attacks, metrics
-from robal_jax.attacks import ThreatModel
+from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.attacks.threat import COMMON_NORMS
-from robal_jax.evaluation import ensemble_checks, evidence, loop, measurements, verdicts
+from robal_jax.evaluation import ensemble_checks, evidence, findings, loop, measurements, verdicts
 from robal_jax.evaluation.explanations import ALPHA_SQUARE, EXPLANATIONS, ON_OCCASION
+from robal_jax.evaluation.steps import CONDITIONS
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.curves import curves_figure
 from robal_jax.reporting.results import (
@@ -430,6 +431,19 @@ def test_square_after_all_others_may_break_two_in_a_thousand_and_what_chance_add
     found, _ = judged(healthy(), survived, by_square)
     assert flagged(found) == ["square"] * expected
     assert found["square"].evidence == {"broken": broken, "survived": images // 2, "images": images}
+
+
+def test_what_the_full_square_of_fast_breaks_counts_for_square():
+    """Images: wrong when clean, broken by PMA, by each Square, and not at all."""
+    stages = autoattack.stages("fast", 10, threat=ThreatModel(0.1))
+    broken_in = np.array([0, 1, 6, 7, autoattack.ROBUST])
+    job, progress = types.SimpleNamespace(ensemble=stages), autoattack.Progress(broken_in, broken_in, {})
+    labels = np.zeros(5, int)
+    predictions = {name: labels + (broken_in == 0) for name in CONDITIONS}
+    nothing = measurements.Sample(np.arange(0), {})
+    survived, by_square = findings._after_gradients(job, progress, nothing, predictions, labels)
+    np.testing.assert_array_equal(survived, [False, True, True, True])
+    np.testing.assert_array_equal(by_square, [False, True, True, False])
 
 
 def test_square_alone_is_not_run_after_gradients():

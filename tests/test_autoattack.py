@@ -13,7 +13,7 @@ import pytest
 
 import robal_jax
 from robal_jax import attacks, losses
-from robal_jax.attacks import ThreatModel, autoattack, autopgd
+from robal_jax.attacks import ThreatModel, autoattack, autopgd, rounds
 from robal_jax.errors import InputError
 from robal_jax.models import closure
 
@@ -56,7 +56,11 @@ def listed(version, num_classes):
             ],
         ),
         ("rand", 10, [("apgd_ce", 1, 1, 1), ("apgd_dlr", 1, 2, 2)]),
-        ("fast", 100, [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5), ("square", 1, 6, 6)]),
+        (
+            "fast",
+            100,
+            [("pma", 2, 1, 2), ("apgd_malt", 3, 3, 5), ("square", 1, 6, 6), ("square_full", 1, 7, 7)],
+        ),
         (
             "union",
             4,
@@ -78,7 +82,9 @@ def test_stages(version, num_classes, expected):
     assert listed(version, num_classes) == expected
 
 
-@pytest.mark.parametrize("version", ["apgd", "standard,square", "apgd_ce,", "", "apgd_ce, square"])
+@pytest.mark.parametrize(
+    "version", ["apgd", "standard,square", "apgd_ce,", "", "apgd_ce, square", "pma,square,square_full"]
+)
 def test_unknown_ensemble(version):
     with pytest.raises(
         InputError, match=r"unknown ensemble .*; use 'none', one of robal_aa, standard.*fab_t"
@@ -123,8 +129,8 @@ def asked(monkeypatch):
     monkeypatch.setattr(autopgd, "apgd", record("apgd"))
     monkeypatch.setattr(autopgd, "targeted_apgd", record("targeted_apgd"))
     for name in "fab", "pma", "malt_apgd":
-        monkeypatch.setattr(autoattack, name, record(name))
-    monkeypatch.setattr(autoattack, "square", record("square"))
+        monkeypatch.setattr(rounds, name, record(name))
+    monkeypatch.setattr(rounds, "square", record("square"))
 
     def ask(version, name, number, value=0.95, steps=7, queries=11):
         stages = autoattack.stages(version, 10, threat=THREAT, steps=steps, queries=queries)
@@ -158,6 +164,20 @@ def test_stages_pass_on_their_settings(asked):
         assert asked(version, attack, 0, steps=None)[1]["steps"] == 30
     for version, queries in ("standard", 5000), ("torchattacks", 5000), ("fast", 500), ("union", 5000):
         assert asked(version, "square", 0, queries=None)[1]["queries"] == queries
+    for given, queries in (None, 5000), (11, 11):
+        settings = {"threat": THREAT, "queries": queries, "rescaled": False}
+        assert asked("fast", "square_full", 0, queries=given)[:2] == ("square", settings)
+
+
+@pytest.mark.parametrize("num_classes", [4, 10, 100])
+def test_the_full_square_of_fast_has_the_random_numbers_of_autoattack_s(num_classes):
+    keys = jax.random.split(jax.random.key(0), 3)
+    *_, full = autoattack.stages("fast", num_classes, threat=THREAT)
+    *_, square = autoattack.stages("standard", num_classes, threat=THREAT)
+    assert (full.keys(keys, 0) == square.keys(keys, 0)).all()
+    for stage in autoattack.stages("union", num_classes, threat=THREAT):  # of all others, the round's number
+        expected = jax.vmap(lambda key, stage=stage: jax.random.fold_in(key, stage.first + 2))(keys)
+        assert (stage.keys(keys, 2) == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -221,10 +241,10 @@ def planned(stage, calls, plan):
     return attack
 
 
-def run_all(progress, plan=PLAN, batches=None):
+def run_all(progress, plan=PLAN, batches=None, stages=STAGES):
     """Every stage, or so many batches of them: the calls, and the progress after each, as if saved."""
     calls, saved = [], []
-    for stage in STAGES:
+    for stage in stages:
         for state in autoattack.run(stage, planned(stage, calls, plan), LABELS, progress, size=SIZE):
             saved.append(copy.deepcopy(state))
             if len(saved) == batches:
@@ -308,6 +328,40 @@ def test_interruptions_after_every_batch_change_nothing():
     same(progress, whole)
 
 
+CONDITIONAL = (
+    STAGES[0],
+    STAGES[1],
+    STAGES[2]._replace(conditional=True),
+    autoattack.Stage("last", None, 1, 7),
+)
+
+
+@pytest.mark.parametrize(("broken", "wanted"), [({}, False), ({4: 2}, False), ({5: 3}, True)])
+def test_a_conditional_stage_runs_if_the_round_before_it_broke_an_image(broken, wanted):
+    """Interrupted after any batch, too, and also from progress that knows nothing of this stage."""
+    plan = {0: 1, 10: 7, 7: 4, **broken}
+    whole, _ = begun()
+    calls, _ = run_all(whole, plan, stages=CONDITIONAL)
+    asked = {name for name, _, _ in calls}
+    assert asked == {"first", "second", "last"} | ({"third"} if wanted else set())
+    assert (whole.broken_in[7] == 4) == wanted
+    assert whole.broken_in[10] == 7
+    assert autoattack.wanted(CONDITIONAL[2], whole) == wanted
+    assert ("third" in autoattack.robust_after(CONDITIONAL, whole)) == wanted
+    for batches in range(1, len(calls)):
+        progress, _ = begun()
+        first, before = run_all(progress, plan, batches, CONDITIONAL)
+        rest, _ = run_all(before[-1], plan, stages=CONDITIONAL)
+        assert first + rest == calls
+        same(before[-1], whole)
+    shorter, _ = begun()
+    run_all(shorter, plan, stages=CONDITIONAL[:2])
+    assert (autoattack.work_left(CONDITIONAL[2], shorter) > 0) == wanted
+    run_all(shorter, plan, stages=CONDITIONAL)
+    same(shorter, whole)
+    assert autoattack.work_left(CONDITIONAL[2], shorter) == 0
+
+
 def test_nothing_to_attack():
     progress = autoattack.begin(LABELS, (LABELS + 1) % 4)
     assert run_all(progress) == ([], [])
@@ -351,7 +405,7 @@ def test_shares_after_each_stage():
         ("torchattacks", {"torchattacks": 8}),
         ("plus", {"autoattack_plus": 22}),
         ("rand", {"autoattack_rand": 2}),
-        ("fast", {"fast": 6}),
+        ("fast", {"fast": 7}),
         ("union", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "union": 13}),
         ("apgd_ce,apgd_t,fab_t,square,pma", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8, "custom": 10}),
         ("apgd_ce,apgd_t,fab_t,square", {"apgd_ce": 1, "robal_aa": 4, "autoattack": 8}),
@@ -475,6 +529,39 @@ def test_union_continues_after_autoattack():
     for name in alone.robust:
         np.testing.assert_array_equal(both.robust[name], alone.robust[name], name)
     assert_sound(both, "linf", problem()[0])
+
+
+@pytest.mark.slow
+def test_fast_breaks_what_the_square_of_autoattack_breaks_where_gradients_mislead():
+    """Of three queries, so that the short Square leaves something."""
+    logits_fn, images, labels, keys = problem()
+    settings = {"threat": THREAT, "steps": 5, "queries": 3, "batch_size": 8}
+    runs = {
+        version: robal_jax.autoattack(
+            lambda x: jax.lax.stop_gradient(logits_fn(x)), keys, images, labels, version=version, **settings
+        )
+        for version in ("fast", "standard")
+    }
+    fast, standard = runs["fast"].robust, runs["standard"].robust
+    assert list(fast) == ["clean", "pma", "apgd_malt", "square", "square_full"]
+    by_square = standard["fab_t"] & ~standard["square"]
+    assert (by_square & fast["square"]).any(), "the short Square breaks all that this test is about"
+    assert not (by_square & fast["square_full"]).any()
+
+
+@pytest.mark.slow
+def test_fast_needs_no_full_square_where_gradients_lead():
+    """On the images whose logits have a gradient; on all of them, it is needed."""
+    logits_fn, images, labels, keys = problem()
+    smooth = images[:, 0, 1, 0] == 0
+    found = robal_jax.autoattack(
+        logits_fn, keys[smooth], images[smooth], labels[smooth], threat=THREAT, version="fast", **SHORT
+    )
+    assert list(found.robust) == ["clean", "pma", "apgd_malt", "square"]
+    assert found.robust["square"].any(), "nothing was left for the short Square"
+    everything, _ = ensemble("linf", 8, "fast")
+    assert list(everything.robust) == ["clean", "pma", "apgd_malt", "square", "square_full"]
+    assert_sound(everything, "linf", logits_fn)
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_no_evaluation_without_a_gradient(surrogate_fn, message):
 def test_stages_and_their_names(version, named):
     plain = autoattack.stages(version, CLASSES, threat=THREAT)
     stages = with_bpda(plain, threat=THREAT, step_size=0.025)
-    own = [stage.name for stage in plain if stage.name != "square"]
+    own = [stage.name for stage in plain if stage.name not in autoattack.SQUARES]
     again = [f"{name}_bpda" for name in ("pgd_20", *own)]
     assert [stage.name for stage in stages] == [
         *own,
@@ -177,6 +177,21 @@ def test_stages_and_their_names(version, named):
     progress = autoattack.begin(LABELS, LABELS)
     assert list(autoattack.outcomes(version, stages, progress, LABELS)) == named
     assert headline_attack(named, "pgd_20") == named[-1]
+
+
+@pytest.mark.parametrize("num_classes", [4, 10])
+def test_the_full_square_of_fast_has_the_random_numbers_of_autoattack_s(num_classes):
+    def with_both(version):
+        plain = autoattack.stages(version, num_classes, threat=THREAT)
+        return with_bpda(plain, threat=THREAT, step_size=0.025)
+
+    *_, short, full = with_both("fast")
+    *_, square = with_both("standard")
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert (short.name, full.name, square.name) == ("square", "square_full", "square")
+    assert (full.keys(keys, 0) == square.keys(keys, 0)).all()
+    assert full.conditional
+    assert full.first == short.last + 1
 
 
 @pytest.mark.slow
@@ -243,7 +258,7 @@ def test_one_compilation_and_four_devices(tmp_path, monkeypatch):
     """Of the attacks that are younger than AutoAttack."""
     traced = traced_work(monkeypatch)
     expected = run_all()
-    own = [name for name in autoattack.VERSIONS["fast"] if name != "square"]
+    own = [name for name in autoattack.VERSIONS["fast"] if name not in autoattack.SQUARES]
     stages = [*own, *(name + autoattack.BPDA for name in ("pgd_20", *own)), "square"]
     runs = ["eval_step", *stages, "shown_step"], ["eval_step", "pgd_20_bpda", "shown_step"]
     assert sorted(traced) == sorted([*runs[0], *runs[1], *["closest_step"] * 4])  # with either gradient

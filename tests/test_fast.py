@@ -1,5 +1,7 @@
 """The parts of the ensemble 'fast': probability margin, PMA, MALT's targets; the whole on a small model."""
 
+import os
+import signal
 from functools import partial
 
 import jax
@@ -10,6 +12,8 @@ import pytest
 import robal_jax
 from robal_jax import attacks
 from robal_jax.attacks import ThreatModel
+from robal_jax.reporting import figures
+from robal_jax.storage.progress import Meter
 
 CLASSES, SIZE, COUNT = 5, 8, 7
 RNG = np.random.RandomState(0)
@@ -78,8 +82,8 @@ def test_fast_stays_in_the_threat_model_and_breaks_what_large_logits_hide(norm):
     threat = ThreatModel(EPSILONS[norm], norm)
     run = partial(robal_jax.autoattack, logits_fn, jax.random.key(0), IMAGES, LABELS, threat=threat)
     found = run(version="fast", steps=6, queries=6)
-    assert list(found.robust) == ["clean", "pma", "apgd_malt", "square"]
-    broken = ~found.robust["square"]
+    assert list(found.robust)[:4] == ["clean", "pma", "apgd_malt", "square"]
+    broken = ~list(found.robust.values())[-1]
     assert broken.any()
     delta = (np.float64(found.images) - IMAGES).reshape(COUNT, -1)
     distance = np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
@@ -88,3 +92,44 @@ def test_fast_stays_in_the_threat_model_and_breaks_what_large_logits_hide(norm):
     assert found.images.min() >= 0
     assert found.images.max() <= 1
     np.testing.assert_array_equal(np.asarray(logits_fn(found.images)).argmax(-1) != LABELS, broken)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_an_evaluation_stopped_in_the_full_square_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """Between two batches of it; the short Square has broken an image that gradients left."""
+    for name in "png", "svg":
+        monkeypatch.setattr(figures, name, lambda figure: b"a picture")
+    rng = np.random.RandomState(1)
+    weight = jnp.asarray(rng.randn(16, CLASSES), jnp.float32)
+    images = rng.uniform(size=(12, 4, 4, 1)).astype(np.float32)
+
+    def stepped(x):
+        """A linear model of rounded pixels, which has no gradient."""
+        return ((jnp.round(4 * x).reshape(len(x), -1, 1) / 4 - 0.5) * weight[None]).sum(1)
+
+    evaluate = partial(
+        robal_jax.evaluate_model, stepped, images, np.asarray(stepped(images)).argmax(-1),
+        threat=ThreatModel(0.06), version="fast", audit=0, batch_size=4, say=lambda line: None,
+    )  # fmt: skip
+    whole = evaluate(folder=tmp_path / "whole")
+    original, updates = Meter.update, []
+
+    def update(self, done, note=""):
+        updates.append((self._title, done))
+        original(self, done, note)
+        if [title for title, _ in updates].count("square_full") == 1 and self._title == "square_full":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "update", update)
+    assert evaluate(folder=tmp_path / "run") is None
+    assert updates[-1][0] == "square_full"
+    found = evaluate(folder=tmp_path / "run")
+    assert [title for title, _ in updates].count("square_full") > 1, "nothing was left to do"
+    assert len(updates) == len(set(updates)), "something was done twice"
+    for name, values in whole.examples.items():
+        np.testing.assert_array_equal(found.examples[name], values, name)
+    stages = found.meta["stages"]
+    assert stages == whole.meta["stages"]
+    assert list(stages) == ["pma", "apgd_malt", "square", "square_full"]
+    assert stages["apgd_malt"] > stages["square"]

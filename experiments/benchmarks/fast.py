@@ -30,7 +30,6 @@ from experiments.benchmarks import calibration, masked, measure
 from robal_jax import cli, load_model
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.data import balanced_part
-from robal_jax.keys import fold_in
 
 TARGETS, BATCH, CLASSES = 9, 50, 10
 VERSIONS = ("standard", "torchattacks", "fast", "union")
@@ -115,7 +114,7 @@ def of_round(name: str, steps: int, queries: int) -> Passes:
         "apgd_malt": (steps + 2, steps + 1 + TARGETS),
         "fab_t": (2 * steps + 1, steps),
         "pma": (steps, steps),
-        "square": (queries + 1, 0),
+        **dict.fromkeys(autoattack.SQUARES, (queries + 1, 0)),
     }[name]
     return Passes(forward + 1, backward)
 
@@ -124,8 +123,11 @@ def total(version: str, stages: tuple[autoattack.Stage, ...], broken_in: np.ndar
     """Mean passes per image of a whole ensemble; ``broken_in [n]`` as in ``autoattack.Progress``."""
     forward, backward = float(len(broken_in)), 0.0  # the clean images
     for stage in stages:
+        if not autoattack.wanted(stage, autoattack.Progress(broken_in, broken_in, {})):
+            continue
         part = "fast" if stage.name in ("pma", "apgd_malt") else version
-        steps, queries = autoattack.STEPS.get(part, 100), autoattack.QUERIES.get(version, 5000)
+        few = "" if stage.name == "square_full" else version
+        steps, queries = autoattack.STEPS.get(part, 100), autoattack.QUERIES.get(few, 5000)
         cost = of_round(stage.name, steps, queries)
         for number in range(stage.first, stage.last + 1):
             reached = int(np.sum((broken_in == autoattack.ROBUST) | (broken_in >= number)))
@@ -160,7 +162,7 @@ def attacker(network: Network) -> Callable[..., np.ndarray]:
                 ids: np.ndarray, number: int, stage: autoattack.Stage = stage
             ) -> tuple[np.ndarray, np.ndarray]:
                 full = np.take(ids, range(BATCH), mode="clip")
-                own = fold_in(keys[full], stage.first + number)
+                own = stage.keys(keys[full], number)
                 found = attacked(stage.attack, weights, own, x[full], y[full], np.int32(number))
                 images, predictions = (np.asarray(array)[: len(ids)] for array in found)
                 return images, predictions

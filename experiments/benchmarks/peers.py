@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
         "epsilon": "radius; the run's by default",
         "distances": "the minimum-norm attacks only",
         "ensemble": "the four attacks of torchattacks.AutoAttack only, as that package runs them",
+        "only": "name of one attack, such as square, which alone is run",
     }
     values = cli.parse(arguments, texts, __doc__, switches=("distances", "ensemble"))
     if not values["workdir"]:
@@ -68,9 +69,13 @@ def main(arguments: list[str]) -> None:
         return print_robust(
             our_stages(logits_fn, images, labels, autoattack.stages(name, 10, threat=threat)),
             their_ensemble(twin, x, y, threat),
+            values["only"],
         )
     if not values["distances"]:
-        print_robust(our_attacks(logits_fn, images, labels, threat), their_attacks(twin, x, y, threat))
+        ours, theirs = our_attacks(logits_fn, images, labels, threat), their_attacks(twin, x, y, threat)
+        print_robust(ours, theirs, values["only"])
+        if values["only"]:
+            return
     print_distances(our_distances(logits_fn, images, labels, norm), their_distances(twin, x, y, norm))
 
 
@@ -78,8 +83,16 @@ Runs = dict[str, Callable[[], np.ndarray]]
 """By attack, or by peer: returns one outcome per image."""
 
 
-def print_robust(ours: Runs, theirs: dict[str, Runs]) -> None:
-    """Prints a table in Markdown; an outcome is whether the image is still classified correctly."""
+def print_robust(ours: Runs, theirs: dict[str, Runs], only: str = "") -> None:
+    """Prints a table in Markdown; an outcome is whether the image is still classified correctly.
+
+    Raises:
+      InputError: the name of the only attack is unknown.
+    """
+    if only:
+        if only not in ours:
+            raise InputError(f"unknown attack {only!r}; use one of {', '.join(ours)}")
+        ours = {only: ours[only]}
     print("| attack | ours | peer | theirs | differing images | ours s/image | theirs s/image | compile s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, attack in ours.items():

@@ -11,7 +11,8 @@ rounds of a stage call one compiled function with full batches::
             ...  # after every batch: save the progress, show it, or stop
 
 Only the callback ``attack`` knows the model, the images and the devices. Progress consists of arrays and
-counts; from saved progress, the ensemble continues as if it had not been interrupted.
+counts; from saved progress, the ensemble continues as if it had not been interrupted. A stage that only some
+models need does nothing on the others (:func:`wanted`), which also follows from the progress alone.
 
 Only the whole standard ensemble is called AutoAttack. RoBal's tables call the first two of its four attacks
 "AA"; here that pair is ``robal_aa``.
@@ -30,13 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robal_jax import checks, losses
-from robal_jax.attacks import autopgd
-from robal_jax.attacks.fab_attack import fab, fab_start
-from robal_jax.attacks.malt import malt_apgd
-from robal_jax.attacks.margins import dlr
-from robal_jax.attacks.pma_attack import pma
-from robal_jax.attacks.square_attack import square
+from robal_jax import checks
+from robal_jax.attacks.rounds import ATTACKS, Settings
 from robal_jax.attacks.threat import (
     INSTEAD_IN_L1,
     NORMS,
@@ -44,8 +40,6 @@ from robal_jax.attacks.threat import (
     RandomLogitsFn,
     ThreatModel,
     check_attack,
-    like_images,
-    starting_points,
 )
 from robal_jax.errors import InputError
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
@@ -53,13 +47,16 @@ from robal_jax.models import closure
 
 _STANDARD, _NEWER = ("apgd_ce", "apgd_t", "fab_t", "square"), ("pma", "apgd_malt")
 
+SQUARES = ("square", "square_full")
+"""Attacks that follow no gradient. The second is AutoAttack's own Square after the short one of 'fast'."""
+
 VERSIONS: dict[str, tuple[str, ...]] = {
     "robal_aa": _STANDARD[:2],
     "standard": _STANDARD,
     "torchattacks": _STANDARD,
     "plus": ("apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"),
     "rand": ("apgd_ce", "apgd_dlr"),
-    "fast": (*_NEWER, "square"),
+    "fast": (*_NEWER, *SQUARES),
     "union": _STANDARD + _NEWER,
 }
 """Attacks of each version of the ensemble, in their order.
@@ -68,8 +65,11 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 instead of 100, and with Square's schedule rescaled. Its robust accuracy is an upper estimate of AutoAttack's.
 
 'fast' is no AutoAttack: two runs of PMA and APGD towards the three nearest classes by MALT, 30 steps each,
-and 500 queries of Square with its schedule rescaled, together about a tenth of AutoAttack's passes. It is for
-daily work; its robust accuracy is an upper estimate, too.
+and 500 queries of Square with its schedule rescaled, together about a tenth of AutoAttack's passes. An image
+that this random search breaks after the gradient attacks is a sign that gradients mislead on this model. If
+there is one, AutoAttack's own Square follows on all images that are left, with the random numbers that it has
+in 'standard': whatever it breaks there is then broken here. Whether it runs depends on all images together.
+'fast' is for daily work; its robust accuracy is an upper estimate, too.
 
 'union' is AutoAttack, and then PMA and APGD-MALT as in 'fast' on what is left. Its robust accuracy is at most
 AutoAttack's, and must not be compared with one; AutoAttack's own is its outcome after Square.
@@ -79,9 +79,9 @@ STEPS = {"torchattacks": 10, "fast": 30}
 """Steps of each run of APGD, FAB and PMA, for versions that do not make AutoAttack's 100."""
 
 QUERIES = {"fast": 500}
-"""Queries of Square, for versions that do not make AutoAttack's 5000."""
+"""Queries of 'square', for versions that do not make AutoAttack's 5000."""
 
-_RESCALED = ("torchattacks", "fast")  # versions whose Square makes its whole schedule in its few queries
+_RESCALED = ("torchattacks", "fast")  # versions whose 'square' makes its whole schedule in its few queries
 
 IN_L1 = ("apgd_ce", "apgd_dlr", "apgd_t")
 """Attacks that know L1. As in AutoAttack, untargeted ones have 5 starts there, targeted ones 5 targets."""
@@ -107,7 +107,8 @@ class Found(NamedTuple):
       images: ``[n, H, W, C]``: an adversarial image where one was found, the image itself elsewhere.
       predictions: class of each of these images, int ``[n]``.
       robust: name of an attack to whether each image is still classified correctly after it and all attacks
-        before it, bool ``[n]``; the first is 'clean', before any attack.
+        before it, bool ``[n]``; the first is 'clean', before any attack. An attack that was not needed (see
+        'fast' in ``VERSIONS``) is left out.
     """
 
     images: np.ndarray
@@ -144,7 +145,8 @@ def autoattack(
       batch_size: number of images in each call.
       steps: of each run of APGD, FAB and PMA; those of the version if None: 100, for 'torchattacks' 10, for
         'fast', and in the attacks that 'union' adds, 30.
-      queries: of Square; those of the version if None: 5000, for 'fast' 500.
+      queries: of each run of Square; those of the version if None: 5000, for 'fast' 500 and, if these break
+        an image, 5000 more.
 
     Returns:
       The adversarial images and the outcome of each attack.
@@ -185,7 +187,7 @@ def autoattack(
         """Images and logits after a round of a stage on one batch, or those of the clean images."""
         model = partial(predict, arrays)
         if stage is not None:
-            keys = fold_in(keys, stage.first + number)
+            keys = stage.keys(keys, number)
             x = stage.attack(model, keys, x, y, number)
         return x, checks.logits_of(len(x), model(x, fold_in(keys, JUDGEMENT)) if random else model(x))
 
@@ -214,7 +216,7 @@ def autoattack(
     for number, image in progress.adversarial.items():
         shown[number] = image
     robust = {"clean": ~broken_by(progress, CLEAN)}
-    robust |= {stage.name: ~broken_by(progress, stage.last) for stage in ensemble}
+    robust |= {stage.name: ~broken_by(progress, stage.last) for stage in ensemble if wanted(stage, progress)}
     return Found(shown, progress.predictions, robust)
 
 
@@ -253,6 +255,8 @@ class Stage(NamedTuple):
       rounds: their number, each with a different target or start.
       first: number of the first round, counted over the whole ensemble from 1.
       bpda: whether it attacks the model with the gradient of a differentiable approximation.
+      conditional: whether it runs only if the round before it broke an image, see :func:`wanted`.
+      stream: number that is folded into the images' keys in its first round; 0 for that round's own.
     """
 
     name: str
@@ -260,11 +264,17 @@ class Stage(NamedTuple):
     rounds: int
     first: int
     bpda: bool = False
+    conditional: bool = False
+    stream: int = 0
 
     @property
     def last(self) -> int:
         """Number of the last round."""
         return self.first + self.rounds - 1
+
+    def keys(self, keys: chex.PRNGKey, number: chex.Numeric) -> chex.PRNGKey:
+        """Keys ``[B]`` of a round, counted in the stage from 0, from those of the images ``[B]``."""
+        return fold_in(keys, (self.stream or self.first) + number)
 
 
 def version_name(version: str | Sequence[str]) -> str:
@@ -303,8 +313,10 @@ def attack_names(version: str) -> tuple[str, ...]:
     """
     if version == "none":
         return ()
-    names = VERSIONS.get(version) or tuple(version.split(","))
-    unknown = [name for name in names if name not in _ATTACKS]
+    if version in VERSIONS:
+        return VERSIONS[version]
+    names = tuple(version.split(","))
+    unknown = [name for name in names if name not in ATTACKS]
     if unknown or len(set(names)) < len(names):
         raise _unknown(version)
     return names
@@ -313,7 +325,7 @@ def attack_names(version: str) -> tuple[str, ...]:
 def _unknown(version: Any) -> InputError:
     return InputError(
         f"unknown ensemble {version!r}; use 'none', one of {', '.join(VERSIONS)}, "
-        f"or a comma-separated list (no repeats) of {', '.join(_ATTACKS)}"
+        f"or a comma-separated list (no repeats) of {', '.join(ATTACKS)}"
     )
 
 
@@ -361,19 +373,26 @@ def stages(
         raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {INSTEAD_IN_L1}")
     restarts = 5 if version == "plus" or (in_l1 and version != "rand") else 1
     targets = min(5 if in_l1 else 9, num_classes - 1)
-    eot, rescaled = 20 if version == "rand" else 0, version in _RESCALED
-    queries = QUERIES.get(version, 5000) if queries is None else queries
+    eot, full = 20 if version == "rand" else 0, SQUARES[1]
 
-    def settings(name: str) -> _Settings:
-        part = "fast" if version == "union" and name in _NEWER else version
+    def attack(name: str) -> Round:
+        part = "fast" if version == "union" and name in _NEWER else "standard" if name == full else version
         length = STEPS.get(part, 100) if steps is None else steps
-        checks.at_least(1, steps=length, queries=queries)
-        return _Settings(threat, length, queries, eot, rescaled, targets)
+        asked = QUERIES.get(part, 5000) if queries is None else queries
+        checks.at_least(1, steps=length, queries=asked)
+        settings = Settings(threat, length, asked, eot, part in _RESCALED, targets)
+        return partial(ATTACKS["square" if name == full else name], settings=settings)
 
-    few = {"square": 1, "pma": 2, "apgd_malt": min(3, targets)}
+    def stage(name: str, count: int, first: int) -> Stage:
+        if name != full:
+            return Stage(name, attack(name), count, first)
+        of_standard = 1 + 2 * targets + 1  # after one round of APGD-CE, and those of APGD-T and FAB-T
+        return Stage(name, attack(name), count, first, conditional=True, stream=of_standard)
+
+    few = dict.fromkeys(SQUARES, 1) | {"pma": 2, "apgd_malt": min(3, targets)}
     rounds = [{"apgd_t": targets, "fab_t": targets, **few}.get(name, restarts) for name in names]
     return tuple(
-        Stage(name, partial(_ATTACKS[name], settings=settings(name)), count, 1 + sum(rounds[:place]))
+        stage(name, count, 1 + sum(rounds[:place]))
         for place, (name, count) in enumerate(zip(names, rounds, strict=True))
     )
 
@@ -384,117 +403,6 @@ def with_threat(stage: Stage, threat: ThreatModel) -> Stage:
     settings = dataclasses.replace(stage.attack.keywords["settings"], threat=threat)
     return stage._replace(attack=partial(stage.attack, settings=settings))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    threat: ThreatModel
-    steps: int
-    queries: int
-    eot: int
-    rescaled: bool
-    targets: int
-
-
-def _apgd(
-    logits_fn: LogitsFn | RandomLogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: _Settings,
-    loss: losses.Loss,
-) -> chex.Array:
-    del number  # restarts differ in their keys
-    threat, steps, eot = settings.threat, settings.steps, settings.eot
-    return autopgd.apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, loss=loss, eot=eot)
-
-
-def _apgd_t(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: _Settings,
-) -> chex.Array:
-    threat, steps = settings.threat, settings.steps
-    return autopgd.targeted_apgd(logits_fn, keys, images, labels, threat=threat, rank=number + 2, steps=steps)
-
-
-def _fab(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: _Settings,
-    targeted: bool,
-) -> chex.Array:
-    threat, rank, start = settings.threat.of(labels, images.dtype), None, images
-    if targeted:
-        rank = number + 2
-    else:  # the first run starts at the image, each restart at a random point
-        start = jnp.where(number > 0, starting_points(fab_start, keys, images, threat), images)
-    found = fab(logits_fn, keys, images, labels, threat=threat, rank=rank, n_iter=settings.steps, start=start)
-    # FAB finds the nearest misclassified image, which may lie outside the ball.
-    near = threat.distance(found, images) <= threat.epsilon
-    return jnp.where(like_images(near, images), found, images)
-
-
-def _square(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: _Settings,
-) -> chex.Array:
-    del number
-    threat, queries, rescaled = settings.threat, settings.queries, settings.rescaled
-    return square(logits_fn, keys, images, labels, threat=threat, queries=queries, rescaled=rescaled)
-
-
-def _pma(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: _Settings,
-) -> chex.Array:
-    threat, steps = settings.threat, settings.steps
-    return pma(logits_fn, keys, images, labels, threat=threat, steps=steps, raised=number % 2 == 1)
-
-
-def _apgd_malt(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: _Settings,
-) -> chex.Array:
-    threat, steps = settings.threat, settings.steps
-    towards: dict[str, Any] = {"rank": number + 1, "candidates": settings.targets}
-    return malt_apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, **towards)
-
-
-_ATTACKS: dict[str, Callable[..., chex.Array]] = {
-    "apgd_ce": partial(_apgd, loss=losses.cross_entropy),
-    "apgd_dlr": partial(_apgd, loss=dlr),
-    "apgd_t": _apgd_t,
-    "fab": partial(_fab, targeted=False),
-    "fab_t": partial(_fab, targeted=True),
-    "square": _square,
-    "pma": _pma,
-    "apgd_malt": _apgd_malt,
-}
 
 CLEAN, ROBUST = 0, -1
 
@@ -543,6 +451,8 @@ def run(
 ) -> Iterator[Progress]:
     """Runs one stage of the ensemble on the images that are still robust, or resumes an interrupted stage.
 
+    A stage that is not wanted does nothing.
+
     Args:
       stage: the stage.
       attack: runs one round of the stage on a batch.
@@ -553,7 +463,8 @@ def run(
     Yields:
       The progress after each batch.
     """
-    while progress.round <= stage.last:
+    progress.round = max(progress.round, stage.first)  # stages that were not wanted are passed over
+    while wanted(stage, progress) and progress.round <= stage.last:
         todo = progress.todo()
         while progress.done < len(todo):
             ids = todo[progress.done : progress.done + size]
@@ -567,9 +478,17 @@ def run(
         progress.round, progress.done = progress.round + 1, 0
 
 
+def wanted(stage: Stage, progress: Progress) -> bool:
+    """Whether a stage is to run, or has run: a conditional one only if the round before it broke an image.
+
+    It follows from what the earlier stages found, once they are done; an interruption does not change it.
+    """
+    return not stage.conditional or bool((progress.broken_in == stage.first - 1).any())
+
+
 def work_left(stage: Stage, progress: Progress) -> int:
     """Number of images that the rounds of a stage have yet to attack, if no further image breaks."""
-    if progress.round > stage.last:
+    if progress.round > stage.last or not wanted(stage, progress):
         return 0
     rounds_after = stage.last - max(progress.round, stage.first)
     return len(progress.todo()) - progress.done + rounds_after * progress.robust
@@ -608,5 +527,9 @@ def broken_by(progress: Progress, last: int) -> np.ndarray:
 
 
 def robust_after(stages: Sequence[Stage], progress: Progress) -> dict[str, float]:
-    """Share of images that are still classified correctly after each stage."""
-    return {stage.name: float(np.mean(~broken_by(progress, stage.last))) for stage in stages}
+    """Share of images that are still classified correctly after each stage that was wanted."""
+    return {
+        stage.name: float(np.mean(~broken_by(progress, stage.last)))
+        for stage in stages
+        if wanted(stage, progress)
+    }

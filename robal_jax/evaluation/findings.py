@@ -274,13 +274,13 @@ def _after_gradients(
     by_square = np.zeros(len(labels), bool)
     for stage in job.ensemble:
         in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
-        survived &= ~in_stage | (stage.name == "square")
-        by_square |= in_stage & (stage.name == "square")
+        survived &= ~in_stage | (stage.name in autoattack.SQUARES)
+        by_square |= in_stage & (stage.name in autoattack.SQUARES)
     clean, names = predictions["clean"] == labels, [stage.name for stage in job.ensemble]
     if "square" not in names[1:]:
         by_square[sample.ids] = ~sample.measured["gradient_free"]["right"]
         clean &= np.isin(np.arange(len(labels)), sample.ids)
-    return survived[clean], by_square[clean] if set(names) - {"square"} else None
+    return survived[clean], by_square[clean] if set(names) - set(autoattack.SQUARES) else None
 
 
 def _store(

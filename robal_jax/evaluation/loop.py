@@ -10,9 +10,9 @@
    (``certifying.py``) and a comparison of the attacks (``optimality.py``); then the report.
 
 The noise of an image depends only on the seed and its number in the whole test set, so batch size, number of
-devices and the choice of a part change nothing. The outcome of every image is kept, and every adversarial
-image of the ensemble; the accuracy under the ensemble is computed again from these images before it is
-reported.
+devices and the choice of a part change nothing; except that in the ensemble 'fast', whether its last attack
+runs depends on all images together. The outcome of every image is kept, and every adversarial image of the
+ensemble; the accuracy under the ensemble is computed again from these images before it is reported.
 """
 
 import datetime
@@ -342,6 +342,8 @@ def ensemble(
     if progress is None:
         progress = autoattack.begin(labels, outcomes["clean"]["pred"])
     for stage in job.ensemble:
+        if not autoattack.wanted(stage, progress):
+            continue
         work = partial(attack_step, stage=stage, threat=job.threat, random=job.version == "rand")
         step = victim.compile(work, job.replaced if stage.bpda else None)
 

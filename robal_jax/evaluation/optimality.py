@@ -22,7 +22,6 @@ from robal_jax.evaluation.additions import Addition, Arrays
 from robal_jax.evaluation.measurements import outputs, sample_ids
 from robal_jax.evaluation.steps import Judged, check, judge
 from robal_jax.evaluation.victim import Victim
-from robal_jax.keys import fold_in
 from robal_jax.reporting.results import EvaluatedRun
 from robal_jax.storage.names import OPTIMALITY
 from robal_jax.storage.progress import Meter
@@ -61,7 +60,7 @@ def attack_within(
 ) -> Judged:
     """Returns how the model classifies what one round of an attack makes at parts ``[B]`` of the radius."""
     within = threat.of(labels).scaled(factors)
-    keys = fold_in(keys, stage.first + number)
+    keys = stage.keys(keys, number)
     shown = autoattack.with_threat(stage, within).attack(logits_fn, keys, images, labels, number)
     return judge(logits_fn, shown, images, within)
 
@@ -90,10 +89,11 @@ def attacker(
 def survived(victim: Victim, job: builder.Evaluation, kept: Unfinished, stop: hosts.Stop) -> Arrays | None:
     """Returns how many of the radii each image of the sample survives, by attack, and 'sample', their ids.
 
-    An image that is misclassified without an attack survives none. Returns None if stopped before the end.
+    An image that is misclassified without an attack survives none. An attack that only some models need (see
+    'fast' in ``autoattack.VERSIONS``) is not compared. Returns None if stopped before the end.
     """
     sample = sample_ids(len(victim.labels), job.audit_examples, job.seed)
-    stages = [stage for stage in job.ensemble if not stage.bpda]
+    stages = [stage for stage in job.ensemble if not (stage.bpda or stage.conditional)]
     logits = victim.compile(outputs)(sample)["logits"]
     most = np.where(logits.argmax(-1) == victim.labels[sample], len(FACTORS), 0)
     found = dict(kept.arrays) or {

@@ -24,7 +24,6 @@ from robal_jax.attacks import (
     starting_points,
     uniform_start,
 )
-from robal_jax.keys import fold_in
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
 """The clean images and the attacks with fixed steps, with their numbers of steps."""
@@ -112,7 +111,7 @@ def attack_step(
     Returns:
       ``images [B, H, W, C]``, and how the model classifies them.
     """
-    keys = fold_in(keys, stage.first + number)
+    keys = stage.keys(keys, number)
     model = (lambda x, keys: logits_fn(x)) if random else logits_fn
     shown = stage.attack(model, keys, images, labels, number)
     return {"images": shown, **judge(logits_fn, shown, images, threat)}
@@ -152,12 +151,17 @@ def with_bpda(
         settings: dict[str, Any] = {"steps": 20, "step_size": step_size, "eot": int(random)}
         return attacks.pgd(model, keys, x, labels, threat=threat, loss=loss, **settings)
 
-    own = [stage for stage in ensemble if stage.name != "square"]
+    own = [stage for stage in ensemble if stage.name not in autoattack.SQUARES]
     again = [autoattack.Stage("pgd_20", pgd, 2, 1), *own]
     ordered = [
         *own,
         *(stage._replace(name=stage.name + autoattack.BPDA, bpda=True) for stage in again),
-        *(stage for stage in ensemble if stage.name == "square"),
+        # The rounds before the Square of 'standard' also run twice here, and PGD-20 has two.
+        *(
+            stage._replace(stream=2 * stage.stream + 1) if stage.stream else stage
+            for stage in ensemble
+            if stage.name in autoattack.SQUARES
+        ),
     ]
     firsts = itertools.accumulate((stage.rounds for stage in ordered), initial=1)
     return tuple(stage._replace(first=first) for stage, first in zip(ordered, firsts, strict=False))

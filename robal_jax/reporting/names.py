@@ -26,6 +26,7 @@ _NAMES = {
     "clean": "Clean",
     "worst": "Worst",
     "square": "Square",
+    "square_full": "Square in full",
     "robal_aa": "APGD-CE + APGD-T",
     "autoattack": "AutoAttack",
     "autoattack_plus": "AutoAttack plus",

@@ -1,0 +1,145 @@
+"""One round of each attack that an ensemble may have; ``autoattack.py`` has the ensembles.
+
+A round is numbered from 0 in its stage; it has its own target, or its own start.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+
+from robal_jax import losses
+from robal_jax.attacks import autopgd
+from robal_jax.attacks.fab_attack import fab, fab_start
+from robal_jax.attacks.malt import malt_apgd
+from robal_jax.attacks.margins import dlr
+from robal_jax.attacks.pma_attack import pma
+from robal_jax.attacks.square_attack import square
+from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of an attack in an ensemble.
+
+    Attributes:
+      threat: allowed images.
+      steps: of each run of APGD, FAB and PMA.
+      queries: of Square.
+      eot: draws over which the gradient of a random model is averaged; 0 for any other model.
+      rescaled: whether Square makes its whole schedule in its queries.
+      targets: number of classes among which MALT chooses.
+    """
+
+    threat: ThreatModel
+    steps: int
+    queries: int
+    eot: int
+    rescaled: bool
+    targets: int
+
+
+def _apgd(
+    logits_fn: LogitsFn | RandomLogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: Settings,
+    loss: losses.Loss,
+) -> chex.Array:
+    del number  # restarts differ in their keys
+    threat, steps, eot = settings.threat, settings.steps, settings.eot
+    return autopgd.apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, loss=loss, eot=eot)
+
+
+def _apgd_t(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: Settings,
+) -> chex.Array:
+    threat, steps = settings.threat, settings.steps
+    return autopgd.targeted_apgd(logits_fn, keys, images, labels, threat=threat, rank=number + 2, steps=steps)
+
+
+def _fab(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: Settings,
+    targeted: bool,
+) -> chex.Array:
+    threat, rank, start = settings.threat.of(labels, images.dtype), None, images
+    if targeted:
+        rank = number + 2
+    else:  # the first run starts at the image, each restart at a random point
+        start = jnp.where(number > 0, starting_points(fab_start, keys, images, threat), images)
+    found = fab(logits_fn, keys, images, labels, threat=threat, rank=rank, n_iter=settings.steps, start=start)
+    # FAB finds the nearest misclassified image, which may lie outside the ball.
+    near = threat.distance(found, images) <= threat.epsilon
+    return jnp.where(like_images(near, images), found, images)
+
+
+def _square(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: Settings,
+) -> chex.Array:
+    del number
+    threat, queries, rescaled = settings.threat, settings.queries, settings.rescaled
+    return square(logits_fn, keys, images, labels, threat=threat, queries=queries, rescaled=rescaled)
+
+
+def _pma(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: Settings,
+) -> chex.Array:
+    threat, steps = settings.threat, settings.steps
+    return pma(logits_fn, keys, images, labels, threat=threat, steps=steps, raised=number % 2 == 1)
+
+
+def _apgd_malt(
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    number: chex.Array,
+    *,
+    settings: Settings,
+) -> chex.Array:
+    threat, steps = settings.threat, settings.steps
+    towards: dict[str, Any] = {"rank": number + 1, "candidates": settings.targets}
+    return malt_apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, **towards)
+
+
+ATTACKS: dict[str, Callable[..., chex.Array]] = {
+    "apgd_ce": partial(_apgd, loss=losses.cross_entropy),
+    "apgd_dlr": partial(_apgd, loss=dlr),
+    "apgd_t": _apgd_t,
+    "fab": partial(_fab, targeted=False),
+    "fab_t": partial(_fab, targeted=True),
+    "square": _square,
+    "pma": _pma,
+    "apgd_malt": _apgd_malt,
+}
+"""Attacks by name: ``(logits_fn, keys [B], images, labels, number of the round, *, settings) -> images``."""
