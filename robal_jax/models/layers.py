@@ -207,7 +207,8 @@ def normalised_in_one_pass(
     first, second = _over_devices(both, axis_name)
     var = jnp.maximum(second - jnp.square(first), 0.0)
     factor = batch_norm_factor(var, scale)
-    offset = bias - first * factor
+    # The bias's gradient adds the batches of a joint pass. Without the barrier XLA sums dy once more for it.
+    offset = lax.optimization_barrier(bias - first * factor)
     return apart * last_axis(factor, x) + last_axis(offset, x), near + first, var
 
 
