@@ -213,7 +213,7 @@ def test_means_in_one_pass_of_several_batches(near, by):
     vectors = [jnp.arange(6.0).reshape((2, 3)) if axis == 0 else jnp.ones(3) for axis in (near, by)]
     moved = models.layers._moved
     found = moved(*vectors) if (near, by) == (None, None) else jax.vmap(moved, (near, by))(*vectors)
-    np.testing.assert_array_equal(found, sum(vectors))
+    np.testing.assert_array_equal(found, np.add(*map(np.asarray, vectors)))
 
 
 def test_only_for_an_nvidia_gpu_the_gradient_of_an_offset_is_kept_apart():

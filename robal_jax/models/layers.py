@@ -229,9 +229,8 @@ def _moved(near: chex.Array, by: chex.Array) -> chex.Array:
 @_moved.def_vmap
 def _moved_apart(size: int, batched: list[bool], near: chex.Array, by: chex.Array) -> tuple[chex.Array, bool]:
     """Adds a vector to each row by itself: then XLA needs no copy of a running mean to update it in place."""
-    del size
-    rows = near + by if batched[0] else jnp.stack([near + row for row in by])
-    return rows, True
+    rows = (x if is_batched else [x] * size for x, is_batched in zip((near, by), batched, strict=True))
+    return jnp.stack([start + step for start, step in zip(*rows, strict=True)]), True
 
 
 def _over_devices(mean: chex.Array, axis_name: str | None) -> chex.Array:
