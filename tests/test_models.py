@@ -208,6 +208,26 @@ def test_weights_made_ready_predict_the_same():
         np.testing.assert_array_equal(model.predict(*ready, images), model.predict(params, stats, images))
 
 
+@pytest.mark.parametrize(("near", "by"), [(None, None), (None, 0), (0, None), (0, 0)])
+def test_means_in_one_pass_of_several_batches(near, by):
+    vectors = [jnp.arange(6.0).reshape((2, 3)) if axis == 0 else jnp.ones(3) for axis in (near, by)]
+    moved = models.layers._moved
+    found = moved(*vectors) if (near, by) == (None, None) else jax.vmap(moved, (near, by))(*vectors)
+    np.testing.assert_array_equal(found, np.add(*map(np.asarray, vectors)))
+
+
+def test_only_for_an_nvidia_gpu_the_gradient_of_an_offset_is_kept_apart():
+    def total(x, one):
+        return models.layers.normalised_in_one_pass(x, one, one, one)[0].sum()
+
+    traced = jax.jit(jax.grad(total)).trace(jnp.ones((2, 3)), jnp.ones(3))
+    kept = [
+        "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    ]
+    assert kept == [False, True, False]
+
+
 def test_variance_in_one_pass_is_not_negative():
     one, zero = jnp.ones(1), jnp.zeros(1)
     _, _, var = models.layers.normalised_in_one_pass(jnp.full((7, 1), 100.1), one, zero, zero)
