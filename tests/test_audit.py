@@ -655,6 +655,7 @@ def test_nothing_is_measured_before_it_is_called_for():
     assert "transfer" in plans(victim(), victim())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_arrays_are_of_the_sample(measured):
     images, labels, means = data()

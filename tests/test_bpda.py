@@ -194,6 +194,7 @@ def test_the_full_square_of_fast_has_the_random_numbers_of_autoattack_s(num_clas
     assert full.first == short.last + 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_bpda_breaks_counts_and_the_audit_flags_it(tmp_path, monkeypatch):
     """Interrupted in the middle of BPDA's attacks; resumed with the same approximation only."""

@@ -330,6 +330,7 @@ def test_radii_that_no_model_is_evaluated_at(threat, message):
         robal_jax.evaluate_model(model, images, labels, threat=threat, audit=0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_at_radii_by_class_beside_the_common_radius(tmp_path):
     """The report of the second evaluation shows the first; a third of another checkpoint would not."""

@@ -219,6 +219,7 @@ def test_a_balanced_set():
         epoch_order("uniform", labels, 1, 0, 5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_teacher_that_fits_and_one_that_does_not(tmp_path):
     said = []

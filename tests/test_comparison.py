@@ -279,6 +279,7 @@ def test_conditions_with_equal_rows_share_them(tmp_path):
     assert [row[:2] for row in accuracies.rows] == [("Clean = Worst", "A"), ("Clean = Worst", "B")]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compare_script(tmp_path):
     first, second = save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")

@@ -236,6 +236,7 @@ def test_a_missing_field_gives_one_line(tmp_path, path):
     assert path.rpartition(".")[2] in str(raised.value)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_field_of_any_value_gives_more_than_one_line(tmp_path):
     """Each section and field left out, or of a value that no field has: right, or an ``InputError``."""

@@ -435,6 +435,7 @@ def test_a_model_that_saturates_is_flagged_and_its_autoattack_is_the_same(evalua
     assert not flagged & {"zero_gradients", "unbounded", "gradient_free", "square", "stored_images"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_surrogate(copy):
     other = shutil.copytree(copy, copy / "other", ignore=shutil.ignore_patterns("other"))

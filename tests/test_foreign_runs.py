@@ -205,6 +205,7 @@ def build(folder):
             assert len(str(error)) < 400
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "value"),

@@ -58,6 +58,7 @@ def in_linf(delta, gradient, radius):
     return np.clip(delta + radius * np.sign(gradient), -radius, radius)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("showings", "norm", "smoothing"), [(1, "linf", 0), (3, "linf", 0.1), (8, "linf", 0), (3, "l2", 0)]
@@ -177,6 +178,7 @@ def test_a_perturbation_stays_in_its_ball(norm):
     assert ((delta < 0) & (images == 0)).any()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_radii_by_class_with_a_ramp_and_cfa():
     """The ramp's radius is 0 in the first epoch; CFA learns from the images that are shown."""

@@ -117,6 +117,7 @@ def test_any_model_is_evaluated(kind, digits, tmp_path, capsys):
     assert f"# {kind} on images" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_finds_what_the_evaluation_of_the_run_finds(run, tmp_path):
     """Image for image, by AutoAttack and with the audit, on the function of a run of ours."""

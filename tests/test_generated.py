@@ -355,6 +355,7 @@ def finished(tmp_path_factory, file):
     return workdir, sha256, lines
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_bits(finished, file, tmp_path, monkeypatch):
     looks = []

@@ -389,6 +389,7 @@ def test_looks_are_logged_and_said(looked):
     assert record["epoch"] == found["epoch"][int(np.argmax(found["pgd_balanced"]))]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_best_checkpoint_is_evaluated(looked):
     workdir = looked[0]

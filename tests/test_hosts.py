@@ -100,6 +100,7 @@ print(json.dumps({**found, "ran": len(ran), "ids": rows[:count].ravel().tolist()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_the_first_process_does_for_all(tmp_path):
     port, log = free_port(), tmp_path / "log"

@@ -100,6 +100,7 @@ def everything(tmp_path_factory):
     return folder, found.tree
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_with_everything_on(everything):
     _, state = everything

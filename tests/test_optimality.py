@@ -59,6 +59,7 @@ def worst_margin(images, labels, radius):
     return margins.min(-1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "evaluation")

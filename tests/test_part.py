@@ -97,6 +97,7 @@ def both(tmp_path_factory):
     return attacked(workdir, folder / "all")[0], *some
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_outcomes_are_those_of_the_whole(both):
     """The draws of an image do not depend on the part in which it is."""

@@ -172,6 +172,7 @@ def test_attacks_take_each_image_s_own_radius(name, norm):
     np.testing.assert_array_equal(*(curved_model(x).argmax(-1) for x in (number, same)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_autoattack_with_equal_radii_is_autoattack_with_one(norm):

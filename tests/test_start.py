@@ -308,6 +308,7 @@ def test_trackers_that_cannot_be(monkeypatch, tmp_path, flag, installed, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_training_is_tracked(tmp_path):
     """The script, with a package that writes what it is given."""

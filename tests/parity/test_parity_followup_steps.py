@@ -523,6 +523,7 @@ def check_perturbation(reference, recipe, check, at, config, params, gradients, 
         check(f"{at}/perturbed_checksum", checksums(recipe, perturbed, param_names))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("numbers_are_given")
 def test_averages(reference, recipe):
     config, counts = config_of(MODES["at_bsl"]), long_tailed_counts(5000, 10, 0.02, "exp")
