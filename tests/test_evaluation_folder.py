@@ -63,7 +63,7 @@ def test_the_same_settings_are_done(copy, no_attack):
     before = content(copy / "evaluation")
     folder, said = evaluate(copy)
     assert said[0] == f"{folder} has this evaluation; remove {folder / 'results.json'} to repeat it"
-    assert "PGD-20" in said[-2]
+    assert any("PGD-20" in line for line in said)
     assert said[-1] == f"report {folder / 'report.html'}"
     assert content(folder) == before
 
@@ -291,7 +291,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_result(copy, monkeypatch):
             evaluate(copy, said=said)
     assert {"results.json", "examples.npz", "per_class.csv"} == set(content(folder))
     assert not (folder / "unfinished").exists()
-    assert "PGD-20" in said[-1]
+    assert any("PGD-20" in line for line in said)
     monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
     evaluate(copy)
     assert content(folder).keys() == before.keys()

@@ -282,15 +282,17 @@ def test_report_without_an_audit_says_so():
     assert "No audit" in audit_verdict(None)[1]
 
 
-@pytest.mark.parametrize("ran", [False, True])
-def test_the_report_says_whether_the_full_square_of_fast_ran(tmp_path, ran):
+@pytest.mark.parametrize(("planned", "ran"), [(False, False), (True, False), (True, True)])
+def test_the_report_says_whether_the_full_square_of_fast_ran(tmp_path, planned, ran):
     labels, predictions = fake_evaluation()
     predictions["fast"] = predictions["new_attack"]
-    meta = {**META, "stages": {"pma": 0.5, "square": 0.4, **({"square_full": 0.3} if ran else {})}}
+    names = ["pma", "square", *["square_full"] * planned]
+    stages = {"pma": 0.5, "square": 0.4, **({"square_full": 0.3} if ran else {})}
+    meta = {**META, "autoattack": names, "stages": stages}
     write_report(tmp_path, Results(meta, metrics.summarize(labels, predictions, np.arange(20, 10, -1))))
     markdown = (tmp_path / "report.md").read_text()
-    assert ("on this model it was needed, at many more passes" in markdown) == ran
-    assert ("on this model it was not needed" in markdown) != ran
+    assert ("On this model it was needed." in markdown) == ran
+    assert ("On this model it was not needed." in markdown) == (planned and not ran)
     assert ("| Square in full | 30.0 |" in markdown) == ran
 
 

@@ -126,7 +126,7 @@ def total(version: str, stages: tuple[autoattack.Stage, ...], broken_in: np.ndar
         if not autoattack.wanted(stage, autoattack.Progress(broken_in, broken_in, {})):
             continue
         part = "fast" if stage.name in ("pma", "apgd_malt") else version
-        few = "" if stage.name == "square_full" else version
+        few = "standard" if stage.name == "square_full" else version
         steps, queries = autoattack.STEPS.get(part, 100), autoattack.QUERIES.get(few, 5000)
         cost = of_round(stage.name, steps, queries)
         for number in range(stage.first, stage.last + 1):

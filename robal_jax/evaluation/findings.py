@@ -36,7 +36,7 @@ from robal_jax.reporting.results import (
     read_run,
     to_arrays,
 )
-from robal_jax.reporting.terminal import evaluation_table, terminal
+from robal_jax.reporting.terminal import evaluation_lines
 from robal_jax.storage.files import replacing
 from robal_jax.storage.names import (
     ADVERSARIAL,
@@ -211,10 +211,8 @@ def publish(victim: Victim, folder: pathlib.Path, say: Callable[[str], None]) ->
             failure = error
     checkpoint = run.meta.get("checkpoint")
     say(run.title + (f", checkpoint {checkpoint}" if checkpoint else ""))
-    console = terminal()
-    with console.capture() as table:
-        evaluation_table(run, console)
-    say(table.get().rstrip("\n"))
+    for line in evaluation_lines(run):
+        say(line)
     if failure:
         raise ReportError(
             f"the results in {folder} are complete, but not the report ({one_line(failure)}); remove the "

@@ -48,3 +48,12 @@ def evaluation_table(results: Results, console: Console) -> None:
         console.print(mean_in_words(results), highlight=False, markup=False)
     if "generated" in results.meta:
         console.print(f"Training {results.meta['generated']}.", highlight=False, markup=False)
+
+
+def evaluation_lines(results: Results) -> list[str]:
+    """Returns what :func:`evaluation_table` prints as lines: as wide as the terminal, without colours."""
+    file: Any = Tolerant(sys.stdout)  # whose encoding decides on the lines of the table
+    console = Console(file=file, width=terminal().width, color_system=None, force_jupyter=False)
+    with console.capture() as text:
+        evaluation_table(results, console)
+    return text.get().splitlines()

@@ -287,7 +287,7 @@ class Keeper:
     def __init__(self, copy: Copy, say: Say) -> None:
         self._url, self._copy, self._say = copy.bucket.url, copy, say
         self._lock, self._writer = Lock(copy.bucket), Writer(copy)
-        self._ended, self._failed = threading.Event(), ""  # why the last try failed
+        self._ended, self._failed, self._why = threading.Event(), False, ""
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beats, self._works)]
 
     def __enter__(self) -> "Keeper":
@@ -320,18 +320,20 @@ class Keeper:
             if not self._lock.lost:
                 self._writer.write()
         except ChangedError:
+            self._why = "files change meanwhile"
             return False
         except (BucketError, OSError) as error:
+            self._why = buckets.why(error)
             if not self._failed:
                 self._say(
-                    f"warning: cannot write to {self._url} ({buckets.why(error)}); the work goes on, and "
+                    f"warning: cannot write to {self._url} ({self._why}); the work goes on, and "
                     f"what is saved is in {self._copy.folder}"
                 )
-            self._failed = buckets.why(error)
+            self._failed = True
             return False
         if self._failed and not self._lock.lost:
             self._say(f"{self._url} can be written to again, and has everything")
-        self._failed = ""
+        self._failed = False
         return True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -357,7 +359,7 @@ class Keeper:
             )
         if not done and not quiet:
             raise InputError(
-                f"cannot write to {self._url} ({self._failed or 'files change meanwhile'}); everything is in "
+                f"cannot write to {self._url} ({self._why}); everything is in "
                 f"{self._copy.folder}, and the same command writes it to the bucket"
             )
 
