@@ -104,7 +104,6 @@ def finish(processes, status=0):
         assert process.returncode == status, out + errors
         assert "nobodys" not in out + errors
         assert "Traceback" not in out + errors
-        assert "Traceback" not in out + errors
     return said[0][0]
 
 

@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> None:
     values = cli.parse(arguments, texts, __doc__, switches=("distances", "ensemble"))
     if not values["workdir"]:
         raise InputError(f"--workdir is missing; usage: {__doc__}")
+    if values["only"] and values["distances"]:
+        raise InputError("--only names no minimum-norm attack; leave out --only or --distances")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"
     job = builder.evaluation(read_config(workdir))
     arrays, *_ = checkpoints.read_latest(workdir)
