@@ -1,6 +1,7 @@
 """Strict JAX for every test, and the fixtures that several test files share."""
 
 import contextlib
+import functools
 import gc
 import os
 import pathlib
@@ -153,6 +154,15 @@ def optimised(unoptimised):
 def float64(optimised):
     """JAX computes in float64, in which convolutions are slow if XLA does not optimise."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_once():
+    """scikit-learn's file of digits is read once; whoever asks gets the same arrays, and copies them."""
+    from sklearn import datasets
+
+    with mock.patch.object(datasets, "load_digits", functools.cache(datasets.load_digits)):
         yield
 
 

@@ -743,6 +743,7 @@ def purified(params, stats, images):
     return nearest_mean(params, stats, images + 0.01 * jax.grad(confidence)(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("predict", "name"),
     [(probabilities, "probabilities"), (batch_normalised, "inference"), (purified, "inference")],

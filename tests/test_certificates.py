@@ -319,8 +319,8 @@ def test_bounds_hold_what_an_operation_gives(name, float64):
     )
     inside = ends[0] + shares[:, None] * (ends[1] - ends[0])
     inside = np.concatenate([inside, np.clip(0, *ends)[None]])  # where squares are least
-    values = np.asarray(jax.vmap(ALL[name])(inside))
-    low, high = map(np.asarray, interval_bounds(ALL[name], *ends))
+    values = np.asarray(jax.jit(jax.vmap(ALL[name]))(inside))
+    low, high = map(np.asarray, jax.jit(functools.partial(interval_bounds, ALL[name]))(*ends))
     assert ((low <= values) & (values <= high)).all()
     if name not in LOOSE:
         rounding = 1000 * EPSILON * (1 + np.abs(values).max(0))

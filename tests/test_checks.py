@@ -150,6 +150,7 @@ def test_what_is_no_key(name, key):
         ATTACKS[name](logits_fn, key, IMAGES, LABELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_numpy_arrays_of_any_width_are_attacked(name):
     images, labels = np.asarray(IMAGES, np.float64), np.asarray(LABELS, np.int64)

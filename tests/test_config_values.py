@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_configs import DATA, METHODS
+from test_configs import DATA, METHODS, slow_but_for_digits
 
 from robal_jax import attacks, builder, cli
 from robal_jax.attacks import ThreatModel
@@ -121,7 +121,7 @@ def test_step_sizes_of_the_released_code():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", slow_but_for_digits(DATA))
 def test_no_shipped_config_is_doubted(method, data):
     found = warnings(spec=f"{ROOT}/configs/{method}.py:{data}")
     if method == "taet" and data.startswith("cifar"):  # as released: ten steps of 0.003 from 0.001 N(0, 1)

@@ -34,6 +34,11 @@ IMAGENETS = ("tiny_imagenet_lt", "imagenet_lt")
 DATA = {"digits_lt": 10, "cifar10_lt": 10, "cifar100_lt": 100, **dict.fromkeys(IMAGENETS, 20)}
 
 
+def slow_but_for_digits(data):
+    """Data sets as parameters of a test of every method; daily work tries the digits."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name != "digits_lt")) for name in data]
+
+
 def toy_data(num_classes, seed):
     """As many images as classes want, of 8 x 8 pixels; the seed is that of the real data set."""
     del seed
@@ -68,7 +73,7 @@ def toy_config(method, data):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("data", [data for data in DATA if data not in IMAGENETS])
+@pytest.mark.parametrize("data", slow_but_for_digits(data for data in DATA if data not in IMAGENETS))
 def test_builds(method, data):
     config = toy_config(method, data)
     assert config.is_locked

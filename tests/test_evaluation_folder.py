@@ -68,6 +68,7 @@ def test_the_same_settings_are_done(copy, no_attack):
     assert content(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["results.json", "examples.npz"])
 @pytest.mark.parametrize("keep", [0, 20, 200])
 def test_a_damaged_file_is_named_before_all_is_evaluated_again(copy, monkeypatch, name, keep):

@@ -272,6 +272,7 @@ def same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["best", "5", "model-final", "checkpoint.v2", "run [best]", "a\\b", "Größe $1 ~x"]
 )

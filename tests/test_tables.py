@@ -41,6 +41,7 @@ def trainings(plan):
     return [job for job in plan.jobs if job.folder is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "data"), EVERY)
 def test_rows(name, data):
     """Configs load, overrides apply, and figures and baselines are where they should be."""

@@ -370,6 +370,7 @@ def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_pat
     assert rows(tmp_path) == rows(finished[0])
 
 
+@pytest.mark.slow
 def test_finished_run_returns_at_once(finished, copy, monkeypatch):
     monkeypatch.setattr(training_step, "train_chunk", lambda *_, **__: pytest.fail("made a step"))
     before = rows(copy)

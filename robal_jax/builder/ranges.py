@@ -4,6 +4,7 @@ A value that cannot be used is refused by :func:`validate`. One that can, but ha
 line of :func:`doubts`.
 """
 
+import itertools
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -222,8 +223,10 @@ def validate(config: ConfigDict) -> None:
     for field in REQUIRED:
         if field not in fields:
             raise InputError(f"config.{field} is missing; take its value from configs/base.py")
+    paths = [name.split(".")[:-1] for name in fields]
+    sections = {section for path in paths for section in itertools.accumulate(path, "{}.{}".format)}
     for field, (must, holds) in [*REQUIRED.items(), *RANGES.items()]:
-        if any(name.startswith(f"{field}.") for name in fields):
+        if field in sections:
             raise InputError(f"config.{field} is a section; it must be {must}")
         if field in fields and not _holds(holds, fields[field]):
             raise InputError(f"config.{field} is {shown(fields[field])}; it must be {must}")
