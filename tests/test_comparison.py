@@ -42,6 +42,25 @@ def compare(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_corrupted_images_have_rows_if_all_runs_have_them(tmp_path):
+    plain, *others = read_runs([save_run(tmp_path / str(seed), seed=seed) for seed in range(3)])
+    runs, right = [], []
+    for shift, run in enumerate(others):
+        labels = run.examples["labels"]
+        found = {"fog": np.stack([np.where(np.arange(len(labels)) % 4 == shift, labels, -1)] * 5)}
+        summary = metrics.summarize_corruptions(labels, found, np.arange(20, 10, -1))
+        runs.append(dataclasses.replace(run, summary={**run.summary, "corruptions": summary}))
+        right.append(found["fog"][0] == labels)
+    tail = np.isin(labels, run.summary["groups"]["tail"])
+    (rows,) = (table.rows for table in comparison.compare(runs) if table.title.startswith("Accuracy"))
+    (row,) = (row for row in rows if row[0] == "Corrupted, mean")
+    for cell, member in ((row[2], labels >= 0), (row[-1], tail)):
+        shares = [100 * each[member].mean() for each in right]
+        assert cell == f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1):.1f}"
+    assert "Corrupted" in printed(runs)
+    assert "Corrupted" not in printed([plain, *runs])
+
+
 def test_difference_is_paired(tmp_path):
     first, second = read_runs([save_run(tmp_path / "a"), save_run(tmp_path / "b", strength=0.5, method="B")])
     for condition in ("clean", "pgd_20", "worst"):

@@ -1,7 +1,8 @@
 """Comparison of evaluated runs, image by image."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
 from robal_jax.reporting.audit import audit_summary
+from robal_jax.reporting.corruptions import CORRUPTED
 from robal_jax.reporting.names import (
     BY_CLASS,
     display_name,
@@ -66,6 +68,11 @@ class Paired(NamedTuple):
 def share_right(run: EvaluatedRun, condition: str, group: str) -> dict[str, float]:
     """Returns the accuracy of a run under a condition on 'all' test images or those of a group, a FIGURE."""
     return metrics.share(_right(run, condition, group))
+
+
+def share_of_corrupted(run: EvaluatedRun, group: str) -> dict[str, float]:
+    """Returns the mean accuracy of a run on corrupted images, of 'all' classes or of a group, a FIGURE."""
+    return run.corruptions["mean"]["accuracy" if group == "all" else group]
 
 
 def _right(run: EvaluatedRun, condition: str, group: str) -> np.ndarray:
@@ -170,7 +177,8 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
       runs: at least one.
 
     Returns:
-      Tables of the runs with their audits, of accuracies and, if there are any, of differences.
+      Tables of the runs with their audits, of accuracies, also on corrupted images if all runs have it, and,
+      if there are any, of differences.
 
     Raises:
       InputError: the runs cannot be compared.
@@ -184,14 +192,15 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
     def label(row: str, seed: Any) -> str:
         return f"{row}, seed {seed}" if by_seed else row
 
-    def accuracy(condition: str, row: str) -> tuple[str, ...]:
+    def by_group(share: Callable[..., Mapping[str, float]], row: str) -> tuple[str, ...]:
         members = rows[row].values()
-        return tuple(
-            _mean_and_spread([share_right(run, condition, group) for run in members]) for group in groups
-        )
+        return tuple(_mean_and_spread([share(run, group=group) for run in members]) for group in groups)
 
     pairs = paired(runs)
-    accuracies = _folded({name: [(row, *accuracy(name, row)) for row in rows] for name in conditions})
+    shares = {name: partial(share_right, condition=name) for name in conditions}
+    accuracies = _folded({name: [(row, *by_group(shares[name], row)) for row in rows] for name in shares})
+    if all(run.corruptions for run in runs):
+        accuracies += [(CORRUPTED, row, *by_group(share_of_corrupted, row)) for row in rows]
     differences = _folded(
         {
             name: [
