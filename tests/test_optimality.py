@@ -99,16 +99,31 @@ def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path,
     assert best.split("|")[-2].strip() == f"{last:.1f}"
 
 
-def test_an_attack_that_breaks_nothing_has_no_optimality():
+def with_survived(**survived):
+    """Results in which image 2 is misclassified when clean, and 1, 2, 3 and 4 are the sample."""
     labels = np.array([0, 1, 0, 1, 1])
-    predictions = dict.fromkeys(("clean", "apgd_ce"), np.array([0, 1, 1, 1, 1]))
+    predictions = dict.fromkeys(("clean", *survived), np.array([0, 1, 1, 1, 1]))
     summary = metrics.summarize(labels, predictions, [3, 2])
     examples = {"labels": labels, **{f"pred_{name}": each for name, each in predictions.items()}}
     run = EvaluatedRun(META, summary, name="run", examples=examples)
     victim = types.SimpleNamespace(labels=labels)
     job = types.SimpleNamespace(minimum_norm="", threat=ThreatModel(EPSILON))
-    survived = np.array([8, 0, 8, 8])
-    found = with_optimality(run, {"sample": np.array([1, 2, 3, 4]), "apgd_ce": survived}, victim, job)
+    return with_optimality(run, {"sample": np.array([1, 2, 3, 4]), **survived}, victim, job)
+
+
+def test_every_radius_counts_the_last_one_too():
+    """It is 1 for an attack that is the best on every image, and for no other."""
+    found = with_survived(
+        apgd_ce=np.array([3, 0, 7, 8]), apgd_t=np.array([3, 0, 8, 8]), square=np.array([8, 0, 6, 8])
+    )
+    shares = {name: row["optimality"] for name, row in found.optimality["attacks"].items()}
+    assert shares == {"apgd_ce": 6 / 7, "apgd_t": 5 / 7, "square": 2 / 7}
+    assert [figure["value"] for figure in found.optimality["best"]] == [0.75] * 3 + [0.5] * 3 + [0.25] * 2
+    assert with_survived(one=np.array([7, 0, 8, 8])).optimality["attacks"]["one"]["optimality"] == 1
+
+
+def test_an_attack_that_breaks_nothing_has_no_optimality():
+    found = with_survived(apgd_ce=np.array([8, 0, 8, 8]))
     (row,) = found.optimality["attacks"].values()
     assert row["optimality"] is None
     assert [figure["value"] for figure in row["robust"]] == [0.75] * len(FACTORS)

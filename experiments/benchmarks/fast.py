@@ -3,10 +3,11 @@
 Attacks four kinds of models: 'digits' (AT and RoBal-N, five seeds, trained here by ``calibration.py``),
 'golden' (the network of the released AutoAttack's numbers, if ROBAL_GOLDEN_DIR names their folder), 'cifar'
 (the zoo's two ResNet-20, if --data names an .npz file of CIFAR-10) and 'masked' (the deterministic masks of
-``masked.py``, on the models that ``calibration.py`` masks). Each is attacked by 'standard', 'torchattacks'
-and 'union' with one key, and by 'fast' with several. 'union' continues after 'standard', whose stages are its
-first. Prints one line per model, and one table in Markdown per kind. Outcomes are kept in DIR, so that the
-same command resumes; they hold as long as the attacks do not change.
+``masked.py``, on the models that ``calibration.py`` masks). Each is attacked by 'torchattacks' and 'union'
+with one key, by 'fast' with several, and by 'standard' with one, or with several to see how it differs from
+itself. 'union' continues after 'standard' with the first key, whose stages are its first. Prints one line per
+model, and one table in Markdown per kind. Outcomes are kept in DIR, so that the same command resumes; they
+hold as long as the attacks do not change.
 
 Passes are counted from the rounds, the images that reach each, and the cost of a round, so they are those of
 the algorithm, not of a batch that was filled up. A gradient is one forward and one backward pass.
@@ -174,24 +175,29 @@ def attacker(network: Network) -> Callable[..., np.ndarray]:
     return attack_member
 
 
-def outcomes(network: Network, seeds: int, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields, for each member, its name and by version the broken images and passes; 'fast' once per seed."""
+def outcomes(network: Network, keys: dict[str, int], folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yields, for each member, its name, and by version the broken images with each key and mean passes.
+
+    Args:
+      network: models to attack.
+      keys: number of keys by version, 1 if it is not there.
+      folder: of the outcomes that are kept.
+    """
     attack, threat = attacker(network), ThreatModel(network.epsilon)
     stages = {version: autoattack.stages(version, CLASSES, threat=threat) for version in VERSIONS}
     for member in network.members:
         name, _, x, _ = member
         row: dict[str, Any] = {"name": name}
         started = time.perf_counter()
-        standard = None
         for version in VERSIONS:
-            for seed in range(seeds if version == "fast" else 1):
+            row[version] = []
+            for seed in range(keys.get(version, 1)):
                 path = folder / f"{name}-{len(x)}-{version}-{seed}.npy"
                 if not path.exists():
                     done = len(stages["standard"]) if version == "union" else 0
-                    np.save(path, attack(member, stages[version][done:], seed, standard if done else None))
-                broken_in = np.load(path)
-                standard = broken_in if version == "standard" else standard
-                row.setdefault(version, []).append(broken_in)
+                    before = row["standard"][seed] if done else None
+                    np.save(path, attack(member, stages[version][done:], seed, before))
+                row[version].append(np.load(path))
         row["passes"] = {
             version: Passes(
                 *np.mean([total(version, stages[version], found) for found in row[version]], axis=0)
@@ -205,12 +211,13 @@ def outcomes(network: Network, seeds: int, folder: pathlib.Path) -> Iterator[dic
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the outcomes of a kind of models in Markdown."""
     lines = [
-        "| model | clean | standard | torchattacks | fast, by key | union | alone: standard | torchattacks | "
-        "fast | forward, backward: standard | torchattacks | fast | union | "
+        "| model | clean | standard, by key | torchattacks | fast, by key | union | alone: standard | "
+        "torchattacks | fast | forward, backward: standard | torchattacks | fast | union | "
         "fast, % of backward, of all |",
         "| --- " + "| ---: " * 13 + "|",
     ]
-    excess, share, whole = [], [], []
+    excess: dict[str, list[float]] = {"fast": [], "standard": []}
+    share, whole = [], []
     for row in rows:
         robust = {version: [found == autoattack.ROBUST for found in row[version]] for version in VERSIONS}
         first = {version: robust[version][0] for version in VERSIONS[:3]}
@@ -221,7 +228,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         passes = row["passes"]
         share.append(100 * passes["fast"].backward / passes["standard"].backward)
         whole.append(100 * sum(passes["fast"]) / sum(passes["standard"]))
-        excess += [100 * (right.mean() - first["standard"].mean()) for right in robust["fast"]]
+        for version, runs in (("fast", robust["fast"]), ("standard", robust["standard"][1:])):
+            excess[version] += [100 * (right.mean() - first["standard"].mean()) for right in runs]
         cells = [
             np.sum(row["standard"][0] != autoattack.CLEAN),
             *(", ".join(str(right.sum()) for right in robust[version]) for version in VERSIONS),
@@ -231,14 +239,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {row['name']} | " + " | ".join(map(str, cells)) + " |")
     images = len(rows[0]["standard"][0])
+    lines += ["", f"{images} images per model. Less `standard` with the first key, in points:", ""]
+    for name, found in (("`fast`", excess["fast"]), ("`standard` with other keys", excess["standard"])):
+        if found:
+            above = f"above in {np.sum(np.greater(found, 0))} of {len(found)} runs"
+            spread = f"mean {np.mean(found):.2f}, from {min(found):.2f} to {max(found):.2f}"
+            lines.append(f"- {name}: {spread}, {above}")
     return "\n".join(
         [
             *lines,
             "",
-            f"{images} images per model. `fast` less `standard`, in points: mean {np.mean(excess):.2f}, from "
-            f"{min(excess):.2f} to {max(excess):.2f}; backward passes of `fast`: mean {np.mean(share):.1f} % "
-            f"of those of `standard`, at most {max(share):.1f} %; all passes: {np.mean(whole):.1f} %, at "
-            f"most {max(whole):.1f} %.",
+            f"Backward passes of `fast`: mean {np.mean(share):.1f} % of those of `standard`, at most "
+            f"{max(share):.1f} %; all passes: {np.mean(whole):.1f} %, at most {max(whole):.1f} %.",
         ]
     )
 
@@ -248,6 +260,7 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of trained models and outcomes",
         "seeds": "keys of 'fast', 3",
+        "standard": "keys of 'standard', 1",
         "digits": "images per model of this kind, 0 for none: 200",
         "golden": "the same, 200",
         "cifar": "the same, 100",
@@ -261,9 +274,10 @@ def main(arguments: list[str]) -> None:
     folder = workdir / "fast"
     folder.mkdir(parents=True, exist_ok=True)
     print(measure.device())
+    keys = {"fast": int(values["seeds"] or 3), "standard": int(values["standard"] or 1)}
     rows: dict[str, list[dict[str, Any]]] = {}
     for kind, network in networks(calibration.Bench(workdir, ""), images, values["data"]):
-        rows.setdefault(kind, []).extend(outcomes(network, int(values["seeds"] or 3), folder))
+        rows.setdefault(kind, []).extend(outcomes(network, keys, folder))
     for kind, found in rows.items():
         print(f"\n{kind}\n\n{table(found)}")
 

@@ -98,7 +98,7 @@ def evaluate_model(
         radius and at parts of it, see ``robal_jax.certified``. For small networks and L-infinity; it takes a
         good part of a second per image. A finished evaluation is given it without another attack.
       optimality: whether to compare the attacks of the ensemble, too: the smallest radius at which each one
-        alone breaks each image of the audit's sample, see :func:`robal_jax.distances.attack_optimality`.
+        alone breaks each image of the audit's sample, as in AttackBench.
         A finished evaluation is given it.
       seed: of the attacks' random starts, and of the corruptions.
       batch_size: images per device in each call; a CPU takes fewer.

@@ -16,7 +16,6 @@ from robal_jax import builder, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.certificates import bisect
 from robal_jax.devices import hosts
-from robal_jax.distances import attack_optimality
 from robal_jax.errors import InputError
 from robal_jax.evaluation.additions import Addition, Arrays
 from robal_jax.evaluation.measurements import outputs, sample_ids
@@ -118,30 +117,39 @@ def with_optimality(
 ) -> EvaluatedRun:
     """Returns results with the optimality of each attack, and what it leaves at each radius.
 
-    A minimum-norm attack that was evaluated is compared, too, its distances rounded up to the radii.
+    ``xi_a = sum_j (rho(0) - rho_a(r_j)) / sum_j (rho(0) - rho_*(r_j))`` with the accuracy ``rho_a(r_j)`` that
+    attack ``a`` leaves at the ``j``-th radius, and that under the best attack on each image, ``rho_*``. It is
+    AttackBench's ratio of areas (:func:`robal_jax.distances.attack_optimality`), but summed over radii, so
+    that the threat model's own counts. If nothing is broken, there is none. A minimum-norm attack that was
+    evaluated is compared, too, its distances rounded up to the radii.
     """
-    sample, radii = found["sample"], np.array([*FACTORS, np.inf])
+    sample, radii = found["sample"], len(FACTORS)
     right = run.predictions["clean"][sample] == victim.labels[sample]
-    lengths = {name: np.where(right, radii[found[name]], 0.0) for name in found if name != "sample"}
+    survived = {name: np.where(right, found[name], 0) for name in found if name != "sample"}
     if job.minimum_norm:
         own = run.examples[f"distance_{job.minimum_norm}"][sample]
         parts = own / np.asarray(job.threat.of(victim.labels[sample]).epsilon)
-        lengths[job.minimum_norm] = np.where(right, radii[np.searchsorted(FACTORS, parts)], 0.0)
-    try:
-        shares = attack_optimality(lengths)
-    except InputError:  # the best attack breaks nothing, or all at the same radius
-        shares = {}
-    best = np.min(list(lengths.values()), axis=0)
+        survived[job.minimum_norm] = np.where(right, np.searchsorted(FACTORS, parts), 0)
+    best = np.min(list(survived.values()), axis=0)
+
+    def broken(survived: np.ndarray) -> int:
+        """Number of pairs of a radius and an image that is broken there."""
+        return int(np.sum(radii - survived, where=right))
+
+    def robust(survived: np.ndarray) -> list[dict[str, float]]:
+        return [metrics.share(survived > place) for place in range(radii)]
+
+    most = broken(best)
     summary = {
         **run.summary,
         "optimality": {
             "factors": list(FACTORS),
             "examples": len(sample),
             "attacks": {
-                name: {"optimality": shares.get(name), "robust": [metrics.share(each > r) for r in FACTORS]}
-                for name, each in lengths.items()
+                name: {"optimality": broken(each) / most if most else None, "robust": robust(each)}
+                for name, each in survived.items()
             },
-            "best": [metrics.share(best > radius) for radius in FACTORS],
+            "best": robust(best),
         },
     }
     return dataclasses.replace(run, summary=summary)
