@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -123,6 +124,10 @@ def test_the_part_is_named(both):
         title = (part / name).read_text().replace("&#40;", "(")
         assert f" ({meta['part']})" in title.split("Summary")[0]
         assert "of 10 test images" not in (whole / name).read_text()
+    settings = (part / "report.md").read_text().split("## What was evaluated")[1].split("\n## ")[0]
+    names = re.findall(r"^\| (?!---)(.*?) \|", settings, re.MULTILINE)
+    assert "Part of the test set" in names
+    assert not [name for name in names if name.islower()], "settings without a name for people"
     assert f"({meta['part']})" in compare([read_run(part)])[1].title
     assert "test images" not in compare([read_run(whole)])[1].title
 

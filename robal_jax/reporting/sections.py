@@ -34,6 +34,7 @@ _META_LABELS = {
     "ingredients": "Trained with",
     "weights": "Weights",
     "n": "Test images",
+    "part": "Part of the test set",
     "norm": "Threat model: norm",
     "epsilon": "Threat model: radius",
     "budget": f"Radii by class ({BY_CLASS})",
