@@ -11,13 +11,13 @@ import re
 import shutil
 import sys
 import threading
-import time
 
 import fsspec
 import numpy as np
 import pytest
 from helpers import wait_until
 
+from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.storage import buckets, checkpoints, lock, mirror
 from robal_jax.storage.buckets import Bucket, Copy
@@ -319,14 +319,28 @@ def test_the_second_job_is_refused(memory, monkeypatch):
         assert json.loads(Bucket(URL).read(".lock"))["host"] == me.host
 
 
-def test_a_job_that_lost_its_lock_writes_nothing(memory, monkeypatch):
+def test_a_job_that_lost_its_lock_stops_and_writes_nothing(memory, monkeypatch):
     monkeypatch.setattr(mirror, "BEAT", 0.02)
-    with pytest.raises(InputError, match=f"another job took {URL}"), mirror.kept(URL, print) as (folder, _):
+    said, stop = [], hosts.Stop()
+    lost = pytest.raises(InputError, match=f"another job took {URL}")
+    with lost, mirror.kept(URL, said.append, stop.ask) as (folder, _):
+        assert not stop
         Bucket(URL).write(".lock", b"{}")
-        time.sleep(0.2)
+        wait_until(lambda: bool(stop))
         (folder / "metrics.jsonl").write_text("mine")
+    assert said == [f"warning: another job took {URL} over; this one stops"]
     assert Bucket(URL).read("metrics.jsonl") is None
     assert Bucket(URL).read(".lock") == b"{}"
+
+
+def test_a_lock_that_somebody_removed_is_taken_again(memory, monkeypatch):
+    monkeypatch.setattr(mirror, "BEAT", 0.02)
+    with mirror.kept(URL, print) as (folder, _):
+        Bucket(URL).remove(".lock")
+        wait_until(lambda: Bucket(URL).read(".lock") is not None)
+        (folder / "metrics.jsonl").write_text("mine")
+    assert Bucket(URL).read("metrics.jsonl") == b"mine"
+    assert Bucket(URL).read(".lock") is None
 
 
 def test_what_arrived_without_an_answer_is_our_own(memory):

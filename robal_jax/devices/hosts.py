@@ -223,6 +223,13 @@ class Stop:
             self.asked = bool(multihost_utils.reached_preemption_sync_point(next(_polls)))
         return self.asked
 
+    def ask(self) -> None:
+        """Asks the job to stop, from any thread of any process."""
+        if self._alone:
+            self.asked = True
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service tells all processes
+
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
         """Notes a signal; a second Ctrl-C stops at once.
 

@@ -163,7 +163,7 @@ def _attacked(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(hosts.stop_signals())
         named = str(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        kept, speak = stack.enter_context(mirror.kept(user_path(named), speak))
+        kept, speak = stack.enter_context(mirror.kept(user_path(named), speak, stop.ask))
         try:
             done = attack_and_report(subject, kept, "", stop, speak)
         except ReportError as error:  # what is returned is complete

@@ -108,7 +108,7 @@ def evaluate(
     chosen = None if checkpoint is None else buckets.inside(checkpoint, workdir)
     workdir = buckets.fetched(workdir)
     folder = workdir / EVALUATION if folder is None else folder
-    with hosts.stop_signals() as stop, mirror.kept(folder, buckets.naming(say)) as (place, speak):
+    with hosts.stop_signals() as stop, mirror.kept(folder, buckets.naming(say), stop.ask) as (place, speak):
         check_same_model(config, workdir)
         job = builder.evaluation(config, class_counts_in_training(workdir))
         check_same_data(job.data_sha256, workdir, say)

@@ -251,11 +251,14 @@ class Lock:
         return self._token.encode() in (self._bucket.read(LOCK) or b"")
 
     def beat(self) -> None:
-        """Shows life, and looks whether the lock is still ours.
+        """Shows life, and looks whether the lock is still ours; takes it again if somebody has removed it.
 
         Raises:
           BucketError: the bucket cannot be used now.
         """
+        if not self.lost and self._bucket.read(LOCK) is None:
+            with contextlib.suppress(FileExistsError):
+                self._bucket.write(LOCK, self._content(), new=True)
         self.lost = self.lost or not self._mine()
         if not self.lost:
             self._count += 1
@@ -284,8 +287,8 @@ def _holder(content: bytes | None) -> Holder | None:
 class Keeper:
     """The thread that writes, from time to time and until all is written."""
 
-    def __init__(self, copy: Copy, say: Say) -> None:
-        self._url, self._copy, self._say = copy.bucket.url, copy, say
+    def __init__(self, copy: Copy, say: Say, on_loss: Callable[[], None]) -> None:
+        self._url, self._copy, self._say, self._on_loss = copy.bucket.url, copy, say, on_loss
         self._lock, self._writer = Lock(copy.bucket), Writer(copy)
         self._ended, self._failed, self._why = threading.Event(), False, ""
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beats, self._works)]
@@ -306,6 +309,10 @@ class Keeper:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(BucketError):
                 self._lock.beat()
+            if self._lock.lost:
+                self._say(f"warning: another job took {self._url} over; this one stops")
+                self._on_loss()
+                return
 
     def _works(self) -> None:
         pause = PERIOD
@@ -371,7 +378,9 @@ def folder_of(path: str | pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say]]:
+def kept(
+    path: str | pathlib.Path, say: Say, on_loss: Callable[[], None] = lambda: None
+) -> Iterator[tuple[pathlib.Path, Say]]:
     """Yields the folder for a job to work in: the path itself, or of a URL a copy that is kept in step.
 
     All processes of a job call it together. What the first one writes to its folder reaches the bucket; the
@@ -380,6 +389,7 @@ def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say
     Args:
       path: of a folder, or its URL, or of a copy to read from.
       say: receives messages for the user.
+      on_loss: is called, by a thread of the first process, when another job has taken the folder over.
 
     Yields:
       The folder on this machine, and ``say`` for messages that may name it.
@@ -392,7 +402,7 @@ def kept(path: str | pathlib.Path, say: Say) -> Iterator[tuple[pathlib.Path, Say
     if url is None:
         yield pathlib.Path(path), say
         return
-    with hosts.held_by_first(lambda: Keeper(Copy(Bucket(url), folder_of(path)), say)):
+    with hosts.held_by_first(lambda: Keeper(Copy(Bucket(url), folder_of(path)), say, on_loss)):
         folder = folder_of(path) if hosts.is_first() else buckets.fetched(url)  # as the first one left it
         try:
             yield folder, buckets.naming(say)

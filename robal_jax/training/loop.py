@@ -118,7 +118,7 @@ def train(
     """
     say = hosts.speaker(say)
     with hosts.stop_signals() as stop:
-        with mirror.kept(workdir, say) as (folder, speak):
+        with mirror.kept(workdir, say, stop.ask) as (folder, speak):
             path, sha256, total = _train(config, folder, stop, speak, track)
         if stop:
             say(f"stopped at step {path.name} of {total}; the same command resumes from there")
