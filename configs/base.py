@@ -44,12 +44,19 @@ def get_config(data: str) -> ConfigDict:
     # sub-folder per class, whose files are read as RGB.
     config.generated = ConfigDict({"path": "", "share": 0.0})  # share in [0, 1); 0: none
 
-    # WideResNet-34-10, RoBal section 5.1. Others: 'deepmind_wide_resnet' (the form of most WideResNets on
-    # RobustBench), 'preact_resnet18', 'resnet18', 'resnet20', 'resnet32', 'resnet50', 'small_cnn'; their
-    # settings are in robal_jax/models. All take mean and std, one number per channel, to standardise images.
+    # 'wide_resnet' (RoBal section 5.1), 'deepmind_wide_resnet' (the form of most WideResNets on RobustBench),
+    # 'preact_resnet18', 'resnet18', 'resnet20', 'resnet32', 'resnet50' or 'small_cnn'; their settings are in
+    # robal_jax/models. All take mean and std, one number per channel, to standardise images.
     config.model = ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
+    # 'linear', 'cosine', 'class_temperature', 'tau_norm' or 'tde', see robal_jax/classifiers.py.
     config.head = ConfigDict({"name": "linear"})
+    # 'cross_entropy', 'smoothed_cross_entropy', 'binary_cross_entropy', 'focal', 'focal_softmax',
+    # 'soft_logit_margin', 'boosted_cross_entropy', 'class_balanced_focal', 'class_balanced_sigmoid',
+    # 'class_balanced_softmax', 'class_temperature', 'logit_adjustment', 'uniform_margin', 'ldam', 'robal',
+    # 'deferred', 'harl', 'rebalanced', 'staged' or 'weighted_by_radius', see robal_jax/losses.py.
     config.loss = ConfigDict({"name": "cross_entropy"})
+    # 'plain' (no attack), 'pgd_at', 'distilled', 'regularised', 'trades', 'mart', 'avmixup' or 'mma', see
+    # robal_jax/objectives.py.
     config.objective = ConfigDict({"name": "pgd_at"})
 
     # L-infinity ball around images in [0, 1]: 0.031 and steps of 0.0078, not 8/255 and 2/255 (released code).
@@ -99,17 +106,17 @@ def get_config(data: str) -> ConfigDict:
     # 'predictions' (REAT: how often each class is predicted for adversarial images; logged=True: in the
     # logged pass, as RobustLT's code counts).
     config.class_statistics = ConfigDict({"name": "none"})
-    # PyTorch's SGD; Wang et al. (ICML 2023) train with nesterov=True and decayed='not_batch_norm'.
-    config.optimizer.nesterov = False  # Nesterov's momentum
-    config.optimizer.decayed = (
-        "all"  # by the weight decay; 'weights': no batch norm, no bias; 'not_batch_norm'
-    )
-    # 'piecewise' is 'paper' with a warm-up by step. 'cosine' (warmup, start, final, by) and 'one_cycle' have
-    # other arguments: --config.schedule.name=cosine drops those that it does not take; a config file replaces
-    # the section: ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``.
-    # AT-BSL (Yue et al., CVPR 2024) is 'paper' with milestones (75, 90, 100) of 100 epochs.
-    config.schedule = ConfigDict()
-    config.schedule.name = "released"  # applies the decay again in every epoch after a milestone; or 'paper'
+    # Nesterov's momentum, as PyTorch's SGD has it; Wang et al. (ICML 2023) train with it, and with
+    # decayed='not_batch_norm'.
+    config.optimizer.nesterov = False
+    # Parameters with weight decay: 'all', 'weights' (no batch norm, no bias) or 'not_batch_norm'.
+    config.optimizer.decayed = "all"
+    # 'released' applies the decay again in every epoch after a milestone, 'paper' once; 'piecewise' is that
+    # with a warm-up by step. 'cosine' (warmup, start, final, by) and 'one_cycle' have other arguments:
+    # --config.schedule.name=cosine drops those that it does not take; a config file replaces the section:
+    # ``config.schedule = ConfigDict({"name": "cosine", "lr": 0.1, "warmup": 5})``. AT-BSL (Yue et al., CVPR
+    # 2024) is 'paper' with milestones (75, 90, 100) of 100 epochs.
+    config.schedule = ConfigDict({"name": "released"})
     config.schedule.lr = 0.1
     config.schedule.milestones = (60, 75)  # epochs, counted from 1
     config.schedule.decay = 0.1

@@ -10,7 +10,8 @@ from robal_jax import cli
 from robal_jax.errors import InputError
 
 NEEDED = {
-    "config": "config file and data set, configs/at.py:digits_lt or at:digits_lt",
+    "config": "a method of configs/README.md, or the path of a config file, and behind a colon the data set: "
+    "at:digits_lt, configs/at.py:cifar10_lt; also cifar100_lt, tiny_imagenet_lt and imagenet_lt",
     "workdir": "folder of the run, or its URL in a bucket, gs://… or s3://…",
 }
 TRACK = {"track": "wandb or trackio, which then receive the metrics too; wandb:NAME names the project"}

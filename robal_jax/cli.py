@@ -480,7 +480,7 @@ def _comments(source: str) -> dict[str, str]:
     """Returns the comments of a config file by the full name of the field that they are about.
 
     A comment is about the field that its line sets, the last one if there are several, or about the field
-    below it. Only its first sentence is kept.
+    below it, of a section its first one.
     """
     sections = {function: f"{name}." for name, function in re.findall(r"config\.(\w+) = (_\w+)\(", source)}
     sections["get_config"] = ""  # and no other function sets a field of every config
@@ -496,10 +496,9 @@ def _comments(source: str) -> dict[str, str]:
         if prefix is not None and (field := re.match(r"config\.([\w.]+) = ", line)):
             code, _, comment = line.partition("  # ")
             keys = re.findall(r'"(\w+)": ', code)
-            name = ".".join([prefix + field[1], *keys[-1:]])
-            comment = comment or ("" if keys else " ".join(above))
-            if comment:
-                found.setdefault(name, comment.split(". ")[0].rstrip("."))
+            for text, key in (comment, keys[-1:]), (" ".join(above), keys[:1]):
+                if text:
+                    found.setdefault(".".join([prefix + field[1], *key]), text.rstrip("."))
         above = []
     return found
 

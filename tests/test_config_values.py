@@ -10,8 +10,22 @@ import pytest
 from conftest import ROOT
 from test_configs import DATA, METHODS, slow_but_for_digits
 
-from robal_jax import attacks, builder, cli
-from robal_jax.attacks import ThreatModel
+from robal_jax import (
+    attacks,
+    averages,
+    budgets,
+    builder,
+    class_statistics,
+    classifiers,
+    cli,
+    data,
+    losses,
+    models,
+    objectives,
+    optimizers,
+    perturbations,
+)  # fmt: skip
+from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import flatten, read_config, to_json
 
@@ -115,6 +129,35 @@ def test_step_sizes_follow_epsilon(data):
 def test_step_sizes_of_the_released_code():
     config = changed(spec=f"{ROOT}/configs/at.py:cifar10_lt")
     assert config.attack.step_size == config.evaluation.step_size == 0.0078
+
+
+# ---------------------------------------------------------------- help
+
+CHOICES = {
+    "loss.name": losses.LOSSES,
+    "head.name": classifiers.HEADS,
+    "objective.name": objectives.OBJECTIVES,
+    "model.name": models.BACKBONES,
+    "optimizer.decayed": optimizers.DECAYED,
+    "schedule.name": optimizers.SCHEDULES,
+    "average.name": averages.AVERAGES,
+    "perturbation.name": perturbations.PERTURBATIONS,
+    "class_statistics.name": class_statistics.CLASS_STATISTICS,
+    "threat.budget.name": budgets.BUDGETS | budgets.LEARNED,
+    "attack.start": attacks.STARTS,
+    "train.augmentation": data.AUGMENTATIONS,
+    "train.mixing": data.MIXINGS,
+    "train.sampler": data.SAMPLERS,
+    "evaluation.autoattack": autoattack.VERSIONS,
+    "evaluation.minimum_norm": attacks.MINIMUM_NORM,
+}
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_help_names_every_choice(field):
+    lines = cli.describe(cli.load_config("at:digits_lt"), field).splitlines()
+    line = next(line for line in lines if line.startswith(f"  config.{field} = "))
+    assert [name for name in CHOICES[field] if repr(name) not in line] == []
 
 
 # ---------------------------------------------------------------- warnings
