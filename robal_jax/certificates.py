@@ -238,7 +238,9 @@ def _or_infinite(bound: chex.Array, infinite: float) -> chex.Array:
 
 # ---------------------------------------------------------------- programs
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
+_CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2",
+}  # fmt: skip
 
 
 def _propagate(logits_fn: LogitsFn, low: chex.Array, high: chex.Array, lines: bool = False) -> Interval:

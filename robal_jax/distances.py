@@ -31,7 +31,7 @@ def _distances(name: str, values: ArrayLike, size: int | None = None) -> np.ndar
     array = np.asarray(values, np.float64)
     wrong = array[~(array >= 0)]  # or NaN
     if len(wrong):
-        raise InputError(f"{name} have the entry {wrong[0]:g}; each must be >= 0; infinity is: none found")
+        raise InputError(f"{name} have the entry {wrong[0]:g}; each must be >= 0, or inf if none was found")
     return array
 
 
@@ -155,5 +155,5 @@ def attack_optimality(distances: Mapping[str, ArrayLike]) -> dict[str, float]:
     gained = {name: np.sum(np.where(best > 0, last - np.minimum(d, last), 0.0)) for name, d in found.items()}
     most = np.sum(np.where(best > 0, last - np.minimum(best, last), 0.0))
     if not most:
-        raise InputError("the best curve falls to 0 in one step; pass images with different distances")
+        raise InputError("the best attack has fewer than two different distances above 0; pass more images")
     return {name: float(area / most) for name, area in gained.items()}

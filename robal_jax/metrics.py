@@ -594,7 +594,7 @@ def share(hits: np.ndarray) -> dict[str, float]:
 
 
 def mean_share(shares: ArrayLike) -> dict[str, float]:
-    """Returns the mean of one share per image, with an interval that is at most too wide.
+    """Returns the mean of one share per image, with an interval that is, if anything, too wide.
 
     The variance of a number in [0, 1] with mean ``m`` is at most ``m (1 - m)``, that of a number that is 0 or
     1. So the Wilson interval of ``n m`` successes in ``n`` covers at least what it does for such numbers.
@@ -605,11 +605,16 @@ def mean_share(shares: ArrayLike) -> dict[str, float]:
     Returns:
       'value', 'low' and 'high', in [0, 1].
 
+    Raises:
+      InputError: another shape, or a number outside of [0, 1].
+
     Example:
       >>> print({name: round(number, 4) for name, number in mean_share([1.0, 0.5, 0.5, 0.0]).items()})
       {'value': 0.5, 'low': 0.15, 'high': 0.85}
     """
     shares = np.asarray(shares, np.float64)
+    if shares.ndim != 1 or not len(shares) or not ((shares >= 0) & (shares <= 1)).all():
+        raise InputError(f"shares have shape {list(shares.shape)}; pass numbers in [0, 1], one per image")
     return _figure(np.mean(shares), *wilson_interval(np.sum(shares), np.size(shares)))
 
 
@@ -634,6 +639,9 @@ def summarize_corruptions(
       per group over the test images of its classes, and the list 'per_class' ``[K]``. A corruption also has
       'strengths', a list of 'accuracy' and one FIGURE per group for each.
 
+    Raises:
+      InputError: labels or predictions have another shape, type or range, or there is no corruption.
+
     Source: the mean over 15 corruptions and 5 strengths of Hendrycks and Dietterich, ICLR 2019, on CIFAR.
 
     Example:
@@ -656,7 +664,14 @@ def summarize_corruptions(
             "per_class": [mean_share(shares[labels == k]) for k in range(len(counts))],
         }
 
-    right = {name: np.asarray(found) == labels for name, found in predictions.items()}
+    if not predictions:
+        raise InputError("predictions has no corruption; pass at least one")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(counts)):
+        raise InputError(f"labels are not all in 0..{len(counts) - 1}, the classes of class_counts")
+    right = {
+        name: np.stack([_classes(f"predictions[{name!r}]", row, len(labels)) for row in found]) == labels
+        for name, found in predictions.items()
+    }
     return {
         "mean": mean(np.concatenate(list(right.values()))),
         "by_corruption": {

@@ -59,14 +59,16 @@ def test_display_names():
     assert {name: display_name(name) for name in names} == names
     assert [paper_name(name) for name in ("robal_aa", "pgd_20")] == ["AA", "PGD-20"]
     ensembles = {*autoattack.CONDITIONS.values(), "custom", "robal_aa"}
-    assert set(ENSEMBLES) == ensembles | {name + autoattack.BPDA for name in (*ensembles, "pgd_20")}
+    with_bpda = {name + autoattack.BPDA for name in (*ensembles, "pgd_20")}
+    assert set(ENSEMBLES) == ensembles | with_bpda | {"apgd_ce"}
 
 
 @pytest.mark.parametrize(
     ("conditions", "main", "attack", "shown"),
     [
         ("clean pgd_20 worst", "pgd_20", "pgd_20", "clean pgd_20 worst"),
-        ("clean pgd_20 robal_aa worst", "pgd_20", "robal_aa", "clean pgd_20 robal_aa worst"),
+        ("clean pgd_20 apgd_ce worst", "pgd_20", "apgd_ce", "clean pgd_20 apgd_ce worst"),
+        ("clean pgd_20 apgd_ce robal_aa worst", "pgd_20", "robal_aa", "clean pgd_20 robal_aa worst"),
         ("clean pgd_20 robal_aa autoattack worst", "pgd_20", "autoattack", "clean pgd_20 autoattack worst"),
         ("clean apgd_ce robal_aa custom_bpda worst", "pgd_20", "custom_bpda", "clean custom_bpda worst"),
         ("clean autoattack worst", "autoattack", "autoattack", "clean autoattack worst"),

@@ -72,7 +72,7 @@ in 'standard': whatever it breaks there is then broken here. Whether it runs dep
 'fast' is for daily work; its robust accuracy is an upper estimate, too.
 
 'union' is AutoAttack, and then PMA and APGD-MALT as in 'fast' on what is left. Its robust accuracy is at most
-AutoAttack's, and must not be compared with one; AutoAttack's own is its outcome after Square.
+AutoAttack's, so do not compare it with published ones; AutoAttack's own is the one after Square.
 """
 
 STEPS = {"torchattacks": 10, "fast": 30}

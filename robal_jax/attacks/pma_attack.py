@@ -86,7 +86,8 @@ def pma(
             return jnp.where(both | up, other, 0.0) - jnp.where(both | ~up, true, 0.0)
 
         logits, _, gradient = loss_gradient(logits_fn, loss, x, labels)
-        right = jnp.argmax(logits, -1) == labels
+        # The first of these points, the start, may lie outside of the bounds of the images.
+        right = (jnp.argmax(logits, -1) == labels) | (t == 0)
         found = jnp.where(like_images(right, x), found, x)
         size = threat.epsilon * (1 + jnp.cos(jnp.pi * (t % half) / half))
         length = jnp.broadcast_to(jnp.asarray(size, x.dtype), labels.shape)

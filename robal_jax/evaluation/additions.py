@@ -1,7 +1,7 @@
 """Figures on which no outcome under attack depends, added to results that are stored already.
 
-They are of this call, or of an evaluation that was finished long ago. What was found for every image is kept
-in a file of its own, and is used again if other groups of classes are asked for.
+The results may come from this call or from an earlier one. What was found for each image is kept in a file of
+its own, so that other groups of classes need no new computation.
 """
 
 import dataclasses
@@ -67,9 +67,10 @@ def add(
     Returns:
       Whether it is done; if not, it was stopped.
     """
-    found = hosts.by_first(lambda: _stored(addition, folder, say))
+    asked = bool(getattr(job, addition.name))
+    found = hosts.by_first(lambda: _stored(addition, asked, folder, say))
     if found is None:
-        if not getattr(job, addition.name):
+        if not asked:
             return True
         found = addition.make(victim, job, kept, stop)
         if found is None:
@@ -81,7 +82,9 @@ def add(
     return True
 
 
-def _stored(addition: Addition, folder: pathlib.Path, say: Callable[[str], None]) -> Arrays | None:
+def _stored(
+    addition: Addition, asked: bool, folder: pathlib.Path, say: Callable[[str], None]
+) -> Arrays | None:
     """Reads what a folder has; None if there is nothing, or if the file is damaged."""
     path = folder / addition.file
     if not path.is_file():
@@ -90,7 +93,8 @@ def _stored(addition: Addition, folder: pathlib.Path, say: Callable[[str], None]
         arrays = read_arrays(path)
         return {name: arrays[name] for name in arrays if name not in ("labels", "ids")}
     except InputError as error:
-        say(f"warning: {str(error).partition(';')[0]}; {addition.what} are made again")
+        then = "are made again" if asked else "are missing after a change until you ask for them again"
+        say(f"warning: {str(error).partition(';')[0]}; {addition.what} {then}")
         return None
 
 

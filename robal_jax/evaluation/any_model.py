@@ -99,7 +99,7 @@ def evaluate_model(
         good part of a second per image. A finished evaluation is given it without another attack.
       optimality: whether to compare the attacks of the ensemble, too: the smallest radius at which each one
         alone breaks each image of the audit's sample, as in AttackBench.
-        A finished evaluation is given it.
+        A finished evaluation receives it, too, and no attack that it has is repeated.
       seed: of the attacks' random starts, and of the corruptions.
       batch_size: images per device in each call; a CPU takes fewer.
       name: of the model, for the report.
@@ -214,6 +214,11 @@ def _check_choices(
     check_minimum_norm(minimum_norm, threat.norm)
     if corruptions:
         check_images(images.shape)
+        if images.min() < 0 or images.max() > 1:
+            raise InputError(
+                f"images are in [{images.min():g}, {images.max():g}]; corruptions are of images in [0, 1]: "
+                "move the scaling into logits_fn"
+            )
 
 
 def _parted(

@@ -4,6 +4,7 @@ See ``certificates``: each image is certified within the threat model's radius, 
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import chex
@@ -55,21 +56,27 @@ def check_certifiable(victim: Victim, job: builder.Evaluation) -> None:
 
 
 def certify(
-    logits_fn: LogitsFn, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array, radius: chex.Array
+    logits_fn: LogitsFn,
+    keys: chex.PRNGKey,
+    images: chex.Array,
+    labels: chex.Array,
+    radius: chex.Array,
+    *,
+    threat: ThreatModel,
 ) -> dict[str, chex.Array]:
-    """Returns whether images are certified within their radii, both ``[B]``.
+    """Returns whether images are certified within their radii, both ``[B]``, and the bounds of ``threat``.
 
-    The radii are a little larger, because attacks may leave theirs by a rounding.
+    Each radius is enlarged by ``DISTANCE_TOLERANCE``, because rounding may take an attack beyond its own.
     """
     del keys
-    threat = ThreatModel(radius + DISTANCE_TOLERANCE)
-    return {"certified": certificates.certified(logits_fn, images, labels, threat=threat)}
+    within = dataclasses.replace(threat, epsilon=radius + DISTANCE_TOLERANCE)
+    return {"certified": certificates.certified(logits_fn, images, labels, threat=within)}
 
 
 def certified(victim: Victim, job: builder.Evaluation, kept: Unfinished, stop: hosts.Stop) -> Arrays | None:
     """Returns within how many of the radii each image is certified, ``{'radii': [n]}``; None if stopped."""
     total, size = len(victim.labels), min(victim.size, IMAGES_AT_ONCE * jax.device_count())
-    step = victim.compile(certify, size=size)
+    step = victim.compile(partial(certify, threat=job.threat), size=size)
     epsilon = np.broadcast_to(np.float32(job.threat.of(victim.labels).epsilon), total)
     low = kept.arrays.get("low", np.zeros(total, int))
     high = kept.arrays.get("high", np.full(total, len(FACTORS)))

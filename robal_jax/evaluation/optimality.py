@@ -109,6 +109,7 @@ def survived(victim: Victim, job: builder.Evaluation, kept: Unfinished, stop: ho
                     kept.save(found)
                 if stop:
                     return None
+    kept.save(found)
     return {"sample": sample, **{stage.name: found[f"{stage.name}/low"] for stage in stages}}
 
 

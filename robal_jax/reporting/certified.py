@@ -17,10 +17,10 @@ def certified_section(results: Results) -> list[page.Block]:
     return [
         page.section("Certified"),
         page.paragraph(
-            f"Certified images have no adversarial image within {_where(results)}, whatever the attack: "
-            "linear bounds of the network (CROWN), rounding included. The robust accuracy on these images "
-            "lies between the certified accuracy and that under the worst of all attacks here. Accuracies "
-            "are in percent, with 95 % intervals; gaps are in points."
+            f"Certified images have no adversarial image within {_where(results)}, whatever the attack. "
+            "Linear bounds of the network (CROWN) show this, rounding included. The robust accuracy on these "
+            "images lies between the certified accuracy and that under the worst of all attacks here. "
+            "Accuracies are in percent, with 95 % intervals; gaps are in points."
         ),
         _between(results, columns),
         page.paragraph(_contradictions(found["broken"])),

@@ -125,6 +125,9 @@ def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
     """Returns runs with only the conditions that all of them have, in the order of the first run.
 
     'worst' is then the worst of the shared conditions.
+
+    Raises:
+      InputError: the runs differ in test images, class groups or threat model.
     """
     shared = set.intersection(*(set(run.conditions) for run in runs))
     names = [name for name in runs[0].conditions if name in shared]
@@ -133,7 +136,10 @@ def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
         conditions = {name: run.conditions[name] for name in names}
         return dataclasses.replace(run, summary={**run.summary, "conditions": conditions})
 
-    return [restricted(run) for run in runs]
+    first, *others = map(restricted, runs)
+    for run in others:
+        _check_comparable(first, run)
+    return [first, *others]
 
 
 def paired(runs: Sequence[EvaluatedRun]) -> list[Paired]:

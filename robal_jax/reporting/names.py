@@ -19,7 +19,7 @@ _OTHERS = ("torchattacks", "fast", "custom", "robal_aa")
 AUTOATTACK = (*(name + BPDA for name in _WHOLE), *_WHOLE)
 """Conditions with all attacks of AutoAttack, the strongest first."""
 
-ENSEMBLES = (*(name + BPDA for name in (*_WHOLE, *_OTHERS, "pgd_20")), *_WHOLE, *_OTHERS)
+ENSEMBLES = (*(name + BPDA for name in (*_WHOLE, *_OTHERS, "pgd_20")), *_WHOLE, *_OTHERS, "apgd_ce")
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {

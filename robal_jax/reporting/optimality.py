@@ -29,15 +29,17 @@ def optimality_section(results: Results) -> list[page.Block]:
         f"{printed(factor)} times its own" if by_class else radius(factor * results.meta["epsilon"])
         for factor in SHOWN
     ]
+    once = "A minimum-norm attack ran once, and its distances are rounded up to these radii. "
     return [
         page.section("Optimality of the attacks"),
         page.paragraph(
-            f"Each attack of the ensemble ran alone on the audit's {found['examples']} images, at "
-            f"{len(found['factors'])} radii up to {threat(results.meta) or 'the radius'}. Its optimality "
-            "compares the accuracies that it leaves at all of these radii with those of the best attack on "
-            "each image (AttackBench): it is 1 for an attack that is the best on every image, and 0 for one "
-            "that breaks nothing. It knows no other attacks than these. Where Square leads, which follows no "
-            "gradient, the gradients of the others mislead. Accuracies are in percent."
+            f"Each attack ran alone on the audit's {found['examples']} images, at {len(found['factors'])} "
+            f"radii up to {threat(results.meta) or 'the radius'}. {once if results.distances else ''}Attacks "
+            "with BPDA, and those that only some models need, are left out. Optimality compares the "
+            "accuracies that an attack leaves at all radii with those of the best attack on each image "
+            "(AttackBench): it is 1 for an attack that is the best on every image, and 0 for one that breaks "
+            "nothing. A better attack would lower it. If Square, which follows no gradient, is ahead, the "
+            "gradients of the others probably mislead. Accuracies are in percent."
         ),
         page.table(("Attack", "Optimality", *radii), rows),
     ]

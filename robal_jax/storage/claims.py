@@ -18,6 +18,7 @@ from robal_jax.storage import checkpoints
 from robal_jax.storage.names import (
     ADVERSARIAL,
     BEST,
+    CERTIFIED,
     CHECKPOINTS,
     CONFIG,
     CORRUPTED,
@@ -26,6 +27,7 @@ from robal_jax.storage.names import (
     EXAMPLES,
     IMPORT,
     METRICS,
+    OPTIMALITY,
     PER_CLASS,
     RESULTS,
     TENSORBOARD,
@@ -36,7 +38,7 @@ from robal_jax.storage.names import (
 from robal_jax.storage.unfinished import PARTS, read_identity
 
 OF_A_RUN = (CONFIG, VERSIONS, IMPORT, METRICS, TENSORBOARD, TRACKED, CHECKPOINTS, BEST, DAMAGED)
-OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, PER_CLASS)
+OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, CERTIFIED, OPTIMALITY, PER_CLASS)
 
 
 def is_run(folder: pathlib.Path) -> bool:
