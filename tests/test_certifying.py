@@ -98,6 +98,20 @@ def test_a_finished_evaluation_is_given_them_resumed_and_contradicted(folder, mo
     assert "Contradiction: 2 certified images are misclassified" in text
 
 
+@pytest.mark.slow
+def test_the_bounds_are_those_of_the_threat_model(finished, tmp_path):
+    """The same images and model with pixels in [-1, 1]."""
+    folder = shutil.copytree(finished, tmp_path / "unit")
+    unit, _ = evaluate(folder, certified=True)
+    threat = ThreatModel(0.4, lower=-1, upper=1)
+    moved = evaluate_model(
+        lambda x: nearest_mean((x + 1) / 2), 2 * IMAGES - 1, LABELS, threat=threat,
+        version="none", audit=0, class_counts=COUNTS, certified=True, say=lambda _: None,
+    )  # fmt: skip
+    assert moved.certified == unit.certified
+    assert unit.certified["by_factor"][-1]["accuracy"]["value"] > 0
+
+
 REFUSED = {
     "certified accuracies are for L-infinity, and the norm is L2": {"threat": ThreatModel(0.5, "l2")},
     "a random model cannot be certified": {"version": "rand"},

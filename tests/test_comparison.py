@@ -126,6 +126,13 @@ def test_difference_refuses_runs_that_do_not_match(tmp_path, change, message):
         comparison.difference(second, first, "clean", "all")
 
 
+@pytest.mark.parametrize("other", ["A", "B"])
+def test_runs_without_a_partner_must_match_too(tmp_path, other):
+    pair = [save_run(tmp_path / "a"), save_run(tmp_path / "b", seed=1, method=other, epsilon=0.1)]
+    with pytest.raises(InputError, match=r"differ in epsilon: 0\.1 and 0\.031; evaluate both"):
+        comparison.compare(read_runs(pair))
+
+
 def test_difference_refuses_other_groups(tmp_path):
     run = read_runs([save_run(tmp_path / "a")])[0]
     moved = dataclasses.replace(run, name="moved", summary={**run.summary, "groups": {"head": [0]}})

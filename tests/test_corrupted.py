@@ -129,6 +129,39 @@ def test_they_are_resumed_and_made_again_if_damaged(folder, monkeypatch):
     assert path.read_bytes() == content
     assert again.corruptions == whole.corruptions
 
+    path.write_bytes(content[:100])  # and nobody asks for them
+    without, said = evaluate(folder, class_counts=counts)
+    assert said[1].endswith("are missing after a change until you ask for them again")
+    assert without.corruptions == whole.corruptions
+
+
+def test_pixels_outside_of_0_to_1_are_refused_at_once():
+    with pytest.raises(InputError, match=r"images are in \[-1, 1\]; corruptions are of images in \[0, 1\]"):
+        evaluate_model(
+            nearest_mean, 2 * IMAGES - 1, LABELS, threat=ThreatModel(0.1, lower=-1, upper=1), corruptions=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("labels", "found", "message"),
+    [
+        ([0, 1, 0], {}, "no corruption"),
+        ([0, 1, 7], {"fog": np.zeros((2, 3), int)}, r"labels are not all in 0\.\.1"),
+        ([0, 1, 0], {"fog": np.zeros((3, 1), int)}, r"predictions\['fog'\] have 1 entries, labels 3"),
+        ([0, 1, 0], {"fog": np.zeros(3, int)}, r"predictions\['fog'\] have shape \[\]"),
+        ([0, 1, 0], {"fog": np.zeros((2, 3))}, "dtype float64; pass integers"),
+    ],
+)
+def test_wrong_predictions_give_no_accuracy(labels, found, message):
+    with pytest.raises(InputError, match=message):
+        metrics.summarize_corruptions(labels, found, [9, 3])
+
+
+@pytest.mark.parametrize("shares", [[1.2, 0.5], [-0.5, 1.0], [np.nan], [], [[0.5]]])
+def test_what_is_no_share_has_no_mean(shares):
+    with pytest.raises(InputError, match=r"pass numbers in \[0, 1\], one per image"):
+        metrics.mean_share(shares)
+
 
 def test_images_that_cannot_be_corrupted_are_refused_at_once(tmp_path):
     with pytest.raises(InputError, match=r"images are 8 x 8 x 2; corruptions need 1 or 3 channels"):

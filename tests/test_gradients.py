@@ -209,3 +209,21 @@ def test_logits_that_are_not_finite_are_no_result(value):
 
     with pytest.raises(InputError, match=r"logits are not finite for 1 of 3 images \(clean\)"):
         autoattack(broken, KEYS, IMAGES, LABELS, threat=THREATS["linf"], version="apgd_ce", steps=1)
+
+
+# ---------------------------------------------------------------- images outside of the bounds
+
+
+def only_outside(x, *keys):
+    """Class 0, but class 1 of images with a pixel outside of the bounds; no gradient leads there."""
+    outside = ((x < 0) | (x > 1)).any((1, 2, 3))
+    return jnp.stack([jnp.full(len(x), 0.5), jnp.where(outside, 1.0, 0.0), *[jnp.zeros(len(x))] * 2], 1)
+
+
+@pytest.mark.parametrize(("name", "norm"), ATTACKS)
+def test_no_attack_returns_an_image_outside_of_the_bounds(name, norm):
+    """Not even a start, which may lie outside where pixels are 0 or 1."""
+    images, labels = jnp.round(IMAGES), jnp.zeros(3, int)
+    shown = np.asarray(ROWS[name][1](only_outside, KEYS, images, labels, threat=THREATS[norm]))
+    assert shown.min() >= 0
+    assert shown.max() <= 1
