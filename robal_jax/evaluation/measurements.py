@@ -309,7 +309,8 @@ def plan_measurements(
       Name of each measurement to a function that returns arrays ``[n, ...]``.
     """
     settings: dict[str, Any] = {"threat": threat, "step_size": step_size}
-    look, pgd = victim.compile(outputs), victim.compile(partial(probe, **settings))
+    compiled = partial(victim.compile, size=victim.size_for(len(ids)))
+    look, pgd = compiled(outputs), compiled(partial(probe, **settings))
     plans: dict[str, Callable[[], dict[str, np.ndarray]]] = {
         name: partial(look, ids) for name in FORWARD_NAMES
     }
@@ -323,8 +324,8 @@ def plan_measurements(
     plans["inference"] = lambda: {
         "calls": np.full(len(ids), gradient_calls(victim.predict, victim.images[:1]))
     }
-    plans["gradients"] = partial(victim.compile(partial(gradients, **settings)), ids)
-    plans["margin"] = partial(victim.compile(partial(margin, **settings)), ids)
+    plans["gradients"] = partial(compiled(partial(gradients, **settings)), ids)
+    plans["margin"] = partial(compiled(partial(margin, **settings)), ids)
     short = np.full(len(STEPS), MAIN_STEPS)
 
     def attack(steps: np.ndarray = short, scale: float = 1, restart: int = 0, factor: float = 1) -> Any:
@@ -341,9 +342,9 @@ def plan_measurements(
         plans[name] = partial(attack, restart=restart)
     for factor in radius_factors(threat, victim.pixels):
         plans[RADIUS_NAME.format(factor)] = partial(within, factor)
-    plans["unbounded"] = partial(victim.compile(partial(unbounded, norm=threat.norm)), ids)
-    plans["gradient_free"] = partial(victim.compile(partial(gradient_free, threat=threat)), ids)
+    plans["unbounded"] = partial(compiled(partial(unbounded, norm=threat.norm)), ids)
+    plans["gradient_free"] = partial(compiled(partial(gradient_free, threat=threat)), ids)
     if surrogate is not None:
-        craft = surrogate.compile(partial(crafted, **settings))
-        plans["transfer"] = lambda: victim.compile(shown)(ids, craft(ids)["images"])
+        craft = surrogate.compile(partial(crafted, **settings), size=surrogate.size_for(len(ids)))
+        plans["transfer"] = lambda: compiled(shown)(ids, craft(ids)["images"])
     return plans

@@ -68,7 +68,8 @@ def attacker(
     victim: Victim, job: builder.Evaluation, sample: np.ndarray, stage: autoattack.Stage
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Returns ``(places in the sample [m], numbers of radii [m]) -> bool [m]``, whether images survive."""
-    step = victim.compile(partial(attack_within, stage=stage, threat=job.threat))
+    size = victim.size_for(len(sample))
+    step = victim.compile(partial(attack_within, stage=stage, threat=job.threat), size=size)
 
     def survives(places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         right = np.ones(len(places), bool)

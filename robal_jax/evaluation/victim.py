@@ -88,6 +88,15 @@ class Victim:
         self.ids = np.arange(len(labels)) if ids is None else ids
         self.size = batch_size * jax.device_count()
 
+    def size_for(self, count: int) -> int:
+        """Images in each call, on all devices together, if there are only ``count``.
+
+        A device never computes more than ``count``. How many it does compute is the same for any number of
+        devices, so that results do not depend on that number.
+        """
+        devices = jax.device_count()
+        return min(self.size // devices, count) * devices
+
     @property
     def pixels(self) -> int:
         """Numbers per image."""
