@@ -61,7 +61,7 @@ def _with_overrides(name: str) -> str:
             body.append(
                 [f"{row.stage}: {row.label}", f"`{config}`", *(f"{figures[c]:.2f}" for c in table.columns)]
             )
-    return f"Table {name}, {table.title} (CIFAR-10-LT):\n\n{aligned(header, body, left=2)}"
+    return f"Table {name}, {table.title} (CIFAR-10-LT). {table.note}\n\n{aligned(header, body, left=2)}"
 
 
 _README = """\
