@@ -25,6 +25,7 @@ from robal_jax.storage.names import CHECKPOINTS
 
 if TYPE_CHECKING:  # it imports JAX
     from experiments.paper.plan import Job, Plan, Request
+    from robal_jax.devices.hosts import Stop
     from robal_jax.reporting.results import Results
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -172,44 +173,42 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
             write_whole(folder / "finished.json", json.dumps(marker).encode())
 
 
-def do_all(jobs: "Sequence[Job]", log: Callable[[str], None]) -> list[str] | None:
+def do_all(jobs: "Sequence[Job]", log: Callable[[str], None], stop: "Stop") -> list[str] | None:
     """Does the unfinished jobs, in order.
 
     Args:
       jobs: those of a :class:`Plan`.
       log: receives every message.
+      stop: whether to stop after the present job.
 
     Returns:
       The runs that diverged, or None if the work was stopped before its end.
     """
-    from robal_jax.devices import hosts
-
     left = [job for job in jobs if not is_done(job)]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done")
     diverged: dict[pathlib.Path, str] = {}
-    with hosts.stop_signals() as stop:
-        for number, job in enumerate(jobs, 1):
-            if stop:
-                return None
-            name = f"{job.key} seed {job.seed}"
-            if job.start in diverged:
-                diverged[job.workdir] = name
-            if is_done(job) or job.workdir in diverged:
-                continue
-            title = f"[{number}/{len(jobs)}] {name}: {'evaluate' if job.folder else 'train'}"
-            print(title, flush=True)
-            started = time.monotonic()
-            try:
-                do(job, lambda line, title=title: log(f"{title}: {line}"))  # type: ignore[misc]
-                ended = f"{time.monotonic() - started:.0f} s"
-            except DivergedError as error:
-                ended, diverged[job.workdir] = f"diverged: {error}", name
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from error
-            if job.workdir not in diverged and not is_done(job):
-                return None
-            print(f"{title} {ended}", flush=True)
-            log(f"{title} {ended}")
+    for number, job in enumerate(jobs, 1):
+        if stop:
+            return None
+        name = f"{job.key} seed {job.seed}"
+        if job.start in diverged:
+            diverged[job.workdir] = name
+        if is_done(job) or job.workdir in diverged:
+            continue
+        title = f"[{number}/{len(jobs)}] {name}: {'evaluate' if job.folder else 'train'}"
+        print(title, flush=True)
+        started = time.monotonic()
+        try:
+            do(job, lambda line, title=title: log(f"{title}: {line}"))  # type: ignore[misc]
+            ended = f"{time.monotonic() - started:.0f} s"
+        except DivergedError as error:
+            ended, diverged[job.workdir] = f"diverged: {error}", name
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        if job.workdir not in diverged and not is_done(job):
+            return None
+        print(f"{title} {ended}", flush=True)
+        log(f"{title} {ended}")
     return list(diverged.values())
 
 
@@ -244,17 +243,18 @@ def main(arguments: list[str]) -> None:
     place = request.out / request.data
     if buckets.is_url(place):  # beside the runs, each of which is kept in step by itself
         place /= "tables"
-    with mirror.kept(place, print) as (folder, _):
-        make(plan, request, folder)
+    with hosts.stop_signals() as stop, mirror.kept(place, print, stop.ask) as (folder, _):
+        make(plan, request, folder, stop)
 
 
-def make(plan: "Plan", request: "Request", folder: pathlib.Path) -> None:
+def make(plan: "Plan", request: "Request", folder: pathlib.Path, stop: "Stop") -> None:
     """Does the jobs of a plan, and writes and prints its table.
 
     Args:
       plan: of the table.
       request: what the user asked for.
       folder: receives the table.
+      stop: whether to stop after the present job.
 
     Raises:
       DivergedError: a run diverged; the table is there without it.
@@ -270,7 +270,7 @@ def make(plan: "Plan", request: "Request", folder: pathlib.Path) -> None:
     check_replaceable(path, f"# {heading(request.table)} ")
     check_replaceable(path.with_suffix(".json"), '"table": ')
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
-        diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file))
+        diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file), stop)
         if diverged is None:
             print("stopped; run the same command again to resume")
             return

@@ -22,7 +22,7 @@ from robal_jax import builder, cli, pytorch
 from robal_jax.averages import Weights
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
-from robal_jax.storage import checkpoints
+from robal_jax.storage import buckets, checkpoints
 from robal_jax.storage.claims import check_run
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.files import reason, write_whole
@@ -115,8 +115,10 @@ def check_new(workdir: pathlib.Path) -> None:
     """Checks that a folder can become that of a run with imported weights.
 
     Raises:
-      InputError: it holds a run already, or something that would be lost.
+      InputError: it holds a run already, or something that would be lost, or it is in a bucket.
     """
+    if url := buckets.url_of(workdir):
+        raise InputError(f"{url} is in a bucket; import into a folder of this machine, and copy that")
     if (workdir / CONFIG).exists() or (workdir / CHECKPOINTS).exists():
         raise InputError(f"workdir {workdir} holds a run already; choose another workdir")
     check_run(workdir)

@@ -343,6 +343,62 @@ def test_a_lock_that_somebody_removed_is_taken_again(memory, monkeypatch):
     assert Bucket(URL).read(".lock") is None
 
 
+def test_a_lock_that_went_in_a_long_silence_is_lost(memory, monkeypatch):
+    """Another job may have taken it, and ended: its files would be written over."""
+    mine = mirror.Lock(Bucket(URL))
+    mine.acquire()
+    Bucket(URL).remove(".lock")
+    later = mirror._now() + lock.SILENCE
+    monkeypatch.setattr(mirror, "_now", lambda: later)
+    mine.beat()
+    assert mine.lost
+    assert Bucket(URL).read(".lock") is None
+
+
+def test_a_job_in_another_container_is_seen_by_its_beats(memory, monkeypatch):
+    """The container has the machine's identity, and may have our number of a process."""
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    theirs = lock.myself()._replace(host="container-a", space="pid:[1]")._asdict()
+    ended = threading.Event()
+
+    def beat():
+        for count in range(1000):
+            Bucket(URL).write(".lock", json.dumps({**theirs, "beat": count}).encode())
+            if ended.wait(0.05):
+                break
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    wait_until(lambda: Bucket(URL).read(".lock") is not None)
+    with pytest.raises(InputError, match=rf"{URL} is used by another process"):
+        mirror.kept(URL, print).__enter__()
+    ended.set()
+    thread.join()
+
+
+def test_a_holder_that_ends_meanwhile_is_no_obstacle(memory, monkeypatch):
+    monkeypatch.setattr(lock, "SILENCE", 5.0)
+    theirs = lock.myself()._replace(host="node7", boot="other")
+    Bucket(URL).write(".lock", json.dumps(theirs._asdict()).encode())
+    threading.Timer(0.3, lambda: Bucket(URL).remove(".lock")).start()
+    with mirror.kept(URL, print):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("root", "keys", "left"),
+    [
+        ("lab/checkpoints/2024/run1", ["config.json", "checkpoints/3/files.json", "checkpoints/3/d"], 3),
+        ("lab/checkpoints/2024", ["config.json", "checkpoints/3/d"], 1),
+        ("runs/x/checkpoints/3", ["_CHECKPOINT_METADATA", "state/d/0"], 0),
+        ("runs/x/checkpoints/3", ["files.json", "state/d/0"], 2),
+        ("runs/x/checkpoints", ["3/files.json", "3/d", "4/d"], 3),
+    ],
+)
+def test_a_run_may_lie_in_a_folder_named_like_a_checkpoint(root, keys, left):
+    assert len(buckets.needed(dict.fromkeys(keys), root)) == left
+
+
 def test_what_arrived_without_an_answer_is_our_own(memory):
     """The first try arrives, but not its answer; the second one, of a longer file, does not arrive."""
     copy = Copy(Bucket(URL), buckets.place("work", URL))

@@ -155,3 +155,59 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     assert "(File exists); choose another folder" in refused(tmp_path / "file")
     assert "(Not a directory); choose another folder" in refused(tmp_path / "file" / "x")
     assert "(File name too long); choose another folder" in refused(tmp_path / ("x" * 300))
+
+
+def beating(path, seconds=0.05):
+    """Touches a file from now on; returns what ends that."""
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(seconds):
+            os.utime(path)
+
+    threading.Thread(target=beat, daemon=True).start()
+    return ended.set
+
+
+def test_a_drive_without_locks_under_another_container(tmp_path, monkeypatch):
+    """Its number of a process may be ours; so only a sign of life tells."""
+
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock, "SILENCE", 0.5)
+    left_by(tmp_path, space="pid:[1]")
+    end = beating(tmp_path / ".lock")
+    assert f"(process {os.getpid()} on " in refused(tmp_path)
+    end()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_job_that_took_over_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with alone_in(tmp_path):
+        left_by(tmp_path, host="node7", boot="other")
+        before = (tmp_path / ".lock").stat().st_mtime_ns
+        time.sleep(0.2)
+        assert (tmp_path / ".lock").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / ".lock").read_text())["host"] == "node7"
+
+
+def test_whoever_is_patient_gets_the_folder(tmp_path):
+    ended, entered = threading.Event(), threading.Event()
+
+    def hold():
+        with alone_in(tmp_path):
+            entered.set()
+            ended.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    refused(tmp_path)
+    threading.Timer(0.3, ended.set).start()
+    with alone_in(tmp_path, 10.0):
+        assert ended.is_set()
+    thread.join()

@@ -20,6 +20,7 @@ from experiments.paper.plan import Job, Request, commands, make_plan, row_config
 from experiments.paper.rows import DATA_SETS
 from experiments.paper.table import assemble, markdown
 from robal_jax import cli
+from robal_jax.devices import hosts
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.reporting.results import Results
 
@@ -633,13 +634,18 @@ def fake_jobs(monkeypatch, do):
     return jobs, done
 
 
+def done_all(jobs):
+    with hosts.stop_signals() as stop:
+        return reproduce.do_all(jobs, lambda line: None, stop)
+
+
 def test_the_others_go_on_when_a_run_diverges(monkeypatch):
     def do(job):
         if job.key == "at":
             raise DivergedError("not finite")
 
     jobs, done = fake_jobs(monkeypatch, do)
-    assert reproduce.do_all(jobs, lambda line: None) == ["at seed 0", "lws seed 0"]
+    assert done_all(jobs) == ["at seed 0", "lws seed 0"]
     assert done == [("cos", False), ("cos", True)]
 
 
@@ -648,13 +654,13 @@ def test_a_stop_is_the_end(monkeypatch):
     monkeypatch.setattr(
         reproduce, "do", lambda job, say: None if job.folder else done.append((job.key, False))
     )
-    assert reproduce.do_all(jobs, lambda line: None) is None  # the evaluation of 'at' was not finished
+    assert done_all(jobs) is None  # the evaluation of 'at' was not finished
     assert done == [("at", False)]
 
 
 def test_a_signal_between_two_jobs_is_the_end(monkeypatch):
     jobs, done = fake_jobs(monkeypatch, lambda job: signal.raise_signal(signal.SIGTERM))
-    assert reproduce.do_all(jobs, lambda line: None) is None
+    assert done_all(jobs) is None
     assert done == [("at", False)]
 
 

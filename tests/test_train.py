@@ -374,7 +374,9 @@ def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_pat
 def test_finished_run_returns_at_once(finished, copy, monkeypatch):
     monkeypatch.setattr(training_step, "train_chunk", lambda *_, **__: pytest.fail("made a step"))
     before = rows(copy)
+    (newest(copy) / "files.json").unlink()  # as a job leaves it that is killed before it lists the digests
     path, sha256, said = run(copy, "evaluation.seed=3", "train.keep_checkpoints=5")  # change no training
+    assert (path / "files.json").exists()
     assert path == newest(copy)
     assert sha256 == finished[1]
     assert said[0].startswith("resuming at step 15 of 15")

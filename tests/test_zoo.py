@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -212,13 +214,13 @@ def test_config_without_paths():
     fields = {
         "data": {"path": "data/mine", "name": "x"},
         "generated": {"path": "/data/edm.npz", "share": 0.7},
-        "train": {"teacher": "~/runs/at/", "select": "last"},
+        "train": {"teacher": "~/runs/at/", "start_from": "gs://bucket/runs/plain/", "select": "last"},
         "evaluation": {"audit": {"surrogate": "runs/at"}},
     }
     assert cards.without_paths(fields) == {
         "data": {"path": "", "name": "x"},
         "generated": {"path": "edm.npz", "share": 0.7},
-        "train": {"teacher": "at", "select": "last"},
+        "train": {"teacher": "at", "start_from": "plain", "select": "last"},
         "evaluation": {"audit": {"surrogate": ""}},
     }
 
@@ -351,6 +353,21 @@ def test_a_run_of_a_model(published, run, tmp_path):
     assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [0]
     refused("holds a run already; choose another workdir", zoo.make_run, DIGITS, tmp_path / "run")
     refused("holds a run already; choose another workdir", zoo.make_run, published, run[0])
+
+
+@pytest.mark.slow
+def test_two_jobs_may_make_the_same_run(published, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: zoo.make_run(published, tmp_path / "run"), range(2)))
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [0]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_no_run_of_a_model_is_made_in_a_bucket(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "gs://bucket/x is in a bucket; import into a folder of this machine, and copy that"
+    refused(message, zoo.make_run, published, pathlib.Path("gs://bucket/x"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_a_model_has_the_data_of_its_training(published, tmp_path):

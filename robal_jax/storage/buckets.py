@@ -381,8 +381,11 @@ def broken(keys: Collection[str], root: str = "") -> set[str]:
       keys: of all files.
       root: name of the folder whose files they are, because it may be a checkpoint itself.
     """
-    folders = {key: of_a_checkpoint(f"{root}/{key}") for key in keys}
-    whole = {folder for key, folder in folders.items() if folder and f"{root}/{key}" == f"{folder}/{FILES}"}
+    inside = any(key in (FILES, "_CHECKPOINT_METADATA") or key.startswith("state/") for key in keys)
+    if inside and of_a_checkpoint(f"{root}/{FILES}") == root:
+        return set() if FILES in keys else set(keys)
+    folders = {key: of_a_checkpoint(key) for key in keys}
+    whole = {folder for key, folder in folders.items() if key == f"{folder}/{FILES}"}
     return {key for key, folder in folders.items() if folder and folder not in whole}
 
 

@@ -284,6 +284,12 @@ def restore_latest(
     return None
 
 
+def list_digests(path: pathlib.Path) -> None:
+    """Lists the digests of a whole checkpoint's files, unless that is done."""
+    if not (path / FILES).exists():
+        write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
+
+
 def _checkpointer() -> orbax.AsyncCheckpointer:
     """Returns what writes in this process alone, which Orbax's newer interface, used for reading, cannot."""
     me = jax.process_index()
@@ -357,7 +363,7 @@ class Saver:
     def _finish(self, path: pathlib.Path) -> None:
         """Waits until a checkpoint has its name, lists its files' digests, and removes the oldest ones."""
         self._checkpointer.wait_until_finished()
-        write_whole(path / FILES, json.dumps(_file_digests(path)).encode())
+        list_digests(path)
         for step in steps(self._folder)[: -self._keep]:
             old = self._folder / str(step)
             shutil.rmtree(old.rename(self._folder / f"{step}{TEMPORARY}"))

@@ -27,6 +27,7 @@ from robal_jax.storage.names import LOCK
 BEAT, SILENCE = 20.0, 120.0  # seconds
 
 BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
+SPACE = pathlib.Path("/proc/self/ns/pid")
 
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -39,12 +40,14 @@ class Holder(NamedTuple):
       boot: identity of the machine since it was started, which its containers share; '' if not known.
       pid: number of the process.
       since: when it began to work.
+      space: identity of the container's numbers of processes, in which ``pid`` counts; '' if not known.
     """
 
     host: str
     boot: str
     pid: int
     since: str
+    space: str = ""
 
     @property
     def here(self) -> bool:
@@ -52,34 +55,45 @@ class Holder(NamedTuple):
         me = myself()
         return self.host == me.host or bool(self.boot and self.boot == me.boot)
 
+    @property
+    def near(self) -> bool:
+        """Whether its number tells this process whether it still works: not so between two containers."""
+        me = myself()
+        return (self.host, self.boot, self.space) == (me.host, me.boot, me.space)
+
 
 def myself() -> Holder:
     """Returns this process as the holder of a lock."""
-    boot = ""
+    boot = space = ""
     with contextlib.suppress(OSError):
         boot = BOOT.read_text().strip()
-    return Holder(platform.node(), boot, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+        space = os.readlink(SPACE)
+    return Holder(platform.node(), boot, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), space)
 
 
 @contextlib.contextmanager
-def alone_in(folder: pathlib.Path) -> Iterator[None]:
+def alone_in(folder: pathlib.Path, patience: float = 0.0) -> Iterator[None]:
     """Keeps other jobs out of a folder, which is made if it is missing.
 
     If the last job there was on another machine and left its lock, waits for a sign of life of that job.
 
+    Args:
+      folder: the folder.
+      patience: seconds to wait for another job to end.
+
     Raises:
       InputError: another process works there, or the folder cannot be written to.
     """
-    path = folder / LOCK
+    path, until = folder / LOCK, time.monotonic() + patience
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _acquired(path)
+        file = _acquired(path, until)
     except OSError as error:
         raise InputError(
             f"cannot write to {folder} ({reason(error, folder)}); choose another folder"
         ) from error
-    ended = threading.Event()
-    beats = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    ended, mine = threading.Event(), path.read_bytes()
+    beats = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
     beats.start()
     try:
         yield
@@ -87,18 +101,20 @@ def alone_in(folder: pathlib.Path) -> Iterator[None]:
         ended.set()
         beats.join()
         with file, contextlib.suppress(OSError):
-            path.unlink()  # while the lock is held: whoever waits for this file looks for it again
+            if path.read_bytes() == mine:  # a job on another machine may have taken it over
+                path.unlink()  # while the lock is held: whoever waits for this file looks for it again
 
 
-def _beat(path: pathlib.Path, ended: threading.Event) -> None:
-    """Touches a file until the job has ended."""
+def _beat(path: pathlib.Path, mine: bytes, ended: threading.Event) -> None:
+    """Touches a file until the job has ended, or another one has taken it over."""
     while not ended.wait(BEAT):
         with contextlib.suppress(OSError):
-            os.utime(path)
+            if path.read_bytes() == mine:
+                os.utime(path)
 
 
-def _acquired(path: pathlib.Path) -> IO[str]:
-    """Returns the lock's file, locked, with this process as its holder.
+def _acquired(path: pathlib.Path, until: float) -> IO[str]:
+    """Returns the lock's file, locked, with this process as its holder; waits for others until a time.
 
     Raises:
       InputError: another process holds the lock, or the file is of another program.
@@ -110,6 +126,9 @@ def _acquired(path: pathlib.Path) -> IO[str]:
             if locked is False or (
                 holder and at_work(holder, str(path.parent), lambda: path.stat().st_mtime_ns, locked)
             ):
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
                 raise InputError(refusal(str(path.parent), holder))
             if not _is_at(file, path):  # its holder has just removed it
                 continue
@@ -162,9 +181,11 @@ def at_work(holder: Holder, place: str, sign: Callable[[], object], locked: bool
       sign: returns what a living holder changes from time to time; raises FileNotFoundError without a lock.
       locked: whether the system gave us the lock; None if it has none.
     """
-    if not holder.here:
+    if locked and holder.here:
+        return False
+    if not holder.near:
         return _shows_life(holder, place, sign)
-    if locked or holder.pid == os.getpid():
+    if holder.pid == os.getpid():
         return False
     try:
         os.kill(holder.pid, 0)

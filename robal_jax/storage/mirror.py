@@ -222,7 +222,7 @@ class Lock:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket, self._token, self._count = bucket, secrets.token_hex(8), 0
-        self._seen = time.monotonic()
+        self._seen = _now()
         self.lost = False
 
     def acquire(self) -> None:
@@ -235,14 +235,22 @@ class Lock:
         while True:
             found = self._bucket.read(LOCK)
             holder = _holder(found)
-            if holder and at_work(holder, self._bucket.url, lambda: self._bucket.read(LOCK)):
+            if holder and at_work(holder, self._bucket.url, self._sign):
                 raise InputError(refusal(self._bucket.url, holder))
             if found is not None:
                 self._bucket.remove(LOCK)
             with contextlib.suppress(FileExistsError):
+                self._seen = _now()
                 self._bucket.write(LOCK, self._content(), new=True)
                 if self._mine():
                     return
+
+    def _sign(self) -> bytes:
+        """What a living holder changes from time to time."""
+        found = self._bucket.read(LOCK)
+        if found is None:
+            raise FileNotFoundError(LOCK)
+        return found
 
     def _content(self) -> bytes:
         return json.dumps({**myself()._asdict(), "token": self._token, "beat": self._count}).encode()
@@ -253,21 +261,24 @@ class Lock:
     def beat(self) -> None:
         """Shows life, and looks whether the lock is still ours; takes it again if somebody has removed it.
 
+        It is lost if it is missing after a silence in which another job may have taken it, and ended.
+
         Raises:
           BucketError: the bucket cannot be used now.
         """
-        if not self.lost and self._bucket.read(LOCK) is None:
+        now = _now()
+        if not self.lost and now - self._seen < SILENCE and self._bucket.read(LOCK) is None:
             with contextlib.suppress(FileExistsError):
                 self._bucket.write(LOCK, self._content(), new=True)
         self.lost = self.lost or not self._mine()
         if not self.lost:
             self._count += 1
             self._bucket.write(LOCK, self._content())
-            self._seen = time.monotonic()
+            self._seen = now
 
     def check(self) -> None:
         """Looks whether the lock is still ours if nobody may have seen a sign of life for long."""
-        if time.monotonic() - self._seen > SILENCE / 2:
+        if _now() - self._seen > SILENCE / 2:
             self.beat()
 
     def release(self) -> None:
@@ -277,9 +288,15 @@ class Lock:
                 self._bucket.remove(LOCK)
 
 
+def _now() -> float:
+    """Seconds, also those in which the machine was suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def _holder(content: bytes | None) -> Holder | None:
     try:
-        return Holder(*(json.loads(content or b"")[name] for name in Holder._fields))
+        found = json.loads(content or b"")
+        return Holder(**{name: found[name] for name in Holder._fields if name in found})
     except (ValueError, TypeError, LookupError):
         return None
 
@@ -361,8 +378,9 @@ class Keeper:
             pause *= 2
         if self._lock.lost and not quiet:
             raise InputError(
-                f"another job took {self._url} over while it could not be reached; what only this one has is "
-                f"in {self._copy.folder}: choose another folder, or wait until that job has ended"
+                f"another job took {self._url} over, because it saw no sign of life of this one; what only "
+                f"this one has is in {self._copy.folder}: choose another folder, or wait until that job has "
+                "ended"
             )
         if not done and not quiet:
             raise InputError(

@@ -313,7 +313,10 @@ def class_counts_in_training(workdir: pathlib.Path) -> np.ndarray | None:
 
 
 def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> checkpoints.Found[T] | None:
-    """Restores the newest undamaged checkpoint, if there is any, and moves newer damaged ones away."""
+    """Restores the newest undamaged checkpoint, if there is any, and moves newer damaged ones away.
+
+    A job that was killed before it listed the digests of its last checkpoint is made up for.
+    """
     damaged: list[tuple[pathlib.Path, str]] = []
     found = checkpoints.restore_latest(
         workdir / CHECKPOINTS, like, on_damage=lambda path, why: damaged.append((path, why))
@@ -324,6 +327,8 @@ def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> 
     hosts.check_agreement(f"what is in {buckets.shown(workdir)}", f"{shared} {state}")
     for path, why in damaged:
         hosts.by_first(partial(_set_aside, workdir, say, path, why))
+    if found:
+        hosts.by_first(partial(checkpoints.list_digests, found.path))
     return found
 
 

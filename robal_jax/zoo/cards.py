@@ -33,7 +33,7 @@ COARSE = 4  # numbers per side from which an image of the check is interpolated
 
 
 def without_paths(fields: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Returns a config without the places of one machine: the last part of each absolute path, or ''.
+    """Returns a config without places that others lack: the last part of each absolute path or URL, or ''.
 
     Example:
       >>> without_paths({"data": {"path": "/x/cifar10.npz", "name": "a"}, "teacher": "/runs/at"})
@@ -45,7 +45,7 @@ def without_paths(fields: Mapping[str, Any], place: str = "") -> dict[str, Any]:
             return without_paths(value, f"{name}.")
         if name in EMPTIED:
             return ""
-        if isinstance(value, str) and value.startswith(("/", "~")):
+        if isinstance(value, str) and (value.startswith(("/", "~")) or "://" in value):
             return value.rstrip("/").rpartition("/")[2]
         return value
 

@@ -20,6 +20,7 @@ from robal_jax.errors import InputError, one_line, shown, user_path
 from robal_jax.evaluation import Run
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import flatten, to_json, with_neutral
+from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS, CONFIG
 from robal_jax.storage.workdir import imported_from
 from robal_jax.zoo.cards import check_images
@@ -30,6 +31,7 @@ WEIGHTS, CARD, ROBUSTBENCH = ENDINGS = (".safetensors", ".json", ".robustbench.j
 """Endings of the three files of a model."""
 
 LONGEST = 1000  # characters of a name or path
+PATIENCE = 60.0  # seconds to wait for another job that makes the same run
 
 NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 """Form of the name of a model, DATA/NAME."""
@@ -217,7 +219,9 @@ def make_run(name: str | pathlib.Path, workdir: pathlib.Path) -> None:
     if hosts.by_first(partial(_is_there, workdir, model.sha256)):
         return
     weights, averaged = Weights(model.params, model.stats), checkpoint["weights"] == "average"
-    exchange.write_run(config_of(card), weights, workdir, origin, averaged=averaged)
+    with hosts.held_by_first(partial(alone_in, workdir, PATIENCE)):  # another evaluation may make it, too
+        if not hosts.by_first(partial(_is_there, workdir, model.sha256)):
+            exchange.write_run(config_of(card), weights, workdir, origin, averaged=averaged)
 
 
 def _is_there(workdir: pathlib.Path, weights_sha256: str) -> bool:
