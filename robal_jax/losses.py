@@ -237,6 +237,9 @@ def focal_softmax(
     Returns:
       ``l [B]``, at least 0.
 
+    Raises:
+      ValueError: gamma is in another range.
+
     Source: Lin et al., ICCV 2017.
 
     Example:
@@ -246,6 +249,8 @@ def focal_softmax(
       [0.009  0.0866]
     """
     checks.not_negative(gamma=gamma)
+    if not isinstance(gamma, jax.core.Tracer) and 0 < gamma < 1:  # its gradient is infinite at a loss of 0
+        raise ValueError(f"gamma is {gamma:g}; it must be 0, or at least 1")
     values = cross_entropy(logits, labels)
     if class_weights is not None:
         checks.class_weights(class_weights, logits.shape[-1])

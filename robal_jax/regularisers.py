@@ -22,14 +22,15 @@ def tail_features(
 
     ``1 / |A| sum_{i in A} mean_j s_ij (h_i + h_j) K_ij``,  ``K_ij = KL(p_i || p_j)``,  ``p_i = softmax(f_i)``
 
-    ``A`` are the batch's images of the tail, the classes above ``2 floor(K / 3)``, and ``j`` runs over all
-    images. As released, ``s_ij`` is -1 for two images of one class and 1 otherwise. ``h_i = sqrt(sum_k n_k /
-    n_{y_i})``. No gradient flows into ``p_i``. The term is 0 if ``A`` is empty.
+    ``A`` are the batch's images of the tail, the classes above ``2 floor(K / 3)`` in the order of falling
+    count, and ``j`` runs over all images. As released, ``s_ij`` is -1 for two images of one class and 1
+    otherwise. ``h_i = sqrt(sum_k n_k / n_{y_i})``. No gradient flows into ``p_i``. The term is 0 if ``A``
+    is empty.
 
     Args:
       features: ``f [B, D]``, any real values.
       labels: ``y [B]``, integers in ``0..K-1``.
-      class_counts: ``n [K]``, at least 1; classes are sorted by falling count.
+      class_counts: ``n [K]``, at least 1.
       divergence: one of ``DIVERGENCES``. 'batch' is the released code: ``K_ij`` is the mean over all images
         ``j`` and all ``D`` entries of the divergence's summands, one number per ``i``.
       axis_name: mapped axis over which the batch is spread, if any; the term is that of the whole batch.
@@ -66,5 +67,6 @@ def tail_features(
     rarity = jnp.sqrt(counts.sum() / counts)[labels]
     signs = jnp.where(labels[:, None] == labels[None, :], -1.0, 1.0).astype(features.dtype)
     terms = jnp.mean(signs * (rarity[:, None] + rarity[None, :]) * pairs, axis=1)
-    anchors = labels > 2 * (len(counts) // 3)
+    rank = jnp.argsort(jnp.argsort(-counts, stable=True))  # of a class, the most frequent one first
+    anchors = rank[labels] > 2 * (len(counts) // 3)
     return jnp.sum(jnp.where(anchors, terms, 0.0)) / jnp.maximum(anchors.sum(), 1)

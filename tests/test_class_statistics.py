@@ -165,6 +165,11 @@ def taking_radii(class_counts):
             ("loss.name=rebalanced", "threat.budget.name=cfa"),
             "class_statistics have no 'predicted'; gather the statistics 'predictions'",
         ),
+        (("objective.name=trades", "objective.beta=-6"), r"config.objective.beta is -6\.0; it must be >= 0"),
+        (
+            ("objective.name=avmixup", "objective.nat_confidence=10"),
+            r"config.objective.nat_confidence is 10.*; it must be in \[0, 1\]",
+        ),
         (("attack.first_epoch=0",), "config.attack.first_epoch is 0; it must be > 0"),
         (("attack.first_epoch=3", "attack.batch_norm=batch_update"), "needs an attack in every epoch"),
         (("objective.tail_divergence=all", "objective.tail_weight=1"), "it must be one of batch, pair"),
@@ -184,6 +189,13 @@ def test_statistics_need_an_objective_that_shows_attacks():
     with pytest.raises(
         InputError, match="class statistics 'predictions' learns from the logits of adversarial images"
     ):
+        builder.training(config)
+
+
+def test_a_logged_pass_needs_an_objective_that_reports_its_images():
+    config = cli.load_config("configs/mma.py:digits_lt")
+    config = cli.apply_overrides(config, ["--config.train.logged_passes=adv"])
+    with pytest.raises(InputError, match="objective 'mma' reports none; use 'nat', or leave it empty"):
         builder.training(config)
 
 

@@ -296,6 +296,18 @@ def test_keywords_that_a_function_does_not_take(tmp_path, section, name, value, 
         ({"loss": {"base": {"name": "robal"}}}, "loss 'robal' needs 'scale'"),
         ({"loss": {"base": {"name": "logit_adjustment"}}}, "'logit_adjustment' takes no class weights"),
         ({"attack": {"loss": {"name": "deferred"}}}, "needs 'base'"),
+        (
+            {"attack": {"loss": {"name": "deferred", "base": {"name": "soft_logit_margin"}}}},
+            "config.attack.loss.base 'soft_logit_margin' takes no class weights; set config.attack.loss.rew",
+        ),
+        (
+            {"objective": {"name": "trades"}, "attack": {"loss": {"name": "focal_softmax"}}},
+            "attacks the divergence and would ignore config.attack.loss 'focal_softmax'; use 'cross_entropy'",
+        ),
+        (
+            {"threat": {"ramp": 0.5}, "attack": {"second_step": True}},
+            "config.threat.ramp 0.5 raises the radii from 0, and config.attack.second_step makes steps of",
+        ),
         ({"objective": {"name": "avmixup"}}, "'avmixup' has a loss of its own and would ignore config.loss"),
         ({"threat": {"norm": "l2"}, "attack": {"start": "one_sided"}}, "'one_sided' is for norm linf"),
     ],

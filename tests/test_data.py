@@ -287,6 +287,10 @@ def test_images_in_files_are_checked_without_reading_them():
             {"test_images": np.zeros((3, 4, 4, 3), np.uint8)},
             "train images have 1 channels and test images 3",
         ),
+        (
+            {"test_images": np.zeros((3, 6, 4, 1), np.uint8)},
+            "train images are 4 x 4 and test images 6 x 4; enlarge train images, or cut test images",
+        ),
         ({"train_images": np.full((5, 4, 4, 1), 17, np.uint8)}, "pixels up to 17, above pixel_max 16"),
     ],
 )

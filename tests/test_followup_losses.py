@@ -106,6 +106,9 @@ def test_tail_features(labels, divergence):
     value, gradient = jax.value_and_grad(lambda f: term(f, labels))(jnp.asarray(FEATURES))
     np.testing.assert_allclose(value, numpy_tail(FEATURES, labels, COUNTS, divergence), rtol=1e-5)
     assert np.any(gradient) == np.any(labels > 2)
+    # The tail is that of the counts, whatever the numbers of the classes.
+    turned = term(jnp.asarray(FEATURES), K - 1 - labels, class_counts=COUNTS[::-1])
+    np.testing.assert_allclose(turned, value, rtol=1e-6)
     with pytest.raises(ValueError, match="divergence is 'all'; use one of batch, pair"):
         regularisers.tail_features(FEATURES, labels, class_counts=COUNTS, divergence="all")
 

@@ -605,6 +605,14 @@ def test_budgets_and_averages_of_the_user_s_own(section, name, message):
         (["threat.budget.name=cfa", "train.epochs=11"], "'cfa' has no effect before epoch 12"),
         (["perturbation.name=awp", "perturbation.start=61"], "'awp' has no effect before epoch 61"),
         (["average.name=swa", "average.start=59"], "'swa' has no effect before epoch 61"),
+        (["average.name=ema", "average.warmup=100"], "'ema' has no effect before epoch 101"),
+        (["loss.name=deferred", "loss.base.name=focal_softmax", "loss.start=61"], "'deferred' has no effect"),
+        (
+            ["attack.start=gaussian", "attack.noise=2"],
+            "'gaussian' has no radius, so that config.attack",
+        ),
+        (["train.mixing=cutmix", "threat.budget.name=cfa"], "'cfa' takes the first label of each image, and"),
+        (["train.mixing=cutmix", "attack.alignment=0.2"], "alignment takes the first label of each image"),
         (
             ["objective.name=plain", "attack.first_epoch=2"],
             "objective 'plain' takes no attack, so that config.th",

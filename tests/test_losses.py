@@ -685,3 +685,9 @@ def test_label_smoothing_of_many_classes_keeps_no_more_than_a_few_logits():
 def test_a_smoothing_out_of_range_is_refused(smoothing):
     with pytest.raises(ValueError, match=r"smoothing is .*; it must be (in \[0, 1\)|a number)"):
         losses.label_smoothed(Z, Y, base=losses.cross_entropy, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("gamma", [0.5, -1.0, np.nan])
+def test_gamma_of_the_focal_softmax(gamma):
+    with pytest.raises(ValueError, match="gamma is"):
+        losses.focal_softmax(Z, Y, gamma=gamma)

@@ -71,6 +71,7 @@ def test_header(no_compilation, tmp_path):
         ),
         (["threat.epsilon=0.031", "attack.step_size=0.0078"], "L-infinity, epsilon 0.031, 7 steps of 0.0078"),
         (["threat.epsilon=1.0", "threat.norm=l2"], "L2, epsilon 1, 7 steps of"),
+        (["objective.name=trades"], "L-infinity, epsilon 0.1, 7 steps of 0.025, start 'uniform', the div"),
         (["threat.epsilon=0.0001"], "L-infinity, epsilon 0.0001, "),
         (
             ["attack.steps=1", "attack.start=clean"],

@@ -344,6 +344,21 @@ def check_shows_attacks(
         )
 
 
+def check_reports_attacks(
+    name: str, objective: Any, model: models.Model, variables: Any, images: Any, known: objectives.Known
+) -> None:
+    """Refuses an objective that reports no adversarial images if a logged pass is to show them.
+
+    See :func:`check_shows_attacks`.
+    """
+    _, outcome = _program_of(name, objective, model, variables, images, known)
+    if outcome.attacked is None:
+        raise InputError(
+            f"config.train.logged_passes shows adversarial images, and objective {name!r} reports none; use "
+            "'nat', or leave it empty"
+        )
+
+
 def check_perturbation(name: str, perturbation: Any, params: Any) -> None:
     """Refuses anything but a perturbation that returns params."""
     if not isinstance(perturbation, Perturbation):

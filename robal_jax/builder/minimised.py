@@ -55,6 +55,7 @@ def objective(
         epochs=config.train.epochs,
         **given,
     )
+    _check_deferred("attack.loss", inner_loss)
     _check_parts(config, loss, function)
     statistics = class_statistics(config, class_counts)
     gathered = gathered_arrays(budget(config, class_counts), statistics)
@@ -122,6 +123,25 @@ def _smoothed(smoothing: float, loss: functools.partial) -> functools.partial:
     return functools.partial(losses.label_smoothed, base=loss, smoothing=smoothing) if smoothing else loss
 
 
+def attacks_divergence(function: functools.partial) -> bool:
+    """Returns whether an objective's attack maximises the divergence, as TRADES does, and not a loss."""
+    return function.func is objectives.trades and function.keywords.get("attack_divergence", True)
+
+
+def _check_deferred(section: str, loss: functools.partial) -> None:
+    """Raises an ``InputError`` if a deferred loss, or one inside another loss, cannot weight its base."""
+    base = loss.keywords.get("base")
+    unweighted = loss.func is losses.deferred and loss.keywords.get("reweight", True)
+    if unweighted and base and not takes(base, "class_weights"):
+        raise InputError(
+            f"config.{section}.base {base.func.__name__!r} takes no class weights; "
+            f"set config.{section}.reweight=False"
+        )
+    for name, part in loss.keywords.items():
+        if isinstance(part, functools.partial):
+            _check_deferred(f"{section}.{name}", part)
+
+
 def _check_parts(config: ConfigDict, loss: functools.partial, function: functools.partial) -> None:
     """Raises an ``InputError`` if the losses, the attack and the objective do not fit together."""
     if not takes(function, "loss") and config.loss.name != "cross_entropy":
@@ -134,14 +154,15 @@ def _check_parts(config: ConfigDict, loss: functools.partial, function: functool
             f"objective {config.objective.name!r} has a loss of its own and would ignore "
             f"config.train.label_smoothing {config.train.label_smoothing:g}; set it to 0"
         )
-    base = loss.keywords.get("base")  # of a deferred loss
-    if base and loss.keywords.get("reweight", True) and not takes(base, "class_weights"):
+    _check_deferred("loss", loss)
+    moves, diverging = config.attack.batch_norm.startswith("batch_update"), attacks_divergence(function)
+    if diverging and config.attack.loss.name != "cross_entropy":
         raise InputError(
-            f"config.loss.base {config.loss.base.name!r} takes no class weights; "
-            "set config.loss.reweight=False"
+            "objective 'trades' attacks the divergence and would ignore config.attack.loss "
+            f"{config.attack.loss.name!r}; use 'cross_entropy', or set "
+            "config.objective.attack_divergence=False"
         )
-    moves, diverging = config.attack.batch_norm.startswith("batch_update"), function.func is objectives.trades
-    if moves and diverging and function.keywords.get("attack_divergence", True):
+    if moves and diverging:
         raise InputError(
             f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack on config.attack.loss, "
             "and objective 'trades' has another; use 'batch', or set config.objective.attack_divergence=False"
@@ -150,6 +171,11 @@ def _check_parts(config: ConfigDict, loss: functools.partial, function: functool
         raise InputError(
             f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack in every epoch, and "
             f"config.attack.first_epoch is {config.attack.first_epoch}; set it to 1, or use 'batch'"
+        )
+    if config.attack.second_step and config.threat.ramp:
+        raise InputError(
+            f"config.threat.ramp {config.threat.ramp:g} raises the radii from 0, and "
+            "config.attack.second_step makes steps of the whole radius; set one of the two to its default"
         )
     own_labels = config.objective.name in READ_LABELS or any(map(config.objective.get, READING_LABELS))
     reads_labels = own_labels or not takes(function, "loss")

@@ -113,6 +113,8 @@ _FACTOR_FIELDS = (
 _NOT_NEGATIVE_FIELDS = (
     "attack.alignment", "attack.free_steps", "schedule.warmup", "train.max_steps", "train.evaluate_epochs",
     "evaluation.audit.examples", "evaluation.examples", "optimizer.clip_norm", "optimizer.weight_decay",
+    "objective.beta", "objective.beta_adv", "objective.beta_nat", "objective.beta_reg",
+    "objective.tail_weight", "objective.kd", "objective.igdm",
 )  # fmt: skip
 
 _BELOW_ONE_FIELDS = (
@@ -152,7 +154,9 @@ RANGES: dict[str, Rule] = {
     ),
     "train.images_per_class": ("in 0..10^5", lambda value: 0 <= value <= 10**5),
     "objective.tail_divergence": _one_of(regularisers.DIVERGENCES),
-    **dict.fromkeys(("objective.tail_weight", "objective.kd", "objective.igdm"), NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("objective.nat_confidence", "objective.vertex_confidence", "objective.nat_weight"), SHARE
+    ),
     "train.logged_passes": ("'', or a list of nat and adv", lambda value: not value or _are_passes(value)),
     "objective.regulariser": _one_of(objectives.REGULARISERS),
     "train.sampler": _one_of(SAMPLERS),

@@ -11,14 +11,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import models, objectives
+from robal_jax import losses, models, objectives
 from robal_jax.attacks import NORMS, FreeSteps, ThreatModel, autoattack
 from robal_jax.averages import AVERAGES, Average
 from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts, ranges
 from robal_jax.builder.evaluation_job import Evaluation, evaluation_on, groups_of, part_to_evaluate, radii_of
 from robal_jax.builder.instantiate import call
-from robal_jax.builder.minimised import batch_norm_momentum, free_steps, objective
+from robal_jax.builder.minimised import attacks_divergence, batch_norm_momentum, free_steps, objective
 from robal_jax.builder.parts import (
     augmentation,
     augmentations,
@@ -207,7 +207,8 @@ def _check_own(
     own = any(":" in name for name in (*names, config.perturbation.name, config.average.name))
     learning = {"budget": budget, "class statistics": statistics}
     learning = {kind: each for kind, each in learning.items() if each is not None and each.seen is not None}
-    if not (own or learning):
+    logged = "adv" in config.train.logged_passes
+    if not (own or learning or logged):
         return
     variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
     known = _known(config, variables, gathered_arrays(budget, statistics))
@@ -217,6 +218,8 @@ def _check_own(
         contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
     if own:
         contracts.check_average(config.average.name, average, *variables)
+    if logged:
+        contracts.check_reports_attacks(names[0], minimised, network, variables, images, known)
     used = {"budget": config.threat.budget.name, "class statistics": config.class_statistics.name}
     for kind in learning:
         learner = f"{kind} {used[kind]!r}"
@@ -268,6 +271,9 @@ STARTS_LATE = {
     ("threat.budget", "cfa"): ("start", 1),
     ("threat.budget", "dafa"): ("epoch", 1),
     ("attack", ""): ("first_epoch", 0),
+    ("average", "ema"): ("warmup", 1),
+    ("loss", "deferred"): ("start", 0),
+    ("loss", "staged"): ("start", 0),
 }
 """Arguments that name an epoch, and how many epochs more a run needs for them to have an effect."""
 
@@ -280,6 +286,7 @@ def doubts(config: ConfigDict) -> list[str]:
         "average": (config.average, AVERAGES),
         "threat.budget": (config.threat.budget, {**BUDGETS, **LEARNED}),
         "attack": (config.attack, {}),
+        "loss": (config.loss, losses.LOSSES),
     }
     for (section, name), (argument, more) in STARTS_LATE.items():
         part, functions = tables[section]
@@ -295,6 +302,20 @@ def doubts(config: ConfigDict) -> list[str]:
             )
     by_class = config.threat.budget.name != "constant" or config.threat.ramp
     attack = config.attack
+    of_one_label = [f"config.threat.budget {config.threat.budget.name!r}"] * (
+        config.threat.budget.name in LEARNED
+    ) + ["config.attack.alignment"] * bool(attack.alignment)
+    if config.train.mixing != "none":
+        found += [
+            f"{field} takes the first label of each image, and config.train.mixing {config.train.mixing!r} "
+            "gives two"
+            for field in of_one_label
+        ]
+    if attack.start in ("gaussian", "clean") and (attack.noise != 1 or attack.common_noise):
+        found.append(
+            f"config.attack.start {attack.start!r} has no radius, so that config.attack.noise and "
+            "config.attack.common_noise have no effect; use 'uniform'"
+        )
     changed = attack.batch_norm != "running" or attack.first_epoch > 1 or attack.second_step
     if (by_class or changed) and not _attacks(config):
         found.append(
@@ -332,8 +353,13 @@ def check(config: ConfigDict) -> None:
 
 def _attacks(config: ConfigDict) -> bool:
     """Returns whether the objective takes an attack."""
+    return "attack" in _objective_alone(config).keywords
+
+
+def _objective_alone(config: ConfigDict) -> functools.partial:
+    """Returns the objective with its arguments in the config, without its parts."""
     given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name", "epochs"))
-    return "attack" in call("objective", objectives.OBJECTIVES, config.objective, **given).keywords
+    return call("objective", objectives.OBJECTIVES, config.objective, **given)
 
 
 def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
@@ -342,7 +368,9 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
     size = functools.partial(_size, in_255ths=norm == "linf")
     threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"
     steps = f"{attack.steps} step{'s' * (attack.steps > 1)} of {size(attack.step_size)}"
-    of_training = f"{threat}, {steps}, start {attack.start!r}, loss {attack.loss.name}"
+    function = _objective_alone(config)
+    raised = "the divergence" if attacks_divergence(function) else f"loss {attack.loss.name}"
+    of_training = f"{threat}, {steps}, start {attack.start!r}, {raised}"
     if attack.free_steps:
         of_training = f"{threat}, free steps, each batch is shown {attack.free_steps} times in a row"
     elif not _attacks(config):

@@ -122,8 +122,8 @@ def check_dataset(dataset: Dataset) -> Dataset:
 
     Raises:
       InputError: there are fewer than two classes, a dtype or shape is wrong, a label is out of range, a
-        class has no train or no test image, or a pixel of an array is above ``pixel_max``. Images in files
-        are not read for this.
+        class has no train or no test image, a pixel of an array is above ``pixel_max``, or train images are
+        smaller than test images. Images in files are not read for this.
     """
     if len(dataset.class_names) < 2:
         named = f" ({dataset.class_names[0]})" if dataset.class_names else ""
@@ -150,5 +150,11 @@ def check_dataset(dataset: Dataset) -> Dataset:
     if channels[0] != channels[1]:
         raise InputError(
             f"train images have {channels[0]} channels and test images {channels[1]}; give both the same"
+        )
+    trained, tested = (images.shape[1:3] for images in (dataset.train_images, dataset.test_images))
+    if min(np.subtract(trained, tested)) < 0:
+        raise InputError(
+            f"train images are {trained[0]} x {trained[1]} and test images {tested[0]} x {tested[1]}; "
+            "enlarge train images, or cut test images"
         )
     return dataset
