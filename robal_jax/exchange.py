@@ -27,7 +27,7 @@ from robal_jax.storage.claims import check_run
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, IMPORT
-from robal_jax.storage.workdir import versions
+from robal_jax.storage.workdir import imported_from, versions
 from robal_jax.training import TrainState
 
 DATA_SHAPES = {
@@ -58,7 +58,9 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
     Raises:
       InputError: the file, the config or the folder cannot be used.
     """
-    check_new(workdir)
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+    if is_there(workdir, sha256):
+        raise InputError(f"workdir {workdir} holds a run already; choose another workdir")
     builder.validate(config)
     num_classes, image_shape = data_shape(config)
     # The values of the class counts change neither model nor optimizer state.
@@ -71,15 +73,15 @@ def import_weights(config: ConfigDict, weights: pathlib.Path, workdir: pathlib.P
     found, network, reasons = converted(config, state_dict, like)
     origin = {
         "weights": str(weights.absolute()),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": sha256,
         "network": network.name,
         "ignored": reasons,
     }
-    path, sha256 = write_run(config, found, workdir, origin)
+    path, digest = write_run(config, found, workdir, origin)
     left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "nothing"
     print(f"{weights}: a {network.name}, {network.num_classes} classes")
     print(f"imported {len(jax.tree.leaves(found))} arrays; ignored: {left_out}")
-    print(f"checkpoint {path} sha256 {sha256}")
+    print(f"checkpoint {path} sha256 {digest}")
     print(cli.as_started(f"evaluate it: python experiments/evaluate.py --workdir={workdir}"))
 
 
@@ -118,10 +120,25 @@ def check_new(workdir: pathlib.Path) -> None:
       InputError: it holds a run already, or something that would be lost, or it is in a bucket.
     """
     if url := buckets.url_of(workdir):
-        raise InputError(f"{url} is in a bucket; import into a folder of this machine, and copy that")
+        raise InputError(
+            f"{url} is in a bucket; name a folder of this machine as --workdir (an evaluation may have its "
+            "--folder in a bucket)"
+        )
     if (workdir / CONFIG).exists() or (workdir / CHECKPOINTS).exists():
         raise InputError(f"workdir {workdir} holds a run already; choose another workdir")
     check_run(workdir)
+
+
+def is_there(workdir: pathlib.Path, weights_sha256: str) -> bool:
+    """Returns whether a folder is the whole run of these weights, and not what a killed job left of it.
+
+    Raises:
+      InputError: it is something else, see :func:`check_new`.
+    """
+    ours = (imported_from(workdir) or {}).get("weights_sha256") == weights_sha256
+    if not ours:
+        check_new(workdir)
+    return ours and (workdir / CONFIG).exists() and bool(checkpoints.steps(workdir / CHECKPOINTS))
 
 
 def write_run(

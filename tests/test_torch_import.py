@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import sys
 import types
 
@@ -686,6 +687,9 @@ def test_what_an_import_refuses(safetensors, tmp_path):
     refused("cannot write to workdir", import_to, weights / "run", weights, *SMALL)
     import_to(run, weights, *SMALL)
     refused("holds a run already; choose another workdir", import_to, run, weights, *SMALL)
+    shutil.rmtree(run / "checkpoints")  # as after a kill, or on a full disk: the same command goes on
+    import_to(run, weights, *SMALL)
+    assert (run / "checkpoints" / "0").is_dir()
     for arguments in (
         ["--config=x", "--workdir=y"],
         ["--weights=x", "--workdir=y"],

@@ -365,7 +365,7 @@ def test_two_jobs_may_make_the_same_run(published, tmp_path):
 
 def test_no_run_of_a_model_is_made_in_a_bucket(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = "gs://bucket/x is in a bucket; import into a folder of this machine, and copy that"
+    message = "gs://bucket/x is in a bucket; name a folder of this machine as --workdir"
     refused(message, zoo.make_run, published, pathlib.Path("gs://bucket/x"))
     assert not list(tmp_path.iterdir())
 

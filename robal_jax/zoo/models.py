@@ -18,11 +18,9 @@ from robal_jax.data import TestSet
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line, shown, user_path
 from robal_jax.evaluation import Run
-from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import flatten, to_json, with_neutral
 from robal_jax.storage.lock import alone_in
-from robal_jax.storage.names import CHECKPOINTS, CONFIG
-from robal_jax.storage.workdir import imported_from
+from robal_jax.storage.names import CONFIG
 from robal_jax.zoo.cards import check_images
 
 FOLDER = cli.SHIPPED / "experiments" / "zoo"
@@ -216,20 +214,12 @@ def make_run(name: str | pathlib.Path, workdir: pathlib.Path) -> None:
         **({"class_counts": data["trained_counts"]} if "trained_counts" in data else {}),
         **{key: checkpoint[key] for key in ("selection", "selected_on_test") if key in checkpoint},
     }
-    if hosts.by_first(partial(_is_there, workdir, model.sha256)):
+    if hosts.by_first(partial(exchange.is_there, workdir, model.sha256)):
         return
     weights, averaged = Weights(model.params, model.stats), checkpoint["weights"] == "average"
     with hosts.held_by_first(partial(alone_in, workdir, PATIENCE)):  # another evaluation may make it, too
-        if not hosts.by_first(partial(_is_there, workdir, model.sha256)):
+        if not hosts.by_first(partial(exchange.is_there, workdir, model.sha256)):
             exchange.write_run(config_of(card), weights, workdir, origin, averaged=averaged)
-
-
-def _is_there(workdir: pathlib.Path, weights_sha256: str) -> bool:
-    """Returns whether a folder is the whole run of these weights; raises if it is something else."""
-    ours = (imported_from(workdir) or {}).get("weights_sha256") == weights_sha256
-    if not ours:
-        exchange.check_new(workdir)
-    return ours and (workdir / CONFIG).exists() and bool(checkpoints.steps(workdir / CHECKPOINTS))
 
 
 def _stem(name: str | pathlib.Path) -> pathlib.Path:
