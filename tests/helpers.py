@@ -173,7 +173,7 @@ def traced_work(monkeypatch):
     """A list that receives the name of each piece of work on a model when JAX traces it to compile it."""
     original, traced = Victim.compile, []
 
-    def compile(self, work, predict=None):
+    def compile(self, work, *arguments, **options):
         name = getattr(work, "func", work).__name__
 
         def counted(*args, **keywords):
@@ -181,7 +181,7 @@ def traced_work(monkeypatch):
             traced.append(name if stage is None else stage.name)
             return work(*args, **keywords)
 
-        return original(self, counted, predict)
+        return original(self, counted, *arguments, **options)
 
     monkeypatch.setattr(Victim, "compile", compile)
     return traced
