@@ -246,7 +246,7 @@ class Lock:
                     return
 
     def _sign(self) -> bytes:
-        """What a living holder changes from time to time."""
+        """Returns the lock, which a living holder changes from time to time."""
         found = self._bucket.read(LOCK)
         if found is None:
             raise FileNotFoundError(LOCK)

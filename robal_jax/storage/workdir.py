@@ -315,7 +315,7 @@ def class_counts_in_training(workdir: pathlib.Path) -> np.ndarray | None:
 def newest_whole(workdir: pathlib.Path, like: T, say: Callable[[str], None]) -> checkpoints.Found[T] | None:
     """Restores the newest undamaged checkpoint, if there is any, and moves newer damaged ones away.
 
-    A job that was killed before it listed the digests of its last checkpoint is made up for.
+    Lists the digests of the checkpoint's files if a job was killed before it did.
     """
     damaged: list[tuple[pathlib.Path, str]] = []
     found = checkpoints.restore_latest(
