@@ -21,7 +21,8 @@ from robal_jax.reporting.results import NOT_RUN, PASSED, read_runs
 def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, audit=None, **meta):
     truth, predictions = fake_evaluation(seed=seed, strength=strength)
     truth = truth if labels is None else labels
-    predictions = {name: predictions[name] for name in conditions or predictions}
+    predictions["custom"] = predictions["new_attack"]
+    predictions = {name: predictions[name] for name in conditions or [*predictions][:-1]}
     summary = metrics.summarize(truth, predictions, np.arange(20, 10, -1))
     results = {"meta": {**META, "seed": seed, **meta}, "summary": summary, "audit": audit}  # no norms: older
     (workdir / "evaluation").mkdir(parents=True)
@@ -91,9 +92,54 @@ def test_runs_of_a_method_are_averaged_and_paired_by_seed(tmp_path):
     differences = text[text.index("Difference to A") :]
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
+    differences, _, notes = differences.partition("Notes")
     # Only seed 1 has a partner in A.
     assert differences.count("seed 1") == 3
     assert "seed 2" not in differences
+    assert "B, seed 2, has no difference: A has no such run." in notes
+
+
+def test_one_run_of_each_method_is_compared_whatever_the_seed(tmp_path):
+    """What differs beside the method is said."""
+    runs = [save_run(tmp_path / method, seed=seed, method=method) for seed, method in enumerate("AB")]
+    text = printed(read_runs(runs))
+    assert "Difference to A in points" in text
+    assert "B has seed 1 and A seed 0: their difference includes that of the seeds." in text
+
+
+def test_runs_that_were_trained_in_different_ways_are_not_averaged(tmp_path):
+    fields = {"evaluation": {"examples": 5}, "data": {"path": "x", "seed": 0}, "train": {"epochs": 2}}
+    same = {
+        "evaluation": {"examples": 9},
+        "data": {"path": "y", "seed": 1},
+        "train": {"epochs": 2, "mixing": "none"},
+    }
+    other = {**same, "train": {"epochs": 3}}
+    runs = [save_run(tmp_path / "0", config=fields), save_run(tmp_path / "1", config=same, seed=1)]
+    text = printed(read_runs(runs))
+    assert " ± " in text
+    assert "Notes" not in text
+    text = printed(read_runs([*runs, save_run(tmp_path / "2", config=other, seed=2)]))
+    assert " ± " not in text
+    assert "The runs of RoBal differ in config.train.epochs: they are not averaged." in text
+
+
+def test_ensembles_of_other_attacks_are_not_compared(tmp_path):
+    def runs(name, *ensembles):
+        folders = [tmp_path / name / str(number) for number in range(len(ensembles))]
+        return read_runs(
+            [
+                save_run(folder, method=folder.name, conditions=["clean", "custom"], autoattack=attacks)
+                for folder, attacks in zip(folders, ensembles, strict=True)
+            ]
+        )
+
+    pair, square = ["apgd_ce", "apgd_dlr"], ["square", "apgd_ce"]
+    assert "Own ensemble" in printed(runs("same", pair, pair)).partition("Accuracy")[2]
+    first, second = runs("other", pair, square)
+    assert "Own ensemble" not in printed([first, second]).partition("Accuracy")[2]
+    with pytest.raises(InputError, match="have different ensembles: square, apgd_ce and apgd_ce, apgd_dlr;"):
+        comparison.difference(second, first, "custom", "all")
 
 
 def test_comparison_of_one_run_has_no_differences(tmp_path):

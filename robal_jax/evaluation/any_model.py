@@ -149,7 +149,10 @@ def evaluate_model(
         replaced=model.replaced,
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
-    identity = model.identity | _identity(other, images, _settings(job, audit, select))
+    identity = model.identity | {"surrogate": None, "settings": _settings(job, audit, select)}
+    if other is not None:
+        identity["surrogate"] = _fingerprint(*other[:2], images)
+        identity["gradients"] |= {"surrogate": _gradient_size(*other[:2], images)}
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
@@ -247,13 +250,16 @@ class _Attackable(NamedTuple):
     replaced: Callable[..., Any] | None
     weights: dict[str, Any]
     num_classes: int
-    identity: dict[str, str]
+    identity: dict[str, Any]
 
 
 def _attackable(logits_fn: LogitsFn, surrogate_fn: LogitsFn | None, images: np.ndarray) -> _Attackable:
     """Gives a model the forms of an evaluation, and checks the approximation that goes with it, if any."""
     predict, weights, num_classes = _parted(logits_fn, images)
-    identity = {"model": _fingerprint(predict, weights, images)}
+    identity: dict[str, Any] = {
+        "model": _fingerprint(predict, weights, images),
+        "gradients": {"model": _gradient_size(predict, weights, images)},
+    }
     if surrogate_fn is None:
         return _Attackable(predict, None, weights, num_classes, identity)
     surrogate, its_weights, _ = _parted(surrogate_fn, images, "surrogate_fn", num_classes)
@@ -332,13 +338,6 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
     }
 
 
-def _identity(
-    other: tuple[Callable[..., Any], dict[str, Any], int] | None, images: np.ndarray, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns what tells evaluations of one model apart: that of the transfer attack, and the settings."""
-    return {"surrogate": other and _fingerprint(*other[:2], images), "settings": settings}
-
-
 def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:
     """Describes model, data and attack for the report."""
     counts, epsilon = job.test.class_counts, job.threat.epsilon
@@ -366,20 +365,41 @@ def _fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: n
     return checkpoints.digest({"logits": np.asarray(logits)})
 
 
+_NO_GRADIENT = (TypeError, ValueError, NotImplementedError)  # what JAX raises without a derivative
+
+
+def _with_gradient(
+    predict: Callable[..., Any], weights: dict[str, Any], images: np.ndarray
+) -> dict[str, chex.Array]:
+    """Returns the logits of the first images, and the gradient of half their squared norm."""
+
+    def look(params: Any, x: chex.Array) -> dict[str, chex.Array]:
+        logits, pullback = jax.vjp(partial(predict, params, weights["stats"]), x)
+        return {"logits": logits, "gradient": pullback(logits)[0]}
+
+    return jax.jit(look)(weights["params"], images[:FINGERPRINT_IMAGES])
+
+
+def _gradient_size(predict: Callable[..., Any], weights: dict[str, Any], images: np.ndarray) -> str:
+    """Returns what tells models with equal logits apart: how large their gradients are, to two digits.
+
+    No more digits, because the last ones change from run to run on some devices.
+    """
+    try:
+        return f"{np.abs(_with_gradient(predict, weights, images)['gradient']).sum():.1e}"
+    except _NO_GRADIENT:
+        return "none"
+
+
 def _gradient_fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: np.ndarray) -> str:
     """Returns what tells an approximation of a model from others: the sha256 of its logits and gradients.
 
     Raises:
       InputError: it has no gradient.
     """
-
-    def look(params: Any, x: chex.Array) -> dict[str, chex.Array]:
-        logits, pullback = jax.vjp(partial(predict, params, weights["stats"]), x)
-        return {"logits": logits, "gradient": pullback(logits)[0]}
-
     try:
-        found = jax.jit(look)(weights["params"], images[:FINGERPRINT_IMAGES])
-    except (TypeError, ValueError, NotImplementedError) as error:
+        found = _with_gradient(predict, weights, images)
+    except _NO_GRADIENT as error:
         reason = one_line(error)
     else:
         if np.any(found["gradient"]):

@@ -118,18 +118,19 @@ def evaluate(
         weights, path, sha256 = restore_weights(workdir, chosen, job.variables, say, job.weights)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
-        surrogate = _surrogate(config, job, sha256, say)
+        surrogate, its_sha256 = _surrogate(config, job, sha256, say)
         hosts.check_agreement("the config", to_json(config))
         curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
         about = {
             "checkpoint": buckets.shown(path),
             "checkpoint_sha256": sha256,
+            **its_sha256,
             **({"origin": origin} if (origin := origin_of(workdir)) else {}),
             **how_chosen(workdir, path, job.select, job.judged),
             "training": curve,
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }
-        identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256}
+        identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256, **its_sha256}
         beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
         subject = Subject(job, weights, surrogate, identity, about, beside)
         done = attack_and_report(subject, place, command, stop, speak)
@@ -277,7 +278,7 @@ def _refuse_itself(victim: Victim, surrogate: Victim) -> None:
 
 def _surrogate(
     config: ConfigDict, job: builder.Evaluation, sha256: str, say: Callable[[str], None]
-) -> Victim | None:
+) -> tuple[Victim | None, dict[str, str]]:
     """Restores the checkpoint of the run that the config names, with that run's own config.
 
     Args:
@@ -286,11 +287,14 @@ def _surrogate(
       sha256: of the weights under attack.
       say: receives messages for the user, line by line.
 
+    Returns:
+      The model, and 'surrogate_sha256', of its checkpoint; None and {} without a surrogate.
+
     Raises:
       InputError: its test images are others, or its weights are those under attack.
     """
     if not job.surrogate:
-        return None
+        return None, {}
     workdir = buckets.fetched(job.surrogate)
     own = builder.with_part_of(read_config(workdir), config)
     other = builder.evaluation(own, class_counts_in_training(workdir))
@@ -300,7 +304,7 @@ def _surrogate(
     restored = restore_weights(workdir, checkpoint, other.variables, say, other.weights)
     if restored.sha256 == sha256:
         raise InputError(SAME_MODEL)
-    return as_victim(other, restored.tree)
+    return as_victim(other, restored.tree), {"surrogate_sha256": restored.sha256}
 
 
 def conditions(

@@ -48,8 +48,8 @@ def split(
       >>> [array.shape for array in arrays], predict(arrays, jnp.ones((2, 8, 8, 1))).shape
       ([(64, 32)], (2, 32))
     """
-    if isinstance(logits_fn, type(jax.jit(abs))):
-        logits_fn = inspect.unwrap(logits_fn)  # a compiled function hides its arrays
+    # A compiled function hides its arrays. Other wrappers, such as jax.vmap, are part of the model.
+    logits_fn = inspect.unwrap(logits_fn, stop=lambda function: not isinstance(function, type(jax.jit(abs))))
 
     def traced(images: chex.Array | jax.ShapeDtypeStruct) -> ClosedJaxpr:
         with jax.default_matmul_precision("highest"):

@@ -34,7 +34,9 @@ def at_common_radius(folder: pathlib.Path, meta: Mapping[str, Any]) -> dict[str,
     if "class_epsilon" in common.meta or _settled(common.meta) != _settled(meta):
         return {}
     groups = ["accuracy", *(["tail"] if "tail" in common.groups else [])]
-    figures = {group: {name: row[group] for name, row in common.conditions.items()} for group in groups}
+    same = common.meta.get("autoattack") == meta.get("autoattack")
+    rows = {name: row for name, row in common.conditions.items() if same or not name.startswith("custom")}
+    figures = {group: {name: row[group] for name, row in rows.items()} for group in groups}
     return {"common_epsilon": {"folder": str(folder), **figures}}
 
 

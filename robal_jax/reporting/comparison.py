@@ -26,6 +26,7 @@ from robal_jax.reporting.names import (
     with_interval,
 )
 from robal_jax.reporting.results import EvaluatedRun
+from robal_jax.storage.config_file import NOT_TRAINED, without_neutral
 
 TITLE = "Comparison of runs"
 
@@ -34,6 +35,13 @@ _PROTOCOL = (
     "dataset", "part", "test_set_sha256", "norm", "epsilon", "class_epsilon", "step_size", "start",
     "evaluation_seed",
 )  # fmt: skip
+
+
+# An ensemble that somebody listed has one of these names, whatever its attacks are.
+_LISTED = {"custom", "custom_bpda"}
+
+# Fields in which the runs of one method may differ: what changes with the seed, and the places of other runs.
+_BY_SEED = ("seed", "data.seed", "train.start_from", "train.teacher")
 
 
 class Table(NamedTuple):
@@ -112,6 +120,11 @@ def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
         raise InputError(
             f"{names} were evaluated under different conditions; evaluate both with the same attacks"
         )
+    if _LISTED & set(run.conditions) and _ensemble(run) != _ensemble(reference):
+        raise InputError(
+            f"{names} have different ensembles: {_ensemble(run)} and {_ensemble(reference)}; evaluate both "
+            "with the same attacks"
+        )
     for key in _PROTOCOL:
         if reference.meta.get(key) != run.meta.get(key):
             both = (run.meta, reference.meta)
@@ -121,15 +134,23 @@ def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
             raise InputError(f"{names} differ in {key}: {values}; evaluate both in the same way")
 
 
+def _ensemble(run: EvaluatedRun) -> str:
+    """Returns the attacks of a run's ensemble in their order."""
+    return ", ".join(run.meta.get("autoattack", ()))
+
+
 def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
     """Returns runs with only the conditions that all of them have, in the order of the first run.
 
-    'worst' is then the worst of the shared conditions.
+    'worst' is then the worst of the shared conditions. Ensembles that are lists of attacks are shared if the
+    lists are equal.
 
     Raises:
       InputError: the runs differ in test images, class groups or threat model.
     """
     shared = set.intersection(*(set(run.conditions) for run in runs))
+    if len(set(map(_ensemble, runs))) > 1:
+        shared -= _LISTED
     names = [name for name in runs[0].conditions if name in shared]
 
     def restricted(run: EvaluatedRun) -> EvaluatedRun:
@@ -145,6 +166,8 @@ def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
 def paired(runs: Sequence[EvaluatedRun]) -> list[Paired]:
     """Returns the differences of runs to the first method's run of the same seed.
 
+    If each method has one run, it is compared with the first whatever the seeds are.
+
     Args:
       runs: at least one.
 
@@ -156,21 +179,40 @@ def paired(runs: Sequence[EvaluatedRun]) -> list[Paired]:
     """
     restricted = shared_conditions(runs)
     rows = by_method(restricted)
-    (_, partners), *others = rows.items()
+    (_, first), *others = rows.items()
     by_seed = any(len(members) > 1 for members in rows.values())
     groups = ("all", *restricted[0].groups)
+
+    def differences(run: EvaluatedRun, seed: Any, condition: str) -> dict[str, dict[str, float]]:
+        partner = first[seed] if by_seed else next(iter(first.values()))
+        return {group: difference(run, partner, condition, group) for group in groups}
+
     return [
-        Paired(
-            condition,
-            row,
-            seed if by_seed else None,
-            {group: difference(members[seed], partners[seed], condition, group) for group in groups},
-        )
+        Paired(condition, row, seed if by_seed else None, differences(run, seed, condition))
         for condition in restricted[0].headline
         for row, members in others
-        for seed in members
-        if seed in partners
+        for seed, run in members.items()
+        if seed in first or not by_seed
     ]
+
+
+def _notes(runs: Sequence[EvaluatedRun]) -> list[tuple[str]]:
+    """Returns what a reader must know of seeds and configs to read the tables of these runs, in sentences."""
+    rows, found = by_method(runs), []
+    for method, fields in _mixed(runs).items():
+        found.append(f"The runs of {method} differ in {', '.join(fields)}: they are not averaged.")
+    (reference, first), *others = rows.items()
+    by_seed = any(len(members) > 1 for members in rows.values())
+    for row, members in others:
+        missing = [seed for seed in members if seed not in first]
+        if by_seed:
+            found += [
+                f"{row}, seed {each}, has no difference: {reference} has no such run." for each in missing
+            ]
+        elif missing:
+            seeds = f"seed {missing[0]} and {reference} seed {next(iter(first))}"
+            found.append(f"{row} has {seeds}: their difference includes that of the seeds.")
+    return [(sentence,) for sentence in found]
 
 
 def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
@@ -184,7 +226,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
 
     Returns:
       Tables of the runs with their audits, of accuracies, also on corrupted images if all runs have it, and,
-      if there are any, of differences.
+      if there are any, of differences and of notes on them.
 
     Raises:
       InputError: the runs cannot be compared.
@@ -238,6 +280,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
             header,
             differences,
         ),
+        Table("Notes", ("Note",), _notes(runs)),
     ]
     return [table for table in tables if table.rows]
 
@@ -270,14 +313,36 @@ def _folded(rows: Mapping[str, list[tuple[str, ...]]]) -> list[tuple[str, ...]]:
 
 
 def by_method(runs: Sequence[EvaluatedRun]) -> dict[str, dict[Any, EvaluatedRun]]:
-    """Returns the runs by method and seed; if those are not unique, a row per run, named by its folder."""
+    """Returns the runs by method and seed.
+
+    If those are not unique, or runs of one method were trained in different ways, each run has a row, named
+    by its folder.
+    """
     keys = [(str(run.meta["method"]), run.meta.get("seed")) for run in runs]
-    if len(set(keys)) < len(keys):
+    if len(set(keys)) < len(keys) or _mixed(runs):
         return {run.name: {None: run} for run in runs}
     rows: dict[str, dict[Any, EvaluatedRun]] = {}
     for (method, seed), run in zip(keys, runs, strict=True):
         rows.setdefault(method, {})[seed] = run
     return rows
+
+
+def _mixed(runs: Sequence[EvaluatedRun]) -> dict[str, list[str]]:
+    """Returns in which fields of their configs runs of one method differ, by method, seeds apart."""
+    configs: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        fields = without_neutral(run.meta.get("config", {}))
+        trained = {name: value for name, value in fields.items() if not name.startswith(NOT_TRAINED)}
+        configs.setdefault(str(run.meta["method"]), []).append(trained)
+    found = {
+        method: sorted(
+            f"config.{name}"
+            for name in set().union(*members) - {*_BY_SEED}
+            if any(one.get(name) != members[0].get(name) for one in members)
+        )
+        for method, members in configs.items()
+    }
+    return {method: names for method, names in found.items() if names}
 
 
 def _mean_and_spread(figures: Sequence[Mapping[str, float]]) -> str:

@@ -41,7 +41,7 @@ def comparison_html(runs: Sequence[EvaluatedRun]) -> str:
                 f"Differences to {reference} by class group",
             ),
         ]
-    for heading, table in reversed(list(zip(("Runs", "Accuracy", ""), tables, strict=False))):
+    for heading, table in reversed(list(zip(("Runs", "Accuracy", "", ""), tables, strict=False))):
         blocks += [page.section(heading)] if heading else []
         blocks += [page.paragraph(f"{table.title}:")] if table.title != heading else []
         blocks.append(page.table(table.header, table.rows))

@@ -66,7 +66,7 @@ END_CLASSES = 5  # shown of the head and of the tail if there are many classes
 
 _META_ELSEWHERE = (
     "class_names", "command", "config", "identity", "stages", "training", "judged",
-    "selected_on_test", "class_epsilon", "common_epsilon",
+    "selected_on_test", "class_epsilon", "common_epsilon", "surrogate_sha256",
 )  # fmt: skip
 _FACTS = {
     "imbalance": "imbalance",

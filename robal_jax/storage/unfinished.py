@@ -93,13 +93,18 @@ def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
+LATER = ("gradients", "surrogate_sha256")
+"""Values of an identity that older evaluations lack; there, nothing tells them from those of today."""
+
+
 def compared(written: dict[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of ``written`` to compare with ``identity``.
 
     Of ``config``, it has the fields on which what an evaluation finds depends.
     """
     if "method" in written:  # robal_jax 0.1.0 stored everything that its report said
-        written = {name: written.get(name) for name in identity}
+        written = {name: written.get(name) for name in identity if name in written or name not in LATER}
+    written = {name: identity[name] for name in LATER if name in identity} | written
     config = written.get("config")
     if not isinstance(config, dict):
         return written
