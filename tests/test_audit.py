@@ -446,6 +446,35 @@ def test_what_the_full_square_of_fast_breaks_counts_for_square():
     np.testing.assert_array_equal(by_square, [False, True, True, False])
 
 
+@pytest.mark.parametrize(
+    ("version", "judged"),
+    [("plus", False), ("square,apgd_ce", False), ("apgd_ce,square,pma", False), ("apgd_ce,square", True)],
+)
+def test_square_is_judged_after_the_strong_gradient_attacks_only(version, judged):
+    """Otherwise a later one might have broken the same images."""
+    stages = autoattack.stages(version, 10, threat=ThreatModel(0.1))
+    broken_in = np.array([next(stage.first for stage in stages if stage.name == "square"), autoattack.ROBUST])
+    job, progress = types.SimpleNamespace(ensemble=stages), autoattack.Progress(broken_in, broken_in, {})
+    predictions = dict.fromkeys(CONDITIONS, np.zeros(2, int))
+    nothing = measurements.Sample(np.arange(0), {})
+    survived, by_square = findings._after_gradients(job, progress, nothing, predictions, np.zeros(2, int))
+    assert survived.all()
+    assert (by_square is not None) == judged
+
+
+def test_square_in_union_is_judged_as_in_standard():
+    """Images: broken by Square, by PMA after it, and not at all."""
+    stages = autoattack.stages("union", 10, threat=ThreatModel(0.1))
+    first = {stage.name: stage.first for stage in stages}
+    broken_in = np.array([first["square"], first["pma"], autoattack.ROBUST])
+    job, progress = types.SimpleNamespace(ensemble=stages), autoattack.Progress(broken_in, broken_in, {})
+    predictions = dict.fromkeys(CONDITIONS, np.zeros(3, int))
+    nothing = measurements.Sample(np.arange(0), {})
+    survived, by_square = findings._after_gradients(job, progress, nothing, predictions, np.zeros(3, int))
+    assert survived.all()
+    np.testing.assert_array_equal(by_square, [True, False, False])
+
+
 def test_square_alone_is_not_run_after_gradients():
     found, _ = verdicts.give_verdicts(healthy(), LABELS, first(480)[:480], None, EPSILON)
     assert next(verdict for verdict in found if verdict.name == "square").outcome == NOT_RUN
@@ -797,8 +826,10 @@ def test_probe_looks_after_each_number_of_steps_with_scale_and_start():
 def test_an_attack_without_a_bound_may_show_any_image(norm):
     keys, images, _ = few()
     images, labels = images.at[:4].set(1.0).at[4:].set(0.0), jnp.array([0] * 4 + [1] * 4)
-    right = jax.jit(partial(measurements.unbounded, linear, norm=norm))(keys, images, labels)["right"]
-    assert not right.any()
+    search = partial(jax.jit(measurements.unbounded, static_argnames=("logits_fn", "threat")), linear)
+    assert not search(keys, images, labels, threat=ThreatModel(0.1, norm))["right"].any()
+    wide = ThreatModel(0.1, norm, -1.0, 2.0)
+    assert not search(keys, 3 * images - 1, labels, threat=wide)["right"].any()
 
 
 @pytest.mark.slow

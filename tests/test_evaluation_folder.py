@@ -246,6 +246,22 @@ def test_an_unfinished_evaluation_is_not_replaced_either(tmp_path):
     assert folders.belongs(tmp_path / "nowhere", same) is False
 
 
+def test_an_unfinished_evaluation_goes_on_with_the_surrogate_it_began_with(tmp_path):
+    """Older ones do not name it, and go on."""
+    identity = {"checkpoint_sha256": "a" * 64}
+    path, arrays = tmp_path / "unfinished" / "conditions.npz", {"pred": np.arange(3)}
+    first, retrained = ({**identity, "surrogate_sha256": letter * 64} for letter in "bc")
+    for written in (identity, first):
+        Unfinished(path, written).save(arrays)
+        assert folders.belongs(tmp_path, first) is False
+        assert list(Unfinished(path, first).arrays) == ["pred"]
+    with pytest.raises(
+        InputError, match=r"other settings .surrogate_sha256: cccccccccccc… here, bbbbbbbbbbbb… th"
+    ):
+        folders.belongs(tmp_path, retrained)
+    assert not Unfinished(path, retrained).arrays
+
+
 def test_a_long_list_of_differences_is_cut(tmp_path):
     identity = {"settings": {str(k): k for k in range(20)}}
     Unfinished(tmp_path / "unfinished" / "conditions.npz", identity).save({})

@@ -1,6 +1,8 @@
 """The three calls for models of anybody's: evaluate_model, load_run and autoattack; and the public names."""
 
 import ast
+import functools
+import json
 import os
 import pathlib
 import signal
@@ -191,6 +193,13 @@ def test_groups_of_any_model(digits, tmp_path):
     assert any("no attack is run again" in message for message in said)
     for name, predictions in found.predictions.items():
         np.testing.assert_array_equal(again.predictions[name], predictions)
+    letters = list("abcdefghij")
+    named = evaluate_model(
+        model, images, labels, class_counts=counts, groups="few,last_five", name="Mine", class_names=letters,
+        **options,
+    )  # fmt: skip
+    assert (named.meta["method"], named.meta["class_names"]) == ("Mine", letters)
+    assert said.count("the model or its classes have new names; no attack is run again") == 1
 
 
 def test_groups_of_a_model_need_the_counts(digits):
@@ -229,6 +238,44 @@ def test_stopped_and_resumed(digits, tmp_path, monkeypatch):
     assert len(updates) == len(set(updates)), "something was done twice"
     for name, values in whole.examples.items():
         np.testing.assert_array_equal(found.examples[name], values)
+
+
+@pytest.mark.slow
+def test_a_model_with_another_gradient_is_another_one(digits, tmp_path):
+    """Its logits are the same; a folder of an older version, which did not look, is taken as it is."""
+    images, labels = digits
+    model = plain(images, labels)
+    rounded = lambda x: model(jnp.round(16 * x) / 16)  # noqa: E731
+    straight = lambda x: model(x + jax.lax.stop_gradient(jnp.round(16 * x) / 16 - x))  # noqa: E731
+    evaluate_model(rounded, images, labels, folder=tmp_path, **SHORT)
+    with pytest.raises(InputError, match=r"other settings \(gradients.model: '.*' here, '0.0e\+00' there\)"):
+        evaluate_model(straight, images, labels, folder=tmp_path, **SHORT)
+    results = tmp_path / "results.json"
+    stored = json.loads(results.read_text())
+    del stored["meta"]["identity"]["gradients"]
+    results.write_text(json.dumps(stored))
+    assert evaluate_model(straight, images, labels, folder=tmp_path, **SHORT) is not None
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_attacked_with_all_its_wrappers(digits):
+    """Only jax.jit is taken off, so that weights are found; jax.vmap and a gradient of its own are kept."""
+    images, labels = digits
+    model, threat = plain(images, labels), ThreatModel(0.1)
+
+    def standardised(function):
+        return functools.wraps(function)(lambda x: function(4 * x - 1))
+
+    shifted = standardised(model)
+    blind = jax.custom_vjp(model)
+    blind.defvjp(lambda x: (model(x), x), lambda x, _: (jnp.zeros_like(x),))
+    one_by_one = jax.vmap(lambda x: model(x[None])[0])
+    for function in (shifted, blind, one_by_one):
+        right = np.argmax(function(images), -1)
+        run = functools.partial(autoattack, threat=threat, version="apgd_ce", steps=5)
+        alone, compiled = (run(f, jax.random.key(0), images, right) for f in (function, jax.jit(function)))
+        assert compiled.robust["clean"].all()
+        np.testing.assert_array_equal(alone.robust["apgd_ce"], compiled.robust["apgd_ce"])
 
 
 @pytest.mark.slow

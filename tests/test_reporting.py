@@ -10,7 +10,7 @@ from rich.console import Console
 
 from robal_jax import metrics
 from robal_jax.errors import InputError
-from robal_jax.reporting.audit import audit_verdict
+from robal_jax.reporting.audit import audit_summary, audit_verdict
 from robal_jax.reporting.headline import in_words
 from robal_jax.reporting.names import display_name
 from robal_jax.reporting.report import write_report
@@ -214,7 +214,11 @@ def test_audit_without_curves_and_norms_without_weights(tmp_path):
         ([FLAGGED] * 3 + [NOTE] * 9, FLAGGED, "3 of 12 checks are flagged: do not trust any robust"),
         ([FLAGGED] + [NOT_RUN] * 2, FLAGGED, "1 of 3 checks is flagged (2 not run): do not trust any robust"),
         ([NOT_RUN] * 2, NOT_RUN, "No check was run (0 of 2)"),
-        ([PASSED, NOTE], NOTE, "No check was flagged (2 of 2 run). The fixed-step attacks are a little"),
+        (
+            [PASSED, NOTE],
+            NOTE,
+            "No check was flagged (2 of 2 run). The fixed-step attacks are optimistic (a)",
+        ),
         ([TOO_FEW, PASSED], PASSED, "No check was flagged (2 of 2 run, 1 with too few images to tell)"),
         ([TOO_FEW] * 2, TOO_FEW, "No check was flagged (2 of 2 run, 2 with too few images to tell)"),
     ],
@@ -280,6 +284,27 @@ def test_without_an_ensemble_the_verdict_asks_for_one():
 def test_report_without_an_audit_says_so():
     assert audit_verdict(None)[0] == NOT_RUN
     assert "No audit" in audit_verdict(None)[1]
+
+
+def test_images_that_were_read_again_are_no_audit():
+    audit = {"examples": 0, "verdicts": [verdict("Accuracy computed again", PASSED)]}
+    assert audit_verdict(audit)[0] == NOT_RUN
+    assert audit_verdict(audit)[1].startswith("No audit was made. The stored adversarial images")
+    assert audit_summary(audit) == "no audit"
+    audit["verdicts"].append(verdict("Selected on test images", FLAGGED))
+    assert audit_verdict(audit)[0] == FLAGGED
+    assert audit_summary(audit) == "flagged: Selected on test images"
+
+
+def test_a_note_on_the_models_own_gradient_is_not_on_fixed_steps():
+    notes = [verdict("Steps", NOTE, doubts=FIXED_STEPS), verdict("BPDA", NOTE, doubts=OWN_GRADIENT)]
+    both, own = (audit_verdict({"verdicts": some})[1] for some in (notes, notes[1:]))
+    assert (
+        "fixed-step attacks are optimistic (Steps): the ensemble's accuracy is the one to use. Attacks"
+        in both
+    )
+    assert both.endswith("own gradient are optimistic (BPDA): use the accuracy with BPDA")
+    assert "fixed-step" not in own
 
 
 @pytest.mark.parametrize(("planned", "ran"), [(False, False), (True, False), (True, True)])

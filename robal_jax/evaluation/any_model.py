@@ -149,10 +149,7 @@ def evaluate_model(
         replaced=model.replaced,
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
-    identity = model.identity | {"surrogate": None, "settings": _settings(job, audit, select)}
-    if other is not None:
-        identity["surrogate"] = _fingerprint(*other[:2], images)
-        identity["gradients"] |= {"surrogate": _gradient_size(*other[:2], images)}
+    identity = _identity(model.identity, other, images, _settings(job, audit, select))
     about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
@@ -336,6 +333,20 @@ def _settings(job: builder.Evaluation, audit: int, select: str) -> dict[str, Any
         **({"minimum_norm": job.minimum_norm} if job.minimum_norm else {}),
         **({} if select == "last" else {"select": select}),
     }
+
+
+def _identity(
+    model: dict[str, Any],
+    other: tuple[Callable[..., Any], dict[str, Any], int] | None,
+    images: np.ndarray,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Adds to what tells a model from others that of the transfer attack, and the settings."""
+    if other is None:
+        return {**model, "surrogate": None, "settings": settings}
+    gradients = {**model["gradients"], "surrogate": _gradient_size(*other[:2], images)}
+    look = _fingerprint(*other[:2], images)
+    return {**model, "gradients": gradients, "surrogate": look, "settings": settings}
 
 
 def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:

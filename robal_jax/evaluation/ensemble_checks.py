@@ -9,7 +9,7 @@ from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED
 
 
 def square_after_gradients(survived: np.ndarray, by_square: np.ndarray | None, level: float) -> Verdict:
-    """Judges what Square breaks after every attack that follows a gradient.
+    """Judges what Square breaks after the attacks that follow a gradient.
 
     Args:
       survived: of the images that are right when clean, those that survive these attacks, bool ``[m]``.
@@ -17,14 +17,14 @@ def square_after_gradients(survived: np.ndarray, by_square: np.ndarray | None, l
       level: of the test.
     """
     if by_square is None:
-        figures = "Square did not run after gradient attacks"
+        figures = "Square did not run after the gradient attacks of an ensemble"
         return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
     broken, images = int(np.sum(survived & by_square)), len(survived)
     shown = smallest_share(images, ALPHA_SQUARE, level=level)
     outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < level, shown=shown)
     figures = (
         f"Square breaks {broken} of the {survived.sum()} images (of {images} that are right when clean) that "
-        "survive every gradient attack"
+        "survive the gradient attacks before it"
     )
     conclusions = {
         PASSED: "no more than chance allows." if broken else "gradient attacks left it nothing.",

@@ -128,8 +128,8 @@ EXPLANATIONS = {
     "square": Explanation(
         "Square after gradients",
         EVERYTHING,
-        f"Flagged if Square {_CLEARLY} breaks more than {100 * ALPHA_SQUARE:g} % of the images after all "
-        "gradient attacks, those of the ensemble included.",
+        f"Flagged if Square {_CLEARLY} breaks more than {100 * ALPHA_SQUARE:g} % of the images after the "
+        "gradient attacks, those of the ensemble before it included.",
         "All gradient attacks miss something in the same way, so that the ensemble is weaker than it seems.",
         "Adapt the attack to the model, or run Square with more queries.",
     ),

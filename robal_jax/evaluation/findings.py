@@ -142,11 +142,11 @@ def regroup(
     folder: pathlib.Path,
     say: Callable[[str], None],
 ) -> None:
-    """Summarises stored outcomes again if other groups of classes are asked for; attacks nothing.
+    """Summarises stored outcomes again if other groups of classes or names are asked for; attacks nothing.
 
     Args:
       job: what was evaluated, and the groups.
-      about: values of :class:`Results` ``.meta``, of which those are taken that depend on the groups.
+      about: values of :class:`Results` ``.meta``, of which those are taken that no attack depends on.
       beside: folder of the evaluation at a common radius; None for none.
       folder: of the results; its report is removed if they change.
       say: receives messages for the user, line by line.
@@ -154,11 +154,20 @@ def regroup(
     run = read_run(folder)
     predictions = {name: found for name, found in run.predictions.items() if name != "worst"}
     summary = _summary(job, run.examples["labels"], predictions)
-    if all(summary.get(key) == run.summary.get(key) for key in ("class_counts", "groups", "protocols")):
+    regrouped = any(
+        summary.get(key) != run.summary.get(key) for key in ("class_counts", "groups", "protocols")
+    )
+    names = {name: about[name] for name in ("method", "dataset", "class_names") if name in about}
+    if not regrouped and all(run.meta.get(name) == value for name, value in names.items()):
         return
-    say("the classes are divided into other groups; no attack is run again")
+    changed = (
+        "the classes are divided into other groups"
+        if regrouped
+        else "the model or its classes have new names"
+    )
+    say(f"{changed}; no attack is run again")
     meta = {name: value for name, value in run.meta.items() if name != "common_epsilon"}
-    meta |= {name: about[name] for name in ("config", "imbalance", "command") if about.get(name)}
+    meta |= names | {name: about[name] for name in ("config", "imbalance", "command") if about.get(name)}
     meta |= {} if beside is None else at_common_radius(beside, meta)
     remove_report(folder)
     lengths = _distances(job, run.examples["labels"], run.examples)
@@ -263,22 +272,28 @@ def _after_gradients(
     predictions: Mapping[str, np.ndarray],
     labels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns which images that are right when clean survive every gradient attack, and which Square breaks.
+    """Returns which images that are right when clean survive the gradient attacks, and which Square breaks.
 
-    Square is that of the ensemble if it follows other attacks there, otherwise the audit's on its sample. It
-    is None if the ensemble has no gradient attack.
+    Square is that of the ensemble, after the gradient attacks before it, or without one the audit's on its
+    sample, after all. It is None if it does not follow strong ones: there are none, or some of AutoAttack's
+    come later, and might have broken the same images.
     """
     survived = _survive_fixed_steps(predictions, labels)
     by_square = np.zeros(len(labels), bool)
-    for stage in job.ensemble:
+    names = [stage.name for stage in job.ensemble]
+    squares = [place for place, name in enumerate(names) if name in autoattack.SQUARES]
+    last = squares[-1] if squares else len(names)
+    for stage in job.ensemble[: last + 1]:
         in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
         survived &= ~in_stage | (stage.name in autoattack.SQUARES)
         by_square |= in_stage & (stage.name in autoattack.SQUARES)
-    clean, names = predictions["clean"] == labels, [stage.name for stage in job.ensemble]
-    if "square" not in names[1:]:
+    clean = predictions["clean"] == labels
+    if not squares:
         by_square[sample.ids] = ~sample.measured["gradient_free"]["right"]
         clean &= np.isin(np.arange(len(labels)), sample.ids)
-    return survived[clean], by_square[clean] if set(names) - set(autoattack.SQUARES) else None
+    before, later = {*names[:last]}, any(not stage.bpda for stage in job.ensemble[last + 1 :])
+    strong = before >= {*autoattack.VERSIONS["standard"]} - {*autoattack.SQUARES} or not later
+    return survived[clean], by_square[clean] if strong and before - {*autoattack.SQUARES} else None
 
 
 def _store(

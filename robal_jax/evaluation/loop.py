@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from robal_jax import builder, metrics
-from robal_jax.attacks import ThreatModel, autoattack
+from robal_jax.attacks import autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.evaluation import certifying, corrupted, optimality
@@ -37,10 +37,10 @@ from robal_jax.evaluation.findings import is_stored, publish, regroup, store
 from robal_jax.evaluation.measurements import (
     Measured,
     Sample,
-    largest_radius,
     outputs,
     plan_measurements,
     sample_ids,
+    without_bound,
 )
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, closest_step, eval_step
 from robal_jax.evaluation.victim import Victim
@@ -385,7 +385,7 @@ def distances(
     work = partial(closest_step, name=name, threat=job.threat)
     forms = [None] if job.replaced is None else [None, job.replaced]
     steps = [victim.compile(work, predict) for predict in forms]
-    farthest = ThreatModel(largest_radius(job.threat.norm, victim.pixels), job.threat.norm)
+    farthest = without_bound(job.threat, victim.pixels)
     with hosts.only_first(lambda: Meter(name, total, len(found))) as meter:
         while len(found) < total and not stop:
             ids = np.arange(len(found), min(len(found) + victim.size, total))

@@ -4,6 +4,7 @@ Nothing is judged here: :func:`plan_measurements` names all measurements, each a
 that they can be saved one by one; ``verdicts.py`` judges the arrays.
 """
 
+import dataclasses
 import inspect
 import sys
 import types
@@ -160,30 +161,32 @@ def unbounded(
     images: chex.Array,
     labels: chex.Array,
     *,
-    norm: str,
+    threat: ThreatModel,
 ) -> dict[str, chex.Array]:
     """Returns whether images are still classified correctly under PGD without a bound, bool ``[B]``."""
-    radius = largest_radius(norm, images[0].size)
+    free = without_bound(threat, images[0].size)
     shown = attacks.pgd(
         logits_fn,
         keys,
         images,
         labels,
-        threat=ThreatModel(radius, norm),
+        threat=free,
         steps=UNBOUNDED_STEPS,
-        step_size=2.5 * radius / UNBOUNDED_STEPS,
+        step_size=2.5 * free.epsilon / UNBOUNDED_STEPS,
     )
     return {"right": jnp.argmax(logits_fn(shown), -1) == labels}
 
 
-def largest_radius(norm: str, pixels: int) -> float:
-    """Returns the radius within which every image lies, whatever the image.
+def without_bound(threat: ThreatModel, pixels: int) -> ThreatModel:
+    """Returns a threat model with the radius within which every image lies, whatever the image.
 
     Example:
-      >>> largest_radius("linf", 64), largest_radius("l2", 64)
+      >>> without_bound(ThreatModel(0.1), 64).epsilon, without_bound(ThreatModel(0.1, "l2"), 64).epsilon
       (1.0, 8.0)
     """
-    return 1.0 if norm == "linf" else float(np.sqrt(pixels))
+    side = threat.upper - threat.lower
+    radius = side if threat.norm == "linf" else side * float(np.sqrt(pixels))
+    return dataclasses.replace(threat, epsilon=radius)
 
 
 def radius_unit(threat: ThreatModel) -> float:
@@ -205,7 +208,7 @@ def radius_factors(threat: ThreatModel, pixels: int) -> tuple[float, ...]:
       >>> radius_factors(ThreatModel(0.1), 64)
       (0.25, 0.5, 2.0, 4.0, 8.0, 10.0)
     """
-    last = largest_radius(threat.norm, pixels) / float(np.min(threat.epsilon))
+    last = without_bound(threat, pixels).epsilon / float(np.min(threat.epsilon))
     doubled = (float(2**power) for power in (-2, -1, *range(1, 1 + LARGEST_FACTOR.bit_length())))
     return (*(factor for factor in doubled if factor < last), *([last] if last > 1 else []))
 
@@ -342,7 +345,7 @@ def plan_measurements(
         plans[name] = partial(attack, restart=restart)
     for factor in radius_factors(threat, victim.pixels):
         plans[RADIUS_NAME.format(factor)] = partial(within, factor)
-    plans["unbounded"] = partial(compiled(partial(unbounded, norm=threat.norm)), ids)
+    plans["unbounded"] = partial(compiled(partial(unbounded, threat=threat)), ids)
     plans["gradient_free"] = partial(compiled(partial(gradient_free, threat=threat)), ids)
     if surrogate is not None:
         craft = surrogate.compile(partial(crafted, **settings), size=surrogate.size_for(len(ids)))

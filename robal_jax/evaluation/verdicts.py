@@ -115,8 +115,8 @@ def give_verdicts(
     Args:
       measured: arrays of :func:`measurements.plan_measurements`, by name.
       labels: of the sample ``[n]``.
-      survived: of the images that are right when clean, those that survive every gradient attack of the
-        evaluation, bool ``[m]``.
+      survived: of the images that are right when clean, those that survive the gradient attacks
+        before Square, bool ``[m]``.
       by_square: whether Square breaks them, bool ``[m]``; None if it did not run after such attacks.
       epsilon: the threat model's own radius, as :func:`measurements.radius_unit` counts it.
       by_bpda: of the images that are right when clean, those that survive the attacks with the model's own

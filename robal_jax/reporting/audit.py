@@ -1,6 +1,6 @@
 """The audit in a report: the verdict of all checks together, and each check with what it means."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robal_jax.reporting import page
@@ -34,6 +34,11 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
         return NOT_RUN, "No audit was made, so nothing shows whether the attacks are as strong as they can be"
     verdicts = audit["verdicts"]
     outcomes = [outcome_of(verdict) for verdict in verdicts]
+    if _only_read_again(audit):
+        return NOT_RUN, (
+            "No audit was made. The stored adversarial images were read again, and give the same accuracy; "
+            "nothing shows whether the attacks are as strong as they can be"
+        )
     count, done = len(verdicts), len(verdicts) - outcomes.count(NOT_RUN)
     overall = next((name for name in (FLAGGED, NOTE, PASSED, TOO_FEW) if name in outcomes), NOT_RUN)
     if overall == NOT_RUN:
@@ -44,12 +49,7 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     if overall in (PASSED, TOO_FEW):
         return overall, f"No check was flagged{remark}"
     if overall == NOTE:
-        noted = [verdict["title"] for verdict in verdicts if outcome_of(verdict) == NOTE]
-        advice = "the ensemble's accuracy is the one to use" if ensemble else "evaluate with AutoAttack"
-        return NOTE, (
-            f"No check was flagged{remark}. The fixed-step attacks are a little optimistic "
-            f"({', '.join(noted)}): {advice}"
-        )
+        return NOTE, f"No check was flagged{remark}. {_noted(verdicts, ensemble=ensemble)}"
     flagged = [verdict for verdict in verdicts if outcome_of(verdict) == FLAGGED]
     left_out = [f"{count - done} not run"] * (done < count) + others[1:]
     remark = f" ({', '.join(left_out)})" if left_out else ""
@@ -72,6 +72,26 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     )
 
 
+def _only_read_again(audit: Mapping[str, Any]) -> bool:
+    """Returns whether no check had images, and none that needs no images of its own is flagged."""
+    return audit.get("examples") == 0 and FLAGGED not in map(outcome_of, audit["verdicts"])
+
+
+def _noted(verdicts: Sequence[Mapping[str, Any]], *, ensemble: bool) -> str:
+    """Says which attacks the notes call optimistic, and which accuracy to use."""
+    noted = [verdict for verdict in verdicts if outcome_of(verdict) == NOTE]
+    own = [verdict["title"] for verdict in noted if verdict.get("doubts") == OWN_GRADIENT]
+    fixed = [verdict["title"] for verdict in noted if verdict.get("doubts") != OWN_GRADIENT]
+    advice = "the ensemble's accuracy is the one to use" if ensemble else "evaluate with AutoAttack"
+    sentences = [f"The fixed-step attacks are optimistic ({', '.join(fixed)}): {advice}"] * bool(fixed)
+    if own:
+        titles = ", ".join(own)
+        sentences.append(
+            f"Attacks with the model's own gradient are optimistic ({titles}): use the accuracy with BPDA"
+        )
+    return ". ".join(sentences)
+
+
 def audit_summary(audit: Mapping[str, Any] | None) -> str:
     """Returns the audit in a cell of a table: the titles of flagged checks, how many were noted and run.
 
@@ -87,6 +107,8 @@ def audit_summary(audit: Mapping[str, Any] | None) -> str:
         titles.setdefault(outcome_of(verdict), []).append(verdict["title"])
     if FLAGGED in titles:
         return f"flagged: {', '.join(titles[FLAGGED])}"
+    if _only_read_again(audit):
+        return "no audit"
     count = len(audit["verdicts"])
     parts = [f"{count - len(titles.get(NOT_RUN, []))} of {count} checks run"]
     if NOTE in titles:
