@@ -170,6 +170,22 @@ def test_a_config_file_that_cannot_be_used(tmp_path, text, message):
     refused(message, cli.load_config, str(tmp_path / "mine.py"))
 
 
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [
+        ("train.label_smothing", "train.label_smoothing"),
+        ("attack.step", "attack.steps"),
+        ("evaluation.tau", "evaluation.tau_p"),
+        ("schedul", "schedule.lr"),
+    ],
+)
+def test_a_field_of_a_config_file_that_no_config_has(tmp_path, field, near):
+    text = f"from configs import at\ndef get_config(data):\n    c = at.get_config(data)\n    c.{field} = 3\n"
+    (tmp_path / "mine.py").write_text(f"{text}    return c\n")
+    message = f"mine.py:digits_lt: unknown config key '{field}'; use '{near}'$"
+    refused(message, cli.load_config, f"{tmp_path / 'mine.py'}:digits_lt")
+
+
 def test_config_file_without_get_config(tmp_path):
     (tmp_path / "mine.py").write_text("config = {}\n")
     refused("has no attribute 'get_config'", cli.load_config, str(tmp_path / "mine.py"))
