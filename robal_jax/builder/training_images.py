@@ -27,7 +27,8 @@ class TrainingImages(NamedTuple):
       labels: of these.
       order: epoch, counted from 0, to the numbers of the images that it shows.
       steps_per_epoch: without the last incomplete batch.
-      class_counts: of what training sees, in the proportions of a batch, ``[K]``.
+      class_counts: of the training images, with generated ones in the proportions of a batch, ``[K]``; as the
+        sampler 'uniform' draws them, whatever the sampler.
       stored: see :class:`Training`.
       about: see :class:`Training`.
     """
@@ -85,7 +86,7 @@ def training_images(config: ConfigDict) -> TrainingImages:
 
 
 def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingImages:
-    """Adds generated images to those of the data set."""
+    """Adds generated images to those of the data set; class counts are as if both were drawn uniformly."""
     size, count, data = config.train.batch_size, generated_per_batch(config), originals.data
     more = generated.load_generated(copied(config.generated.path) or config.generated.path, data)
     first, number, share = len(data.train_labels), len(more.labels), count / size
@@ -99,6 +100,7 @@ def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingIm
 
     sha256 = digest_of_images(more.images, more.labels)
     per_class = inspection.per_class(more.labels, data.class_names)
+    drawn = "" if config.train.sampler == "uniform" else " as drawn uniformly"
     real = f"{100 - 100 * share:.3g} % originals + {100 * share:.3g} % generated"
     return originals._replace(
         images=generated.joined(data.train_images, more.images),
@@ -110,7 +112,7 @@ def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingIm
             **originals.about,
             "mixture": f"{count} of the {size} images of each batch are generated, from "
             f"{config.generated.path}: {per_class}",
-            "prior": f"class prior: of the mixture, {real}",
+            "prior": f"class prior: of the mixture{drawn}, {real}",
         },
     )
 
