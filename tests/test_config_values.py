@@ -192,6 +192,10 @@ def test_no_shipped_config_is_doubted(method, data):
             "warmup is 61 epochs, but the run has 60; set a shorter warm-up or more epochs",
         ),
         (["train.epochs=2"], "warmup is 3 epochs, but the run has 2"),
+        (
+            ["threat.ramp=0.8", "train.epochs=1", "schedule.warmup=0"],
+            "threat.ramp 0.8 raises the radii from 0 in the first epoch, and the run has no other",
+        ),
     ],
 )
 def test_doubts_about_the_training(overrides, message):
