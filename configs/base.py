@@ -289,8 +289,9 @@ def robustlt(config: ConfigDict, data: str, *, beta: float = 0.8, beta_tiny: flo
     """Plugs RobustLT into a method: radii by class that rise from 0, and its released code's training loop.
 
     The loop attacks with the batch's statistics, starts all classes from the common radius, trains with
-    Nesterov's momentum, and makes two more training passes after each update, for its log. Alpha and, on
-    CIFAR-100-LT, beta are the same for all methods.
+    Nesterov's momentum, and makes two more training passes after each update, for its log. It counts epochs
+    from 1, whatever the method's own code does, so that the milestones of all methods are those published.
+    Alpha and, on CIFAR-100-LT, beta are the same for all methods.
 
     Args:
       config: of the method; it is changed.
@@ -307,6 +308,11 @@ def robustlt(config: ConfigDict, data: str, *, beta: float = 0.8, beta_tiny: flo
     config.attack.batch_norm = "batch"
     config.optimizer.nesterov = True
     config.train.logged_passes = "adv,nat"
+    if data not in ("digits_lt", "imagenet_lt"):
+        milestones = {80: (60, 75), 100: (75, 90), 200: (100, 150)}
+        config.schedule.milestones = milestones.get(config.train.epochs, config.schedule.milestones)
+        if config.loss.name == "staged":  # TAET's second stage
+            config.loss.start = config.attack.first_epoch = 40
     if data in ("cifar10_lt", "cifar100_lt"):
         config.model = ConfigDict({"name": "wide_resnet", "depth": 28, "widen": 10})
         config.threat.epsilon = 8 / 255

@@ -18,4 +18,4 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     config.perturbation = base.ConfigDict({"name": "awp", "gamma": 0.005, "start": 10})
     if data in ("cifar10_lt", "cifar100_lt"):
         config.model = base.ConfigDict({"name": "wide_resnet", "depth": 34, "widen": 10})
-    return base.longer(config, data, 200, 101, 151)
+    return base.longer(config, data, 200, 100, 150)

@@ -6,11 +6,13 @@ A wrapper has the arguments of an objective, see ``objectives``, and ``objective
 # ruff: noqa: D417 - the docstring of ``objectives`` describes the arguments that all objectives share
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 from robal_jax import attacks, losses, models
@@ -151,7 +153,7 @@ def aligned_gradients(
 ) -> tuple[chex.Array, Outcome]:
     """GradAlign: adds how far the gradients at each image and at a random point of its ball are apart.
 
-    ``weight * mean [1 - cos(grad_x CE(z(x), y), grad_x CE(z(x + u), y))]``, ``u ~ U(-epsilon, epsilon)``
+    ``weight * mean [1 - cos(grad_x CE(z(x), y), grad_x CE(z(x + u), y))]``, ``u`` uniform in the ball
 
     It keeps single-step adversarial training from overfitting to its own attack. The passes are training
     passes, which do not move the running statistics.
@@ -168,8 +170,9 @@ def aligned_gradients(
     def total(images: chex.Array) -> chex.Array:
         return losses.cross_entropy(model.train(params, stats, images)[0], batch.labels).sum()
 
-    draw = partial(jax.random.uniform, shape=batch.images.shape[1:], dtype=batch.images.dtype)
-    noise = jax.vmap(lambda key: draw(key, minval=-1.0, maxval=1.0))(fold_in(batch.keys, ALIGNMENT))
+    unit = replace(threat, epsilon=1.0)
+    origin, keys = jnp.zeros_like(batch.images), fold_in(batch.keys, ALIGNMENT)
+    noise = attacks.starting_points(attacks.uniform_start, keys, origin, unit)
     here, there = (
         jax.grad(total)(x).reshape(len(noise), -1)
         for x in (batch.images, batch.images + threat.epsilon * noise)

@@ -361,10 +361,21 @@ def load_config(spec: str) -> ConfigDict:
     """Loads the config of a file: ``path.py``, ``path.py:argument``, or a shipped one: ``at:digits_lt``.
 
     Raises:
-      InputError: there is no such file, or its ``get_config`` refuses the argument.
+      InputError: there is no such file, its ``get_config`` refuses the argument, or it sets a field that no
+        config has; the functions that sections name tell later what they take.
     """
+    config = _loaded(_config_file(spec.partition(":")[0]), spec)
+    known = _fields(_loaded(SHIPPED / "configs" / "base.py", "base:cifar10_lt"))
+    of_functions = tuple(f"{section}." for section in NAMED)
+    for key in _fields(config):
+        if key not in known and not key.startswith(of_functions):
+            raise InputError(f"{spec}: {_unknown_key(key, known)}")
+    return config.lock()
+
+
+def _loaded(path: pathlib.Path, spec: str) -> ConfigDict:
+    """Returns what ``get_config`` of a config file makes of the argument of a spec."""
     name, _, argument = spec.partition(":")
-    path = _config_file(name)
     add_shipped()  # for ``from configs import base`` in the file
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
@@ -384,7 +395,13 @@ def load_config(spec: str) -> ConfigDict:
         raise InputError(
             f"get_config of {name} returns a {type(config).__name__}; return an ml_collections.ConfigDict"
         )
-    return config.lock()
+    return config
+
+
+def _unknown_key(key: str, known: Collection[str]) -> str:
+    """Says that a config has no such field, and which one is nearest."""
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
+    return f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
 
 
 def _config_file(name: str) -> pathlib.Path:
@@ -419,10 +436,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         if key in by_signature:
             continue
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
-            raise InputError(
-                f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
-            )
+            raise InputError(_unknown_key(key, known))
         read.append(plain(override, known[key]))
     values = flags.FlagValues()
     try:

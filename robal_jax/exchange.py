@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from robal_jax import builder, cli, pytorch
 from robal_jax.averages import Weights
+from robal_jax.data.sources import SHAPES
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.storage import buckets, checkpoints
@@ -30,18 +31,11 @@ from robal_jax.storage.names import CHECKPOINTS, CONFIG, IMPORT
 from robal_jax.storage.workdir import imported_from, versions
 from robal_jax.training import TrainState
 
-DATA_SHAPES = {
-    "digits_lt": (10, (8, 8, 1)),
-    "cifar10_lt": (10, (32, 32, 3)),
-    "cifar100_lt": (100, (32, 32, 3)),
-}
-"""Number of classes and image shape of the library's data sets, so that an import needs no data."""
-
 
 def data_shape(config: ConfigDict) -> tuple[int, tuple[int, ...]]:
-    """Returns the number of classes and the shape of an image; reads data that is not in ``DATA_SHAPES``."""
-    if config.data.name in DATA_SHAPES:
-        return DATA_SHAPES[config.data.name]
+    """Returns the number of classes and the shape of an image; reads data that is not in ``SHAPES``."""
+    if config.data.name in SHAPES:
+        return SHAPES[config.data.name]
     data = builder.dataset(config)
     return len(data.class_counts), data.test_images.shape[1:]
 

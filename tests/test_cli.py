@@ -170,6 +170,22 @@ def test_a_config_file_that_cannot_be_used(tmp_path, text, message):
     refused(message, cli.load_config, str(tmp_path / "mine.py"))
 
 
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [
+        ("train.label_smothing", "train.label_smoothing"),
+        ("attack.step", "attack.steps"),
+        ("evaluation.tau", "evaluation.tau_p"),
+        ("schedul", "schedule.lr"),
+    ],
+)
+def test_a_field_of_a_config_file_that_no_config_has(tmp_path, field, near):
+    text = f"from configs import at\ndef get_config(data):\n    c = at.get_config(data)\n    c.{field} = 3\n"
+    (tmp_path / "mine.py").write_text(f"{text}    return c\n")
+    message = f"mine.py:digits_lt: unknown config key '{field}'; use '{near}'$"
+    refused(message, cli.load_config, f"{tmp_path / 'mine.py'}:digits_lt")
+
+
 def test_config_file_without_get_config(tmp_path):
     (tmp_path / "mine.py").write_text("config = {}\n")
     refused("has no attribute 'get_config'", cli.load_config, str(tmp_path / "mine.py"))
@@ -270,6 +286,9 @@ def test_values(tmp_path, override, message):
     assert not (tmp_path / "run").exists(), "something was written"
 
 
+WEIGHTED = {"name": "weighted_by_radius", "base": {"name": "cross_entropy"}}
+
+
 def keyword(section, name, value):
     return lambda config: config[section].update({name: value})
 
@@ -308,12 +327,38 @@ def test_keywords_that_a_function_does_not_take(tmp_path, section, name, value, 
             {"threat": {"ramp": 0.5}, "attack": {"second_step": True}},
             "config.threat.ramp 0.5 raises the radii from 0, and config.attack.second_step makes steps of",
         ),
+        (
+            {"threat": {"ramp": 0.5}, "loss": {"reweight": False, "base": WEIGHTED}},
+            "config.threat.ramp 0.5 raises .*, and loss 'weighted_by_radius' makes the weights .*; set",
+        ),
+        (
+            {"threat": {"ramp": 0.5}, "objective": {"name": "trades", "by_radius": True}},
+            "config.threat.ramp 0.5 raises .*, and config.objective.by_radius makes the weight of the diver",
+        ),
+        (
+            {"threat": {"ramp": 0.5}, "objective": {"name": "mma", "max_epsilon": 0.1}},
+            "'mma' has one radius .*, config.objective.max_epsilon, and config.threat.ramp is 0.5; set",
+        ),
+        (
+            {"threat": {"budget": {"name": "cfa"}}, "objective": {"name": "mma", "max_epsilon": 0.1}},
+            "config.objective.max_epsilon, and config.threat.budget.name is 'cfa'; set it to 'constant'",
+        ),
+        (
+            {"perturbation": {"name": "awp"}, "optimizer": {"trainable": "classifier"}},
+            "'awp' perturbs all weights, and config.optimizer.trainable 'classifier' leaves some untrained",
+        ),
         ({"objective": {"name": "avmixup"}}, "'avmixup' has a loss of its own and would ignore config.loss"),
         ({"threat": {"norm": "l2"}, "attack": {"start": "one_sided"}}, "'one_sided' is for norm linf"),
     ],
 )
 def test_parts_that_do_not_go_together(tmp_path, change, message):
     refused(message, start, tmp_path, change=lambda c: c.update(change), spec="configs/deferred.py:digits_lt")
+
+
+@pytest.mark.parametrize(("method", "override"), [("plain", "seed=0"), ("at", "attack.free_steps=2")])
+def test_a_start_that_no_attack_reads_is_not_asked_for(method, override):
+    overrides = ["--config.threat.norm=l2", f"--config.{override}"]
+    builder.check(cli.apply_overrides(cli.load_config(f"{method}:cifar10_lt"), overrides))
 
 
 def test_keywords_that_a_function_needs(tmp_path):

@@ -192,6 +192,10 @@ def test_no_shipped_config_is_doubted(method, data):
             "warmup is 61 epochs, but the run has 60; set a shorter warm-up or more epochs",
         ),
         (["train.epochs=2"], "warmup is 3 epochs, but the run has 2"),
+        (
+            ["threat.ramp=0.8", "train.epochs=1", "schedule.warmup=0"],
+            "threat.ramp 0.8 raises the radii from 0 in the first epoch, and the run has no other",
+        ),
     ],
 )
 def test_doubts_about_the_training(overrides, message):
@@ -220,6 +224,20 @@ def test_doubts_about_the_evaluation():
     trained, (line,) = warnings("evaluation.step_size=0.001")
     assert trained == []
     assert "20 times config.evaluation.step_size 0.001 is less than config.evaluation.epsilon 0.1" in line
+
+
+# ---------------------------------------------------------------- without the data
+
+
+@pytest.mark.parametrize(("data", "count"), [("cifar100_lt", 100), ("tiny_imagenet_lt", 20)])
+def test_radii_of_as_many_classes_as_the_data_has(data, count):
+    override = f"epsilons=({'0.03,' * count})"
+    for section in ("threat", "evaluation"):
+        given = [f"{section}.budget.name=given", f"{section}.budget.{override}"]
+        builder.check(changed(*given, spec=f"{ROOT}/configs/at.py:{data}"))
+    given = ["threat.budget.name=given", "threat.budget.epsilons=(0.1,0.2)"]
+    with pytest.raises(InputError, match=r"epsilons is \[2\]; it must be \[10\]"):
+        builder.check(changed(*given))
 
 
 # ---------------------------------------------------------------- values from a file

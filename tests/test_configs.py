@@ -141,6 +141,27 @@ def test_differences_of_paper_and_released_code_are_one_override_away():
         assert str(read(changed)) == value
 
 
+@pytest.mark.parametrize(
+    ("method", "milestones"),
+    [
+        ("trades_awp", (100, 150)),
+        ("at_awp", (101, 151)),
+        ("robustlt_at", (75, 90)),
+        ("robustlt_at_bsl", (75, 90)),
+        ("robustlt_awp", (100, 150)),
+        ("robustlt_reat", (60, 75)),
+        ("robustlt_robal", (60, 75)),
+        ("robustlt_taet", (75, 90)),
+        ("at_bsl", (75, 90, 100)),
+    ],
+)
+def test_milestones_count_epochs_as_the_released_code_does(method, milestones):
+    config, digits = (cli.load_config(f"{method}:{data}") for data in ("cifar10_lt", "digits_lt"))
+    assert (config.schedule.name, config.schedule.milestones) == ("paper", milestones)
+    assert digits.schedule.milestones == (45, 55)
+    assert config.attack.first_epoch == config.loss.get("start", 1) == (40 if "taet" in method else 1)
+
+
 def test_start_from_names_the_run_that_the_notes_make():
     for method in ("one_epoch_rs", "one_epoch_rw", "lws"):
         config = cli.load_config(f"configs/{method}.py:cifar10_lt")

@@ -190,6 +190,8 @@ def test_a_training_knows_the_prior_of_its_batches(file, monkeypatch):
 
 def test_what_a_training_says(job, file):
     assert job.about["prior"] == "class prior: of the mixture, 30 % originals + 70 % generated"
+    balanced = builder.training(digits("train.sampler=class_aware", path=file)).about["prior"]
+    assert balanced == "class prior: of the mixture as drawn uniformly, 30 % originals + 70 % generated"
     assert job.about["mixture"].startswith(f"14 of the 20 images of each batch are generated, from {file}: ")
     assert "60 images of 10 classes" in job.about["mixture"]
     assert job.about["data"] == builder.training(digits()).about["data"]  # of the originals

@@ -168,9 +168,13 @@ def test_on_test_images():
     np.testing.assert_array_equal(job.judged.ids, np.arange(700))
 
 
-def test_a_start_that_may_have_seen_them_is_doubted():
-    config = digits("train.held_out=0.1", "train.start_from=runs/x")
-    assert any("may have been trained on the held-out images" in line for line in builder.doubts(config))
+@pytest.mark.parametrize("field", ["start_from", "teacher"])
+def test_a_run_that_may_have_seen_them_is_doubted(field):
+    config = digits("train.held_out=0.1", f"train.{field}=runs/x")
+    assert any(
+        f"{field} names a run that may have been trained on the held-out images" in line
+        for line in builder.doubts(config)
+    )
     assert builder.doubts(digits("train.start_from=runs/x")) == []
 
 

@@ -27,6 +27,7 @@ from robal_jax.averages import Weights
 from robal_jax.data import draw_cutmix
 from robal_jax.devices.parallel import AXIS
 from robal_jax.errors import InputError
+from robal_jax.keys import ALIGNMENT, fold_in
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import ingredients as ingredients_of
 from robal_jax.training import TrainState
@@ -458,6 +459,27 @@ def test_gradients_of_a_linear_model_are_aligned():
 
     assert misalignment(linear) < 1e-6
     assert misalignment(bent) > 0.1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_alignment_looks_at_points_of_the_ball(norm):
+    seen, threat = [], attacks.ThreatModel(0.1, norm)
+
+    def train(params, stats, images):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
+        return images[:, :3], {}
+
+    def plain(model, params, stats, batch):
+        return jnp.float32(0), objectives.Outcome((), {})
+
+    model, batch = linear_model()._replace(train=train), objectives.Batch(IMAGES, LABELS, KEYS, 1)
+    attack_modes.aligned_gradients(model, {}, {}, batch, objective=plain, weight=0.5, threat=threat)
+    jax.effects_barrier()
+    (there,) = (images for images in seen if (images != IMAGES).any())
+    assert 0.05 < threat.distance(there, IMAGES).max() < 0.1 + 1e-6
+    if norm == "linf":
+        draw = partial(jax.random.uniform, shape=IMAGES.shape[1:], minval=-1.0, maxval=1.0)
+        np.testing.assert_array_equal(there, IMAGES + 0.1 * jax.vmap(draw)(fold_in(KEYS, ALIGNMENT)))
 
 
 @pytest.mark.slow

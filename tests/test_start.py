@@ -100,6 +100,36 @@ def test_a_resumed_run_has_a_header(no_compilation, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("start", [STORED, STORED / "checkpoints" / "5"])
+def test_a_start_on_data_of_another_seed_is_doubted(no_compilation, tmp_path, start):
+    config, said = read_config(STORED), []
+    with config.unlocked():
+        config.train.start_from, config.data.seed = str(start), 1
+    with pytest.raises(CompilationError):
+        training.train(config, tmp_path / "run", say=said.append)
+    (line,) = (line for line in said if "data.seed" in line)
+    begins = "warning: config.train.start_from names a run with config.data.seed 0, and this run has 1: their"
+    assert line.startswith(begins)
+    assert line.endswith("; give it the same")
+
+
+def test_what_is_not_doubted_of_the_data_of_another_run(tmp_path):
+    """The same data, other data, and a checkpoint that says nothing of its data."""
+    config, other = read_config(STORED), cli.load_config("at:cifar10_lt")
+    with config.unlocked(), other.unlocked():
+        other.data.seed = config.seed = 1
+    assert builder.seed_doubts(config, "teacher", STORED) == []
+    assert builder.seed_doubts(other, "teacher", STORED) == []
+    with config.unlocked():
+        config.data.seed = 1
+    assert len(builder.seed_doubts(config, "teacher", STORED)) == 1
+    (bare := tmp_path / "a" / "5").mkdir(parents=True)
+    assert builder.seed_doubts(config, "teacher", bare) == []
+    for text in ("{}", "no JSON"):
+        (tmp_path / "config.json").write_text(text)
+        assert builder.seed_doubts(config, "teacher", bare) == []
+
+
 def test_slow_work_is_announced(capsys):
     with announced("quick work", after=60):
         pass

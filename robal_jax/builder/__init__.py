@@ -64,6 +64,7 @@ from robal_jax.builder.parts import (
     standardisation,
 )
 from robal_jax.builder.ranges import RANGES, SELECTIONS, evaluation_doubts, validate
+from robal_jax.builder.training_images import seed_doubts
 from robal_jax.builder.training_job import Training, check, doubts, training
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "objective",
     "optimizer",
     "perturbation",
+    "seed_doubts",
     "standardisation",
     "training",
     "validate",

@@ -172,11 +172,7 @@ def _check_parts(config: ConfigDict, loss: functools.partial, function: functool
             f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack in every epoch, and "
             f"config.attack.first_epoch is {config.attack.first_epoch}; set it to 1, or use 'batch'"
         )
-    if config.attack.second_step and config.threat.ramp:
-        raise InputError(
-            f"config.threat.ramp {config.threat.ramp:g} raises the radii from 0, and "
-            "config.attack.second_step makes steps of the whole radius; set one of the two to its default"
-        )
+    _check_radii(config, loss, function)
     own_labels = config.objective.name in READ_LABELS or any(map(config.objective.get, READING_LABELS))
     reads_labels = own_labels or not takes(function, "loss")
     if config.train.mixing != "none" and reads_labels:
@@ -184,10 +180,44 @@ def _check_parts(config: ConfigDict, loss: functools.partial, function: functool
             f"objective {config.objective.name!r} needs one label per image, and config.train.mixing "
             f"{config.train.mixing!r} gives two; set it to 'none'"
         )
-    if config.threat.norm == "l2" and config.attack.start == "one_sided":
+    reads_start = takes(function, "attack") and not config.attack.free_steps
+    if config.threat.norm == "l2" and config.attack.start == "one_sided" and reads_start:
         raise InputError(
             "config.attack.start 'one_sided' is for norm linf; for l2 use 'uniform' or 'gaussian'"
         )
+
+
+def _check_radii(config: ConfigDict, loss: functools.partial, function: functools.partial) -> None:
+    """Raises an ``InputError`` if radii by class or by epoch do not fit the attack, loss and objective."""
+    budget, ramp = config.threat.budget.name, config.threat.ramp
+    rising = f"config.threat.ramp {ramp:g} raises the radii from 0, and"
+    if takes(function, "max_epsilon") and (ramp or budget != "constant"):
+        field, value, neutral = ("ramp", ramp, 0) if ramp else ("budget.name", budget, "constant")
+        raise InputError(
+            f"objective {config.objective.name!r} has one radius for all classes and epochs, "
+            f"config.objective.max_epsilon, and config.threat.{field} is {value!r}; set it to {neutral!r}"
+        )
+    if ramp and config.attack.second_step:
+        raise InputError(
+            f"{rising} config.attack.second_step makes steps of the whole radius; set one of the two to its "
+            "default"
+        )
+    if ramp and _weighs_by_radius(loss):
+        raise InputError(
+            f"{rising} loss 'weighted_by_radius' makes the weights of the images rise with them; set "
+            "config.threat.ramp to 0, or choose another loss"
+        )
+    if ramp and function.keywords.get("by_radius"):
+        raise InputError(
+            f"{rising} config.objective.by_radius makes the weight of the divergence rise with them; set one "
+            "of the two to its default"
+        )
+
+
+def _weighs_by_radius(loss: functools.partial) -> bool:
+    """Returns whether a loss, or one inside it, is ``losses.weighted_by_radius``."""
+    parts = [part for part in loss.keywords.values() if isinstance(part, functools.partial)]
+    return loss.func is losses.weighted_by_radius or any(map(_weighs_by_radius, parts))
 
 
 def _check_told(

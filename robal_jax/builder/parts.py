@@ -198,7 +198,17 @@ def optimizer(
 
 
 def perturbation(config: ConfigDict) -> Perturbation | None:
-    """Builds the perturbation of the weights; None for none."""
+    """Builds the perturbation of the weights; None for none.
+
+    Raises:
+      InputError: it would also perturb weights that are not trained.
+    """
+    trained = config.optimizer.get("trainable")
+    if config.perturbation.name == "awp" and trained:
+        raise InputError(
+            f"config.perturbation 'awp' perturbs all weights, and config.optimizer.trainable {trained!r} "
+            "leaves some untrained; set config.perturbation.name to 'none', or leave trainable empty"
+        )
     make = call("perturbation", PERTURBATIONS, config.perturbation)
     with calling("perturbation", config.perturbation.name):
         return make()

@@ -300,10 +300,17 @@ def doubts(config: ConfigDict) -> list[str]:
     milestones = list(schedule.get("milestones", ()))
     if milestones != sorted({max(milestone, 1) for milestone in milestones}):
         found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")
-    if config.train.held_out and config.train.start_from:
-        found.append(
-            "config.train.start_from names a run that may have been trained on the held-out images: give it "
+    if config.train.held_out:
+        found += [
+            f"config.train.{field} names a run that may have been trained on the held-out images: give it "
             "the same config.train.held_out and config.data.seed"
+            for field in ("start_from", "teacher")
+            if config.train[field]
+        ]
+    if config.threat.ramp and epochs == 1:
+        found.append(
+            f"config.threat.ramp {config.threat.ramp:g} raises the radii from 0 in the first epoch, and the "
+            "run has no other, so that nothing is attacked; set more epochs, or a ramp of 0"
         )
     if schedule.get("warmup", 0) > epochs:
         found.append(

@@ -1,6 +1,8 @@
 """The images of a training: those of the data set that are not held out, and generated ones beside them."""
 
+import contextlib
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from ml_collections import ConfigDict
 from robal_jax.builder.parts import HeldOut, copied, dataset, generated_per_batch, hold_out
 from robal_jax.data import Dataset, Images, epoch_order, generated, inspection
 from robal_jax.errors import InputError
+from robal_jax.storage.config_file import flatten, read_config, run_around
 from robal_jax.storage.workdir import data_digest, digest_of_images
 
 
@@ -24,7 +27,8 @@ class TrainingImages(NamedTuple):
       labels: of these.
       order: epoch, counted from 0, to the numbers of the images that it shows.
       steps_per_epoch: without the last incomplete batch.
-      class_counts: of what training sees, in the proportions of a batch, ``[K]``.
+      class_counts: of the training images, with generated ones in the proportions of a batch, ``[K]``; as the
+        sampler 'uniform' draws them, whatever the sampler.
       stored: see :class:`Training`.
       about: see :class:`Training`.
     """
@@ -82,7 +86,7 @@ def training_images(config: ConfigDict) -> TrainingImages:
 
 
 def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingImages:
-    """Adds generated images to those of the data set."""
+    """Adds generated images to those of the data set; class counts are as if both were drawn uniformly."""
     size, count, data = config.train.batch_size, generated_per_batch(config), originals.data
     more = generated.load_generated(copied(config.generated.path) or config.generated.path, data)
     first, number, share = len(data.train_labels), len(more.labels), count / size
@@ -96,6 +100,7 @@ def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingIm
 
     sha256 = digest_of_images(more.images, more.labels)
     per_class = inspection.per_class(more.labels, data.class_names)
+    drawn = "" if config.train.sampler == "uniform" else " as drawn uniformly"
     real = f"{100 - 100 * share:.3g} % originals + {100 * share:.3g} % generated"
     return originals._replace(
         images=generated.joined(data.train_images, more.images),
@@ -107,6 +112,27 @@ def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingIm
             **originals.about,
             "mixture": f"{count} of the {size} images of each batch are generated, from "
             f"{config.generated.path}: {per_class}",
-            "prior": f"class prior: of the mixture, {real}",
+            "prior": f"class prior: of the mixture{drawn}, {real}",
         },
     )
+
+
+def seed_doubts(config: ConfigDict, field: str, checkpoint: pathlib.Path) -> list[str]:
+    """Warns if a checkpoint is of a run on the same data set, drawn with another seed.
+
+    Args:
+      config: of this run.
+      field: of ``config.train``, which names the checkpoint or its run.
+      checkpoint: its folder. Outside of a run, or of one that says nothing of its data, nothing is said.
+    """
+    theirs: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # a checkpoint needs no config
+        theirs = flatten(read_config(run_around(checkpoint.absolute()) or checkpoint).to_dict())
+    seed, other = config.data.get("seed"), theirs.get("data.seed")
+    if theirs.get("data.name") != config.data.name or None in (seed, other) or seed == other:
+        return []
+    return [
+        f"config.train.{field} names a run with config.data.seed {other}, and this run has {seed}: their "
+        "images differ, and on the digits that run has seen test images of this one, in another order of the "
+        "classes; give it the same"
+    ]

@@ -334,7 +334,7 @@ def check(config: ConfigDict) -> None:
     validate(config)
     generated_per_batch(config)
     call("data set", sources.SOURCES, config.data)
-    counts = np.arange(10, 0, -1)  # of a data set that will do
+    counts = _counts_without_data(config)
     for head in (config.head, config.evaluation.head):
         if head.name:
             model(config, counts, platform="cpu", precision=config.train.precision, head=head)
@@ -349,6 +349,14 @@ def check(config: ConfigDict) -> None:
     given = {"class_counts": counts, "epsilon": config.evaluation.epsilon}
     call("budget", BUDGETS, config.evaluation.budget, **given)
     autoattack.stages(config.evaluation.autoattack, len(counts), threat=ThreatModel(config.threat.epsilon))
+
+
+def _counts_without_data(config: ConfigDict) -> np.ndarray:
+    """Returns class counts that will do: of as many classes as the data set has, or as the radii given."""
+    given = [section.get("epsilons") for section in (config.threat.budget, config.evaluation.budget)]
+    numbers = [len(radii) for radii in given if isinstance(radii, list | tuple) and radii]
+    number = sources.SHAPES[config.data.name][0] if config.data.name in sources.SHAPES else 0
+    return np.arange(number or next(iter(numbers), 10), 0, -1)
 
 
 def _attacks(config: ConfigDict) -> bool:

@@ -68,3 +68,10 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "image_folder": image_folder.load_image_folder,
 }
 """Data sets by name: functions that return a :class:`Dataset`, as its docstring describes it."""
+
+SHAPES = {
+    "digits_lt": (10, (8, 8, 1)),
+    "cifar10_lt": (10, (32, 32, 3)),
+    "cifar100_lt": (100, (32, 32, 3)),
+}
+"""Number of classes and image shape of these data sets, for what needs no data; folders have their own."""

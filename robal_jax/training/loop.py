@@ -142,7 +142,8 @@ def _train(
     hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
     # Before anything is written, because this checkpoint may be missing or may not fit the model.
     like = jax.eval_shape(partial(initial_state, job))
-    start, teacher = (_weights_of(job, name, folder) for name in ("start_from", "teacher"))
+    others = {name: _weights_of(job, name, folder) for name in ("start_from", "teacher")}
+    start, teacher = others.values()
     state = fine_tuned_state(job, start, say) if start else None
     if teacher:
         state = taught_state(state or _first_state(job), teacher, say)
@@ -157,7 +158,10 @@ def _train(
             say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
         for line in [*filter(None, [kept]), *job.data.notes, *_about(job, like, workdir)]:
             say(line)
-        for doubt in [] if found else builder.doubts(config):
+        doubts = [] if found else builder.doubts(config)
+        for name, other in others.items():
+            doubts += builder.seed_doubts(config, name, other.path) if other else []
+        for doubt in doubts:
             say(f"warning: {doubt}")
         if state is None:
             state = _first_state(job)
