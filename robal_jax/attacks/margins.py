@@ -152,7 +152,8 @@ def probability_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
 
     Unlike a margin of logits, it weighs a class by how probable it is. Published, it has ``s = 1``: large
     logits then saturate the softmax, and its gradient vanishes, as that of the cross entropy does. Here
-    neither shift nor scale of the logits changes it. No gradient flows through ``s``.
+    neither shift nor scale of the logits changes it, while ``s`` is in 1e-10..1e19: below that the constant
+    in the divisor counts, above it the squares of float32 overflow. No gradient flows through ``s``.
 
     Args:
       logits: ``z [B, K]``.
