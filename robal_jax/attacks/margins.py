@@ -210,6 +210,7 @@ def _of_class(logits: chex.Array, classes: chex.Array) -> chex.Array:
 def of_wrong_classes(logits: chex.Array, labels: chex.Array) -> chex.Array:
     """Logits ``[B, K]`` with minus infinity at the true class."""
     checks.logits_and_labels(logits, labels)
+    checks.at_least(2, num_classes=logits.shape[-1])
     return jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
 
 
