@@ -43,6 +43,8 @@ def labels_of(batch: int, labels: chex.Array, name: str = "labels") -> None:
       Traceback (most recent call last):
       ValueError: labels have shape [2, 1], they seem to be one column; pass labels[:, 0]; labels must be [B]
     """
+    if not hasattr(labels, "dtype"):
+        raise ValueError(f"{name} are a {type(labels).__name__}; pass jnp.asarray({name})")
     shape, dtype = _shape_and_type(labels)
     if len(shape) == 2 and shape[0] == batch:
         what = f"one column; pass {name}[:, 0]" if shape[1] == 1 else f"one-hot; pass jnp.argmax({name}, -1)"

@@ -264,7 +264,7 @@ def _log_odds(class_counts: chex.Array) -> chex.Array:
 def _weight_shape(features: chex.Array, num_classes: int) -> tuple[int, int]:
     """Returns the shape of a head's weight, ``(K, D)``, for features ``[B, D]``."""
     checks.features_and_weight(features)
-    checks.at_least(1, num_classes=num_classes)
+    checks.at_least(2, num_classes=num_classes)
     return num_classes, features.shape[-1]
 
 

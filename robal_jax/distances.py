@@ -93,9 +93,9 @@ def median_distances(
     """
     values = _distances("distances", distances)
     named = metrics.class_groups(class_counts) if groups is None else groups
+    labels, classes = np.asarray(labels), np.arange(len(class_counts))
     checks.labels_of(len(values), labels)
     checks.labels_in(len(class_counts), labels, per="class counts")
-    labels, classes = np.asarray(labels), np.arange(len(class_counts))
     absent = np.setdiff1d(classes, labels)
     if len(absent):
         raise InputError(f"there is no image of class {absent[0]} ({len(absent)} such classes); add some")

@@ -84,6 +84,7 @@ def _binary_terms(logits: chex.Array, labels: chex.Array, gamma: float = 0.0) ->
 
 def _logsumexp_without(logits: chex.Array, left_out: chex.Array) -> chex.Array:
     """``log sum_i exp(z_bi) [B]`` over the classes that ``left_out [B, K]`` does not mark."""
+    checks.at_least(2, num_classes=logits.shape[-1])
     return jax.nn.logsumexp(jnp.where(left_out, -jnp.inf, logits), axis=-1)
 
 
@@ -105,11 +106,12 @@ def cross_entropy(
     Args:
       logits: ``z [B, K]``, any real values.
       labels: ``y [B]``, integers in ``0..K-1``.
-      class_weights: ``w [K]``, positive; None for the plain ``CE_b``.
+      class_weights: ``w [K]``, at least 0; None for the plain ``CE_b``.
       axis_name: mapped axis over which the batch is spread, if any; the mean is then over the whole batch.
 
     Returns:
-      ``l [B]``, at least 0; its mean over the batch is ``sum_b w_{y_b} CE_b / sum_b w_{y_b}``.
+      ``l [B]``, at least 0; its mean over the batch is ``sum_b w_{y_b} CE_b / sum_b w_{y_b}``, and 0 if all
+      these weights are.
 
     Example:
       >>> logits, labels = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]])), jnp.array([0, 1])
@@ -129,7 +131,7 @@ def cross_entropy(
     mean = weights.mean()
     if axis_name is not None:
         mean = jax.lax.pmean(mean, axis_name)
-    return values * weights / mean
+    return values * weights / jnp.where(mean > 0, mean, 1.0)
 
 
 def smoothed_cross_entropy(logits: chex.Array, labels: chex.Array, *, confidence: chex.Numeric) -> chex.Array:
@@ -156,6 +158,7 @@ def smoothed_cross_entropy(logits: chex.Array, labels: chex.Array, *, confidence
       [0.837  0.6931]
     """
     checks.logits_and_labels(logits, labels)
+    checks.at_least(2, num_classes=logits.shape[-1])
     checks.fraction(confidence=confidence)
     sure = jnp.broadcast_to(jnp.asarray(confidence, logits.dtype), labels.shape)[:, None]
     unsure = (1.0 - sure) / (logits.shape[-1] - 1)

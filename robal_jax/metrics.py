@@ -108,6 +108,18 @@ def _counts(class_counts: ArrayLike) -> np.ndarray:
     return np.asarray(class_counts).astype(np.int64)
 
 
+def _among(num_classes: int, name: str, classes: np.ndarray) -> None:
+    """Raises if a class is not in ``0..K-1``.
+
+    Raises:
+      InputError: says which are there.
+    """
+    if classes.size and not 0 <= classes.min() <= classes.max() < num_classes:
+        raise InputError(
+            f"{name} are in {classes.min()}..{classes.max()}; pass classes in 0..{num_classes - 1}"
+        )
+
+
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
     """Counts the test images by true and predicted class.
 
@@ -129,11 +141,7 @@ def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int
     labels = _classes("labels", labels)
     _whole(num_classes=num_classes)
     pairs = np.stack([labels, _classes("predictions", predictions, len(labels))]).astype(np.int64)
-    if pairs.size and (pairs.min() < 0 or pairs.max() >= num_classes):
-        raise InputError(
-            f"labels and predictions are in {pairs.min()}..{pairs.max()}; "
-            f"pass classes in 0..{num_classes - 1}"
-        )
+    _among(num_classes, "labels and predictions", pairs)
     cells = np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2)
     return cells.reshape(num_classes, num_classes).astype(np.int64)
 
@@ -618,6 +626,29 @@ def mean_share(shares: ArrayLike) -> dict[str, float]:
     return _figure(np.mean(shares), *wilson_interval(np.sum(shares), np.size(shares)))
 
 
+def _tested(
+    labels: ArrayLike, class_counts: ArrayLike, groups: Mapping[str, ArrayLike] | None
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Returns labels ``[n]``, class counts ``[K]`` and groups as arrays.
+
+    Raises:
+      InputError: another shape, type or range; or a class without a test image, or a group without a class.
+    """
+    counts, labels = _counts(class_counts), _classes("labels", labels)
+    named = class_groups(counts) if groups is None else {k: np.asarray(v) for k, v in groups.items()}
+    _among(len(counts), "labels", labels)
+    absent = np.setdiff1d(np.arange(len(counts)), labels)
+    if len(absent):
+        raise InputError(
+            f"the test set has no image of class {absent[0]} ({len(absent)} such classes); add some"
+        )
+    for name, classes in named.items():
+        if not classes.size:
+            raise InputError(f"group {name!r} has no class; give it one, or leave it out")
+        _among(len(counts), f"classes of group {name!r}", classes)
+    return labels, counts, named
+
+
 def summarize_corruptions(
     labels: np.ndarray,
     predictions: Mapping[str, np.ndarray],
@@ -640,7 +671,8 @@ def summarize_corruptions(
       'strengths', a list of 'accuracy' and one FIGURE per group for each.
 
     Raises:
-      InputError: labels or predictions have another shape, type or range, or there is no corruption.
+      InputError: labels or predictions have another shape, type or range; or a class without a test image, a
+        group without a class, or no corruption.
 
     Source: the mean over 15 corruptions and 5 strengths of Hendrycks and Dietterich, ICLR 2019, on CIFAR.
 
@@ -650,8 +682,7 @@ def summarize_corruptions(
       >>> print([found["mean"][name]["value"] for name in ("accuracy", "head", "tail")])
       [0.6666666666666666, 0.75, 0.5]
     """
-    counts, labels = _counts(class_counts), _classes("labels", labels)
-    named = class_groups(counts) if groups is None else groups
+    labels, counts, named = _tested(labels, class_counts, groups)
     members = {"accuracy": labels >= 0, **{name: np.isin(labels, part) for name, part in named.items()}}
 
     def by_group(shares: np.ndarray) -> dict[str, Any]:
@@ -666,12 +697,13 @@ def summarize_corruptions(
 
     if not predictions:
         raise InputError("predictions has no corruption; pass at least one")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < len(counts)):
-        raise InputError(f"labels are not all in 0..{len(counts) - 1}, the classes of class_counts")
-    right = {
-        name: np.stack([_classes(f"predictions[{name!r}]", row, len(labels)) for row in found]) == labels
-        for name, found in predictions.items()
-    }
+    right = {}
+    for name, found in predictions.items():
+        if not len(found):
+            raise InputError(f"predictions[{name!r}] have no strength; pass integers [S, n]")
+        rows = np.stack([_classes(f"predictions[{name!r}]", row, len(labels)) for row in found])
+        _among(len(counts), f"predictions[{name!r}]", rows)
+        right[name] = rows == labels
     return {
         "mean": mean(np.concatenate(list(right.values()))),
         "by_corruption": {
@@ -714,8 +746,8 @@ def summarize(
       'training_images', and 'accuracy', a FIGURE by condition.
 
     Raises:
-      InputError: a class without a test image, a class that is not in ``0..K-1``, or no 'clean' as the first
-        condition.
+      InputError: a class without a test image, a group without a class, a class that is not in ``0..K-1``, or
+        no 'clean' as the first condition.
 
     Source: RoBal, CVPR 2021; natural and boundary error from TRADES (Zhang et al., ICML 2019).
 
@@ -728,15 +760,7 @@ def summarize(
     """
     if next(iter(predictions), None) != "clean" or "worst" in predictions:
         raise InputError(f"conditions are {list(predictions)}; start with 'clean' and leave out 'worst'")
-    counts = _counts(class_counts)
-    labels = _classes("labels", labels)
-    named = class_groups(counts) if groups is None else {k: np.asarray(v) for k, v in groups.items()}
-    absent = np.setdiff1d(np.arange(len(counts)), labels)
-    if len(absent):
-        raise InputError(
-            f"the test set has no image of class {absent[0]} ({len(absent)} such classes); add some"
-        )
-
+    labels, counts, named = _tested(labels, class_counts, groups)
     predictions = {k: _classes(f"predictions of {k!r}", v, len(labels)) for k, v in predictions.items()}
     clean_right = predictions["clean"] == labels
     everything = {**predictions, "worst": worst_case(labels, predictions)}

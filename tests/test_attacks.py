@@ -772,3 +772,10 @@ def test_shortest_adversarial_takes_only_the_direction_of_an_attack_that_goes_to
     if norm == "l2":  # in L-infinity this attack meets the bounds of the pixels and turns
         expected = np.maximum(TRUE_LENGTHS[within], 0)
         np.testing.assert_allclose(lengths[within], expected, atol=MAX_LENGTH / 2**14 + 10 * ROUNDING)
+
+
+def test_too_few_step_sizes_are_refused():
+    keys, images, labels = batch()
+    attack = partial(attacks.pgd, threat=THREAT, steps=1, step_size=(0.01,))
+    with pytest.raises(ValueError, match=r"labels are in .*; with 1 step sizes they must be in 0\.\.0"):
+        attack(lambda x: x.reshape(len(x), -1), keys, images, labels)

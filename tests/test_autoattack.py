@@ -114,6 +114,16 @@ def test_too_few_classes(version, num_classes, needed):
     assert names == ["apgd_ce", "fab_t", "square"]
 
 
+@pytest.mark.parametrize("version", ["robal_aa", "standard", "apgd_ce,fab_t,square"])
+@pytest.mark.parametrize(("num_classes", "usable"), [(2, ["apgd_ce"]), (3, ["apgd_ce", "apgd_dlr"])])
+def test_too_few_classes_in_l1(version, num_classes, usable):
+    threat = ThreatModel(1.0, "l1")
+    with pytest.raises(InputError) as error:
+        autoattack.stages(version, num_classes, threat=threat)
+    way_out = str(error.value).split()[-1]
+    assert [stage.name for stage in autoattack.stages(way_out, num_classes, threat=threat)] == usable
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Records what the stages ask of the attacks, which are replaced; they find white images."""
@@ -677,3 +687,15 @@ def test_a_model_of_anybody_s_is_attacked_in_full_float32():
     predict, arrays = closure.split(lambda x: x.reshape(len(x), -1) @ weight, (8, 8, 1))
     program = jax.jit(predict).lower(arrays, jnp.zeros((2, 8, 8, 1))).as_text()
     assert "precision = [HIGHEST, HIGHEST]" in program
+
+
+def test_images_that_fill_up_a_batch_are_not_counted():
+    def model(x):
+        lead = x.reshape(-1) - 0.5
+        return jnp.stack([-lead, jnp.where(lead < -0.2, jnp.nan, lead)], -1)
+
+    images, labels = jnp.array([0.4, 0.4, 0.4, 0.4, 0.2]).reshape(5, 1, 1, 1), jnp.zeros(5, int)
+    with pytest.raises(InputError, match=r"not finite for 1 of 1 images \(clean\)"):
+        robal_jax.autoattack(
+            model, jax.random.key(0), images, labels, threat=THREAT, version="apgd_ce", batch_size=4
+        )

@@ -381,6 +381,15 @@ def test_labels_that_are_no_labels(name, trouble):
         attacks.of_class(LOGITS, labels)
 
 
+@pytest.mark.parametrize("name", LOSSES | COMPILED)
+def test_labels_in_a_list(name):
+    with pytest.raises(ValueError, match=r"labels are a list; pass jnp\.asarray\(labels\)"):
+        if name in LOSSES:
+            LOSSES[name](LOGITS, LABELS.tolist())
+        else:
+            COMPILED[name](logits_fn, KEY, IMAGES, LABELS.tolist())
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_logits_that_are_no_logits(name):
     for logits, message in (

@@ -327,7 +327,7 @@ def test_adjust_for_prior():
         (classifiers.CosineHead(3, gamma=-1.0), "gamma is -1; it must be finite and >= 0"),
         (classifiers.TDEHead(3, scale=float("nan")), "scale is nan; it must be in"),
         (classifiers.TauNormHead(3, temperature=0.0), "temperature is 0; it must be in"),
-        (classifiers.LinearHead(0), "num_classes is 0; it must be at least 1"),
+        (classifiers.LinearHead(1), "num_classes is 1; it must be at least 2"),
         (classifiers.CosineHead(2.5), "num_classes is 2.5; it must be an integer"),
         (classifiers.TDEHead(None), "num_classes is None; it must be an integer"),
         (classifiers.TemperatureHead(3, class_counts={0: 3, 1: 2, 2: 1}), "class_counts is .*; it must be"),

@@ -146,9 +146,12 @@ def test_pixels_outside_of_0_to_1_are_refused_at_once():
     ("labels", "found", "message"),
     [
         ([0, 1, 0], {}, "no corruption"),
-        ([0, 1, 7], {"fog": np.zeros((2, 3), int)}, r"labels are not all in 0\.\.1"),
+        ([0, 1, 7], {"fog": np.zeros((2, 3), int)}, r"labels are in 0\.\.7; pass classes in 0\.\.1"),
+        ([0, 0, 0], {"fog": np.zeros((2, 3), int)}, "no image of class 1"),
+        ([0, 1, 0], {"fog": np.full((2, 3), 7)}, r"predictions\['fog'\] are in 7\.\.7; pass"),
         ([0, 1, 0], {"fog": np.zeros((3, 1), int)}, r"predictions\['fog'\] have 1 entries, labels 3"),
         ([0, 1, 0], {"fog": np.zeros(3, int)}, r"predictions\['fog'\] have shape \[\]"),
+        ([0, 1, 0], {"fog": np.zeros((0, 3), int)}, r"predictions\['fog'\] have no strength; pass"),
         ([0, 1, 0], {"fog": np.zeros((2, 3))}, "dtype float64; pass integers"),
     ],
 )

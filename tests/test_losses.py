@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from robal_jax import losses
+from robal_jax import attacks, losses
 
 B, K = 6, 5
 COUNTS = np.array([100, 40, 16, 6, 2])
@@ -601,6 +601,29 @@ def test_class_weights_out_of_range_are_refused(weight):
     for loss in (losses.cross_entropy, losses.focal, losses.focal_softmax, losses.binary_cross_entropy):
         with pytest.raises(ValueError, match=r"class_weights are in .*; they must be finite and >= 0"):
             loss(Z, Y, class_weights=weights)
+
+
+def test_a_batch_whose_classes_weigh_nothing_has_no_loss():
+    value, gradient = jax.value_and_grad(
+        lambda z: losses.cross_entropy(z, jnp.array([0, 0]), class_weights=jnp.array([0.0, 1.0])).sum()
+    )(jnp.array([[1.0, 2.0], [0.0, 0.0]]))
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.soft_logit_margin,
+        losses.boosted_cross_entropy,
+        functools.partial(losses.smoothed_cross_entropy, confidence=0.5),
+        attacks.margin,
+        attacks.probability_margin,
+    ],
+)
+def test_one_class_is_refused_where_there_must_be_a_wrong_one(loss):
+    with pytest.raises(ValueError, match="num_classes is 1; it must be at least 2"):
+        loss(jnp.zeros((2, 1)), jnp.array([0, 0]))
 
 
 @pytest.mark.parametrize("confidence", [90, -0.1, np.nan, [0.5, 1.5], "sure"])

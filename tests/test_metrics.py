@@ -599,6 +599,21 @@ def test_wrong_arguments_are_refused(wrong):
         function(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("tail", "message"),
+    [
+        ([], "group 'tail' has no class; give it one, or leave it out"),
+        ([2, 3], r"classes of group 'tail' are in 2\.\.3; pass classes in 0\.\.2"),
+    ],
+)
+def test_groups_without_test_images_are_refused(tail, message):
+    groups = {"head": [0, 1], "tail": tail}
+    with pytest.raises(InputError, match=message):
+        metrics.summarize(Y, {"clean": Y}, [3, 2, 1], groups=groups)
+    with pytest.raises(InputError, match=message):
+        metrics.summarize_corruptions(Y, {"fog": Y[None]}, [3, 2, 1], groups=groups)
+
+
 def test_summary_refuses_a_class_without_test_images():
     with pytest.raises(InputError, match="no image of class 1"):
         metrics.summarize(np.array([0, 2]), {"clean": np.array([0, 2])}, [3, 2, 1])

@@ -72,6 +72,43 @@ def test_saturated_logits_do_not_hold_a_search_up(name):
     np.testing.assert_array_equal(found.distance, expected.distance)
 
 
+def two_classes(x):
+    lead = x.reshape(-1) - 0.5
+    return jnp.stack([-lead, lead], -1)
+
+
+TIED = {
+    "tied": two_classes,
+    "tied but for a rounding": lambda x: 1e3 * two_classes(x) + jnp.array([[1e-6, 0]]),
+    "rounded": lambda x: (two_classes(x) + 3).astype(jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("tie", TIED)
+@each_search
+def test_tied_logits_do_not_hold_a_search_up(name, tie):
+    """The linear model has the image on the boundary already, and would not move it."""
+    images = jnp.full((1, 1, 1, 1), 0.5)
+    assert TIED[tie](images).argmax(-1) == 0
+    closest = run(name, TIED[tie], images, jnp.array([0]))
+    assert closest.found.all()
+    assert 0 < closest.distance[0] < 0.012  # bfloat16 has steps of 1/64 here
+
+
+@each_search
+def test_logits_that_are_not_finite_are_no_success(name):
+    """They are shown where nothing else is met, so that whoever looks at the logits sees them."""
+
+    def model(x):
+        return jnp.where(x.reshape(len(x), -1) > 0.3, jnp.nan, -two_classes(x))
+
+    images = jnp.array([0.2, 0.7]).reshape(2, 1, 1, 1)
+    closest = run(name, model, images, jnp.array([1, 0]))
+    assert not closest.found.any()
+    assert (closest.distance == jnp.inf).all()
+    assert jnp.isnan(model(closest.images)).all()
+
+
 # ---------------------------------------------------------------- a network
 
 
@@ -146,10 +183,8 @@ def test_bounds_of_the_threat_model(name):
     images, labels = batch()
     norm = SEARCHES[name][1].norm
     wide = ThreatModel(0.2, norm, -1.0, 1.0)
-    # Twice the lengths: FMN's radius follows the model, DDN's begins with init_norm.
-    double = {"init_norm": 2.0} if name == "ddn" else {}
-    settings = {"threat": wide, "n_iter": 5, "step_size": 2.0, **double}
-    found = run(name, lambda x: logits_fn((x + 1) / 2), 2 * images - 1, labels, **settings)
+    # Twice the lengths, by default those of the steps and DDN's first radius, too.
+    found = run(name, lambda x: logits_fn((x + 1) / 2), 2 * images - 1, labels, threat=wide, n_iter=5)
     expected = run(name, logits_fn, images, labels, n_iter=5)
     assert found.images.min() == -1
     np.testing.assert_array_equal(found.found, expected.found)

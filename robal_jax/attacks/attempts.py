@@ -12,6 +12,25 @@ from robal_jax.attacks.threat import LogitsFn, like_images
 from robal_jax.keys import fold_in
 
 
+def verdicts(logits: chex.Array, labels: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Whether images are classified correctly, and whether they are misclassified, both bool ``[B]``.
+
+    Logits that are not all finite are no prediction: neither holds. An attack prefers a misclassified image;
+    it returns one of these only where it met no other, so that whoever looks at the logits sees them.
+
+    Args:
+      logits: ``[B, K]``.
+      labels: ``[B]``.
+
+    Example:
+      >>> logits = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, jnp.inf]])
+      >>> print(*verdicts(logits, jnp.array([0, 0, 0])))
+      [ True False False] [False  True False]
+    """
+    agrees, finite = jnp.argmax(logits, axis=-1) == labels, jnp.isfinite(logits).all(-1)
+    return agrees & finite, ~agrees & finite
+
+
 def best_found(
     attempt: Callable[..., chex.Array],
     settings: chex.ArrayTree,
@@ -22,7 +41,8 @@ def best_found(
 ) -> chex.Array:
     """The first attempt at each image that is misclassified, otherwise the one of the highest loss.
 
-    The loop compiles once, whatever the number of attempts.
+    Logits that are not finite come between the two, see :func:`verdicts`. The loop compiles once, whatever
+    the number of attempts.
 
     Args:
       attempt: makes candidates ``[B, H, W, C]`` from one of the settings.
@@ -40,8 +60,9 @@ def best_found(
     def step(best: tuple[chex.Array, chex.Array], setting: chex.ArrayTree) -> tuple:
         candidates = attempt(setting)
         logits = judge(candidates)
-        success = jnp.argmax(logits, axis=-1) != labels
-        score = jnp.where(success, jnp.inf, loss(logits, labels)).astype(dtype)
+        right, wrong = verdicts(logits, labels)
+        unseen = jnp.where(right, loss(logits, labels), jnp.finfo(dtype).max)
+        score = jnp.where(wrong, jnp.inf, unseen).astype(dtype)
         better = score > best[1]
         found = jnp.where(like_images(better, images), candidates, best[0])
         return (found, jnp.where(better, score, best[1])), None
@@ -80,6 +101,8 @@ def record(
 ) -> dict[str, chex.Array]:
     """Fields of a search's state after a look at ``x``: the highest loss, the last misclassified image.
 
+    A first image whose logits are not finite stands in for it until there is one, see :func:`verdicts`.
+
     Args:
       search: the state before, with these fields.
       x: ``[B, H, W, C]``.
@@ -91,12 +114,13 @@ def record(
     Returns:
       ``best``, ``best_gradient``, ``best_loss``, ``robust`` and ``adversarial``.
     """
-    right, better = jnp.argmax(logits, -1) == labels, loss > search.best_loss
+    (right, wrong), better = verdicts(logits, labels), loss > search.best_loss
+    kept = right | ~(wrong | search.robust)
     rises = like_images(better, x)
     return {
         "best": jnp.where(rises, x, search.best),
         "best_gradient": jnp.where(rises, gradient, search.best_gradient),
         "best_loss": jnp.where(better, loss, search.best_loss),
         "robust": search.robust & right,
-        "adversarial": jnp.where(like_images(right, x), search.adversarial, x),
+        "adversarial": jnp.where(like_images(kept, x), search.adversarial, x),
     }

@@ -86,6 +86,9 @@ _RESCALED = ("torchattacks", "fast")  # versions whose 'square' makes its whole 
 IN_L1 = ("apgd_ce", "apgd_dlr", "apgd_t")
 """Attacks that know L1. As in AutoAttack, untargeted ones have 5 starts there, targeted ones 5 targets."""
 
+NEEDED = {"apgd_dlr": 3, "apgd_t": 4, "apgd_malt": 4}
+"""Number of classes that the losses of some attacks need."""
+
 CONDITIONS = {
     "standard": "autoattack",
     "torchattacks": "torchattacks",
@@ -197,7 +200,8 @@ def autoattack(
         for start in range(0, len(ids), size):
             batch = np.take(ids, range(start, start + size), mode="clip")
             x, logits = attacked(stage, arrays, keys[batch], images[batch], labels[batch], np.int32(number))
-            require_finite(np.isfinite(logits).all(-1), "clean" if stage is None else stage.name)
+            finite = np.isfinite(logits).all(-1)[: len(ids) - start]
+            require_finite(finite, "clean" if stage is None else stage.name)
             shown.append(np.asarray(x))
             predictions.append(np.asarray(logits).argmax(-1))
         return np.concatenate(shown)[: len(ids)], np.concatenate(predictions)[: len(ids)]
@@ -362,15 +366,17 @@ def stages(
         raise InputError(
             f"an ensemble takes one radius, or one per class; pass a tuple of {num_classes} radii as epsilon"
         )
-    for name, needed in (("apgd_dlr", 3), ("apgd_t", 4), ("apgd_malt", 4)):
+    in_l1 = threat.norm == "l1"
+    few = ",".join(IN_L1[: num_classes - 1]) if in_l1 else "apgd_ce,fab_t,square"
+    for name, needed in NEEDED.items():
         if name in names and num_classes < needed:
             raise InputError(
                 f"{name} needs at least {needed} classes, and the model has {num_classes}; use attacks that "
-                "need fewer, such as apgd_ce,fab_t,square"
+                f"need fewer, such as {few}"
             )
-    in_l1 = threat.norm == "l1"
     if in_l1 and (others := [name for name in names if name not in IN_L1]):
-        raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {INSTEAD_IN_L1}")
+        instead = INSTEAD_IN_L1 if num_classes > len(IN_L1) else f"use {few}"
+        raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {instead}")
     restarts = 5 if version == "plus" or (in_l1 and version != "rand") else 1
     targets = min(5 if in_l1 else 9, num_classes - 1)
     eot, full = 20 if version == "rand" else 0, SQUARES[1]
@@ -389,8 +395,8 @@ def stages(
         of_standard = 1 + 2 * targets + 1  # after one round of APGD-CE, and those of APGD-T and FAB-T
         return Stage(name, attack(name), count, first, conditional=True, stream=of_standard)
 
-    few = dict.fromkeys(SQUARES, 1) | {"pma": 2, "apgd_malt": min(3, targets)}
-    rounds = [{"apgd_t": targets, "fab_t": targets, **few}.get(name, restarts) for name in names]
+    own = dict.fromkeys(SQUARES, 1) | {"pma": 2, "apgd_malt": min(3, targets)}
+    rounds = [{"apgd_t": targets, "fab_t": targets, **own}.get(name, restarts) for name in names]
     return tuple(
         stage(name, count, 1 + sum(rounds[:place]))
         for place, (name, count) in enumerate(zip(names, rounds, strict=True))

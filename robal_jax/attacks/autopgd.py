@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks, losses
-from robal_jax.attacks.attempts import record
+from robal_jax.attacks.attempts import record, verdicts
 from robal_jax.attacks.margins import TINY, ranked_class, targeted_dlr
 from robal_jax.attacks.projected_gradient import loss_gradient
 from robal_jax.attacks.sparse_autopgd import SparseSearch, sparse_search, sparse_start
@@ -296,7 +296,7 @@ def begin(
         rises=jnp.zeros(labels.shape, jnp.int32),
         best_at_check=loss,
         halved_at_check=jnp.ones(labels.shape, bool),
-        robust=jnp.argmax(logits, -1) == labels,
+        robust=verdicts(logits, labels)[0],
         adversarial=start,
     )
 

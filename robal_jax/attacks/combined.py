@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from robal_jax import checks
-from robal_jax.attacks.attempts import best_found, mean_logits
+from robal_jax.attacks.attempts import best_found, mean_logits, verdicts
 from robal_jax.attacks.margins import negative_margin, of_wrong_classes, ranked_class, targeted_margin
 from robal_jax.attacks.threat import (
     Attack,
@@ -140,7 +140,7 @@ def shortest_adversarial(
         return jnp.clip(images + like_images(eta, images) * unit, threat.lower, threat.upper)
 
     def fooled(eta: chex.Array) -> chex.Array:
-        return jnp.argmax(checks.logits_of(len(images), logits_fn(at(eta))), axis=-1) != labels
+        return verdicts(checks.logits_of(len(images), logits_fn(at(eta))), labels)[1]
 
     def halve(_: chex.Array, bracket: tuple[chex.Array, chex.Array]) -> tuple[chex.Array, chex.Array]:
         low, high = bracket

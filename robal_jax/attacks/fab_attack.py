@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from robal_jax import checks
+from robal_jax.attacks.attempts import verdicts
 from robal_jax.attacks.margins import ranked_class
 from robal_jax.attacks.threat import LogitsFn, ThreatModel, check_attack, finite
 
@@ -99,16 +100,18 @@ def fab(
         x, closest, distance = carry
         w, b = boundary(x, *jax.vjp(flat_logits_fn, x))
         x = _approach(x, clean, w, b, threat=threat, alpha_max=alpha_max, eta=eta)
-        fooled = jnp.argmax(flat_logits_fn(x), axis=-1) != labels
+        right, wrong = verdicts(flat_logits_fn(x), labels)
         length = threat.distance(x, clean)
-        closer = fooled & (length < distance)
-        closest = jnp.where(closer[:, None], x, closest)
-        x = jnp.where(fooled[:, None], clean + beta * (x - clean), x)
+        closer = wrong & (length < distance)
+        # Logits that are not finite are shown while there is nothing else.
+        shown = closer | (~(right | wrong) & (distance == jnp.inf))
+        closest = jnp.where(shown[:, None], x, closest)
+        x = jnp.where(right[:, None], x, clean + beta * (x - clean))
         return x, closest, jnp.where(closer, length, distance)
 
     # Nothing is closer than 0: an image that is misclassified already stays as it is.
-    correct = jnp.argmax(clean_logits, axis=-1) == labels
-    distance = jnp.where(correct, jnp.inf, 0.0).astype(clean.dtype)
+    wrong = verdicts(clean_logits, labels)[1]
+    distance = jnp.where(wrong, 0.0, jnp.inf).astype(clean.dtype)
     _, closest, _ = jax.lax.fori_loop(0, n_iter, step, (x, clean, distance))
     return jax.lax.stop_gradient(closest.reshape(images.shape))
 

@@ -33,7 +33,7 @@ def nearest_classes(
 ) -> chex.Array:
     """The wrong classes of the highest logits, in the order of their distance in a linear model.
 
-    ``distance(i) = (z_y - z_i) / ||grad(z_y - z_i)||``, in the norm that is dual to the threat model's.
+    ``distance(i) = |z_y - z_i| / ||grad(z_y - z_i)||``, in the norm that is dual to the threat model's.
 
     One forward pass, and one backward pass per candidate.
 

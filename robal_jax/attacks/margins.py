@@ -152,7 +152,8 @@ def probability_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
 
     Unlike a margin of logits, it weighs a class by how probable it is. Published, it has ``s = 1``: large
     logits then saturate the softmax, and its gradient vanishes, as that of the cross entropy does. Here
-    neither shift nor scale of the logits changes it. No gradient flows through ``s``.
+    neither shift nor scale of the logits changes it, while ``s`` is in 1e-10..1e19: below that the constant
+    in the divisor counts, above it the squares of float32 overflow. No gradient flows through ``s``.
 
     Args:
       logits: ``z [B, K]``.
@@ -209,6 +210,7 @@ def _of_class(logits: chex.Array, classes: chex.Array) -> chex.Array:
 def of_wrong_classes(logits: chex.Array, labels: chex.Array) -> chex.Array:
     """Logits ``[B, K]`` with minus infinity at the true class."""
     checks.logits_and_labels(logits, labels)
+    checks.at_least(2, num_classes=logits.shape[-1])
     return jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
 
 

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from robal_jax import checks, losses
-from robal_jax.attacks.margins import margin, of_class, of_wrong_classes
+from robal_jax.attacks.attempts import verdicts
+from robal_jax.attacks.margins import margin
 from robal_jax.attacks.projected_gradient import loss_gradient
 from robal_jax.attacks.threat import NORMS, LogitsFn, ThreatModel, check_attack, like_images, per_image
 from robal_jax.errors import InputError
@@ -34,7 +35,8 @@ class Closest(NamedTuple):
     """The closest misclassified images that a search met.
 
     Attributes:
-      images: ``[B, H, W, C]``; the clean image where none was met.
+      images: ``[B, H, W, C]``; where none was met, one whose logits are not finite, which count as no
+        prediction, or the clean image.
       distance: from the clean image ``[B]``, in the threat model's norm: 0 where the clean image is itself
         misclassified, infinity where none was met.
       found: whether one was met, bool ``[B]``.
@@ -53,7 +55,7 @@ def fmn(
     *,
     threat: ThreatModel,
     n_iter: int = 100,
-    step_size: float = 1.0,
+    step_size: float | None = None,
     gamma: float = 0.05,
 ) -> Closest:
     """Fast Minimum-Norm attack: a ball whose radius follows an estimate of the distance to the boundary.
@@ -66,7 +68,9 @@ def fmn(
     its prediction. Half a cosine takes ``alpha_t`` to a hundredth of the step size, ``gamma_t`` to 0.001.
 
     In the paper the radius is this estimate alone while nothing is found. Where it falls short of the
-    boundary by a rounding, as it may on a linear model, the search would then stay there for good.
+    boundary by a rounding, as it may on a linear model, the search would then stay there for good. So it
+    would where two logits tie, or differ by a rounding: the estimate is then 0, or too short to move an
+    image. There the radius grows by at least a thousandth of the distance to the image farthest away.
 
     Args:
       logits_fn: the model; the logits of an image must not depend on other images, so batch norm uses its
@@ -76,7 +80,8 @@ def fmn(
       labels: ``y [B]``.
       threat: its norm is minimised within its bounds; its epsilon is not read.
       n_iter: number of steps, at least 1, of one forward and one backward pass each; 1000 in the paper.
-      step_size: ``alpha_0``, L2 length of the first step, in units of the image.
+      step_size: ``alpha_0``, L2 length of the first step, in units of the image; the range of the pixels,
+        ``upper - lower``, if None.
       gamma: ``gamma_0``, relative change of the radius in the first step, in [0, 1).
 
     Returns:
@@ -95,18 +100,24 @@ def fmn(
       >>> print(jnp.array_str(closest.distance, precision=3), closest.found)
       [0.05 0.3  0.  ] [ True  True  True]
     """
-    checks.positive(step_size=step_size)
+    threat = check_attack(threat, images, labels)
+    first_step = _range_of(threat) if step_size is None else step_size
+    checks.positive(step_size=first_step)
     checks.below_one(gamma=gamma)
 
     def move(at: _Place, threat: ThreatModel, images: chex.Array, progress: chex.Array) -> _Move:
-        change = _annealed(gamma, LAST_GAMMA, progress)
+        change, farthest = _annealed(gamma, LAST_GAMMA, progress), _farthest(threat, images)
         dual_norm = jnp.sum(at.gradient * threat.ascent_direction(at.gradient), per_image(images))
         to_boundary = jnp.abs(at.loss) / jnp.maximum(dual_norm, jnp.finfo(images.dtype).tiny)
-        estimate = jnp.where(at.best < jnp.inf, 0.0, threat.distance(at.x, images) + to_boundary)
+        way = threat.distance(at.x, images)
+        estimate = way + to_boundary
+        stands = (at.loss == 0) | (estimate <= jnp.finfo(images.dtype).eps * farthest)
+        estimate = jnp.where(stands, way + LEAST_GROWTH * farthest, estimate)
+        estimate = jnp.where(at.best < jnp.inf, 0.0, estimate)
         outwards = jnp.maximum((1 + change) * at.radius, estimate)
         inwards = jnp.minimum((1 - change) * at.radius, at.best)
-        radius = jnp.minimum(jnp.where(at.fooled, inwards, outwards), _farthest(threat, images))
-        moved = at.x + _annealed(step_size, LAST_STEP * step_size, progress) * _unit(at.gradient)
+        radius = jnp.minimum(jnp.where(at.right, outwards, inwards), farthest)
+        moved = at.x + _annealed(first_step, LAST_STEP * first_step, progress) * _unit(at.gradient)
         return dataclasses.replace(threat, epsilon=radius).project(moved, images), radius
 
     def loss(logits: chex.Array, labels: chex.Array) -> chex.Array:
@@ -123,9 +134,9 @@ def ddn(
     *,
     threat: ThreatModel,
     n_iter: int = 100,
-    step_size: float = 1.0,
+    step_size: float | None = None,
     gamma: float = 0.05,
-    init_norm: float = 1.0,
+    init_norm: float | None = None,
 ) -> Closest:
     """Decoupled Direction and Norm attack, for L2: steps along a sphere whose radius shrinks after a success.
 
@@ -144,9 +155,10 @@ def ddn(
       labels: ``y [B]``.
       threat: L2, which is minimised within its bounds; its epsilon is not read.
       n_iter: number of steps, at least 1, of one forward and one backward pass each.
-      step_size: ``alpha_0``, length of the first step, in units of the image.
+      step_size: ``alpha_0``, length of the first step, in units of the image; the range of the pixels,
+        ``upper - lower``, if None.
       gamma: relative change of the radius in each step, in [0, 1).
-      init_norm: ``epsilon_0`` > 0, in units of the image.
+      init_norm: ``epsilon_0`` > 0, in units of the image; the range of the pixels if None.
 
     Returns:
       The closest misclassified images among those of all steps; no gradient flows back.
@@ -166,20 +178,19 @@ def ddn(
     """
     threat = check_attack(threat, images, labels)
     check_minimum_norm("ddn", threat.norm)
-    checks.positive(step_size=step_size, init_norm=init_norm)
+    first_step, first_radius = (_range_of(threat) if a is None else a for a in (step_size, init_norm))
+    checks.positive(step_size=first_step, init_norm=first_radius)
     checks.below_one(gamma=gamma)
 
     def move(at: _Place, threat: ThreatModel, images: chex.Array, progress: chex.Array) -> _Move:
-        radius = at.radius * jnp.where(at.fooled, 1 - gamma, 1 + gamma).astype(images.dtype)
+        radius = at.radius * jnp.where(at.right, 1 + gamma, 1 - gamma).astype(images.dtype)
         radius = jnp.minimum(radius, _farthest(threat, images))
-        moved = at.x + _annealed(step_size, LAST_STEP * step_size, progress) * _unit(at.gradient)
+        moved = at.x + _annealed(first_step, LAST_STEP * first_step, progress) * _unit(at.gradient)
         shown = images + like_images(radius, images) * _unit(moved - images)
         return jnp.clip(shown, threat.lower, threat.upper), radius
 
-    def loss(logits: chex.Array, labels: chex.Array) -> chex.Array:
-        return jax.nn.logsumexp(of_wrong_classes(logits, labels), axis=-1) - of_class(logits, labels)
-
-    return _search(logits_fn, images, labels, threat, n_iter, loss, init_norm, move)
+    loss = losses.soft_logit_margin
+    return _search(logits_fn, images, labels, threat, n_iter, loss, first_radius, move)
 
 
 MINIMUM_NORM: dict[str, Callable[..., Closest]] = {"fmn": fmn, "ddn": ddn}
@@ -209,6 +220,9 @@ LAST_STEP = 0.01
 LAST_GAMMA = 0.001
 """Relative change of :func:`fmn`'s radius at the end."""
 
+LEAST_GROWTH = 0.001
+"""Growth of :func:`fmn`'s radius where its estimate moves no image, as a share of the farthest distance."""
+
 
 class _Place(NamedTuple):
     """State of a search before a step, per image.
@@ -217,7 +231,7 @@ class _Place(NamedTuple):
       x: where it is, ``[B, H, W, C]``.
       loss: there, ``[B]``.
       gradient: of the loss, ``[B, H, W, C]``.
-      fooled: whether ``x`` is misclassified, bool ``[B]``.
+      right: whether ``x`` is classified correctly, bool ``[B]``.
       radius: of the last step, ``[B]``.
       best: smallest distance so far, ``[B]``.
     """
@@ -225,7 +239,7 @@ class _Place(NamedTuple):
     x: chex.Array
     loss: chex.Array
     gradient: chex.Array
-    fooled: chex.Array
+    right: chex.Array
     radius: chex.Array
     best: chex.Array
 
@@ -256,25 +270,25 @@ def _search(
       first_radius: before the first move.
       move: of a place, the threat model, the images and the share of the moves that are done.
     """
-    threat = check_attack(threat, images, labels)
     checks.at_least(1, n_iter=n_iter)
     images = jax.lax.stop_gradient(images)
 
-    def keep(closest: Closest, x: chex.Array, fooled: chex.Array) -> Closest:
+    def keep(closest: Closest, x: chex.Array, right: chex.Array, wrong: chex.Array) -> Closest:
         length = threat.distance(x, images)
-        closer = fooled & (length < closest.distance)
+        closer = wrong & (length < closest.distance)
+        shown = closer | ~(right | wrong | closest.found)
         return Closest(
-            jnp.where(like_images(closer, x), x, closest.images),
+            jnp.where(like_images(shown, x), x, closest.images),
             jnp.where(closer, length, closest.distance),
-            closest.found | fooled,
+            closest.found | wrong,
         )
 
     def step(t: chex.Array, carry: tuple[chex.Array, chex.Array, Closest]) -> tuple:
         x, radius, closest = carry
         logits, value, gradient = loss_gradient(logits_fn, loss, x, labels)
-        fooled = jnp.argmax(logits, axis=-1) != labels
-        closest = keep(closest, x, fooled)
-        place = _Place(x, value.astype(x.dtype), gradient, fooled, radius, closest.distance)
+        right, wrong = verdicts(logits, labels)
+        closest = keep(closest, x, right, wrong)
+        place = _Place(x, value.astype(x.dtype), gradient, right, radius, closest.distance)
         progress = (t / n_iter).astype(x.dtype)
         return *move(place, threat, images, progress), closest
 
@@ -282,7 +296,7 @@ def _search(
     start = images, radius, Closest(images, nowhere, jnp.isfinite(nowhere))
     x, _, closest = jax.lax.fori_loop(0, n_iter, step, start)
     logits = checks.logits_of(len(images), logits_fn(x))
-    return jax.lax.stop_gradient(keep(closest, x, jnp.argmax(logits, axis=-1) != labels))
+    return jax.lax.stop_gradient(keep(closest, x, *verdicts(logits, labels)))
 
 
 def _annealed(first: float, last: float, progress: chex.Array) -> chex.Array:
@@ -293,6 +307,10 @@ def _annealed(first: float, last: float, progress: chex.Array) -> chex.Array:
 def _unit(vectors: chex.Array) -> chex.Array:
     """Divides by the L2 norm of each image, whatever the threat model's; 0 stays 0."""
     return ThreatModel(1.0, "l2").ascent_direction(vectors)
+
+
+def _range_of(threat: ThreatModel) -> float:
+    return threat.upper - threat.lower
 
 
 def _farthest(threat: ThreatModel, images: chex.Array) -> chex.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from robal_jax import checks
+from robal_jax.attacks.attempts import verdicts
 from robal_jax.attacks.margins import probabilities
 from robal_jax.attacks.projected_gradient import loss_gradient
 from robal_jax.attacks.threat import (
@@ -86,9 +87,10 @@ def pma(
             return jnp.where(both | up, other, 0.0) - jnp.where(both | ~up, true, 0.0)
 
         logits, _, gradient = loss_gradient(logits_fn, loss, x, labels)
+        right, wrong = verdicts(logits, labels)
         # The first of these points, the start, may lie outside of the bounds of the images.
-        right = (jnp.argmax(logits, -1) == labels) | (t == 0)
-        found = jnp.where(like_images(right, x), found, x)
+        right = right | (t == 0)
+        found = jnp.where(like_images(right | ~(wrong | robust), x), found, x)
         size = threat.epsilon * (1 + jnp.cos(jnp.pi * (t % half) / half))
         length = jnp.broadcast_to(jnp.asarray(size, x.dtype), labels.shape)
         x = threat.project(x + like_images(length, x) * threat.ascent_direction(gradient), images)

@@ -210,7 +210,7 @@ def pgd_path(
     """
     threat = check_attack(threat, images, labels)
     checks.same_shape(images, start=start)
-    step_size = of_class(step_size, labels)
+    step_size = of_class(step_size, labels, per="step sizes")
     if getattr(step_size, "ndim", 0):
         checks.lengths("step_size", step_size, len(images), "image", zero=True)
     elif not callable(step_size):

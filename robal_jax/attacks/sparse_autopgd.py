@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks, losses
-from robal_jax.attacks.attempts import record
+from robal_jax.attacks.attempts import record, verdicts
 from robal_jax.attacks.l1 import changed, sparse_direction
 from robal_jax.attacks.projected_gradient import loss_gradient
 from robal_jax.attacks.threat import NORMS, LogitsFn, RandomLogitsFn, ThreatModel, check_attack, like_images
@@ -185,7 +185,7 @@ def begin(
         best=x,
         best_gradient=gradient,
         best_loss=loss,
-        robust=jnp.argmax(logits, -1) == labels,
+        robust=verdicts(logits, labels)[0],
         adversarial=x,
     )
 

@@ -116,7 +116,6 @@ class ThreatModel:
           0.1
         """
         if isinstance(self.epsilon, tuple):
-            checks.labels_in(len(self.epsilon), labels, per="radii")
             radii = of_class(self.epsilon, labels, dtype)
         elif self._per_image and dtype is not None:
             radii = jnp.asarray(self.epsilon, dtype)
@@ -269,14 +268,26 @@ def check_attack(
     return threat.of(labels, jnp.result_type(images))
 
 
-def of_class(values: Any, labels: chex.Array, dtype: Any = None) -> Any:
+def of_class(values: Any, labels: chex.Array, dtype: Any = None, per: str = "radii") -> Any:
     """Looks up the value of each image's class in a tuple of ``K``; anything else belongs to all images.
+
+    Args:
+      values: a tuple, or anything else.
+      labels: integers ``[B]``.
+      dtype: of the values found; None leaves them as they are.
+      per: what the values are, for the message.
+
+    Raises:
+      ValueError: there are fewer values than classes.
 
     Example:
       >>> print(of_class((0.1, 0.2), jnp.array([1, 0, 1])), of_class(0.1, jnp.array([1, 0, 1])))
       [0.2 0.1 0.2] 0.1
     """
-    return jnp.asarray(values, dtype)[labels] if isinstance(values, tuple) else values
+    if not isinstance(values, tuple):
+        return values
+    checks.labels_in(len(values), labels, per=per)
+    return jnp.asarray(values, dtype)[labels]
 
 
 def in_255ths(value: float) -> str:

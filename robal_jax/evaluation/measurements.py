@@ -98,7 +98,7 @@ def gradients(
     def gradient(x: chex.Array) -> chex.Array:
         return jax.grad(lambda x: losses.cross_entropy(logits_fn(x), labels).sum())(x)
 
-    threat, length = threat.of(labels), of_class(step_size, labels)
+    threat, length = threat.of(labels), of_class(step_size, labels, per="step sizes")
     length = like_images(length, images) if jnp.ndim(length) else length
     start = threat.project(starting_points(uniform_start, keys, images, threat), images)
     first = threat.project(start + length * threat.ascent_direction(finite(gradient(start))), images)
@@ -148,7 +148,7 @@ def probe(
         labels,
         threat=threat,
         steps=steps,
-        step_size=of_class(step_size, labels) * factor,
+        step_size=of_class(step_size, labels, per="step sizes") * factor,
     )
     seen = jax.lax.map(logits_fn, path)
     margins = jax.vmap(lambda logits: attacks.margin(logits, labels))(seen)
