@@ -65,11 +65,12 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     keys = [key.strip() for key in values["rows"].split(",") if key.strip()]
     if values["rows"] and not keys:
         raise InputError(f"--rows is {values['rows']!r}; give keys of rows, or leave it out")
+    rows = rows_of(values["table"], data, keys)
     return Request(
         table=values["table"],
         data=data,
-        seeds=tuple(runs),
-        rows=rows_of(values["table"], data, keys),
+        seeds=tuple(runs[: max(row.seeds or len(runs) for row in rows)]),
+        rows=rows,
         overrides=tuple(override.lstrip("-").removeprefix("config.") for override in overrides),
         out=pathlib.Path(values["out"] or "runs/tables"),
         configs=CONFIGS,

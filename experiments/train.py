@@ -1,6 +1,5 @@
 """Train: python experiments/train.py --config=configs/METHOD.py:DATA --workdir=DIR [--config.KEY=VALUE]."""
 
-import functools
 import pathlib
 import sys
 
@@ -50,7 +49,9 @@ def main(arguments: list[str]) -> None:
         return
     hosts.start(*(values[name] for name in cli.PROCESSES))
     with tracking(values["track"], mirror.folder_of(values["workdir"])) as track:
-        training.train(config, values["workdir"], say=functools.partial(print, flush=True), track=track)
+        training.train(
+            config, values["workdir"], say=lambda line: print(cli.as_started(line), flush=True), track=track
+        )
 
 
 if __name__ == "__main__":

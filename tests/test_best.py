@@ -249,7 +249,7 @@ def test_a_finished_run_keeps_its_evaluation(run):
     line = prepare_workdir(other, digest, run, total_steps=5)
     assert line.startswith(f"the run is finished, so {run / 'config.json'} keeps its evaluation (")
     assert "evaluation.epsilon: 0.1, not 0.005" in line
-    assert line.endswith("give --config.evaluation.* to experiments/evaluate.py instead")
+    assert line.endswith("give --config.evaluation.* to python experiments/evaluate.py instead")
     after = read_config(run)
     assert (after.evaluation, after.method) == (before.evaluation, before.method)
     assert after.train.keep_checkpoints == 7  # as of any run

@@ -48,7 +48,7 @@ def test_corrupted_images_have_rows_if_all_runs_have_them(tmp_path):
     runs, right = [], []
     for shift, run in enumerate(others):
         labels = run.examples["labels"]
-        found = {"fog": np.stack([np.where(np.arange(len(labels)) % 4 == shift, labels, -1)] * 5)}
+        found = {"fog": np.stack([np.where(np.arange(len(labels)) % 4 == shift, labels, 9 - labels)] * 5)}
         summary = metrics.summarize_corruptions(labels, found, np.arange(20, 10, -1))
         runs.append(dataclasses.replace(run, summary={**run.summary, "corruptions": summary}))
         right.append(found["fog"][0] == labels)
@@ -122,6 +122,23 @@ def test_runs_that_were_trained_in_different_ways_are_not_averaged(tmp_path):
     text = printed(read_runs([*runs, save_run(tmp_path / "2", config=other, seed=2)]))
     assert " ± " not in text
     assert "The runs of RoBal differ in config.train.epochs: they are not averaged." in text
+
+
+def test_other_weights_and_choices_of_a_checkpoint_are_not_averaged(tmp_path):
+    runs = [
+        save_run(tmp_path / "0", config={"evaluation": {"weights": "current"}}, selection="last"),
+        save_run(
+            tmp_path / "1", seed=1, config={"evaluation": {"weights": "average"}}, selection="best (1 of 2)"
+        ),
+    ]
+    text = " ".join(printed(read_runs(runs)).split())
+    assert " ± " not in text
+    assert "differ in config.evaluation.weights, the choice of the checkpoint: they are not averaged." in text
+    both = [
+        save_run(tmp_path / f"best{seed}", seed=seed, selection=f"best on held-out images ({seed} of 2)")
+        for seed in (1, 2)
+    ]
+    assert " ± " in printed(read_runs(both))
 
 
 def test_ensembles_of_other_attacks_are_not_compared(tmp_path):

@@ -291,6 +291,16 @@ def test_differences(seeds):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", r"B \$"]
 
 
+def test_folders_keep_the_end_of_their_names_in_the_legend():
+    figures_of = {"all": {"value": 0.1, "low": 0.0, "high": 0.2}}
+    folder = "/home/somebody/projects/robustness/runs/cifar10_lt"
+    rows = [f"{folder}/ablation_{letter}" for letter in "abc"]
+    figure = figures.differences_figure([Paired("clean", row, None, figures_of) for row in rows[1:]], rows[0])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["ablation_b", "ablation_c"]
+    assert "ablation" in figure.axes[0].get_ylabel()
+
+
 def test_norms():
     both = norms(10)
     figure = figures.norms_figure(fake_results(norms=both))

@@ -376,6 +376,29 @@ def test_a_part_of_the_test_set_is_named():
     assert any("Evaluation: 70 of 700 test images," in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), "; last checkpoint; one seed."),
+        (("train.select=best",), "; best checkpoint on held-out images; one seed."),
+        (("evaluation.weights=average", "average.name=per_epoch"), "; last checkpoint, average weights; one"),
+    ],
+)
+def test_the_note_says_which_weights_are_evaluated(overrides, said):
+    request = request_for("1", "at", seeds=(0,), overrides=overrides)
+    notes = assemble(request, {"at": {"": {0: result(clean=80, pgd_20=50, worst=49)}}})["notes"]
+    assert said in notes[0]
+
+
+def test_a_table_has_no_more_seeds_than_its_rows():
+    values = dict.fromkeys(("data", "seeds", "splits", "rows", "out"), "") | {
+        "table": "small",
+        "data": "cifar10_lt",
+    }
+    assert reproduce.request_of(values, []).seeds == (0, 1)
+    assert reproduce.request_of(values | {"rows": "la"}, []).seeds == (0,)
+
+
 def test_lines_of_a_table_are_aligned():
     request = request_for("1", "at", "ldam", seeds=(0,))
     one = {"": {0: result(clean=80, pgd_20=50, worst=40)}}

@@ -184,8 +184,11 @@ def _notes(request: Request, published_on: str | None, found: Sequence[Results])
     unit = "seed" if all(isinstance(run, int) for run in request.seeds) else "seed and subset"
     over, each = ("seeds", unit) if unit == "seed" else (f"runs, each with its own {unit}", "run")
     seeds = f"mean ± standard deviation over {len(request.seeds)} {over}, differences {each} by {each}"
+    chosen = {"best": "best checkpoint on held-out images", "best_on_test": "best checkpoint on test images"}
+    weights = chosen.get(fields["train"]["select"], "last checkpoint")
+    weights += f", {fields['evaluation']['weights']} weights" * (fields["evaluation"]["weights"] != "current")
     notes = [
-        f"Ours: {data}; model {model}; {length}, unless the row's config says otherwise; last checkpoint; "
+        f"Ours: {data}; model {model}; {length}, unless the row's config says otherwise; {weights}; "
         f"{seeds if len(request.seeds) > 1 else 'one seed'}."
     ]
     if found:

@@ -1,6 +1,7 @@
 """Comparison of evaluated runs, image by image."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ _PROTOCOL = (
 
 # An ensemble that somebody listed has one of these names, whatever its attacks are.
 _LISTED = {"custom", "custom_bpda"}
+
+# What an evaluation says of the model itself.
+_JUDGED = ("evaluation.weights", "evaluation.logit_scale", "evaluation.tau_p", "evaluation.head.")
 
 # Fields in which the runs of one method may differ: what changes with the seed, and the places of other runs.
 _BY_SEED = ("seed", "data.seed", "train.start_from", "train.teacher")
@@ -328,16 +332,22 @@ def by_method(runs: Sequence[EvaluatedRun]) -> dict[str, dict[Any, EvaluatedRun]
 
 
 def _mixed(runs: Sequence[EvaluatedRun]) -> dict[str, list[str]]:
-    """Returns in which fields of their configs runs of one method differ, by method, seeds apart."""
+    """Returns in what runs of one method differ, seeds apart, by method: fields, and which checkpoint."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         fields = without_neutral(run.meta.get("config", {}))
-        trained = {name: value for name, value in fields.items() if not name.startswith(NOT_TRAINED)}
-        configs.setdefault(str(run.meta["method"]), []).append(trained)
+        made = {
+            f"config.{name}": value
+            for name, value in fields.items()
+            if name not in _BY_SEED and (name.startswith(_JUDGED) or not name.startswith(NOT_TRAINED))
+        }
+        # 'named by hand: 20' -> 'named by hand'
+        made["the choice of the checkpoint"] = re.split("[(:]", run.meta.get("selection", ""))[0].strip()
+        configs.setdefault(str(run.meta["method"]), []).append(made)
     found = {
         method: sorted(
-            f"config.{name}"
-            for name in set().union(*members) - {*_BY_SEED}
+            name
+            for name in set().union(*members)
             if any(one.get(name) != members[0].get(name) for one in members)
         )
         for method, members in configs.items()

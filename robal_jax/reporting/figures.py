@@ -7,6 +7,7 @@ training images.
 
 import functools
 import io
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -133,6 +134,7 @@ def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
     size = (min(max(6.5, 0.9 + width * len(panels)), 12), 4.4)
     figure = Figure(figsize=size, layout="constrained")
     handles: dict[str, Any] = {}
+    names = {name: plain(shortened(short, 40)) for name, short in _below_common([*rows, reference]).items()}
     for axes, (name, shown) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
@@ -140,7 +142,7 @@ def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
         for (row, _, figures), shift in zip(shown, shifts, strict=True):
             color, marker = STYLES[rows.index(row) % len(STYLES)]
             places = np.arange(len(groups)) + shift
-            handles[plain(shortened(row, 40))] = errorbar(
+            handles[row] = errorbar(
                 axes, places, list(figures.values()), color=color, marker=marker, markersize=5, capsize=3
             )
         axes.axhline(0, color="black", linewidth=1)
@@ -148,10 +150,23 @@ def differences_figure(pairs: Sequence[Paired], reference: str) -> Figure:
         axes.set_xticks(range(len(groups)), [group_name(group).capitalize() for group in groups])
         axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set_title(re.sub(" (?=[+=] )", "\n", name), fontsize=11)
-        axes.set_ylabel(f"Difference to {plain(shortened(reference, 30))} (points)")
+        axes.set_ylabel(f"Difference to {names[reference]} (points)")
         axes.label_outer()
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    legend = map(names.__getitem__, handles)
+    figure.legend(handles.values(), legend, loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _below_common(names: Sequence[str]) -> dict[str, str]:
+    """Returns names that may be folders without the folders that all of them begin with.
+
+    Example:
+      >>> _below_common(["runs/a/first", "runs/a/second"])
+      {'runs/a/first': 'first', 'runs/a/second': 'second'}
+    """
+    parts = [name.split("/") for name in names]
+    common = len(list(itertools.takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))))
+    return {name: "/".join(each[common:]) or name for name, each in zip(names, parts, strict=True)}
 
 
 def errors_figure(results: Results) -> Figure:

@@ -198,7 +198,7 @@ def _what_is_kept(config: ConfigDict, there: ConfigDict, path: pathlib.Path) -> 
     more = f"; and {len(listed) - MOST} more" if len(listed) > MOST else ""
     return (
         f"the run is finished, so {path} keeps its evaluation ({'; '.join(listed[:MOST])}{more}); give "
-        "--config.evaluation.* to experiments/evaluate.py instead"
+        "--config.evaluation.* to python experiments/evaluate.py instead"
     )
 
 
