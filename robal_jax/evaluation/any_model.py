@@ -124,6 +124,7 @@ def evaluate_model(
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
+    hosts.speaker(say)(f"compiling the model for {len(labels)} images of shape {list(images.shape[1:])}")
     model = _attackable(logits_fn, surrogate_fn, images)
     test = _test_set(images, labels, model.num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
