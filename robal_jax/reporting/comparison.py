@@ -284,7 +284,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
             header,
             differences,
         ),
-        Table("Notes", ("Note",), _notes(runs)),
+        Table("Notes", ("Notes",), _notes(runs)),
     ]
     return [table for table in tables if table.rows]
 

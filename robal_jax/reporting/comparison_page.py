@@ -43,7 +43,7 @@ def comparison_html(runs: Sequence[EvaluatedRun]) -> str:
         ]
     for heading, table in reversed(list(zip(("Runs", "Accuracy", "", ""), tables, strict=False))):
         blocks += [page.section(heading)] if heading else []
-        blocks += [page.paragraph(f"{table.title}:")] if table.title != heading else []
+        blocks += [page.paragraph(f"{table.title}:")] if table.title not in (heading, *table.header) else []
         blocks.append(page.table(table.header, table.rows))
     return page.to_html(comparison.TITLE, blocks)
 
