@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
         larger = doubled(config) if values["largest"] else None
         for each in estimates.estimates(config, devices, names, doubled=larger):
             found.append(estimates.as_values(each, chip))
-            print(f"\n{described(found[-1], chip and chip.memory)}", flush=True)
+            print(f"\n{described(found[-1], chip)}", flush=True)
     if values["json"]:
         about = {"topology": topology or kind, "devices": count, "jax": jax.__version__, "programs": found}
         write_whole(pathlib.Path(values["json"]), f"{json.dumps(about, indent=1)}\n".encode())

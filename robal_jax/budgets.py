@@ -331,7 +331,8 @@ def dafa(class_counts: np.ndarray, epsilon: float, scale: float = 1.0, epoch: in
 
     def seen(labels: chex.Array, logits: chex.Array) -> dict[str, chex.Array]:
         own = jax.nn.one_hot(labels, size)
-        return {"probabilities": own.T @ jax.nn.softmax(logits), "shown": own.sum(0)}
+        sums = jnp.matmul(own.T, jax.nn.softmax(logits), precision=jax.lax.Precision.HIGHEST)
+        return {"probabilities": sums, "shown": own.sum(0)}
 
     def update(
         classes: dict[str, chex.Array], sums: dict[str, chex.Array], now: chex.Numeric, ends: chex.Array

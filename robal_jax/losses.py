@@ -401,7 +401,7 @@ def harl(
     """
     own = _is_true(logits, labels).astype(logits.dtype)
     values = cross_entropy(logits, labels)
-    sums, counts = values @ own, own.sum(0)
+    sums, counts = jnp.matmul(values, own, precision=jax.lax.Precision.HIGHEST), own.sum(0)
     if axis_name is not None:
         sums, counts = jax.lax.psum((sums, counts), axis_name)
     of_class = sums / (counts + HARL_TINY)

@@ -12,8 +12,8 @@ same for all objectives. The positional arguments are also the same for all:
   statistics, which the attack uses;
 - ``batch``: a :class:`Batch` ``x [B, H, W, C]``, ``y [B]``; all means are over the batch.
 
-Keyword arguments are settings of the config, except for these names, which ``builder.parts`` binds for every
-objective that asks for them:
+Keyword arguments are settings of the config, except for these names, which ``builder.minimised`` binds for
+every objective that asks for them:
 
 - ``attack``: ``(logits_fn, keys, x, y) -> x'``, the inner attack;
 - ``loss``: ``l(z, y) [B]``, the loss of the config;

@@ -61,7 +61,8 @@ def tail_features(
     log_p = jax.nn.log_softmax(features)
     fixed = jax.lax.stop_gradient(log_p)
     target = jnp.exp(fixed)
-    pairs = jnp.sum(target * fixed, axis=-1, keepdims=True) - target @ log_p.T
+    products = jnp.matmul(target, log_p.T, precision=jax.lax.Precision.HIGHEST)
+    pairs = jnp.sum(target * fixed, axis=-1, keepdims=True) - products
     if divergence == "batch":
         pairs = pairs.mean(axis=1, keepdims=True) / features.shape[-1]
     rarity = jnp.sqrt(counts.sum() / counts)[labels]

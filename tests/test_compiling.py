@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from robal_jax.compiling import estimates
-from robal_jax.compiling.cost import Operation, cost_of
+from robal_jax import cli
+from robal_jax.compiling import estimates, programs
+from robal_jax.compiling.cost import Cost, Operation, cost_of
 from robal_jax.compiling.hlo import Program
+from robal_jax.compiling.text import described
 from robal_jax.devices import chips, targets
 from robal_jax.errors import InputError
 
@@ -158,6 +160,44 @@ def test_largest_batch_follows_from_two_sizes():
     found = estimates.Estimate("train", 64, 1.0, memory, None, doubled=doubled)
     assert estimates.largest_batch(found, chip) == 64 + 64 * (16 - 4)
     assert estimates.largest_batch(found._replace(doubled=None), chip) is None
+
+
+COPY = Operation("copy", "", "", "", 1, 0, 1, 1, in_loop=False)
+
+
+def test_a_program_must_fit_into_the_share_of_a_gpu_that_jax_takes():
+    chip, cost = chips.CHIPS["h100"], Cost({}, [COPY], 0)
+    memory = estimates.Memory(arguments=0, in_place=0, outputs=0, temporaries=int(0.8 * chip.memory))
+    values = estimates.as_values(estimates.Estimate("train", 64, 1.0, memory, cost), chip)
+    assert values["fits"] is False
+    said = "107% of 63.7 GB (JAX's default share, 75% of 84.9 GB; XLA_PYTHON_CLIENT_MEM_FRACTION changes it)"
+    assert described(values, chip).endswith(said)
+    quarter, half = (memory._replace(temporaries=chip.memory // parts) for parts in (4, 2))
+    found = estimates.Estimate("train", 64, 1.0, quarter, cost, doubled=half)
+    assert estimates.largest_batch(found, chip) == 3 * 64
+    assert chips.CHIPS["v5e"].available == chips.CHIPS["v5e"].memory
+
+
+@pytest.mark.parametrize(("size", "known"), [(64, True), (256, False)])
+def test_twice_the_images_may_be_more_than_an_epoch_has(monkeypatch, size, known):
+    def estimate(name, images, lowered):
+        cost = Cost({}, [COPY], 0)
+        return estimates.Estimate(name, images, 1.0, estimates.Memory(0, 0, 0, images), cost)
+
+    seen = []
+    monkeypatch.setattr(programs, "training_chunk", lambda job, devices: seen.append(job.settings))
+    monkeypatch.setattr(estimates, "_estimate", estimate)
+    config, twice = (
+        cli.apply_overrides(cli.load_config("at:digits_lt"), [f"--config.train.batch_size={count}"])
+        for count in (size, 2 * size)
+    )
+    (found,) = estimates.estimates(config, jax.devices()[:1], ["train"], doubled=twice)
+    assert (found.memory.total, found.doubled is not None) == (size, known)
+    assert [each.batch_size for each in seen] == [size, 2 * size][: 1 + known]
+    assert len({each.steps_per_dispatch for each in seen}) == 1
+    text = described(estimates.as_values(found, None), None)
+    said = "largest     not known: with twice the images, config.train.batch_size is 512, but an epoch has"
+    assert (said in text) != known
 
 
 def test_settings_for_a_target():

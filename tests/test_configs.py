@@ -8,6 +8,7 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -219,6 +220,7 @@ def test_on_the_imagenets_a_method_changes_what_it_changes_on_cifar100(method, d
         ]
         for found in of_method:
             found.pop("loss.start", None)  # an epoch
+            found.pop("average.warmup", None)  # epochs
         assert of_method[0] == of_method[1]
         return
     there, at_there, found, at = (
@@ -276,6 +278,20 @@ def test_the_imagenets(data, pixels, training, expected):
     smaller = cli.apply_overrides(config, ["--config.model.name=resnet18"]).model
     backbone = call("model", models.BACKBONES, smaller)()
     assert (backbone.blocks, backbone.stem) == ((2, 2, 2, 2), expected["model.stem"])
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_generated_warm_up_is_a_fortieth_of_the_epochs(data):
+    config = cli.load_config(f"configs/trades_generated.py:{data}")
+    assert config.average.warmup == config.train.epochs / 40
+    if data.startswith("cifar"):
+        _, schedule = builder.optimizer(config, steps_per_epoch=3)
+        rates = jax.vmap(schedule)(jnp.arange(3 * 400)).reshape(400, 3)
+        assert np.all(rates == rates[:, :1])
+        assert (rates[:, 0].argmax(), rates.max()) == (9, jnp.float32(0.2))
+    changed = cli.apply_overrides(config, ["--config.train.epochs=20"])
+    assert changed.average.warmup == 0.5
+    assert cli.apply_overrides(config, ["--config.average.warmup=1.5"]).average.warmup == 1.5
 
 
 @pytest.mark.parametrize(("method", "start", "factor"), [("fgsm", "clean", 1.0), ("fast", "uniform", 1.25)])

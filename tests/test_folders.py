@@ -248,6 +248,7 @@ def test_long_tailed_subset(original):
         assert np.array_equal(subset.train_images[:], whole.train_images[kept])
         assert subset.test_images == whole.test_images
     assert load(str(original), ratio=0.3, profile="step").class_counts.tolist() == [7, 2, 2]
+    assert load(str(original), n_max=5).class_counts.tolist() == [5, 5, 5]
 
 
 # ---------------------------------------------------------------- what is no data, and what is said of data
@@ -558,6 +559,7 @@ def test_list_that_is_not_a_text_file(root):
 def test_list_is_not_cut_to_a_long_tail(root):
     write_list(root, "train.txt", lines_of(root, "train"))
     refused(r"ratio is 0\.5, but train_list cannot be cut", root, train_list="train.txt", ratio=0.5)
+    refused("n_max is 5, but train_list cannot be cut; leave", root, train_list="train.txt", n_max=5)
 
 
 # ---------------------------------------------------------------- stream

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_losses import COUNTS, B, K, numpy_cross_entropy, random_labels, random_logits, softmax
 
-from robal_jax import losses, regularisers
+from robal_jax import budgets, losses, regularisers
 from robal_jax.devices.parallel import AXIS
 
 Z, Y = random_logits(0), random_labels(1)
@@ -111,6 +111,18 @@ def test_tail_features(labels, divergence):
     np.testing.assert_allclose(turned, value, rtol=1e-6)
     with pytest.raises(ValueError, match="divergence is 'all'; use one of batch, pair"):
         regularisers.tail_features(FEATURES, labels, class_counts=COUNTS, divergence="all")
+
+
+def test_products_outside_of_the_network_are_not_rounded():
+    """The precision of the network does not reach them, and a GPU or TPU rounds their factors by default."""
+    tail = functools.partial(regularisers.tail_features, class_counts=COUNTS)
+    for function, products in (
+        (jax.value_and_grad(lambda z: losses.harl(z, Y).sum()), 2),
+        (jax.value_and_grad(lambda f: tail(f, Y)), 2),
+        (lambda z: budgets.dafa(COUNTS, 0.1).seen(Y, z), 1),
+    ):
+        text = jax.jit(function).lower(jnp.asarray(Z)).as_text()
+        assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == products
 
 
 def test_squared_error():

@@ -648,6 +648,19 @@ def test_what_has_no_effect_is_said(changes, said):
     assert builder.doubts(small(*fine)) == []
 
 
+def test_what_begins_after_the_last_of_the_steps_is_said():
+    config = small("perturbation.name=awp", "perturbation.start=3", "average.name=per_epoch")
+    assert builder.doubts(config, 3) == builder.doubts(config) == []
+    ends = "but config.train.max_steps ends the run in epoch 1; set"
+    assert builder.doubts(config, 1) == [
+        f"config.perturbation 'awp' has no effect before epoch 3, {ends} a lower config.perturbation.start "
+        "or more steps",
+        f"config.average 'per_epoch' has no effect before epoch 2, {ends} more steps",
+    ]
+    ends_within_the_first = small("average.name=ema", "average.warmup=0.025", "train.epochs=3")
+    assert builder.doubts(ends_within_the_first, 1) == []
+
+
 def test_balanced_classes_have_no_radii_by_frequency():
     config = small("data.ratio=1.0", "threat.budget.name=by_frequency")
     with pytest.raises(

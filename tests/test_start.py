@@ -62,6 +62,13 @@ def test_header(no_compilation, tmp_path):
     assert lines["folder"] == str(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(3, True), (5, True), (6, False)])
+def test_a_few_steps_without_an_average_are_warned_of(no_compilation, tmp_path, steps, warned):
+    lines = header(tmp_path / "run", "at:digits_lt", "average.name=per_epoch", f"train.max_steps={steps}")
+    said = "'per_epoch' has no effect before epoch 2, but config.train.max_steps ends"
+    assert (said in lines.get("warning:", "")) == warned
+
+
 @pytest.mark.parametrize(
     ("overrides", "attack"),
     [

@@ -268,6 +268,7 @@ def _images_of_a_step(config: ConfigDict, data: Dataset, devices: int) -> jax.Sh
 STARTS_LATE = {
     ("perturbation", "awp"): ("start", 0),
     ("average", "swa"): ("start", 2),  # the end of an epoch joins in the next one
+    ("average", "per_epoch"): ("", 2),  # the first epoch's end is a copy
     ("threat.budget", "cfa"): ("start", 1),
     ("threat.budget", "dafa"): ("epoch", 1),
     ("attack", ""): ("first_epoch", 0),
@@ -278,9 +279,22 @@ STARTS_LATE = {
 """Arguments that name an epoch, and how many epochs more a run needs for them to have an effect."""
 
 
-def doubts(config: ConfigDict) -> list[str]:
-    """Says what a config that can be used hardly means: :func:`ranges.doubts`, and what has no effect."""
-    found, epochs = ranges.doubts(config), config.train.epochs
+def doubts(config: ConfigDict, begun: int | None = None) -> list[str]:
+    """Says what a config that can be used hardly means: :func:`ranges.doubts`, and what has no effect.
+
+    Args:
+      config: a valid one.
+      begun: epochs that the run begins, fewer than its epochs if ``max_steps`` ends it early; None for all.
+    """
+    return ranges.doubts(config) + _late(config, begun) + _idle(config)
+
+
+def _late(config: ConfigDict, begun: int | None) -> list[str]:
+    """Says what begins after the end of the run."""
+    found, epochs = [], config.train.epochs if begun is None else begun
+    length, more_of = f"the run has {epochs} epochs", "epochs"
+    if epochs < config.train.epochs:
+        length, more_of = f"config.train.max_steps ends the run in epoch {epochs}", "steps"
     tables: dict[str, Any] = {
         "perturbation": (config.perturbation, PERTURBATIONS),
         "average": (config.average, AVERAGES),
@@ -288,18 +302,26 @@ def doubts(config: ConfigDict) -> list[str]:
         "attack": (config.attack, {}),
         "loss": (config.loss, losses.LOSSES),
     }
-    for (section, name), (argument, more) in STARTS_LATE.items():
+    for (section, name), (argument, later) in STARTS_LATE.items():
         part, functions = tables[section]
         if part.get("name", "") != name:
             continue
-        first = part.get(argument)
+        first = part.get(argument) if argument else 0
         if first is None:
             first = inspect.signature(functions[name]).parameters[argument].default
-        if first + more > epochs:
+        first = int(first) + later  # a warm-up may end within an epoch
+        lower = f"a lower config.{section}.{argument} or " * bool(argument)
+        if first > epochs:
             found.append(
-                f"config.{section}{f' {name!r}' * bool(name)} has no effect before epoch {first + more}, "
-                f"but the run has {epochs} epochs; set a lower config.{section}.{argument} or more epochs"
+                f"config.{section}{f' {name!r}' * bool(name)} has no effect before epoch {first}, "
+                f"but {length}; set {lower}more {more_of}"
             )
+    return found
+
+
+def _idle(config: ConfigDict) -> list[str]:
+    """Says what has no effect beside the rest of the config."""
+    found = []
     by_class = config.threat.budget.name != "constant" or config.threat.ramp
     attack = config.attack
     of_one_label = [f"config.threat.budget {config.threat.budget.name!r}"] * (

@@ -1,5 +1,6 @@
 """Memory, work and time of each program of a run, as its compiler estimates them."""
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +52,9 @@ class Estimate(NamedTuple):
       memory: None if the program does not fit.
       cost: None if the program does not fit.
       once: of what a dispatch of training steps does besides its steps; None for other programs.
-      doubled: memory with twice the images; None if it was not asked for, or does not fit.
+      doubled: memory with twice the images; None if it was not asked for, does not fit, or cannot be had.
       problem: why it does not fit, '' if it does.
+      problem_doubled: why there is no program with twice the images, '' if there is or it was not asked for.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Estimate(NamedTuple):
     once: Cost | None = None
     doubled: Memory | None = None
     problem: str = ""
+    problem_doubled: str = ""
 
 
 def estimates(
@@ -78,35 +81,51 @@ def estimates(
       config: of the run.
       devices: of a target, or those present.
       names: of the programs, see :class:`Estimate`; all if there are none.
-      doubled: the same with twice the images in every batch, for :func:`largest_batch`; None for none.
+      doubled: the same with twice the images in every batch, for :func:`largest_batch`; None for none. If no
+        training can be built of it, because an epoch has fewer images, the estimate says so.
 
     Raises:
       InputError: a field of the config cannot be used, the batch cannot be spread over the devices, or there
         is no program of a name.
     """
-    found = _programs(config, devices)
+    job = builder.training(config, devices)
+    training.check_spread(job, len(devices))
+    found = _programs(job, config, devices)
     if unknown := sorted(set(names) - set(found)):
         raise InputError(f"there is no program {unknown[0]!r}; use some of {', '.join(found)}")
-    more = {} if doubled is None else _programs(doubled, devices)
+    twice, problem = (None, "") if doubled is None else _twice(job, doubled, devices)
+    more = {} if doubled is None else _programs(twice, doubled, devices)
     for name, (images, lower) in found.items():
         if not names or name in names:
             estimate = _estimate(name, images, lower())
             if name in more and estimate.memory is not None:
                 estimate = estimate._replace(doubled=_estimate(name, 2 * images, more[name][1]()).memory)
-            yield estimate
+            yield estimate._replace(problem_doubled=problem) if name == "train" else estimate
+
+
+def _twice(
+    job: builder.Training, doubled: ConfigDict, devices: Sequence[jax.Device]
+) -> tuple[builder.Training | None, str]:
+    """Returns the training with twice the images and as many steps per dispatch; or None, and why."""
+    try:
+        twice = builder.training(doubled, devices)
+    except InputError as error:
+        return None, str(error).partition(";")[0]
+    settings = twice.settings._replace(steps_per_dispatch=job.settings.steps_per_dispatch)
+    return dataclasses.replace(twice, settings=settings), ""
 
 
 def _programs(
-    config: ConfigDict, devices: Sequence[jax.Device]
+    job: builder.Training | None, config: ConfigDict, devices: Sequence[jax.Device]
 ) -> dict[str, tuple[int, Callable[[], jax.stages.Lowered]]]:
-    """Returns the programs by name: images per device, and a function that lowers."""
-    job = builder.training(config, devices)
-    training.check_spread(job, len(devices))
+    """Returns the programs by name, 'train' if there is a job: images per device, and what lowers it."""
     evaluation = builder.evaluation(config, platform=devices[0].platform)
-    steps = {
+    steps: dict[str, tuple[int, Callable[[], jax.stages.Lowered]]] = {
         name: (evaluation.batch_size, partial(programs.evaluation_step, evaluation, name, devices))
         for name in programs.evaluation_names(evaluation)
     }
+    if job is None:
+        return steps
     each = job.settings.batch_size // len(devices)
     return {"train": (each, partial(programs.training_chunk, job, devices)), **steps}
 
@@ -146,7 +165,9 @@ def as_values(estimate: Estimate, chip: Chip | None) -> dict[str, Any]:
     values["memory_bytes"] = memory._asdict() | {"total": memory.total}
     if chip is not None:
         values["estimated_largest_images_per_device"] = largest_batch(estimate, chip)
-    values["fits"] = None if chip is None else memory.total <= chip.memory
+    if estimate.problem_doubled:
+        values["problem_of_twice_the_images"] = estimate.problem_doubled
+    values["fits"] = None if chip is None else memory.total <= chip.available
     values |= {"flops": cost.total("flops"), "bytes_moved": cost.total("bytes")}
     values["unknown_loops"] = cost.unknown_loops
     values["transfers"] = {name: {"count": n, "bytes": size} for name, (n, size) in cost.transfers.items()}
@@ -184,7 +205,7 @@ def largest_batch(estimate: Estimate, chip: Chip) -> int | None:
     if estimate.memory is None or estimate.doubled is None:
         return None
     each = (estimate.doubled.total - estimate.memory.total) / estimate.images
-    left = chip.memory - estimate.memory.total
+    left = chip.available - estimate.memory.total
     return estimate.images + int(left / each) if each > 0 else None
 
 

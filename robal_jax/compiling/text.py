@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from robal_jax.devices.chips import SHARE_OF_A_GPU, Chip
+
 UNITS = {"train": "a step"}
 """Unit that is counted, by the name of the program; a batch for the others."""
 
@@ -10,22 +12,24 @@ FAR = 64
 """So many times the images are too far from what was compiled for a number to mean something."""
 
 
-def described(values: Mapping[str, Any], memory: int | None) -> str:
+def described(values: Mapping[str, Any], chip: Chip | None) -> str:
     """Returns the lines of a program.
 
     Args:
       values: of ``estimates.as_values``.
-      memory: of a device, in bytes; None if it is not known.
+      chip: each device; None if it is not known.
     """
     unit = UNITS.get(values["program"], "a batch")
     head = f"{values['program']}: {values['images_per_device']} images per device"
     head += f", compiled in {values['compile_seconds']:.0f} s"
     if values["fits"] is False:
-        return f"{head}\n  does not fit: {values.get('problem') or _memory(values['memory_bytes'], memory)}"
-    lines = [f"memory      {_memory(values['memory_bytes'], memory)}"]
+        return f"{head}\n  does not fit: {values.get('problem') or _memory(values['memory_bytes'], chip)}"
+    lines = [f"memory      {_memory(values['memory_bytes'], chip)}"]
     if largest := values.get("estimated_largest_images_per_device"):
         known = largest < FAR * values["images_per_device"]
         lines[0] += f"; {f'about {largest:,}' if known else 'far more'} images per device would fit"
+    if problem := values.get("problem_of_twice_the_images"):
+        lines.append(f"largest     not known: with twice the images, {problem}")
     lines.append(
         f"work        {_si(values['flops'])}FLOP and {_si(values['bytes_moved'])}B to and from memory, {unit}"
     )
@@ -42,12 +46,16 @@ def described(values: Mapping[str, Any], memory: int | None) -> str:
     return "\n  ".join([head, *lines])
 
 
-def _memory(memory: Mapping[str, int], available: int | None) -> str:
+def _memory(memory: Mapping[str, int], chip: Chip | None) -> str:
     parts = f"{_si(memory['arguments'])}B arguments ({_si(memory['in_place'])}B of them in place), "
     parts += f"{_si(memory['temporaries'])}B temporaries, {_si(memory['total'])}B in all"
-    if available is None:
+    if chip is None:
         return parts
-    return f"{parts}, {memory['total'] / available:.0%} of {_si(available)}B"
+    parts += f", {memory['total'] / chip.available:.0%} of {_si(chip.available)}B"
+    if chip.available == chip.memory:
+        return parts
+    share = f"JAX's default share, {SHARE_OF_A_GPU:.0%} of {_si(chip.memory)}B"
+    return f"{parts} ({share}; XLA_PYTHON_CLIENT_MEM_FRACTION changes it)"
 
 
 def _time(values: Mapping[str, Any], unit: str) -> list[str]:

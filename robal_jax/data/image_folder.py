@@ -194,11 +194,11 @@ def load_image_folder(
       train_list: list file of the train split; '' for none.
       test_list: list file of the test split; '' for none.
       ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used; 1 for all
-        images. With a list it must be 1.
+        images, up to ``n_max``. With a list it must be 1.
       profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
       seed: seed of the subset.
       n_max: train images of class 0 in the subset; None for the size of the smallest class. A folder that is
-        long-tailed already is cut only if it is given.
+        long-tailed already is cut only if it is given. With a list it must be None.
       image_size: side of the test images, 1..resize: the centre of the resized images.
       resize: length to which the shorter side is resized, and side of the train images.
 
@@ -222,6 +222,8 @@ def load_image_folder(
         raise InputError(
             f"ratio is {ratio}, but train_list cannot be cut to a ratio; set config.data.ratio=1"
         )
+    if train_list and n_max is not None:
+        raise InputError(f"n_max is {n_max}, but train_list cannot be cut; leave config.data.n_max out")
     splits = {
         "train": _listed(root, train_list) if train_list else foldered(root, train),
         "test": _listed(root, test_list) if test_list else foldered(root, test),
@@ -231,7 +233,7 @@ def load_image_folder(
         check_labels(found.labels, len(names), f"{root}: {split} set")
     notes = [_note(split, splits[split], names) for split in splits]
     paths, labels = splits["train"].paths, splits["train"].labels
-    if ratio != 1:
+    if ratio != 1 or n_max is not None:
         kept = _cut(labels, len(names), ratio, profile, seed, n_max)
         paths, labels = [paths[i] for i in kept], labels[kept]
         notes.insert(1, f"cut to ratio {ratio:g}: {inspection.per_class(labels, names)}")

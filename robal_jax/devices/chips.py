@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 from robal_jax.errors import InputError
 
+SHARE_OF_A_GPU = 0.75
+"""Share of a GPU's memory that JAX takes when it starts, unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` is set."""
+
 
 class Chip(NamedTuple):
     """Facts of one device as JAX sees it: a whole chip; on a TPU v4 one of its two cores.
@@ -28,6 +31,11 @@ class Chip(NamedTuple):
     def clock(self) -> float:
         """Of the matrix units, in Hz."""
         return self.peak / self.per_cycle
+
+    @property
+    def available(self) -> int:
+        """Memory that a program can have, in bytes: by default JAX takes only a share of a GPU's."""
+        return int(SHARE_OF_A_GPU * self.memory) if self.about else self.memory
 
 
 def _tpu(peak: float, units: int, side: int, memory: int, bandwidth: float) -> Chip:

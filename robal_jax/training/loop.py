@@ -158,7 +158,8 @@ def _train(
             say(f"resuming at step {int(state.step)} of {job.total_steps} ({found.path})")
         for line in [*filter(None, [kept]), *job.data.notes, *_about(job, like, workdir)]:
             say(line)
-        doubts = [] if found else builder.doubts(config)
+        begun = -(-job.total_steps // job.steps_per_epoch)  # epochs
+        doubts = [] if found else builder.doubts(config, begun)
         for name, other in others.items():
             doubts += builder.seed_doubts(config, name, other.path) if other else []
         for doubt in doubts:

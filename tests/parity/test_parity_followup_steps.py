@@ -81,6 +81,7 @@ GENERATED = {
         {"generated": {"path": "", "share": 0.0}},  # the images are given
         {"schedule": {"name": "paper", "lr": 0.1}},
         {"train": {"epochs": 100}},
+        {"average": {"warmup": 0.0}},  # the recorded steps are the first ones
     ),
     "generated": 5,
     "momenta": (1.0, 0.01, 0.01),
