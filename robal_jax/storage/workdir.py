@@ -289,13 +289,16 @@ def unfinished(workdir: pathlib.Path) -> str:
     return f"step {newest[0]} of {total}: the training is not finished"
 
 
-def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], None]) -> None:
+def check_same_data(
+    digest: str, workdir: pathlib.Path, say: Callable[[str], None], generated: str | None = None
+) -> None:
     """Checks that an evaluation has the data of the run.
 
     Args:
       digest: sha256 of its data, see :func:`data_digest`.
       workdir: folder of the run.
       say: receives a warning if the run does not name its data; an imported run gives none.
+      generated: sha256 of generated images, '' for none; None, as of an evaluation, compares nothing.
 
     Raises:
       InputError: the data are different.
@@ -304,15 +307,19 @@ def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], Non
     if not (workdir / CONFIG).exists() or (imported is not None and "data_sha256" not in imported):
         return
     try:
-        trained_on = (imported or json.loads((workdir / VERSIONS).read_text()))["data_sha256"]
+        trained_on = imported or json.loads((workdir / VERSIONS).read_text())
+        there = {"data": trained_on["data_sha256"], "generated": trained_on.get("generated_sha256", "")}
     except (OSError, ValueError, KeyError, TypeError):
         say(f"warning: {workdir / VERSIONS} does not say which data the run was trained on")
         return
-    if trained_on != digest:
-        raise InputError(
-            f"the data differ from those of the run {workdir} (sha256 {digest[:12]}… here, "
-            f"{str(trained_on)[:12]}… there); restore them, or name their place in config.data.path"
-        )
+    for section, here in (("data", digest), ("generated", generated)):
+        if here is not None and there[section] != here:
+            what = "data" if section == "data" else "generated images"
+            raise InputError(
+                f"the {what} differ from those of the run {workdir} (sha256 {here[:12] or 'none'}… here, "
+                f"{str(there[section])[:12] or 'none'}… there); restore them, or name their place in "
+                f"config.{section}.path"
+            )
 
 
 def class_counts_in_training(workdir: pathlib.Path) -> np.ndarray | None:
