@@ -24,6 +24,8 @@ from robal_jax.storage.config_file import differences, read_config
 from robal_jax.storage.workdir import class_counts_in_training, imported_from, origin_of
 from robal_jax.training import fine_tuned_state
 from robal_jax.zoo import cards
+from robal_jax.zoo.models import ENDINGS
+from robal_jax.zoo.publishing import _with_more_figures
 
 ZOO = ROOT / "experiments" / "zoo"
 STORED = ROOT / "tests" / "stored_run"
@@ -475,6 +477,30 @@ def test_a_run_of_a_model_adds_its_evaluations_to_the_card(files, tmp_path):
     assert files.with_suffix(".safetensors").read_bytes() == weights
     assert "evaluated on all 190 test images" in files.with_suffix(".robustbench.json").read_text()
     load_model(files).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "attacks", "replaced"),
+    [
+        ({}, ["autoattack"], True),
+        ({"n": 100}, ["autoattack"], False),
+        ({"epsilon": 0.05}, ["autoattack"], False),
+        ({"class_epsilon": [0.1] * 10, "n": 900}, ["autoattack"], False),
+        ({"n": 900}, [], False),
+        ({"n": 900}, ["autoattack"], True),
+    ],
+)
+def test_the_card_for_robustbench_is_never_replaced_by_a_weaker_one(tmp_path, changes, attacks, replaced):
+    """The model's evaluation is at its radius, with AutoAttack, of 700 images."""
+    shutil.copytree(ZOO / "digits_lt", tmp_path / "digits_lt")
+    files = [tmp_path / f"{DIGITS}{ending}" for ending in ENDINGS]
+    meta = {**META, "imbalance": "long", "n": 700, "epsilon": 0.1, "config": card_of(DIGITS)["config"]}
+    new, before = fake_results(meta=meta | changes), files[2].read_bytes()
+    conditions = new.summary["conditions"]
+    conditions |= dict.fromkeys(attacks, conditions["pgd_20"])
+    assert (files[2] in _with_more_figures(files, {"new": new})) == replaced
+    assert (files[2].read_bytes() != before) == replaced
+    assert "new" in json.loads(files[1].read_text())["evaluations"]
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "json", "robustbench.json"])

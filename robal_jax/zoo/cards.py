@@ -83,19 +83,30 @@ def figures(results: Results) -> dict[str, Any]:
 
 
 def leading(evaluations: Sequence[Results]) -> Results:
-    """Returns the evaluation that counts.
+    """Returns the evaluation that counts, that of the highest :func:`rank`."""
+    return max(evaluations, key=lambda one: rank(one.meta, one.conditions, one.meta.get("config", {})))
 
-    It is one at a single radius, at that of the training, with AutoAttack, and of the most images, in this
-    order of importance.
+
+def rank(
+    meta: Mapping[str, Any], conditions: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[bool, bool, bool, int]:
+    """Ranks an evaluation of a model; a higher rank counts more.
+
+    The highest is one at a single radius, at that of the training, with AutoAttack, and of the most images,
+    in this order of importance.
+
+    Args:
+      meta: settings of the evaluation, as in its results or in a card.
+      conditions: its figures by attack.
+      fields: of the config of the model.
+
+    Example:
+      >>> rank({"n": 9, "epsilon": 0.1}, {"autoattack": {}}, {"threat": {"epsilon": 0.2}})
+      (True, False, True, 9)
     """
-
-    def rank(one: Results) -> tuple[bool, bool, bool, int]:
-        trained = one.meta.get("config", {}).get("threat", {}).get("epsilon")
-        at_trained = trained is None or one.meta.get("epsilon") == trained
-        single = "class_epsilon" not in one.meta
-        return single, at_trained, "autoattack" in one.conditions, one.meta["n"]
-
-    return max(evaluations, key=rank)
+    trained = fields.get("threat", {}).get("epsilon")
+    at_trained = trained is None or meta.get("epsilon") == trained
+    return "class_epsilon" not in meta, at_trained, "autoattack" in conditions, meta["n"]
 
 
 def robustbench(results: Results, architecture: str) -> dict[str, Any]:

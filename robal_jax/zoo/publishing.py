@@ -110,19 +110,21 @@ def _is_of_model(imported: Mapping[str, Any], card_file: pathlib.Path) -> bool:
 def _with_more_figures(files: list[pathlib.Path], results: Mapping[str, Results]) -> list[pathlib.Path]:
     """Adds evaluations to the cards of a model; those of the same names are replaced.
 
-    The card for RobustBench has one evaluation, which is replaced unless it alone has AutoAttack.
+    The card for RobustBench has one evaluation, which is replaced by one that ranks at least as high as all
+    in the card, see :func:`cards.rank`.
 
     Returns:
       The files that were written.
     """
     _, card_file, robustbench_file = files
-    card = read_card(card_file)
+    card, lead = read_card(card_file), cards.leading(list(results.values()))
+    ranks = [cards.rank(each, each["conditions"], card["config"]) for each in card["evaluations"].values()]
+    leads = cards.rank(lead.meta, lead.conditions, card["config"]) >= max(ranks, default=(False,))
     card["evaluations"] |= {name: cards.figures(each) for name, each in results.items()}
-    made = cards.robustbench(cards.leading(list(results.values())), card["network"])
+    made = cards.robustbench(lead, card["network"])
     texts = {card_file: json_text(card)}
     try:
-        earlier = robustbench_file.read_text() if robustbench_file.exists() else ""
-        if "autoattack_acc" in made or '"autoattack_acc":' not in earlier:
+        if leads or not robustbench_file.exists():
             texts[robustbench_file] = json.dumps(made, indent=2)
         for file, text in texts.items():
             write_whole(file, f"{text}\n".encode())
