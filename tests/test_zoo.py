@@ -498,9 +498,35 @@ def test_the_card_for_robustbench_is_never_replaced_by_a_weaker_one(tmp_path, ch
     new, before = fake_results(meta=meta | changes), files[2].read_bytes()
     conditions = new.summary["conditions"]
     conditions |= dict.fromkeys(attacks, conditions["pgd_20"])
-    assert (files[2] in _with_more_figures(files, {"new": new})) == replaced
+    authors = card_of(DIGITS, "robustbench.json")["authors"]
+    assert (files[2] in _with_more_figures(files, {"new": new}, authors, "MIT")) == replaced
     assert (files[2].read_bytes() != before) == replaced
-    assert "new" in json.loads(files[1].read_text())["evaluations"]
+    card = json.loads(files[1].read_text())
+    assert ("new" in card["evaluations"], card["license"]) == (True, "MIT")
+    _with_more_figures(files, {"new": new}, "Others", "MIT")
+    assert json.loads(files[2].read_text())["authors"] == "Others"
+
+
+def stated(out):
+    """Authors and licence of a published model."""
+    return tuple(
+        json.loads(out.with_name(f"{out.name}{ending}").read_text())[field]
+        for ending, field in ((".robustbench.json", "authors"), (".json", "license"))
+    )
+
+
+@pytest.mark.slow
+def test_whose_a_model_is_only_its_user_can_say(run, published, tmp_path, capsys):
+    assert stated(published) == ("N/A", "not stated")
+    out = tmp_path / "digits_lt" / "mine"
+    arguments = [f"--workdir={run[0]}", f"--out={out}"]
+    publish.main([*arguments, "--authors=Ada, Bo", "--license=MIT"])
+    assert stated(out) == ("Ada, Bo", "MIT")
+    publish.main(arguments)  # keeps what its card says
+    assert stated(out) == ("Ada, Bo", "MIT")
+    publish.main([*arguments, "--license=CC0-1.0"])
+    assert stated(out) == ("Ada, Bo", "CC0-1.0")
+    assert {stated(ZOO / name) for name in NAMES} == {("The robal_jax authors", "Apache-2.0")}
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "json", "robustbench.json"])

@@ -9,7 +9,8 @@ from robal_jax.reporting.names import BY_CLASS, display_name, radius, threat
 from robal_jax.reporting.results import EVERYTHING, FLAGGED, Results, outcome_of
 from robal_jax.storage.checkpoints import digest
 
-LICENSE = "Apache-2.0"
+NO_AUTHORS, NO_LICENSE = "N/A", "not stated"
+"""What cards say if neither the user nor an earlier card states them."""
 
 DATA_LICENSES = {
     "digits_lt": "scikit-learn's copy of the UCI digits (Alpaydin and Kaynak, 1998), CC BY 4.0",
@@ -109,7 +110,7 @@ def rank(
     return "class_epsilon" not in meta, at_trained, "autoattack" in conditions, meta["n"]
 
 
-def robustbench(results: Results, architecture: str) -> dict[str, Any]:
+def robustbench(results: Results, architecture: str, authors: str = NO_AUTHORS) -> dict[str, Any]:
     """Returns the figures of an evaluation in the form of RobustBench's ``model_info``, texts in percent.
 
     RobustBench has no field for the number of images, for a long tail or for another attack than AutoAttack,
@@ -137,7 +138,7 @@ def robustbench(results: Results, architecture: str) -> dict[str, Any]:
     return {
         "link": "N/A",
         "name": f"{meta['method']} (robal_jax)",
-        "authors": "The robal_jax authors",
+        "authors": authors,
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": meta["dataset"],
