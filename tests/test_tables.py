@@ -618,7 +618,9 @@ def test_two_at_once(tmp_path):
 
 def test_runs_of_other_data_are_not_reused(tmp_path, monkeypatch):
     """Data are read once, however many runs there are, and not at all without a finished run."""
-    read, jobs = [], trainings(make_plan(request_for("1", "at", "ldam", out=tmp_path, data="cifar10_lt")))
+    request, read = request_for("1", "at", "ldam", out=tmp_path, data="cifar10_lt"), []
+    plan = make_plan(request)
+    jobs = trainings(plan)
     monkeypatch.setattr(reproduce, "digests_of", lambda config: read.append(config) or ("a" * 64, "b" * 64))
     reproduce.check_data(jobs)
     assert not read
@@ -636,7 +638,7 @@ def test_runs_of_other_data_are_not_reused(tmp_path, monkeypatch):
     ):
         (jobs[-1].workdir / "versions.json").write_text(json.dumps(versions | {name: "c" * 64}))
         with pytest.raises(InputError, match=rf"ldam seed 2: .*{message} .*, or choose another --out$"):
-            reproduce.check_data(jobs)
+            reproduce.make(plan, request, tmp_path / "cifar10_lt", stop=False)
     monkeypatch.setattr(reproduce, "digests_of", lambda config: None)  # a job that needs them says more
     reproduce.check_data(jobs)
 
