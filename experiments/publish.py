@@ -2,8 +2,9 @@
 
 Writes FOLDER/NAME.safetensors (the weights that the run's config evaluates), FOLDER/NAME.json (a card with
 the config, the figures of the evaluations and images to check the model on) and FOLDER/NAME.robustbench.json.
-robal_jax.load_model loads them; those in experiments/zoo ship with the library. A run that evaluate.py
---model=FOLDER/NAME made adds its evaluations to the card of that model.
+--authors and --license say whose they are. robal_jax.load_model loads them; those in experiments/zoo ship
+with the library. A run that evaluate.py --model=FOLDER/NAME made adds its evaluations to the card of that
+model.
 """
 
 import pathlib
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> None:
         "out": "the files to write, without their endings: experiments/zoo/digits_lt/at_small_cnn",
         "evaluations": "folders of results, with commas between; by default WORKDIR/evaluation. The card "
         "names them like the folders, or as in whole=runs/x/evaluation",
+        "authors": "of the model, for the card for RobustBench; N/A by default, or those of the earlier card",
+        "license": "of the weights, such as Apache-2.0; by default 'not stated', or that of the earlier card",
     }
     values = cli.parse(arguments, texts, __doc__)
     for name in ("workdir", "out"):
@@ -40,7 +43,9 @@ def main(arguments: list[str]) -> None:
         if not name:
             raise InputError(f"--evaluations has {each!r}; write a name before '=', as in whole={folder}")
         evaluations[name] = pathlib.Path(folder)
-    for file in zoo.publish(pathlib.Path(values["workdir"]), pathlib.Path(values["out"]), evaluations):
+    workdir, out = pathlib.Path(values["workdir"]), pathlib.Path(values["out"])
+    stated = {name: values[name] for name in ("authors", "license")}
+    for file in zoo.publish(workdir, out, evaluations, **stated):
         print(f"wrote {file}")
 
 

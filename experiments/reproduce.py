@@ -174,6 +174,40 @@ def do(job: "Job", say: Callable[[str], None]) -> None:
             write_whole(folder / "finished.json", json.dumps(marker).encode())
 
 
+def digests_of(config: Any) -> tuple[str, str] | None:
+    """Returns the sha256 of a config's data and of its generated images, None if they cannot be read."""
+    from robal_jax.builder.training_images import training_images
+
+    try:
+        images = training_images(config)
+    except InputError:  # a job that needs them says what is wrong
+        return None
+    return images.data_sha256, images.stored.get("generated_sha256", "")
+
+
+def check_data(jobs: "Sequence[Job]") -> None:
+    """Checks that the finished runs were trained on these data; the names of folders do not tell.
+
+    Raises:
+      InputError: a run was trained on others.
+    """
+    from robal_jax.storage.workdir import check_same_data
+
+    digests: dict[str, tuple[str, str] | None] = {}
+    for job in jobs:
+        if job.folder is not None or not is_done(job):
+            continue
+        key = f"{job.config.data} {job.config.generated}"
+        if key not in digests:
+            digests[key] = digests_of(job.config)
+        if (here := digests[key]) is None:
+            continue
+        try:
+            check_same_data(here[0], buckets.fetched(job.workdir), lambda line: None, generated=here[1])
+        except InputError as error:
+            raise InputError(f"{job.key} seed {job.seed}: {error}, or choose another --out") from error
+
+
 def do_all(jobs: "Sequence[Job]", log: Callable[[str], None], stop: "Stop") -> list[str] | None:
     """Does the unfinished jobs, in order.
 
@@ -271,6 +305,7 @@ def make(plan: "Plan", request: "Request", folder: pathlib.Path, stop: "Stop") -
     check_replaceable(path, f"# {heading(request.table)} ")
     check_replaceable(path.with_suffix(".json"), '"table": ')
     with alone_in(folder), (folder / "reproduce.log").open("a", buffering=1) as file:
+        check_data(plan.jobs)
         diverged = do_all(plan.jobs, lambda line: print(time.strftime("%F %T"), line, file=file), stop)
         if diverged is None:
             print("stopped; run the same command again to resume")

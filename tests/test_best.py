@@ -158,6 +158,22 @@ def test_how_it_was_chosen(run):
     assert how_chosen(link, link / "best" / "5", "best", JUDGED) == {"selection": text}
 
 
+@pytest.mark.parametrize(("total", "said"), [(5, ""), (300, "step 5 of 300: the training is not finished")])
+def test_a_training_that_is_not_finished_says_so(run, tmp_path, total, said):
+    """Not of a checkpoint named by hand; older runs do not know their number of steps."""
+    config, digest = read_config(run), json.loads((run / "versions.json").read_text())["data_sha256"]
+    new = tmp_path / "new"
+    prepare_workdir(config, digest, new, total_steps=total)
+    shutil.copytree(run / "checkpoints", new / "checkpoints")
+    offer(new, (4, 0.512))
+    last, best, hand = (
+        how_chosen(new, new / path, "last", JUDGED)["selection"] for path in ("checkpoints/5", "best/4", "3")
+    )
+    assert last == ("last, " + said if said else "last")
+    assert best.endswith(f"of the classes); the last is {said}" if said else "of the classes)")
+    assert hand == "named by hand: 3"
+
+
 @pytest.mark.parametrize(
     ("evaluated", "more"),
     [

@@ -13,6 +13,7 @@ from robal_jax.attacks import ThreatModel
 from robal_jax.data import sources
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
+from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config
 
 
@@ -239,6 +240,17 @@ def test_a_run_that_does_not_say_its_data_is_evaluated_with_a_warning(run, conte
     assert "versions.json does not say which data the run was trained on" in line
     (run / "import.json").write_text("{}")
     assert evaluate(run) == []
+
+
+def test_a_training_that_is_not_finished_is_evaluated_with_a_warning(run):
+    path = run / "versions.json"
+    stored, (step,) = json.loads(path.read_text()), checkpoints.steps(run / "checkpoints")
+    path.write_text(json.dumps(stored | {"total_steps": step}))
+    assert evaluate(run) == []
+    path.write_text(json.dumps(stored | {"total_steps": step + 9}))
+    (line,) = evaluate(run)
+    said = f"step {step} of {step + 9}: the training is not finished; run the command of the training again"
+    assert line.startswith(f"warning: the run is at {said}")
 
 
 def test_a_digest_of_another_type_is_another_digest(run):

@@ -19,10 +19,11 @@ from experiments.paper.followups import WITHOUT_TABLE
 from experiments.paper.plan import Job, Request, commands, make_plan, row_config, run_name
 from experiments.paper.rows import DATA_SETS
 from experiments.paper.table import assemble, markdown
-from robal_jax import cli
+from robal_jax import builder, cli
 from robal_jax.devices import hosts
 from robal_jax.errors import DivergedError, InputError
 from robal_jax.reporting.results import Results
+from robal_jax.storage.workdir import data_digest
 
 CONFIGS = ROOT / "configs"
 EVERY = [
@@ -636,6 +637,42 @@ def test_two_at_once(tmp_path):
         reproduce.alone_in(tmp_path).__enter__()
     with reproduce.alone_in(tmp_path):
         pass
+
+
+def test_runs_of_other_data_are_not_reused(tmp_path, monkeypatch):
+    """Data are read once, however many runs there are, and not at all without a finished run."""
+    request, read = request_for("1", "at", "ldam", out=tmp_path, data="cifar10_lt"), []
+    plan = make_plan(request)
+    jobs = trainings(plan)
+    monkeypatch.setattr(reproduce, "digests_of", lambda config: read.append(config) or ("a" * 64, "b" * 64))
+    reproduce.check_data(jobs)
+    assert not read
+    versions = {"data_sha256": "a" * 64, "generated_sha256": "b" * 64}
+    for job in jobs:
+        (job.workdir / "checkpoints" / "9").mkdir(parents=True)
+        (job.workdir / "config.json").write_text("{}")
+        (job.workdir / "finished.json").write_text('{"checkpoint": "9", "sha256": ""}')
+        (job.workdir / "versions.json").write_text(json.dumps(versions))
+    reproduce.check_data(jobs)
+    assert len(read) == 1
+    for name, message in (
+        ("data_sha256", "the data differ"),
+        ("generated_sha256", "generated images differ"),
+    ):
+        (jobs[-1].workdir / "versions.json").write_text(json.dumps(versions | {name: "c" * 64}))
+        with pytest.raises(InputError, match=rf"ldam seed 2: .*{message} .*, or choose another --out$"):
+            reproduce.make(plan, request, tmp_path / "cifar10_lt", stop=False)
+    monkeypatch.setattr(reproduce, "digests_of", lambda config: None)  # a job that needs them says more
+    reproduce.check_data(jobs)
+
+
+def test_the_digests_of_a_config():
+    config = cli.load_config(f"{CONFIGS}/at.py:digits_lt")
+    assert reproduce.digests_of(config) == (data_digest(builder.dataset(config)), "")
+    missing = cli.apply_overrides(
+        cli.load_config(f"{CONFIGS}/at.py:cifar10_lt"), ["--config.data.path=/nowhere"]
+    )
+    assert reproduce.digests_of(missing) is None
 
 
 def fake_jobs(monkeypatch, do):

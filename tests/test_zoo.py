@@ -24,6 +24,8 @@ from robal_jax.storage.config_file import differences, read_config
 from robal_jax.storage.workdir import class_counts_in_training, imported_from, origin_of
 from robal_jax.training import fine_tuned_state
 from robal_jax.zoo import cards
+from robal_jax.zoo.models import ENDINGS
+from robal_jax.zoo.publishing import _with_more_figures
 
 ZOO = ROOT / "experiments" / "zoo"
 STORED = ROOT / "tests" / "stored_run"
@@ -475,6 +477,56 @@ def test_a_run_of_a_model_adds_its_evaluations_to_the_card(files, tmp_path):
     assert files.with_suffix(".safetensors").read_bytes() == weights
     assert "evaluated on all 190 test images" in files.with_suffix(".robustbench.json").read_text()
     load_model(files).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "attacks", "replaced"),
+    [
+        ({}, ["autoattack"], True),
+        ({"n": 100}, ["autoattack"], False),
+        ({"epsilon": 0.05}, ["autoattack"], False),
+        ({"class_epsilon": [0.1] * 10, "n": 900}, ["autoattack"], False),
+        ({"n": 900}, [], False),
+        ({"n": 900}, ["autoattack"], True),
+    ],
+)
+def test_the_card_for_robustbench_is_never_replaced_by_a_weaker_one(tmp_path, changes, attacks, replaced):
+    """The model's evaluation is at its radius, with AutoAttack, of 700 images."""
+    shutil.copytree(ZOO / "digits_lt", tmp_path / "digits_lt")
+    files = [tmp_path / f"{DIGITS}{ending}" for ending in ENDINGS]
+    meta = {**META, "imbalance": "long", "n": 700, "epsilon": 0.1, "config": card_of(DIGITS)["config"]}
+    new, before = fake_results(meta=meta | changes), files[2].read_bytes()
+    conditions = new.summary["conditions"]
+    conditions |= dict.fromkeys(attacks, conditions["pgd_20"])
+    authors = card_of(DIGITS, "robustbench.json")["authors"]
+    assert (files[2] in _with_more_figures(files, {"new": new}, authors, "MIT")) == replaced
+    assert (files[2].read_bytes() != before) == replaced
+    card = json.loads(files[1].read_text())
+    assert ("new" in card["evaluations"], card["license"]) == (True, "MIT")
+    _with_more_figures(files, {"new": new}, "Others", "MIT")
+    assert json.loads(files[2].read_text())["authors"] == "Others"
+
+
+def stated(out):
+    """Authors and licence of a published model."""
+    return tuple(
+        json.loads(out.with_name(f"{out.name}{ending}").read_text())[field]
+        for ending, field in ((".robustbench.json", "authors"), (".json", "license"))
+    )
+
+
+@pytest.mark.slow
+def test_whose_a_model_is_only_its_user_can_say(run, published, tmp_path, capsys):
+    assert stated(published) == ("N/A", "not stated")
+    out = tmp_path / "digits_lt" / "mine"
+    arguments = [f"--workdir={run[0]}", f"--out={out}"]
+    publish.main([*arguments, "--authors=Ada, Bo", "--license=MIT"])
+    assert stated(out) == ("Ada, Bo", "MIT")
+    publish.main(arguments)  # keeps what its card says
+    assert stated(out) == ("Ada, Bo", "MIT")
+    publish.main([*arguments, "--license=CC0-1.0"])
+    assert stated(out) == ("Ada, Bo", "CC0-1.0")
+    assert {stated(ZOO / name) for name in NAMES} == {("The robal_jax authors", "Apache-2.0")}
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "json", "robustbench.json"])

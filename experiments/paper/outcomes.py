@@ -21,6 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 TABLE = SMALL["small"]
 
+STATED = {"authors": "The robal_jax authors", "license": "Apache-2.0"}  # of the models that ship
+
 WHOLE = "whole"  # the evaluation that the table itself shows: the whole test set
 
 _FACTS = (
@@ -85,7 +87,7 @@ def publish_models(out: pathlib.Path, zoo_folder: pathlib.Path) -> list[str]:
         folders = {WHOLE: plan.folders[row.key][""][0], "autoattack": plan.further[row.key]["autoattack"][0]}
         if all((folder / "results.json").is_file() for folder in folders.values()):
             name = f"{row.key}_resnet20"
-            zoo.publish(trained[row.key], zoo_folder / name, folders)
+            zoo.publish(trained[row.key], zoo_folder / name, folders, **STATED)
             published.append(name)
     return published
 

@@ -64,6 +64,7 @@ from robal_jax.storage.workdir import (
     digest_of_images,
     origin_of,
     restore_weights,
+    unfinished,
     versions,
 )
 
@@ -120,13 +121,16 @@ def evaluate(
             say(f"warning: {doubt}")
         surrogate, its_sha256 = _surrogate(config, job, sha256, say)
         hosts.check_agreement("the config", to_json(config))
+        how = how_chosen(workdir, path, job.select, job.judged)
+        if (left := unfinished(workdir)) and left in how.get("selection", ""):
+            say(f"warning: the run is at {left}; run the command of the training again to finish it")
         curve = training_curve(workdir, last=int(path.name) if path.name.isdigit() else math.inf)
         about = {
             "checkpoint": buckets.shown(path),
             "checkpoint_sha256": sha256,
             **its_sha256,
             **({"origin": origin} if (origin := origin_of(workdir)) else {}),
-            **how_chosen(workdir, path, job.select, job.judged),
+            **how,
             "training": curve,
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }

@@ -21,7 +21,7 @@ from robal_jax.errors import InputError, one_line
 from robal_jax.storage import checkpoints
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import BEST, CHECKPOINTS, IMPORT, RECORD
-from robal_jax.storage.workdir import check_there, imported_from
+from robal_jax.storage.workdir import check_there, imported_from, unfinished
 
 
 class Record(NamedTuple):
@@ -165,11 +165,14 @@ def how_chosen(
       evaluated: what is evaluated, as ``Record.judged``.
 
     Returns:
-      'selection', for people, if it is known; and 'selected_on_test', True, if it was chosen on test images.
+      'selection', for people, if it is known, with :func:`unfinished`; and 'selected_on_test', True, if it
+      was chosen on test images.
     """
+    left = unfinished(workdir)
     folder, best = os.path.realpath(path.parent), read_best(workdir)
     if best is not None and path.name == str(best.step) and folder == os.path.realpath(workdir / BEST):
-        return chosen(best.text(evaluated), on_test=best.images == "test")
+        text = best.text(evaluated) + (f"; the last is {left}" if left else "")
+        return chosen(text, on_test=best.images == "test")
     imported = imported_from(workdir)
     if imported is not None:
         known: dict[str, Any] = {
@@ -178,7 +181,7 @@ def how_chosen(
         return known or stated(select)
     newest = checkpoints.steps(workdir / CHECKPOINTS)[-1:]
     if [path.name] == [str(step) for step in newest] and folder == os.path.realpath(workdir / CHECKPOINTS):
-        return chosen("last")
+        return chosen(", ".join(filter(None, ["last", left])))
     return chosen(f"named by hand: {path.name}")
 
 

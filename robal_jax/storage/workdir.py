@@ -4,8 +4,8 @@
 
     WORKDIR/
       config.json         the resolved config
-      versions.json       versions, commit, device and processor, and the sha256 of the data; after an import
-                          import.json
+      versions.json       versions, commit, device and processor, the sha256 of the data and the number of
+                          steps; after an import import.json
       metrics.jsonl       one line per dispatch
       tensorboard/        the same for TensorBoard
       tracked.txt         with --track: name of the run at the tracker
@@ -164,7 +164,8 @@ def prepare_workdir(
       more: what is stored beside the digest, because an evaluation cannot find it out: 'held_out', which
         training images are held out, in words; 'generated_sha256' of generated images, and 'class_counts' of
         what training sees with them.
-      total_steps: of the whole run. A run that has made them keeps its evaluation in its config.
+      total_steps: of the whole run, stored for :func:`unfinished`. A run that has made them keeps its
+        evaluation in its config.
 
     Returns:
       A line for the user, if the run keeps another evaluation than that of ``config``; or ''.
@@ -183,7 +184,8 @@ def prepare_workdir(
     elif checkpoints.steps(workdir / CHECKPOINTS):
         raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another workdir")
     else:
-        content = json.dumps({**versions(), **data}, indent=2) + "\n"
+        length = {} if total_steps is None else {"total_steps": total_steps}
+        content = json.dumps({**versions(), **data, **length}, indent=2) + "\n"
         write_whole(workdir / VERSIONS, content.encode())
     write_whole(path, config_file.to_json(config).encode())
     return kept
@@ -275,13 +277,28 @@ def origin_of(workdir: pathlib.Path) -> str:
     return f"{weights}, a {network}, sha256 {sha256}" if weights and network and sha256 else ""
 
 
-def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], None]) -> None:
+def unfinished(workdir: pathlib.Path) -> str:
+    """Says that a run was trained here but not to its end; '' if it was, or if nothing tells."""
+    try:
+        total = json.loads((workdir / VERSIONS).read_text()).get("total_steps")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    newest = checkpoints.steps(workdir / CHECKPOINTS)[-1:]
+    if type(total) is not int or not newest or newest[0] >= total:
+        return ""
+    return f"step {newest[0]} of {total}: the training is not finished"
+
+
+def check_same_data(
+    digest: str, workdir: pathlib.Path, say: Callable[[str], None], generated: str | None = None
+) -> None:
     """Checks that an evaluation has the data of the run.
 
     Args:
       digest: sha256 of its data, see :func:`data_digest`.
       workdir: folder of the run.
       say: receives a warning if the run does not name its data; an imported run gives none.
+      generated: sha256 of generated images, '' for none; None, as of an evaluation, compares nothing.
 
     Raises:
       InputError: the data are different.
@@ -290,15 +307,19 @@ def check_same_data(digest: str, workdir: pathlib.Path, say: Callable[[str], Non
     if not (workdir / CONFIG).exists() or (imported is not None and "data_sha256" not in imported):
         return
     try:
-        trained_on = (imported or json.loads((workdir / VERSIONS).read_text()))["data_sha256"]
+        trained_on = imported or json.loads((workdir / VERSIONS).read_text())
+        there = {"data": trained_on["data_sha256"], "generated": trained_on.get("generated_sha256", "")}
     except (OSError, ValueError, KeyError, TypeError):
         say(f"warning: {workdir / VERSIONS} does not say which data the run was trained on")
         return
-    if trained_on != digest:
-        raise InputError(
-            f"the data differ from those of the run {workdir} (sha256 {digest[:12]}… here, "
-            f"{str(trained_on)[:12]}… there); restore them, or name their place in config.data.path"
-        )
+    for section, here in (("data", digest), ("generated", generated)):
+        if here is not None and there[section] != here:
+            what = "data" if section == "data" else "generated images"
+            raise InputError(
+                f"the {what} differ from those of the run {workdir} (sha256 {here[:12] or 'none'}… here, "
+                f"{str(there[section])[:12] or 'none'}… there); restore them, or name their place in "
+                f"config.{section}.path"
+            )
 
 
 def class_counts_in_training(workdir: pathlib.Path) -> np.ndarray | None:

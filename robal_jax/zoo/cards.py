@@ -9,7 +9,8 @@ from robal_jax.reporting.names import BY_CLASS, display_name, radius, threat
 from robal_jax.reporting.results import EVERYTHING, FLAGGED, Results, outcome_of
 from robal_jax.storage.checkpoints import digest
 
-LICENSE = "Apache-2.0"
+NO_AUTHORS, NO_LICENSE = "N/A", "not stated"
+"""What cards say if neither the user nor an earlier card states them."""
 
 DATA_LICENSES = {
     "digits_lt": "scikit-learn's copy of the UCI digits (Alpaydin and Kaynak, 1998), CC BY 4.0",
@@ -83,22 +84,33 @@ def figures(results: Results) -> dict[str, Any]:
 
 
 def leading(evaluations: Sequence[Results]) -> Results:
-    """Returns the evaluation that counts.
+    """Returns the evaluation that counts, that of the highest :func:`rank`."""
+    return max(evaluations, key=lambda one: rank(one.meta, one.conditions, one.meta.get("config", {})))
 
-    It is one at a single radius, at that of the training, with AutoAttack, and of the most images, in this
-    order of importance.
+
+def rank(
+    meta: Mapping[str, Any], conditions: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[bool, bool, bool, int]:
+    """Ranks an evaluation of a model; a higher rank counts more.
+
+    The highest is one at a single radius, at that of the training, with AutoAttack, and of the most images,
+    in this order of importance.
+
+    Args:
+      meta: settings of the evaluation, as in its results or in a card.
+      conditions: its figures by attack.
+      fields: of the config of the model.
+
+    Example:
+      >>> rank({"n": 9, "epsilon": 0.1}, {"autoattack": {}}, {"threat": {"epsilon": 0.2}})
+      (True, False, True, 9)
     """
-
-    def rank(one: Results) -> tuple[bool, bool, bool, int]:
-        trained = one.meta.get("config", {}).get("threat", {}).get("epsilon")
-        at_trained = trained is None or one.meta.get("epsilon") == trained
-        single = "class_epsilon" not in one.meta
-        return single, at_trained, "autoattack" in one.conditions, one.meta["n"]
-
-    return max(evaluations, key=rank)
+    trained = fields.get("threat", {}).get("epsilon")
+    at_trained = trained is None or meta.get("epsilon") == trained
+    return "class_epsilon" not in meta, at_trained, "autoattack" in conditions, meta["n"]
 
 
-def robustbench(results: Results, architecture: str) -> dict[str, Any]:
+def robustbench(results: Results, architecture: str, authors: str = NO_AUTHORS) -> dict[str, Any]:
     """Returns the figures of an evaluation in the form of RobustBench's ``model_info``, texts in percent.
 
     RobustBench has no field for the number of images, for a long tail or for another attack than AutoAttack,
@@ -126,7 +138,7 @@ def robustbench(results: Results, architecture: str) -> dict[str, Any]:
     return {
         "link": "N/A",
         "name": f"{meta['method']} (robal_jax)",
-        "authors": "The robal_jax authors",
+        "authors": authors,
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": meta["dataset"],

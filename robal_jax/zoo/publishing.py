@@ -29,7 +29,12 @@ INFERENCE = ("weights", "head", "logit_scale", "tau_p")
 
 
 def publish(
-    workdir: pathlib.Path, out: pathlib.Path, evaluations: Mapping[str, pathlib.Path] | None = None
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    evaluations: Mapping[str, pathlib.Path] | None = None,
+    *,
+    authors: str = "",
+    license: str = "",
 ) -> list[pathlib.Path]:
     """Writes the weights of a run that its config evaluates, their card, and the card for RobustBench.
 
@@ -40,6 +45,9 @@ def publish(
       out: ``FOLDER/NAME``, the files without their endings; the model's name is that of the folder and NAME.
       evaluations: folders of results of this run, by the names that the card gives them; if None, that in
         ``workdir``.
+      authors: of the model, for the card for RobustBench; '' for what the earlier one at ``out`` says, or
+        'N/A'.
+      license: of the weights, for the card; '' for what the earlier one says, or 'not stated'.
 
     Returns:
       The files that were written.
@@ -69,10 +77,12 @@ def publish(
     run = load_run(workdir)
     for key, folder in folders.items():
         _check_is_of(run, str(folder), results[key])
-    if imported is not None:
-        return _with_more_figures(files, results)
-
     weights_file, card_file, robustbench_file = files
+    authors = authors or str(_earlier(robustbench_file).get("authors") or cards.NO_AUTHORS)
+    license = license or str(_earlier(card_file).get("license") or cards.NO_LICENSE)
+    if imported is not None:
+        return _with_more_figures(files, results, authors, license)
+
     config = ConfigDict(cards.without_paths(run.config)).lock()
     origin = {"name": name, "checkpoint_sha256": run.sha256}
     try:
@@ -86,16 +96,25 @@ def publish(
             "name": name,
             "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
             "network": architecture,
-            **_described(workdir, run, results, made_with),
+            **_described(workdir, run, results, made_with, license),
             "check": cards.check_of(images, logits, cards.tolerance(state_dict, logits)),
         }
         write_whole(card_file, json_text(card).encode() + b"\n")
-        for_robustbench = cards.robustbench(cards.leading(list(results.values())), architecture)
+        for_robustbench = cards.robustbench(cards.leading(list(results.values())), architecture, authors)
         write_whole(robustbench_file, (json.dumps(for_robustbench, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"cannot write {out} ({reason(error, out)}); choose another --out") from error
     load_model(card_file, trust_code=True).check()
     return files
+
+
+def _earlier(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a card that is replaced; {} if there is none, or it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_of_model(imported: Mapping[str, Any], card_file: pathlib.Path) -> bool:
@@ -107,23 +126,29 @@ def _is_of_model(imported: Mapping[str, Any], card_file: pathlib.Path) -> bool:
     return bool(imported.get("weights_sha256") == card["weights_sha256"])
 
 
-def _with_more_figures(files: list[pathlib.Path], results: Mapping[str, Results]) -> list[pathlib.Path]:
+def _with_more_figures(
+    files: list[pathlib.Path], results: Mapping[str, Results], authors: str, license: str
+) -> list[pathlib.Path]:
     """Adds evaluations to the cards of a model; those of the same names are replaced.
 
-    The card for RobustBench has one evaluation, which is replaced unless it alone has AutoAttack.
+    The card for RobustBench has one evaluation, which is replaced by one that ranks at least as high as all
+    in the card, see :func:`cards.rank`.
 
     Returns:
       The files that were written.
     """
     _, card_file, robustbench_file = files
-    card = read_card(card_file)
+    card, lead = read_card(card_file), cards.leading(list(results.values()))
+    ranks = [cards.rank(each, each["conditions"], card["config"]) for each in card["evaluations"].values()]
+    leads = cards.rank(lead.meta, lead.conditions, card["config"]) >= max(ranks, default=(False,))
     card["evaluations"] |= {name: cards.figures(each) for name, each in results.items()}
-    made = cards.robustbench(cards.leading(list(results.values())), card["network"])
+    card["license"], earlier = license, _earlier(robustbench_file)
+    made = cards.robustbench(lead, card["network"]) if leads or not earlier else earlier
+    made = made | {"authors": authors}
     texts = {card_file: json_text(card)}
+    if made != earlier:
+        texts[robustbench_file] = json.dumps(made, indent=2)
     try:
-        earlier = robustbench_file.read_text() if robustbench_file.exists() else ""
-        if "autoattack_acc" in made or '"autoattack_acc":' not in earlier:
-            texts[robustbench_file] = json.dumps(made, indent=2)
         for file, text in texts.items():
             write_whole(file, f"{text}\n".encode())
     except OSError as error:
@@ -132,14 +157,14 @@ def _with_more_figures(files: list[pathlib.Path], results: Mapping[str, Results]
 
 
 def _described(
-    workdir: pathlib.Path, run: Run, results: Mapping[str, Results], made_with: dict[str, Any]
+    workdir: pathlib.Path, run: Run, results: Mapping[str, Results], made_with: dict[str, Any], license: str
 ) -> dict[str, Any]:
     """Returns what a card says of the model, its data and its figures."""
     meta, data = next(iter(results.values())).meta, str(run.config["data"]["name"])
     mixture = class_counts_in_training(workdir)
     return {
         "method": meta["method"],
-        "license": cards.LICENSE,
+        "license": license,
         "published": datetime.date.today().isoformat(),
         "data": {
             "name": data,
