@@ -125,7 +125,7 @@ def test_they_are_resumed_and_made_again_if_damaged(folder, monkeypatch):
     content = path.read_bytes()
     path.write_bytes(content[:100])
     again, said = evaluate(folder, class_counts=counts, corruptions=True)
-    assert said[1].startswith(f"warning: {path} is damaged")
+    assert any(line.startswith(f"warning: {path} is damaged") for line in said)
     assert path.read_bytes() == content
     assert again.corruptions == whole.corruptions
 
