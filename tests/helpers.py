@@ -1,8 +1,11 @@
 """What several test files share: fake evaluations, the text of a page, damage to checkpoints."""
 
 import html.parser
+import os
 import shutil
+import signal
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +20,43 @@ from robal_jax.reporting.results import (
     Gallery,
     Results,
 )
+from robal_jax.storage.progress import Meter
+
+# ---------------------------------------------------------------- interruptions
+
+
+class Look(NamedTuple):
+    """What a job says of its progress."""
+
+    title: str
+    done: int
+    note: str
+
+
+def terminate():
+    """Asks this process to stop, as a batch system does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt(monkeypatch, when, how=terminate):
+    """Interrupts a job, once, when ``when(looks)`` holds for the looks at its progress; returns these."""
+    original, looks, interrupted = Meter.update, [], []
+
+    def update(self, done, note=""):
+        looks.append(Look(self._title, done, note))
+        original(self, done, note)
+        if not interrupted and when(looks):
+            interrupted.append(looks[-1])
+            how()
+
+    monkeypatch.setattr(Meter, "update", update)
+    return looks
+
+
+def assert_nothing_twice(looks):
+    """Fails if a job that was interrupted did a part again."""
+    assert len(looks) == len({look[:2] for look in looks}), "something was done twice"
+
 
 # ---------------------------------------------------------------- evaluations that never took place
 

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import with_devices
-from helpers import traced_work
+from helpers import assert_nothing_twice, interrupt, traced_work
 
 import robal_jax
 from robal_jax import ThreatModel, attacks, bpda
@@ -23,7 +22,6 @@ from robal_jax.evaluation.steps import with_bpda
 from robal_jax.models import closure
 from robal_jax.reporting import figures
 from robal_jax.reporting.names import headline_attack
-from robal_jax.storage.progress import Meter
 
 CLASSES, COUNT, LEVELS = 5, 40, 4
 SHAPE = (4, 4, 1)
@@ -198,23 +196,14 @@ def test_the_full_square_of_fast_has_the_random_numbers_of_autoattack_s(num_clas
 @pytest.mark.slow
 def test_what_bpda_breaks_counts_and_the_audit_flags_it(tmp_path, monkeypatch):
     """Interrupted in the middle of BPDA's attacks; resumed with the same approximation only."""
-    original, updates = Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append((self._title, done))
-        original(self, done, note)
-        if len(updates) == 3:
-            assert self._title == "pgd_20_bpda"
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    looks = interrupt(monkeypatch, lambda looks: looks[-1].title == "pgd_20_bpda")
     run = partial(evaluate, folder=tmp_path, version="apgd_ce", audit=20)
     assert run(surrogate_fn=network) is None
     for other in (straight, None):  # the same logits as the model's, and none
         with pytest.raises(InputError, match=r"unfinished .* with other settings .surrogate_fn: "):
             run(surrogate_fn=other)
     found = run(surrogate_fn=network)
-    assert len(updates) == len(set(updates)), "something was done twice"
+    assert_nothing_twice(looks)
 
     right = {name: predictions == LABELS for name, predictions in found.predictions.items()}
     own = np.logical_and.reduce(

@@ -1,20 +1,18 @@
 """The certified accuracy in an evaluation: added, resumed, reported, refused, and contradicted."""
 
-import os
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import interrupt
 from sklearn import datasets
 
 from robal_jax import ThreatModel, certified, evaluate_model, metrics
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
 from robal_jax.evaluation.certifying import FACTORS
-from robal_jax.storage.progress import Meter
 
 DIGITS = datasets.load_digits()
 X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
@@ -52,15 +50,7 @@ def folder(finished, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_finished_evaluation_is_given_them_resumed_and_contradicted(folder, monkeypatch):
-    original, updates = Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append(done)
-        original(self, done, note)
-        if len(updates) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    interrupt(monkeypatch, len)
     assert evaluate(folder, certified=True)[0] is None
     with np.load(folder / "unfinished" / "certified.npz") as kept:
         assert (kept["low"] < kept["high"]).any()

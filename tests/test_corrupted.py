@@ -1,14 +1,12 @@
 """The accuracy on corrupted images: added to an evaluation, resumed, regrouped, and reported."""
 
 import functools
-import os
 import shutil
-import signal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fake_results
+from helpers import assert_nothing_twice, fake_results, interrupt
 from sklearn import datasets
 
 from robal_jax import ThreatModel, evaluate_model, metrics
@@ -19,7 +17,6 @@ from robal_jax.reporting import page
 from robal_jax.reporting.corruptions import corruption_section, mean_in_words
 from robal_jax.reporting.names import with_interval
 from robal_jax.reporting.results import Results
-from robal_jax.storage.progress import Meter
 
 DIGITS = datasets.load_digits()
 X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
@@ -104,20 +101,12 @@ def test_a_finished_evaluation_is_given_them_without_an_attack(folder):
 
 @pytest.mark.slow
 def test_they_are_resumed_and_made_again_if_damaged(folder, monkeypatch):
-    original, updates = Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append(done)
-        original(self, done, note)
-        if len(updates) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    looks = interrupt(monkeypatch, len)
     counts = range(20, 10, -1)
     assert evaluate(folder, class_counts=counts, corruptions=True)[0] is None
     whole, _ = evaluate(folder, class_counts=counts, corruptions=True)
-    assert updates == sorted(set(updates))
-    assert len(updates) > 1
+    assert_nothing_twice(looks)
+    assert len(looks) > 1
     assert whole.corruptions == metrics.summarize_corruptions(LABELS, expected(), counts)
     assert not (folder / "unfinished").exists()
 

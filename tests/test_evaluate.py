@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import drawing, with_devices
-from helpers import traced_work
+from helpers import assert_nothing_twice, interrupt, traced_work
 
 from robal_jax import (
     attacks,
@@ -29,7 +27,7 @@ from robal_jax.errors import InputError
 from robal_jax.evaluation import loop
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config
-from robal_jax.storage.progress import Meter, training_curve
+from robal_jax.storage.progress import training_curve
 from robal_jax.storage.unfinished import Unfinished
 from robal_jax.storage.workdir import processor, restore_weights
 
@@ -262,20 +260,12 @@ def test_one_compilation_for_every_attack(copy, monkeypatch):
 @pytest.mark.parametrize("after", [2, 4, 40])
 def test_terminated_and_continued(evaluated, copy, monkeypatch, after):
     """In the conditions, in the ensemble and in the audit."""
-    original, updates = Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append((self._title, done))
-        original(self, done, note)
-        if len(updates) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    looks = interrupt(monkeypatch, lambda looks: len(looks) == after)
     folder, said = run(copy)
     assert said[-1].startswith("stopped; the same command resumes")
     assert {path.name for path in folder.iterdir()} == {"unfinished"}
     folder, _ = run(copy)
-    assert len(updates) == len(set(updates)), "something was done twice"
+    assert_nothing_twice(looks)
     assert_same(folder, evaluated / "evaluation")
 
 

@@ -1,19 +1,17 @@
 """The parts of the ensemble 'fast': probability margin, PMA, MALT's targets; the whole on a small model."""
 
-import os
-import signal
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_nothing_twice, interrupt
 
 import robal_jax
 from robal_jax import attacks
 from robal_jax.attacks import ThreatModel
 from robal_jax.reporting import figures
-from robal_jax.storage.progress import Meter
 
 CLASSES, SIZE, COUNT = 5, 8, 7
 RNG = np.random.RandomState(0)
@@ -113,20 +111,12 @@ def test_an_evaluation_stopped_in_the_full_square_ends_as_if_it_had_not_been(tmp
         threat=ThreatModel(0.06), version="fast", audit=0, batch_size=4, say=lambda line: None,
     )  # fmt: skip
     whole = evaluate(folder=tmp_path / "whole")
-    original, updates = Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append((self._title, done))
-        original(self, done, note)
-        if [title for title, _ in updates].count("square_full") == 1 and self._title == "square_full":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    looks = interrupt(monkeypatch, lambda looks: looks[-1].title == "square_full")
     assert evaluate(folder=tmp_path / "run") is None
-    assert updates[-1][0] == "square_full"
+    assert looks[-1].title == "square_full"
     found = evaluate(folder=tmp_path / "run")
-    assert [title for title, _ in updates].count("square_full") > 1, "nothing was left to do"
-    assert len(updates) == len(set(updates)), "something was done twice"
+    assert [look.title for look in looks].count("square_full") > 1, "nothing was left to do"
+    assert_nothing_twice(looks)
     for name, values in whole.examples.items():
         np.testing.assert_array_equal(found.examples[name], values, name)
     stages = found.meta["stages"]

@@ -3,9 +3,7 @@
 import ast
 import functools
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -17,12 +15,12 @@ import optax
 import pytest
 from conftest import ROOT
 from flax import nnx
+from helpers import assert_nothing_twice, interrupt
 
 import robal_jax
 from robal_jax import ThreatModel, autoattack, cli, evaluate, evaluate_model, load_run
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import read_config
-from robal_jax.storage.progress import Meter
 
 STORED = pathlib.Path(__file__).with_name("stored_run")
 THREAT = ThreatModel(0.1)
@@ -223,19 +221,12 @@ def test_a_surrogate_that_is_the_model_is_refused(digits, tmp_path):
 @pytest.mark.slow
 def test_stopped_and_resumed(digits, tmp_path, monkeypatch):
     images, labels = digits
-    model, original, updates = plain(images, labels), Meter.update, []
+    model = plain(images, labels)
     whole = evaluate_model(model, images, labels, folder=tmp_path / "whole", **SHORT)
-
-    def update(self, done, note=""):
-        updates.append((self._title, done))
-        original(self, done, note)
-        if len(updates) == 2:  # in the ensemble
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    looks = interrupt(monkeypatch, lambda looks: len(looks) == 2)  # in the ensemble
     assert evaluate_model(model, images, labels, folder=tmp_path / "run", **SHORT) is None
     found = evaluate_model(model, images, labels, folder=tmp_path / "run", **SHORT)
-    assert len(updates) == len(set(updates)), "something was done twice"
+    assert_nothing_twice(looks)
     for name, values in whole.examples.items():
         np.testing.assert_array_equal(found.examples[name], values)
 
@@ -281,15 +272,8 @@ def test_a_compiled_model_is_attacked_with_all_its_wrappers(digits):
 @pytest.mark.slow
 def test_another_model_does_not_resume_it(digits, tmp_path, monkeypatch):
     images, labels = digits
-    model, original, updates = plain(images, labels), Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append(done)
-        original(self, done, note)
-        if len(updates) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    model = plain(images, labels)
+    interrupt(monkeypatch, lambda looks: len(looks) == 2)
     assert evaluate_model(model, images, labels, folder=tmp_path, **SHORT) is None
     with pytest.raises(InputError, match=r"an unfinished evaluation with other settings \(model: .* there\)"):
         evaluate_model(lambda x: -model(x), images, labels, folder=tmp_path, **SHORT)

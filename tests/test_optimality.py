@@ -1,14 +1,12 @@
 """The optimality of attacks in an evaluation: added, resumed, exact on a linear model, reported, refused."""
 
-import os
 import shutil
-import signal
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import META
+from helpers import META, interrupt
 from sklearn import datasets
 
 from robal_jax import ThreatModel, evaluate_model, metrics
@@ -18,7 +16,6 @@ from robal_jax.evaluation.optimality import FACTORS, with_optimality
 from robal_jax.reporting import page
 from robal_jax.reporting.optimality import optimality_section
 from robal_jax.reporting.results import EvaluatedRun
-from robal_jax.storage.progress import Meter
 
 DIGITS = datasets.load_digits()
 X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
@@ -64,17 +61,8 @@ def worst_margin(images, labels, radius):
 def test_a_finished_evaluation_is_given_it_resumed_and_exact(finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "evaluation")
     monkeypatch.setattr(loop, "conditions", lambda *_: pytest.fail("attacked again"))
-    original, updates = Meter.update, []
-
-    def update(self, done, note=""):
-        updates.append(note)
-        original(self, done, note)
-        if updates.count("apgd_t") == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Meter, "update", update)
+    interrupt(monkeypatch, lambda looks: looks[-1].note == "apgd_t")
     assert evaluate(folder, minimum_norm="fmn", optimality=True) is None
-    monkeypatch.setattr(Meter, "update", original)
     found = evaluate(folder, minimum_norm="fmn", optimality=True)
     at_once = shutil.copytree(finished, tmp_path / "at_once")
     assert evaluate(at_once, minimum_norm="fmn", optimality=True).optimality == found.optimality

@@ -1,7 +1,6 @@
 """Whole training runs: the same numbers again, after interruptions, and after damage (robal_jax.train)."""
 
 import json
-import os
 import shutil
 import signal
 from functools import partial
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import empty, flip_a_bit, lose, truncate, zero
+from helpers import empty, flip_a_bit, interrupt, lose, truncate, zero
 
 from robal_jax import (
     attacks,
@@ -27,7 +26,6 @@ from robal_jax.errors import DivergedError, InputError
 from robal_jax.keys import example_keys
 from robal_jax.storage import checkpoints
 from robal_jax.storage.config_file import read_config, to_json
-from robal_jax.storage.progress import Meter
 from robal_jax.training import initial_state
 from robal_jax.training import step as training_step
 
@@ -304,23 +302,6 @@ class KilledError(BaseException):
     """Stands for a process that ends at once."""
 
 
-def interrupt(monkeypatch, at, how):
-    """Calls ``how`` after so many looks at the run, once."""
-    original, looks = Meter.update, []
-
-    def update(self, done, note=""):
-        looks.append(done)
-        original(self, done, note)
-        if len(looks) == at:
-            how()
-
-    monkeypatch.setattr(Meter, "update", update)
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def kill():
     raise KilledError
 
@@ -333,7 +314,7 @@ def kill():
 def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
-        interrupt(patched, look, terminate)
+        interrupt(patched, lambda looks: len(looks) == look)
         path, _, said = run(tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert path.name == str(step)
@@ -349,7 +330,7 @@ def test_terminated_and_continued(finished, monkeypatch, tmp_path, look, step):
 def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_path):
     monkeypatch.setattr(training.loop, "LONG_DISPATCH", 0.0)
     with monkeypatch.context() as patched:
-        interrupt(patched, 1, terminate)
+        interrupt(patched, lambda looks: len(looks) == 1)
         _, _, said = run(tmp_path, "train.epochs=2")
     assert not [line for line in said if "a signal to stop waits" in line]  # the first one compiles
     _, _, said = run(tmp_path, "train.epochs=2")
@@ -359,7 +340,7 @@ def test_dispatches_that_delay_a_stop_are_warned_about_once(monkeypatch, tmp_pat
 @pytest.mark.slow
 def test_killed_between_checkpoints_and_continued(finished, monkeypatch, tmp_path):
     with monkeypatch.context() as patched, pytest.raises(KilledError):
-        interrupt(patched, 8, kill)
+        interrupt(patched, lambda looks: len(looks) == 8, kill)
         run(tmp_path)
     assert rows(tmp_path)[-1]["step"] == 14
     with (tmp_path / "metrics.jsonl").open("a") as file:
