@@ -26,7 +26,7 @@ from robal_jax.storage.progress import Meter
 
 
 class Look(NamedTuple):
-    """What a job says of its progress."""
+    """One report of a job's progress."""
 
     title: str
     done: int

@@ -100,7 +100,7 @@ def test_runs_of_a_method_are_averaged_and_paired_by_seed(tmp_path):
 
 
 def test_one_run_of_each_method_is_compared_whatever_the_seed(tmp_path):
-    """What differs beside the method is said."""
+    """A note names the seeds if they differ."""
     runs = [save_run(tmp_path / method, seed=seed, method=method) for seed, method in enumerate("AB")]
     text = printed(read_runs(runs))
     assert "Difference to A in points" in text

@@ -16,7 +16,7 @@ KEY, THREAT = jax.random.key(0), ThreatModel(0.1)
 
 
 class Seen(NamedTuple):
-    """What a search keeps."""
+    """Fields of a search's state."""
 
     best: jax.Array
     best_gradient: jax.Array

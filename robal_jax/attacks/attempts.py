@@ -101,7 +101,8 @@ def record(
 ) -> dict[str, chex.Array]:
     """Fields of a search's state after a look at ``x``: the highest loss, the last misclassified image.
 
-    A first image whose logits are not finite stands in for it until there is one, see :func:`verdicts`.
+    Until there is a misclassified one, the first image whose logits are not finite takes its place, see
+    :func:`verdicts`.
 
     Args:
       search: the state before, with these fields.

@@ -5,16 +5,15 @@ job writes is somebody else's, and the job is refused before it starts.
 """
 
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 
 from robal_jax.errors import InputError
 from robal_jax.storage import checkpoints
+from robal_jax.storage.files import json_object
 from robal_jax.storage.names import (
     ADVERSARIAL,
     BEST,
@@ -44,7 +43,7 @@ OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, CERTIFIED, OPTIMA
 def is_run(folder: pathlib.Path) -> bool:
     """Returns whether a folder is that of a run, trained or imported, or of one that has just begun."""
     return bool(
-        any("robal_jax" in _json(folder / name) for name in (VERSIONS, IMPORT))
+        any("robal_jax" in json_object(folder / name) for name in (VERSIONS, IMPORT))
         or (os.path.isfile(folder / CONFIG) and checkpoints.steps(folder / CHECKPOINTS))
     )
 
@@ -52,20 +51,11 @@ def is_run(folder: pathlib.Path) -> bool:
 def is_evaluation(folder: pathlib.Path) -> bool:
     """Returns whether any file in a folder is that of an evaluation, finished or not."""
     return (
-        {"meta", "summary"} <= _json(folder / RESULTS).keys()
+        {"meta", "summary"} <= json_object(folder / RESULTS).keys()
         or {"labels", "ids"} <= _names(folder / EXAMPLES)
         or {"ids", "images", "predictions"} <= _names(folder / ADVERSARIAL)
         or any(read_identity(folder / UNFINISHED / f"{part}.npz") for part in PARTS)
     )
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads an object of a JSON file; empty if it is none, or cannot be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _names(path: pathlib.Path) -> set[str]:

@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from robal_jax.errors import InputError, one_line
 
@@ -78,3 +79,12 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes ``content`` to ``path``, all of it or nothing."""
     with replacing(path) as file:
         file.write(content)
+
+
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+    """Reads an object of a JSON file; empty if it is none, or cannot be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -38,7 +38,7 @@ from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
 from robal_jax.storage import buckets, checkpoints, config_file
 from robal_jax.storage.claims import check_run
-from robal_jax.storage.files import reason, write_whole
+from robal_jax.storage.files import json_object, reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, DAMAGED, IMPORT, VERSIONS
 
 T = TypeVar("T")
@@ -279,10 +279,7 @@ def origin_of(workdir: pathlib.Path) -> str:
 
 def unfinished(workdir: pathlib.Path) -> str:
     """Says that a run was trained here but not to its end; '' if it was, or if nothing tells."""
-    try:
-        total = json.loads((workdir / VERSIONS).read_text()).get("total_steps")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+    total = json_object(workdir / VERSIONS).get("total_steps")
     newest = checkpoints.steps(workdir / CHECKPOINTS)[-1:]
     if type(total) is not int or not newest or newest[0] >= total:
         return ""

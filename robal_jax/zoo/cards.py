@@ -10,7 +10,7 @@ from robal_jax.reporting.results import EVERYTHING, FLAGGED, Results, outcome_of
 from robal_jax.storage.checkpoints import digest
 
 NO_AUTHORS, NO_LICENSE = "N/A", "not stated"
-"""What cards say if neither the user nor an earlier card states them."""
+"""Texts of a card whose authors or licence neither the user nor an earlier card states."""
 
 DATA_LICENSES = {
     "digits_lt": "scikit-learn's copy of the UCI digits (Alpaydin and Kaynak, 1998), CC BY 4.0",

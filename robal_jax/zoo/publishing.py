@@ -15,7 +15,7 @@ from robal_jax.errors import InputError, one_line
 from robal_jax.evaluation import Run, load_run
 from robal_jax.reporting.results import Results, json_text, results_folder
 from robal_jax.storage.config_file import read_config
-from robal_jax.storage.files import check_replaceable, reason, write_whole
+from robal_jax.storage.files import check_replaceable, json_object, reason, write_whole
 from robal_jax.storage.names import EVALUATION, VERSIONS
 from robal_jax.storage.workdir import class_counts_in_training, imported_from
 from robal_jax.zoo import cards
@@ -78,8 +78,8 @@ def publish(
     for key, folder in folders.items():
         _check_is_of(run, str(folder), results[key])
     weights_file, card_file, robustbench_file = files
-    authors = authors or str(_earlier(robustbench_file).get("authors") or cards.NO_AUTHORS)
-    license = license or str(_earlier(card_file).get("license") or cards.NO_LICENSE)
+    authors = authors or str(json_object(robustbench_file).get("authors") or cards.NO_AUTHORS)
+    license = license or str(json_object(card_file).get("license") or cards.NO_LICENSE)
     if imported is not None:
         return _with_more_figures(files, results, authors, license)
 
@@ -108,15 +108,6 @@ def publish(
     return files
 
 
-def _earlier(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a card that is replaced; {} if there is none, or it cannot be read."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _is_of_model(imported: Mapping[str, Any], card_file: pathlib.Path) -> bool:
     """Returns whether a run's weights are those of a model."""
     try:
@@ -142,7 +133,7 @@ def _with_more_figures(
     ranks = [cards.rank(each, each["conditions"], card["config"]) for each in card["evaluations"].values()]
     leads = cards.rank(lead.meta, lead.conditions, card["config"]) >= max(ranks, default=(False,))
     card["evaluations"] |= {name: cards.figures(each) for name, each in results.items()}
-    card["license"], earlier = license, _earlier(robustbench_file)
+    card["license"], earlier = license, json_object(robustbench_file)
     made = cards.robustbench(lead, card["network"]) if leads or not earlier else earlier
     made = made | {"authors": authors}
     texts = {card_file: json_text(card)}
