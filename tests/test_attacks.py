@@ -114,6 +114,7 @@ def distances(norm, found, images):
 # ---------------------------------------------------------------- what holds for all
 
 
+@pytest.mark.slow
 @each_attack
 def test_invariants(name):
     logits_fn, _ = linear_model()
@@ -278,6 +279,7 @@ def test_against_numpy(norm, momentum, bounds):
     assert norm == "l2" or (np.abs(found - images) < EPSILON - 0.001).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_path_is_that_of_separate_runs(momentum):
     logits_fn, _ = linear_model(classes=5)
@@ -701,6 +703,7 @@ def at_known_distances(norm):
     return logits_fn, jnp.asarray(images, jnp.float32), jnp.asarray(labels), step.reshape(images.shape)
 
 
+@pytest.mark.slow
 @each_norm
 def test_shortest_adversarial_finds_the_boundary(norm):
     logits_fn, images, labels, step = at_known_distances(norm)

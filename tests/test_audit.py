@@ -592,6 +592,7 @@ def test_a_plain_model_asks_for_no_derivative(name):
     assert measurements.gradient_calls(PLAIN[name], ONE) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_a_model_that_adapts_asks_for_derivatives(name):
     compiled_before(jnp.zeros(ONE.shape))

@@ -348,6 +348,7 @@ POLICIES = {"randaugment": randaugment, "autoaugment": autoaugment}
 ERASING = {"cutout": cutout, "random_erasing": random_erasing}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*POLICIES, *ERASING])
 def test_an_image_depends_on_its_own_key_only(name):
     function = jax.jit((POLICIES | ERASING)[name])

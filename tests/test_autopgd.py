@@ -221,6 +221,7 @@ def distances(norm, found, images):
     return np.abs(delta).max(1) if norm == "linf" else np.linalg.norm(delta, axis=1)
 
 
+@pytest.mark.slow
 @each_search
 def test_every_image_on_the_way_is_allowed(norm, name):
     _, path, _ = searched(norm, name)
@@ -230,6 +231,7 @@ def test_every_image_on_the_way_is_allowed(norm, name):
         assert x.max() <= 1
 
 
+@pytest.mark.slow
 @each_search
 def test_the_best_is_the_highest_loss_on_the_way(norm, name):
     state, path, logits = searched(norm, name)

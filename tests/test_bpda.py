@@ -65,6 +65,7 @@ DEFENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defence", DEFENCES)
 def test_the_plain_gradient_finds_nothing_and_bpda_does(defence):
     model, surrogate_fn = DEFENCES[defence]

@@ -183,6 +183,7 @@ def test_whatever_a_kill_leaves_can_be_resumed(memory):
     assert {"pipe_file", "rm_file"} == {name for name, _ in memory.log}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [True, False], ids=["new machine", "same machine"])
 def test_a_killed_job_starts_again(memory, fresh, monkeypatch):
     """What the killed job left is found, what it had not written is written, and nothing broken is left."""
@@ -291,6 +292,7 @@ def test_an_error_of_the_job_is_named_and_what_it_had_is_written(memory):
 # ---------------------------------------------------------------- several jobs
 
 
+@pytest.mark.slow
 def test_the_second_job_is_refused(memory, monkeypatch):
     me = lock.myself()
     other = me._replace(host="node7", boot="other")

@@ -107,6 +107,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_between_their_lines(name, dtype, float64):
@@ -310,6 +311,7 @@ LOOSE = {
 ALL = TIGHT | POSITIVE | LOOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_bounds_hold_what_an_operation_gives(name, float64):
     """Corners and the inside of 16 boxes; elementwise functions reach both ends of their bounds."""

@@ -159,6 +159,7 @@ def test_numpy_arrays_of_any_width_are_attacked(name):
     assert np.isfinite(found).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_attacks_are_traced_with_arguments_and_with_constants(name):
     attack = partial(COMPILED[name], logits_fn)

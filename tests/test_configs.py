@@ -202,6 +202,7 @@ def fields(method, data):
     return dict(flatten(json.loads(to_json(cli.load_config(f"configs/{method}.py:{data}"))), ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", IMAGENETS)
 def test_on_the_imagenets_a_method_changes_what_it_changes_on_cifar100(method, data):

@@ -509,6 +509,7 @@ def test_a_backbone_that_breaks_its_contract(name):
     refused(f"model 'test_contracts:{name}' {BACKBONES[name]}", "model", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Good", "Frozen", "Counter", "Constant"])
 @pytest.mark.parametrize("head", ["linear", "tde"])
 def test_backbones_that_keep_it(name, head):

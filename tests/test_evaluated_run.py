@@ -231,6 +231,7 @@ def test_data_of_another_place_are_taken_and_other_data_there_are_not(tmp_path):
         evaluate(workdir, f"data.path={tmp_path / 'other.npz'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "", "{}", "[]", "3", '{"jax": "0.4"}'])
 def test_a_run_that_does_not_say_its_data_is_evaluated_with_a_warning(run, content):
     (run / "versions.json").unlink()

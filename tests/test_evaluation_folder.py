@@ -86,6 +86,7 @@ def test_a_damaged_file_is_named_before_all_is_evaluated_again(copy, monkeypatch
     assert said.index(warning) < said.index("attacks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["[1, 2]", "{}", '{"meta": 3}', '"mine"'])
 def test_results_of_somebody_else_are_kept(copy, no_attack, content):
     (copy / "mine").mkdir()

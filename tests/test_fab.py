@@ -140,6 +140,7 @@ def linear_model():
     return logits_fn, w, images
 
 
+@pytest.mark.slow
 @each_norm
 def test_linear_model_is_left_by_the_shortest_way(norm):
     logits_fn, w, images = linear_model()
@@ -194,6 +195,7 @@ def distances(norm, found, images=None):
     return length(norm, (np.float64(found) - np.float64(images)).reshape(len(found), -1))
 
 
+@pytest.mark.slow
 @each_rank
 @each_norm
 def test_invariants(norm, rank):

@@ -102,6 +102,7 @@ def compiled(name, norm, **settings):
     return jax.jit(lambda kind, scale: attack(partial(model, kind, scale), KEYS, IMAGES, LABELS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_no_gradient_and_no_logit_leads_an_image_astray(name, norm):
     run, threat = compiled(name, norm), THREATS[norm]
@@ -220,6 +221,7 @@ def only_outside(x, *keys):
     return jnp.stack([jnp.full(len(x), 0.5), jnp.where(outside, 1.0, 0.0), *[jnp.zeros(len(x))] * 2], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm"), ATTACKS)
 def test_no_attack_returns_an_image_outside_of_the_bounds(name, norm):
     """Not even a start, which may lie outside where pixels are 0 or 1."""

@@ -227,6 +227,7 @@ def test_awp_in_parts_is_that_of_the_batch(parts):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_awp_starts_in_its_epoch():
     plain = [awp_step(epoch, start=100)[0].params["kernel"] for epoch in (1, 2)]
     found = [awp_step(epoch)[0].params["kernel"] for epoch in (1, 2, 3)]

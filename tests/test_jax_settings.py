@@ -81,6 +81,7 @@ def test_the_ensemble_in_other_batches():
     np.testing.assert_array_equal(one.predictions, other.predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("setting")
 def test_keys():
     """One key gives each image the same key in every batch, by every generator; a run's key is fixed."""

@@ -84,6 +84,7 @@ def test_what_a_dead_process_left(tmp_path, changes):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boot", ["other", ""])
 def test_a_job_of_another_machine(tmp_path, monkeypatch, capfd, boot):
     """It is at work while it touches its file; one that fell silent may be followed."""
@@ -106,6 +107,7 @@ def test_a_job_of_another_machine(tmp_path, monkeypatch, capfd, boot):
     assert f"was used by process {holder.pid} on node7; waiting up to 0.6 s" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_of_another_machine_that_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "SILENCE", 5.0)
     left_by(tmp_path, host="node7", boot="other")
@@ -114,6 +116,7 @@ def test_a_job_of_another_machine_that_ends(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_holder_shows_life(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.05)
     with alone_in(tmp_path):
@@ -169,6 +172,7 @@ def beating(path, seconds=0.05):
     return ended.set
 
 
+@pytest.mark.slow
 def test_a_drive_without_locks_under_another_container(tmp_path, monkeypatch):
     """Its number of a process may be ours; so only a sign of life tells."""
 

@@ -434,6 +434,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_agree_with_finite_differences(name):
     labels = random_labels(3)
@@ -449,6 +450,7 @@ def test_gradient_of_cross_entropy_is_prediction_minus_label():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_value_per_example_whatever_the_batch(name):
     loss, logits, labels = LOSSES[name], jnp.asarray(random_logits(5)), jnp.asarray(random_labels(5))
@@ -641,6 +643,7 @@ SMOOTHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTHED)
 def test_label_smoothing_mixes_a_loss_with_its_mean_over_the_classes(name):
     loss = SMOOTHED[name]

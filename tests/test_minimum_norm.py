@@ -84,6 +84,7 @@ TIED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", TIED)
 @each_search
 def test_tied_logits_do_not_hold_a_search_up(name, tie):
@@ -202,6 +203,7 @@ def test_nothing_found_is_infinitely_far(name):
     np.testing.assert_array_equal(closest.found, np.arange(12) == 0)
 
 
+@pytest.mark.slow
 @each_search
 def test_no_gradient_flows_back(name):
     images, labels = batch()

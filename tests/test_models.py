@@ -486,6 +486,7 @@ def test_sizes_that_are_known():
     assert wide_resnet_size(70, 16) + 1024 * 10 + 10 == 266_796_506
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "pixels", "sides"),
     [
@@ -726,6 +727,7 @@ def test_precision_reaches_every_product_and_its_gradients():
     assert len(re.findall(r"precision=\(?Precision.HIGHEST", program)) == products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backbone",
     [make() for make in SMALL.values()],

@@ -266,6 +266,7 @@ def test_order_of_the_moments_is_the_released_one_by_default(name):
     assert len(value(partial(objective.func, **keywords))[1].moments) == len(CASES[name].passes.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", *ATTACKING])
 def test_gradient_flows_through_every_prediction(name):
     """Against central differences of the NumPy value, in which images are constants and nothing else is."""
@@ -326,6 +327,7 @@ PGD = partial(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pgd_at", "regularised kl", "trades", "mart", "avmixup", "mma"])
 def test_differentiable_with_a_real_attack(name):
     run = jax.jit(jax.value_and_grad(lambda p: value(CASES[name].objective, p, attack=PGD)[0]))

@@ -107,6 +107,7 @@ def test_a_resumed_run_has_a_header(no_compilation, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [STORED, STORED / "checkpoints" / "5"])
 def test_a_start_on_data_of_another_seed_is_doubted(no_compilation, tmp_path, start):
     config, said = read_config(STORED), []
@@ -192,6 +193,7 @@ def test_a_config_that_cannot_be_is_not_printed(capsys, override, message):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_can_be_printed_without_its_data(path):
     builder.check(cli.load_config(f"{path}:imagenet_lt"))

@@ -87,6 +87,7 @@ def random_state(network, prefixes, dtype=np.float64):
 # ---------------------------------------------------------------- names and layouts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_round_trip(name):
     network, prefixes = NETWORKS[name]
@@ -602,6 +603,7 @@ def export_from(workdir, *arguments):
     return pytorch.read_weights(workdir / "out.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config", "naming", "beside"),
     [

@@ -163,6 +163,7 @@ def test_chunks_do_not_depend_on_where_they_start():
         assert next(training.chunks(job, step))[0][1].tolist() == rows_of[step + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_per_epoch", [1, 4, 5])
 @pytest.mark.parametrize("first", [0, 3, 4, 5, 9])
 def test_epoch_that_a_step_sees(steps_per_epoch, first):
@@ -367,6 +368,7 @@ def test_finished_run_returns_at_once(finished, copy, monkeypatch):
 # ---------------------------------------------------------------- what is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "named"),
     [

@@ -98,6 +98,7 @@ def test_fab_prefers_a_misclassified_image():
     assert 0.5 < attack(holed(0.5, 1, lambda x: x - 0.5)) < 1
 
 
+@pytest.mark.slow
 def test_shortest_adversarial_ends_at_a_misclassified_image():
     images = jnp.full((1, 1, 1, 1), 0.44)
     model = holed(0.5, 0.52, lambda x: x - 0.5)

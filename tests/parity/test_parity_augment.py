@@ -34,6 +34,7 @@ def test_tables_of_magnitudes(reference):
         reference.check("augmentation: magnitudes", FILE, key, ours, 0)
 
 
+@pytest.mark.slow
 def test_operations_of_randaugment(reference):
     names = [str(name) for name in reference(FILE, f"{RANDAUGMENT}/names")]
     assert names == list(policies.RANDAUGMENT)

@@ -94,6 +94,7 @@ def check_mode(reference, recipe, case, classes, mode, apply, variables):
     return dx
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("case", HEADS)
 def test_classifiers(reference, recipe, classes, case):
