@@ -323,6 +323,39 @@ def test_strided_gradient_multiplies_no_zeros(size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("channels", "features", "stride", "copied"),
+    [(6, 6, 1, True), (5, 6, 1, False), (6, 6, 2, False), (128, 128, 1, False)],
+)
+def test_tpu_convolution_reads_a_copy_of_the_kernel(channels, features, stride, copied):
+    """Every bit of the gradients, also of second ones, of a batch of batches and forward, is XLA's."""
+    rng = np.random.RandomState(0)
+    x = jnp.asarray(rng.randn(2, 3, 4, 4, channels), jnp.float32)
+    kernel = jnp.asarray(rng.randn(3, 3, channels, features), jnp.float32)
+
+    def numbers(convolve):
+        def loss(x, kernel):
+            return (jax.vmap(lambda x: convolve(x, kernel, stride))(x) ** 3).sum()
+
+        def second(x, kernel):
+            return sum((each**2).sum() for each in jax.grad(loss, (0, 1))(x, kernel))
+
+        of_a_batch = jax.vmap(jax.grad(lambda x, kernel: loss(x[None], kernel), (0, 1)), (0, None))
+        forward = jax.jvp(lambda x, kernel: convolve(x, kernel, stride), (x[0], kernel), (x[1], 2 * kernel))
+        return (
+            of_a_batch(x, kernel),
+            forward,
+            jax.grad(second, (0, 1))(x, kernel),
+            jax.grad(loss, (0, 1))(x, kernel),
+        )
+
+    ours = jax.make_jaxpr(jax.grad(lambda x: convolutions.tpu_convolution(x, kernel, stride).sum()))(x[0])
+    assert ("layout_constraint" in str(ours)) == copied
+    plain, found = numbers(convolutions.convolution), numbers(convolutions.tpu_convolution)
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "side", "channels"), [(96, 8, 64), (32, 7, 4), (64, 4, 3)])
 def test_cpu_convolution_of_large_batches(batch, side, channels):
     """Its ways for large and wide ones, Winograd's and gradients in pieces of the batch, agree with XLA."""

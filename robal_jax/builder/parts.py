@@ -151,7 +151,7 @@ def model(
     on_cpu = platform == "cpu"
     backbone = _backbone(
         config,
-        convolution=convolutions.cpu_convolution if on_cpu else convolutions.convolution,
+        convolution=convolutions.OF_PLATFORM.get(platform, convolutions.convolution),
         axis_name=axis_name if sync_batch_norm else None,
     )
     classifier = call(
