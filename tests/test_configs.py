@@ -73,6 +73,20 @@ def toy_config(method, data):
     return config
 
 
+def test_only_a_tpu_reads_copies_of_kernels():
+    """Of WRN-10-10 the kernels of 160 and 320 channels; those of 640 fill the lanes, those of 16 are few."""
+    config = cli.apply_overrides(cli.load_config("configs/at.py:cifar10_lt"), ["--config.model.depth=10"])
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    copies = []
+    for platform in ("cpu", "gpu", "tpu"):
+        model = builder.model(config, np.arange(10, 0, -1), platform=platform, precision="bfloat16")
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+        gradient = jax.grad(lambda *inputs: model.predict(*inputs).sum(), 2)  # noqa: B023
+        copies.append(str(jax.make_jaxpr(gradient)(*variables, images)).count("layout_constraint"))
+    assert copies == [0, 0, 2]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", slow_but_for_digits(data for data in DATA if data not in IMAGENETS))
 def test_builds(method, data):

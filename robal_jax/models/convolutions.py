@@ -78,8 +78,9 @@ def tpu_convolution(x: chex.Array, kernel: chex.Array, stride: int) -> chex.Arra
     """:func:`convolution` for TPUs, whose gradient by the images reads a copy of the kernel.
 
     That gradient exchanges the kernel's two axes of channels. XLA exchanges their names and leaves the
-    numbers where they are. Unless the channels fill the lanes of a TPU, the gradient then takes up to half as
-    many cycles again. In the copy the numbers lie as the gradient wants them. All results stay the same.
+    numbers where they are. With many channels that do not fill the lanes of a TPU, such as 160, the gradient
+    then takes up to half as many cycles again. In the copy the numbers lie as the gradient wants them. All
+    results stay the same.
     """
     return convolution(x, kernel, stride)
 
@@ -91,8 +92,8 @@ def _tpu_tangent(
     (x, kernel), (dx, dkernel) = inputs, tangents
     (*_, channels, features), axes = kernel.shape, "HWIO"
     out, of_kernel = convolution(x, kernel, stride), convolution(x, dkernel, stride)
-    if stride == 1 and channels == features and channels % LANES:
-        # Axes from the outermost to the innermost. Without the barrier XLA takes the copy for the kernel again.
+    if stride == 1 and channels == features > LANES and channels % LANES:
+        # Axes from the outermost to the innermost. Without the barrier XLA uses the kernel itself again.
         rows = Layout((0, 1, 2, 3))
         kernel = lax.optimization_barrier(with_layout_constraint(kernel.swapaxes(2, 3), rows))
         axes = "HWOI"
