@@ -72,6 +72,7 @@ def test_images_in_other_batches():
         np.testing.assert_array_equal(some[name], shown[2:5], name)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("setting")
 def test_the_ensemble_in_other_batches():
