@@ -288,7 +288,9 @@ def stored_images(shape: tuple[int, ...], pixel_max: int, images: Any) -> None:
       ValueError: images have pixels in [255, 255]; pass floats in [0, 1], or integers in 0..16
     """
     found, dtype = _shape_and_type(images)
-    if found[1:] != tuple(shape) or not found[0]:
+    if found[:1] == (0,):
+        raise ValueError(f"there are no images: they have shape {found}; pass at least one")
+    if found[1:] != tuple(shape):
         raise ValueError(f"images have shape {found}; pass (n, {', '.join(map(str, shape))})")
     pixels = f"pass floats in [0, 1], or integers in 0..{pixel_max}"
     if not _is_real(dtype):

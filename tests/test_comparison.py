@@ -219,8 +219,9 @@ def test_runs_with_other_conditions_are_compared_in_those_they_share(tmp_path):
     # Worst is that of the shared conditions, not the stricter one of the first run alone.
     found = [comparison.share_right(run, "worst", "all")["value"] for run in (runs[0], *shared)]
     assert found[0] < found[1] == found[2]
-    overview, accuracies, differences = comparison.compare(runs)
+    overview, accuracies, differences, notes = comparison.compare(runs)
     assert [row[2] for row in overview.rows] == ["FGSM, NEW-ATTACK", "none"]
+    assert notes.rows[-1][0].startswith("Worst is that of the conditions that all runs have")
     assert [row[0] for row in accuracies.rows] == ["Clean"] * 2 + ["PGD-20 = Worst"] * 2
     assert accuracies.rows[2][2] == accuracies.rows[3][2]  # one model under one set of attacks
     assert all(cell.endswith("p = 1.000") for row in differences.rows for cell in row[2:])

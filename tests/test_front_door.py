@@ -373,9 +373,13 @@ def test_a_run_predicts_integers_and_floats(run):
         run.logits_fn(images)
     assert isinstance(logits, np.ndarray)
     assert logits.shape == (7, 10)
-    for wrong in (images[:, :-1], images[0], images[:0], None, images.repeat(3, -1)):
+    for wrong in (images[:, :-1], images[0], None, images.repeat(3, -1)):
         with pytest.raises(ValueError, match=r"images have shape .*; pass \(n, 8, 8, 1\)"):
             run.logits(wrong)
+    with pytest.raises(
+        ValueError, match=r"there are no images: they have shape \(0, 8, 8, 1\); pass at least"
+    ):
+        run.logits(images[:0])
     for wrong in (images * 1.0, images + 100, images.astype(int) - 17, images * np.nan, images / 16 - 0.01):
         with pytest.raises(
             ValueError, match=r"have pixels in .*; pass floats in \[0, 1\], or integers in 0\.\.16"

@@ -328,6 +328,10 @@ def test_the_report_says_whether_the_full_square_of_fast_ran(tmp_path, planned, 
         (("robal_aa",), ("robal_aa",)),
         (("robal_aa", "autoattack"), ("autoattack",)),
         (("autoattack", "union"), ("autoattack", "union")),
+        (("union_bpda",), ("union_bpda",)),
+        (("autoattack_rand",), ("autoattack_rand",)),
+        (("torchattacks",), ("torchattacks",)),
+        (("fast_bpda",), ("fast_bpda",)),
     ],
 )
 def test_ensembles(tmp_path, ensembles, shown):
@@ -336,7 +340,10 @@ def test_ensembles(tmp_path, ensembles, shown):
     results = Results(META, metrics.summarize(labels, predictions, np.arange(20, 10, -1)))
     write_report(tmp_path, results)
     markdown = (tmp_path / "report.md").read_text()
-    assert ("**AutoAttack** was not run" in markdown) == ("autoattack" not in ensembles)
+    run = {"autoattack", "union_bpda"} & {*ensembles}
+    assert ("**AutoAttack** was not run" in markdown) == (not run)
+    for name in {*shown} - {"autoattack"}:
+        assert f"**{display_name(name)}** " in markdown.partition("## How to read this")[2]
     assert ("two of the four attacks of AutoAttack" in markdown) == ("robal_aa" in ensembles)
     assert ("must not be compared with one. AutoAttack alone leaves" in markdown) == ("union" in ensembles)
     header = markdown[: markdown.index("## Summary")]
@@ -381,6 +388,20 @@ SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly u
             f"{SIXTY} union (AutoAttack + fast) at L∞ 8/255; in the tail classes 60.0 % [46.2, "
             "72.4], as in the head classes. AutoAttack alone leaves 60.5 % [53.6, 67.0]; PMA and APGD-MALT "
             "take 0.5 points more. Compare only AutoAttack's with published figures.",
+        ),
+        (
+            {"pgd_20": [0.8] * 4, "union_bpda": [0.6] * 4},
+            None,
+            {},
+            f"{SIXTY} union (AutoAttack + fast) + BPDA; in the tail classes 60.0 % [46.2, 72.4], as in the "
+            "head classes. This is no figure of AutoAttack; do not compare it with one.",
+        ),
+        (
+            {"pgd_20": [0.8] * 4, "autoattack_rand": [0.6] * 4},
+            None,
+            {},
+            f"{SIXTY} AutoAttack rand; in the tail classes 60.0 % [46.2, 72.4], as in the head classes. "
+            "AutoAttack's standard version was not run; it may find a lower number.",
         ),
         (
             {"pgd_20": [0.4, 0.6, 0.6, 0.8]},
@@ -508,9 +529,13 @@ def test_distances(tmp_path):
     markdown = (tmp_path / "report.md").read_text()
     assert "it found one for 150 of 200 images" in markdown
     assert "| Head | 0.15 [0.1, 0.2] |" in markdown
+    assert "| Radius | Robust accuracy under FMN |" in markdown
     assert "| Tail | ∞ [0.3, ∞] |" in markdown
     assert "| 8/255 | 50.0 [45.0, 55.0] |" in markdown
     assert Results.read(tmp_path).distances == found
+    one_group = found | {"median": median | {"groups": {"all": figure}}}
+    write_report(tmp_path, fake_results(meta=META | {"n": 200}, distances=one_group))
+    assert (tmp_path / "report.md").read_text().count("| All | 0.15 [0.1, 0.2] |") == 1
     write_report(tmp_path, fake_results())
     assert "distances" not in json.loads((tmp_path / "results.json").read_text())
     assert "Distance to" not in (tmp_path / "report.md").read_text()

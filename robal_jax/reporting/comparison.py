@@ -216,6 +216,9 @@ def _notes(runs: Sequence[EvaluatedRun]) -> list[tuple[str]]:
         elif missing:
             seeds = f"seed {missing[0]} and {reference} seed {next(iter(first))}"
             found.append(f"{row} has {seeds}: their difference includes that of the seeds.")
+    shared = shared_conditions(runs)[0].conditions
+    if "worst" in shared and any(len(run.conditions) > len(shared) for run in runs):
+        found.append("Worst is that of the conditions that all runs have; the report of a run may say less.")
     return [(sentence,) for sentence in found]
 
 

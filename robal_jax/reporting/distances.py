@@ -14,7 +14,7 @@ def distance_section(results: Results) -> list[page.Block]:
     found, counts = results.distances, results.summary["class_counts"]
     median, curve, attack = found["median"], found["curve"], display_name(found["attack"])
     norm = threat({"norm": results.meta.get("norm", "")})
-    groups = {"All": median["all"], **{group_name(name): row for name, row in median["groups"].items()}}
+    groups = {"all": median["all"], **{group_name(name): row for name, row in median["groups"].items()}}
     classes = [
         (results.class_name(index), counts[index], with_bounds(row))
         for index, row in enumerate(median["per_class"])
@@ -34,8 +34,11 @@ def distance_section(results: Results) -> list[page.Block]:
             [(name.capitalize(), with_bounds(row)) for name, row in groups.items()],
         ),
         by_class if len(classes) <= MANY_CLASSES else page.folded(f"All {len(classes)} classes", by_class),
-        page.paragraph("Robust accuracy in percent: the share of images that are farther than the radius."),
-        page.table(("Radius", "Robust accuracy"), rows),
+        page.paragraph(
+            f"Robust accuracy under {attack} in percent: the share of images that are farther than the "
+            "radius. An ensemble of attacks may leave fewer."
+        ),
+        page.table(("Radius", f"Robust accuracy under {attack}"), rows),
     ]
 
 

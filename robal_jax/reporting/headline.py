@@ -5,6 +5,7 @@ from typing import Any
 
 from robal_jax.reporting.names import (
     AUTOATTACK,
+    BPDA,
     BY_CLASS,
     display_name,
     group_name,
@@ -41,8 +42,11 @@ def in_words(results: Results) -> str:
     )
     if attack == "union":
         sentence += f" {beside_autoattack(results)}"
+    elif attack == "union" + BPDA:
+        sentence += " This is no figure of AutoAttack; do not compare it with one."
     elif attack not in AUTOATTACK:
-        sentence += " AutoAttack was not run; it may find a lower number."
+        version = "'s standard version" * attack.startswith("autoattack_rand")
+        sentence += f" AutoAttack{version} was not run; it may find a lower number."
     if "class_epsilon" in results.meta:
         sentence += f" {BY_CLASS.capitalize()}."
     return sentence

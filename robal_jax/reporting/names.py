@@ -13,8 +13,8 @@ T = TypeVar("T")
 BPDA = "_bpda"
 """End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
 
-_WHOLE = ("union", "autoattack_plus", "autoattack_rand", "autoattack")
-_OTHERS = ("torchattacks", "fast", "custom", "robal_aa")
+_WHOLE = ("union", "autoattack_plus", "autoattack")
+_OTHERS = ("autoattack_rand", "torchattacks", "fast", "custom", "robal_aa")
 
 AUTOATTACK = (*(name + BPDA for name in _WHOLE), *_WHOLE)
 """Conditions with all attacks of AutoAttack, the strongest first."""

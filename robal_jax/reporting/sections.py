@@ -6,10 +6,9 @@ from typing import Any
 
 from robal_jax.reporting import page
 from robal_jax.reporting.audit import audit_verdict
-from robal_jax.reporting.headline import beside_autoattack, in_words, tail_notes
+from robal_jax.reporting.ensembles import ensemble_notes
+from robal_jax.reporting.headline import in_words, tail_notes
 from robal_jax.reporting.names import (
-    AUTOATTACK,
-    BPDA,
     BY_CLASS,
     ENSEMBLES,
     display_name,
@@ -292,6 +291,8 @@ def settings_section(results: Results) -> list[page.Block]:
     meta = results.meta
     known = [key for key in _META_LABELS if key in meta]
     others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
+    if "square_full" in meta.get("autoattack", ()) and "square_full" not in meta.get("stages", ()):
+        meta = {**meta, "autoattack": [name for name in meta["autoattack"] if name != "square_full"]}
     settings = ((_META_LABELS.get(key, key), _setting(key, meta[key])) for key in known + others)
     blocks = [page.section("What was evaluated"), page.table(("Setting", "Value"), settings)]
     if meta.get("command"):
@@ -339,51 +340,7 @@ def reading_section(results: Results) -> list[page.Block]:
             "check is no proof of robustness."
         )
         items.append(("Audit.", text))
-    return [page.section("How to read this"), page.points([*items, *_ensembles(results)])]
-
-
-def _ensembles(results: Results) -> list[tuple[str, str]]:
-    """Returns what to know of each ensemble among the conditions: its name, and a text."""
-    conditions, items = results.conditions, []
-    if "robal_aa" in conditions:
-        text = (
-            'is the pair of attacks that the RoBal paper calls "AA": two of the four attacks of AutoAttack.'
-        )
-        items.append((display_name("robal_aa"), text))
-    if "fast" in conditions:
-        text = (
-            "is an ensemble for daily work, not AutoAttack: PMA, APGD towards the nearest classes and a "
-            "short Square. Its accuracy is an upper estimate, at a tenth of the passes; claim AutoAttack's."
-        )
-        if "square_full" in results.meta.get("autoattack", ()):  # an older evaluation has no such attack
-            needed = "" if "square_full" in results.meta.get("stages", ()) else "not "
-            text += (
-                " If that Square breaks an image that the gradient attacks left, a sign that gradients "
-                f"mislead, AutoAttack's follows, at half of its passes. On this model it was {needed}needed."
-            )
-        items.append((display_name("fast"), text))
-    if "union" in conditions:
-        text = (
-            "is AutoAttack, and then PMA and APGD-MALT as in fast on the images that are left, so its "
-            "accuracy is at most that of AutoAttack. It is no figure of AutoAttack and must not be compared "
-            "with one. "
-            f"{beside_autoattack(results)}"
-        )
-        items.append((display_name("union"), text))
-    if any(name.endswith(BPDA) for name in conditions):
-        text = (
-            "stands for attacks on the same model with the gradient of a differentiable approximation, which "
-            "whoever evaluated it has named (Athalye et al., 2018). An ensemble with BPDA has each attack "
-            "that follows a gradient twice: with the model's own, and with that one."
-        )
-        items.append(("BPDA", text))
-    if not any(name in conditions for name in AUTOATTACK):
-        text = (
-            "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "
-            "of AutoAttack; those of the attacks with a fixed step size are the least tight."
-        )
-        items.append(("AutoAttack", text))
-    return items
+    return [page.section("How to read this"), page.points([*items, *ensemble_notes(results)])]
 
 
 def config_section(results: Results) -> list[page.Block]:

@@ -1,0 +1,63 @@
+"""What a reader must know of each ensemble of attacks."""
+
+from robal_jax.reporting.headline import beside_autoattack
+from robal_jax.reporting.names import AUTOATTACK, BPDA, display_name
+from robal_jax.reporting.results import Results
+
+_TEXTS = {
+    "robal_aa": (
+        'is the pair of attacks that the RoBal paper calls "AA": two of the four attacks of AutoAttack.'
+    ),
+    "torchattacks": (
+        "has the four attacks of AutoAttack as the package torchattacks runs them: 10 iterations in place of "
+        "100, and another schedule of Square. Its accuracy is an upper estimate of AutoAttack's. Compare it "
+        "with figures that were made by that package, and claim AutoAttack's."
+    ),
+    "autoattack_rand": (
+        "is the version of AutoAttack for models that draw random numbers: APGD-CE and APGD-DLR, with "
+        "gradients averaged over several draws. On any other model the standard version is stronger."
+    ),
+    "fast": (
+        "is an ensemble for daily work, not AutoAttack: PMA, APGD towards the nearest classes and a short "
+        "Square. Its accuracy is an upper estimate, at a tenth of the passes; claim AutoAttack's."
+    ),
+    "union": (
+        "is AutoAttack, and then PMA and APGD-MALT as in fast on the images that are left, so its accuracy "
+        "is at most that of AutoAttack. It is no figure of AutoAttack and must not be compared with one."
+    ),
+}
+
+
+def ensemble_notes(results: Results) -> list[tuple[str, str]]:
+    """Returns what to know of each ensemble among the conditions: its name, and a text."""
+    conditions, items = results.conditions, []
+    more = {"fast": _full_square, "fast" + BPDA: _full_square, "union": beside_autoattack}
+    for name, text in _TEXTS.items():
+        for found in (name, name + BPDA):
+            if found in conditions:
+                further = more[found](results) if found in more else ""
+                items.append((display_name(found), f"{text} {further}".strip()))
+    if any(name.endswith(BPDA) for name in conditions):
+        text = (
+            "stands for attacks on the same model with the gradient of a differentiable approximation, which "
+            "whoever evaluated it has named (Athalye et al., 2018). An ensemble with BPDA has each attack "
+            "that follows a gradient twice: with the model's own, and with that one."
+        )
+        items.append(("BPDA", text))
+    if not any(name in conditions for name in AUTOATTACK):
+        text = (
+            "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "
+            "of AutoAttack; those of the attacks with a fixed step size are the least tight."
+        )
+        items.append(("AutoAttack", text))
+    return items
+
+
+def _full_square(results: Results) -> str:
+    if "square_full" not in results.meta.get("autoattack", ()):  # an older evaluation has no such attack
+        return ""
+    needed = "" if "square_full" in results.meta.get("stages", ()) else "not "
+    return (
+        "If that Square breaks an image that the gradient attacks left, a sign that gradients mislead, "
+        f"AutoAttack's follows, at half of its passes. On this model it was {needed}needed."
+    )
