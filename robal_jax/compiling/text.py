@@ -61,14 +61,14 @@ def _memory(memory: Mapping[str, int], chip: Chip | None) -> str:
 def _time(values: Mapping[str, Any], unit: str) -> list[str]:
     if "estimated_seconds" not in values:
         return []
-    cycles, at_least = values.get("estimated_cycles"), "at least "
+    cycles, at_least, at_most = values.get("estimated_cycles"), "at least ", "at most "
     lines = []
     if cycles:
-        share, at_least = cycles["in_loops"] / cycles["all"], ""
+        share, at_least, at_most = cycles["in_loops"] / cycles["all"], "", ""
         lines.append(f"estimate    {_si(cycles['all'])}cycles {unit}, {share:.0%} of them in loops")
     lines.append(
         f"estimate    {at_least}{1e3 * values['estimated_seconds']:.3g} ms {unit}, "
-        f"{values['estimated_images_per_second']:.3g} images per second and device, "
+        f"{at_most}{values['estimated_images_per_second']:.3g} images per second and device, "
         f"{values['estimated_share_of_peak']:.0%} of the peak in bfloat16"
     )
     if "estimated_seconds_per_dispatch" in values:
