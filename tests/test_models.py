@@ -328,7 +328,7 @@ def test_strided_gradient_multiplies_no_zeros(size):
     [(129, 129, 1, True), (129, 130, 1, False), (129, 129, 2, False), (6, 6, 1, False), (256, 256, 1, False)],
 )
 def test_tpu_convolution_reads_a_copy_of_the_kernel(channels, features, stride, copied):
-    """Every bit of the gradients, also of second ones, of a batch of batches and forward, is XLA's."""
+    """The gradients, also second ones, those of a batch of batches and forward ones, are XLA's."""
     rng = np.random.RandomState(0)
     x = jnp.asarray(rng.randn(2, 3, 4, 4, channels), jnp.float32)
     kernel = jnp.asarray(rng.randn(3, 3, channels, features), jnp.float32) / 9
@@ -352,7 +352,9 @@ def test_tpu_convolution_reads_a_copy_of_the_kernel(channels, features, stride, 
     ours = jax.make_jaxpr(jax.grad(lambda x: convolutions.tpu_convolution(x, kernel, stride).sum()))(x[0])
     assert ("layout_constraint" in str(ours)) == copied
     plain, found = numbers(convolutions.convolution), numbers(convolutions.tpu_convolution)
-    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    # The same products; sums of at most 9 * 256 of them, if a compiler adds them in another order.
+    bound = 9 * 256 * 2**-24
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=bound * np.abs(y).max()), found, plain)
 
 
 @pytest.mark.slow
