@@ -81,7 +81,6 @@ def test_only_a_tpu_reads_copies_of_kernels():
     for platform in ("cpu", "gpu", "tpu"):
         model = builder.model(config, np.arange(10, 0, -1), platform=platform, precision="bfloat16")
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
-
         gradient = jax.grad(lambda *inputs: model.predict(*inputs).sum(), 2)  # noqa: B023
         copies.append(str(jax.make_jaxpr(gradient)(*variables, images)).count("layout_constraint"))
     assert copies == [0, 0, 2]

@@ -200,8 +200,8 @@ def paired(runs: Sequence[EvaluatedRun]) -> list[Paired]:
     ]
 
 
-def _notes(runs: Sequence[EvaluatedRun]) -> list[tuple[str]]:
-    """Returns what a reader must know of seeds and configs to read the tables of these runs, in sentences."""
+def _notes(runs: Sequence[EvaluatedRun], shared: Collection[str]) -> list[tuple[str]]:
+    """Returns notes on seeds, configs and shared conditions, for the reader of the tables, in sentences."""
     rows, found = by_method(runs), []
     for method, fields in _mixed(runs).items():
         found.append(f"The runs of {method} differ in {', '.join(fields)}: they are not averaged.")
@@ -216,7 +216,6 @@ def _notes(runs: Sequence[EvaluatedRun]) -> list[tuple[str]]:
         elif missing:
             seeds = f"seed {missing[0]} and {reference} seed {next(iter(first))}"
             found.append(f"{row} has {seeds}: their difference includes that of the seeds.")
-    shared = shared_conditions(runs)[0].conditions
     if "worst" in shared and any(len(run.conditions) > len(shared) for run in runs):
         found.append("Worst is that of the conditions that all runs have; the report of a run may say less.")
     return [(sentence,) for sentence in found]
@@ -287,7 +286,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
             header,
             differences,
         ),
-        Table("Notes", ("Notes",), _notes(runs)),
+        Table("Notes", ("Notes",), _notes(runs, first.conditions)),
     ]
     return [table for table in tables if table.rows]
 

@@ -1,4 +1,4 @@
-"""What a reader must know of each ensemble of attacks."""
+"""Notes on each ensemble of attacks, for the reader of a report."""
 
 from robal_jax.reporting.headline import beside_autoattack
 from robal_jax.reporting.names import AUTOATTACK, BPDA, display_name
@@ -29,7 +29,7 @@ _TEXTS = {
 
 
 def ensemble_notes(results: Results) -> list[tuple[str, str]]:
-    """Returns what to know of each ensemble among the conditions: its name, and a text."""
+    """Returns a note on each ensemble among the conditions: its name, and a text."""
     conditions, items = results.conditions, []
     more = {"fast": _full_square, "fast" + BPDA: _full_square, "union": beside_autoattack}
     for name, text in _TEXTS.items():
