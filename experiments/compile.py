@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--config is missing; usage: {__doc__}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
-    topology = values["topology"]
+    topology = values["topology"].lower()
     chip = chips.chip_of(topology) if topology else None
     if topology:
         chips.prepare(topology, os.environ)

@@ -82,7 +82,7 @@ def test_the_page_has_the_figures_of_the_outcomes(stored):
         for title, part in tables.items()
     }
     pair = at["whole"].conditions["robal_aa"]
-    first = lines["All 2,000 test images"]["AT, seed 0"]
+    first = lines["Accuracy on 2,000 test images"]["AT, seed 0"]
     assert f"{100 * pair['accuracy']['value']:.1f}" in first
     assert f"[{100 * pair['accuracy']['low']:.1f}, {100 * pair['accuracy']['high']:.1f}]" in first
     errors = lines["Natural and boundary error under the pair"]["AT, seed 0"].split("|")[2:5]
@@ -97,7 +97,13 @@ def test_the_page_has_the_figures_of_the_outcomes(stored):
     ]
     figure = metrics.paired_difference(*right)
     assert f"{100 * figure['value']:+.1f} [{100 * figure['low']:+.1f}" in difference["RoBal-N, seed 0"]
-    part = lines["AutoAttack on the same 500 test images"]
+    strongest = at["autoattack"].conditions["autoattack"]
+    second = lines["Accuracy on 500 test images"]["AT, seed 0"]
+    value, low, high = (f"{100 * strongest['accuracy'][part]:.1f}" for part in ("value", "low", "high"))
+    assert [cell.strip() for cell in second.split("|")[8:10]] == [value, f"[{low}, {high}]"]
+    assert "AT, seed 0" in lines["Natural and boundary error under AutoAttack"]
+    assert "Difference to AT of the same seed under AutoAttack" not in lines  # no other run has it
+    part = lines["AutoAttack with 10 iterations, the best checkpoint, and the audit"]
     assert "| epoch 12 of 40 |" in part["AT, seed 0"] and "clean (1 of 1 checks run)" in part["AT, seed 0"]
     assert set(part["RoBal-N, seed 0"].split("|")[2].strip()) == {"—"}
 
@@ -153,7 +159,7 @@ def test_a_page_of_one_row_has_no_empty_table(stored):
     for path in folder.glob("[!a]*"):
         path.unlink()
     text = small_page.page(outcomes.read(folder))
-    assert "Difference to AT" not in text and "All 2,000 test images" in text
+    assert "Difference to AT" not in text and "Accuracy on 2,000 test images" in text
 
 
 def test_the_page_is_up_to_date():

@@ -14,6 +14,9 @@ from robal_jax.reporting.results import EvaluatedRun
 PAIR = "robal_aa"
 ROBAL = ("robal_n", "robal_r")
 
+ATTACKS = {WHOLE: (PAIR, "the paper's pair of attacks"), "autoattack": ("autoattack", "AutoAttack")}
+"""Evaluations that the claims are about, each with its strongest condition: its name, and in words."""
+
 
 class Answer(NamedTuple):
     """The answer of one run to one claim.
@@ -54,36 +57,38 @@ def _points(figure: Mapping[str, float]) -> str:
     return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}], {printed_p(figure['p_value'])}"
 
 
-def _robustness(pairs: Sequence[tuple[Run, Run]]) -> Iterator[Answer]:
-    attacks = {
-        WHOLE: (PAIR, "the paper's pair of attacks"),
-        "autoattack": ("autoattack", "AutoAttack"),
-    }
-    for name, (condition, attack) in attacks.items():
-        for group, where in ("all", ""), ("tail", " on the tail"):
-            for run, baseline in pairs:
-                if name not in run.evaluations or name not in baseline.evaluations:
-                    continue
+def _pairs_under(
+    pairs: Sequence[tuple[Run, Run]],
+) -> Iterator[tuple[str, str, str, EvaluatedRun, EvaluatedRun]]:
+    """Yields condition, text, the run's label, and each evaluation that a run and its baseline both have."""
+    for name, (condition, attack) in ATTACKS.items():
+        for run, baseline in pairs:
+            if name in run.evaluations and name in baseline.evaluations:
                 one, other = run.evaluations[name], baseline.evaluations[name]
-                size = len(one.examples["labels"])
-                figure = difference(one, other, condition, group)
-                claim = f"RoBal is more robust than AT{where} under {attack} ({size:,} test images)."
-                yield Answer(claim, run.label, _points(figure), _answer(figure))
+                text = f"under {attack} ({len(one.examples['labels']):,} test images)"
+                yield condition, text, run.label, one, other
 
 
-def _at_boundary(run: EvaluatedRun) -> np.ndarray:
-    """Returns whether each image is right when clean and wrong under the pair."""
+def _robustness(pairs: Sequence[tuple[Run, Run]]) -> Iterator[Answer]:
+    for group, where in ("all", ""), ("tail", " on the tail"):
+        for condition, text, label, one, other in _pairs_under(pairs):
+            figure = difference(one, other, condition, group)
+            yield Answer(
+                f"RoBal is more robust than AT{where} {text}.", label, _points(figure), _answer(figure)
+            )
+
+
+def _at_boundary(run: EvaluatedRun, condition: str) -> np.ndarray:
+    """Returns whether each image is right when clean and wrong under an attack."""
     labels = run.examples["labels"]
-    return (run.predictions["clean"] == labels) & (run.predictions[PAIR] != labels)
+    return (run.predictions["clean"] == labels) & (run.predictions[condition] != labels)
 
 
 def _boundary(pairs: Sequence[tuple[Run, Run]]) -> Iterator[Answer]:
-    claim = "The boundary error of RoBal is lower than that of AT."
-    for run, baseline in pairs:
-        if WHOLE in run.evaluations and WHOLE in baseline.evaluations:
-            both = (_at_boundary(each.evaluations[WHOLE]) for each in (baseline, run))
-            figure = metrics.paired_difference(*both)
-            yield Answer(claim, run.label, _points(figure), _answer(figure, falls=True))
+    for condition, text, label, one, other in _pairs_under(pairs):
+        figure = metrics.paired_difference(*(_at_boundary(each, condition) for each in (other, one)))
+        claim = f"The boundary error of RoBal is lower than that of AT {text}."
+        yield Answer(claim, label, _points(figure), _answer(figure, falls=True))
 
 
 def _fake_gain(run: Run) -> Iterator[Answer]:

@@ -9,23 +9,25 @@ is written again, from what is stored alone.
 
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
-from experiments.paper.claims import PAIR, answers
+from experiments.paper.claims import ATTACKS, PAIR, answers
 from experiments.paper.cost import passes
-from experiments.paper.outcomes import ROOT, TABLE, WHOLE, Run, collect, publish_models, read, request_for
+from experiments.paper.outcomes import ROOT, TABLE, Run, collect, publish_models, read, request_for
 from experiments.paper.plan import row_config
 from experiments.paper.table import aligned, elsewhere_table
 from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.comparison import difference, printed_p
-from robal_jax.reporting.names import paper_name
+from robal_jax.reporting.names import display_name, paper_name
 from robal_jax.storage.files import write_whole
 
 PAGE = ROOT / "experiments" / "results" / "cifar10_lt_small.md"
 STORED = PAGE.with_suffix("")
 ZOO = ROOT / "experiments" / "zoo" / "cifar10_lt"
+GROUPS = ("head", "medium", "tail")
 MARK = "<!-- All below is made from the stored outcomes by experiments/paper/small_page.py. -->\n"
 
 
@@ -40,6 +42,10 @@ def _of(run: Run, evaluation: str, condition: str, figure: str = "accuracy") -> 
     """Returns a figure of a run, None if the evaluation is not stored."""
     found = run.evaluations.get(evaluation)
     return None if found is None else found.conditions[condition][figure]
+
+
+def _attack(condition: str) -> str:
+    return "the pair" if condition == PAIR else display_name(condition)
 
 
 def _with(evaluation: str, runs: Sequence[Run]) -> list[Run]:
@@ -67,52 +73,58 @@ def _claims(runs: Sequence[Run]) -> Iterator[str]:
     yield aligned(["Claim", "Run", "Here", "Answer"], body, left=4)
 
 
-def _accuracies(runs: Sequence[Run]) -> Iterator[str]:
-    yield f"## All {_size(runs, WHOLE)} test images"
-    yield "Accuracy in percent. AA is the pair APGD-CE and APGD-T, as in the paper, here with 95 % intervals."
-    groups = ("head", "medium", "tail")
-    names = [paper_name(condition) for condition in TABLE.columns]
-    header = ["Row", *names, "[95 %]", *(f"Clean {g}" for g in groups), *(f"AA {g}" for g in groups)]
+def _accuracies(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
+    yield f"## Accuracy on {_size(runs, evaluation)} test images"
+    yield "In percent. AA is the pair APGD-CE and APGD-T, as in the paper. The interval is the last attack's."
+    attacks = list(dict.fromkeys([*TABLE.columns, condition]))
+    names = [paper_name(attack) for attack in attacks]
+    header = [
+        "Row",
+        *names,
+        "95 % interval",
+        *(f"{when} {g}" for when in ("Clean", names[-1]) for g in GROUPS),
+    ]
     body = []
-    for run in _with(WHOLE, runs):
-        interval = _percent(_of(run, WHOLE, PAIR), interval=True).partition(" ")[2] or "—"
-        cells = [_percent(_of(run, WHOLE, condition)) for condition in TABLE.columns]
-        by_group = [_percent(_of(run, WHOLE, c, group)) for c in ("clean", PAIR) for group in groups]
+    for run in _with(evaluation, runs):
+        cells = [_percent(_of(run, evaluation, attack)) for attack in attacks]
+        interval = _percent(_of(run, evaluation, condition), interval=True).partition(" ")[2]
+        by_group = [
+            _percent(_of(run, evaluation, c, group)) for c in ("clean", condition) for group in GROUPS
+        ]
         body.append([run.label, *cells, interval, *by_group])
     yield aligned(header, body, left=1)
 
 
-def _differences(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## Difference to AT of the same seed under the pair"
+def _differences(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
+    yield f"## Difference to AT of the same seed under {_attack(condition)}"
     yield (
-        f"Points on the same {_size(runs, WHOLE)} images, with 95 % intervals and the exact McNemar test. "
-        "The intervals are over images; the spread over seeds is not in them."
+        f"Points on the same {_size(runs, evaluation)} images, with 95 % intervals and the exact McNemar "
+        "test. The intervals are over images; the spread over seeds is not in them."
     )
     partners = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
-    header = ["Row", *(x for group in ("all", "head", "medium", "tail") for x in (group, "p"))]
+    header = ["Row", *(x for group in ("all", *GROUPS) for x in (group, "p"))]
     body = []
-    for run in runs:
+    for run in _with(evaluation, runs):
         other = partners.get(run.seed)
-        if other is None or other is run or not all(WHOLE in each.evaluations for each in (run, other)):
+        if other is None or other is run or evaluation not in other.evaluations:
             continue
         cells = []
-        for group in ("all", "head", "medium", "tail"):
-            figure = difference(run.evaluations[WHOLE], other.evaluations[WHOLE], PAIR, group)
+        for group in ("all", *GROUPS):
+            figure = difference(run.evaluations[evaluation], other.evaluations[evaluation], condition, group)
             cells += [_percent(figure, interval=True, sign="+"), printed_p(figure["p_value"]).lstrip("p= ")]
         body.append([run.label, *cells])
     yield aligned(header, body, left=1)
 
 
-def _autoattack(runs: Sequence[Run]) -> Iterator[str]:
-    yield f"## AutoAttack on the same {_size(runs, 'autoattack')} test images"
+def _further(runs: Sequence[Run]) -> Iterator[str]:
+    yield "## AutoAttack with 10 iterations, the best checkpoint, and the audit"
     yield (
-        "AutoAttack is 'standard': APGD-CE, APGD-T, FAB-T, Square. 'torchattacks' is the same as that "
-        "package runs it: with 10 iterations, and with Square's schedule rescaled. It is an upper estimate. "
-        "'Best' is the checkpoint that the held-out images choose; it stands under the pair beside the last."
+        f"On the same {_size(runs, 'autoattack')} test images. AutoAttack is 'standard': APGD-CE, APGD-T, "
+        "FAB-T, Square. 'torchattacks' is the same as that package runs it: with 10 iterations, and with "
+        "Square's schedule rescaled. It is an upper estimate. 'Best' is the checkpoint that the held-out "
+        "images choose; it stands under the pair beside the last."
     )
-    header = [
-        "Row", "Clean", "AutoAttack", "tail", "torchattacks", "Pair, last", "Pair, best", "best is", "Audit"
-    ]  # fmt: skip
+    header = ["Row", "AutoAttack", "torchattacks", "Pair, last", "Pair, best", "best is", "Audit"]
     body = []
     for run in runs:
         best, main = run.evaluations.get("best"), run.evaluations.get("autoattack")
@@ -120,9 +132,7 @@ def _autoattack(runs: Sequence[Run]) -> Iterator[str]:
         body.append(
             [
                 run.label,
-                _percent(_of(run, "autoattack", "clean")),
-                _percent(_of(run, "autoattack", "autoattack"), interval=True),
-                _percent(_of(run, "autoattack", "autoattack", "tail")),
+                _percent(_of(run, "autoattack", "autoattack")),
                 _percent(_of(run, "torchattacks", "torchattacks")),
                 _percent(_of(run, "autoattack", PAIR)),
                 _percent(_of(run, "best", PAIR)),
@@ -133,32 +143,37 @@ def _autoattack(runs: Sequence[Run]) -> Iterator[str]:
     yield aligned(header, body, left=1)
 
 
-def _errors(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## Natural and boundary error under the pair"
+def _errors(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
+    yield f"## Natural and boundary error under {_attack(condition)}"
     yield (
-        f"Percent of the {_size(runs, WHOLE)} images: wrong when clean; right when clean and wrong under "
-        "attack. Last, the share of those right when clean that the attack breaks."
+        f"Percent of the {_size(runs, evaluation)} images: wrong when clean; right when clean and wrong "
+        "under attack. Last, the share of those right when clean that the attack breaks."
     )
     body = []
-    for run in _with(WHOLE, runs):
-        pair = run.evaluations[WHOLE].conditions[PAIR]
-        natural, boundary = (pair[f"{kind}_error"] for kind in ("natural", "boundary"))
+    for run in _with(evaluation, runs):
+        figures = run.evaluations[evaluation].conditions[condition]
+        natural, boundary = (figures[f"{kind}_error"] for kind in ("natural", "boundary"))
         share = boundary["value"] / (1 - natural["value"])
         body.append([run.label, _percent(natural), _percent(boundary), f"{100 * share:.1f}"])
     yield aligned(["Row", "Natural error", "Boundary error", "Broken of the right"], body, left=1)
 
 
-def _per_class(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## By class, clean and under the pair"
-    yield "Accuracy in percent on the test images of each class; in brackets the images that were trained on."
-    first = runs[0].evaluations[next(iter(runs[0].evaluations))]
+def _per_class(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
+    yield f"## By class, clean and under {_attack(condition)}"
+    found = _with(evaluation, runs)
+    first = found[0].evaluations[evaluation]
     counts = first.summary["class_counts"]
+    each = len(first.examples["ids"]) // len(counts)
+    yield (
+        f"Accuracy in percent on {each:,} test images of each class; in brackets the images that were "
+        "trained on, where the training set is long-tailed."
+    )
     header = ["Row", "", *(f"{first.class_name(i)} ({count})" for i, count in enumerate(counts))]
     body = []
-    for run in _with(WHOLE, runs):
-        for condition in ("clean", PAIR):
-            recall = run.evaluations[WHOLE].conditions[condition]["per_class"]["recall"]
-            body.append([run.label, paper_name(condition), *map(_percent, recall)])
+    for run in found:
+        for attack in ("clean", condition):
+            recall = run.evaluations[evaluation].conditions[attack]["per_class"]["recall"]
+            body.append([run.label, paper_name(attack), *map(_percent, recall)])
     yield aligned(header, body, left=2)
 
 
@@ -215,17 +230,13 @@ def page(runs: Sequence[Run]) -> str:
         return "No evaluation is stored yet.\n"
     missing = [row.label for row in TABLE.rows if not any(run.row == row for run in runs)]
     parts = [f"Not evaluated yet: {'; '.join(missing)}."] if missing else []
-    for part in (
-        _claims,
-        _accuracies,
-        _differences,
-        _autoattack,
-        _errors,
-        _per_class,
-        _scales,
-        _published,
-        _costs,
-    ):
+    by_evaluation: list[Callable[[Sequence[Run]], Iterator[str]]] = [
+        partial(part, evaluation=name, condition=condition)
+        for name, (condition, _) in ATTACKS.items()
+        if _with(name, runs)
+        for part in (_accuracies, _differences, _errors, _per_class)
+    ]
+    for part in (_claims, *by_evaluation, _further, _scales, _published, _costs):
         blocks = list(part(runs))
         has_rows = bool(blocks) and len(blocks[-1].splitlines()) > 2
         parts += blocks if has_rows else []

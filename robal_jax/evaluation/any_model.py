@@ -108,7 +108,7 @@ def evaluate_model(
         images), or 'best_on_test', which the audit flags.
       folder: receives the report and all results; a path, or a URL, see ``storage.buckets``.
         If None, only what is returned is kept.
-      say: receives messages for the user, line by line.
+      say: receives messages for the user, line by line; progress is shown on stderr.
 
     Returns:
       The results, as ``results.json`` and ``examples.npz`` hold them: ``summary["conditions"]`` has the

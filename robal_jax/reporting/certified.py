@@ -23,7 +23,7 @@ def certified_section(results: Results) -> list[page.Block]:
             "Accuracies are in percent, with 95 % intervals; gaps are in points."
         ),
         _between(results, columns),
-        page.paragraph(_contradictions(found["broken"])),
+        page.paragraph(_contradictions(results)),
         page.paragraph("Certified accuracy by radius:"),
         _by_radius(results, columns),
     ]
@@ -40,9 +40,8 @@ def bounds_in_words(results: Results) -> str:
     """
     share = with_interval(_whole(results)["accuracy"], space=" % ")
     worst = 100 * results.conditions["worst"]["accuracy"]["value"]
-    broken = results.certified["broken"]
     return f"Certified are {share} of the images at {_where(results)}; all attacks leave {worst:.1f} %." + (
-        f" {_contradictions(broken)}" if broken else ""
+        f" {_contradictions(results)}" if results.certified["broken"] else ""
     )
 
 
@@ -55,7 +54,10 @@ def _where(results: Results) -> str:
     return threat(results.meta) or "the radius"
 
 
-def _contradictions(broken: int) -> str:
+def _contradictions(results: Results) -> str:
+    broken = results.certified["broken"]
+    if not broken and not _whole(results)["accuracy"]["value"]:
+        return f"No image is certified within {_where(results)}."
     if not broken:
         return "No certified image is broken by an attack."
     return (
