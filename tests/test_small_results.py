@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from experiments.paper import claims, outcomes, small_page
 from robal_jax import metrics
 from robal_jax.errors import InputError
+from robal_jax.reporting.comparison import difference
+from robal_jax.reporting.names import with_interval
 from robal_jax.reporting.results import EvaluatedRun
 
 CONDITIONS = ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "apgd_ce", "robal_aa")
@@ -173,3 +176,31 @@ def test_no_place_of_a_machine_is_stored():
     for path in small_page.STORED.glob("*.json"):
         text = json.dumps(json.loads(path.read_text()))
         assert "/tmp" not in text and "/home" not in text and "/work" not in text, path.name
+
+
+def test_readme_has_the_figures_of_the_outcomes():
+    """README's first table, and the sentence below it, follow from the stored outcomes, too."""
+    runs = {run.row.label: run.evaluations["autoattack"] for run in outcomes.read(small_page.STORED)}
+    text = (outcomes.ROOT / "README.md").read_text()
+    table = text.partition("| method | clean, all |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (x.split("|") for x in table)
+    }
+    assert {"AT", "RoBal-N"} <= set(rows)
+    for label, cells in rows.items():
+        conditions = runs[label].conditions
+        found = [("clean", "accuracy"), *(("autoattack", x) for x in ("accuracy", *small_page.GROUPS))]
+        assert cells == [with_interval(conditions[name][figure]) for name, figure in found], label
+
+    sentence = " ".join(text.partition("Under attack RoBal-N")[2].partition("On scikit-learn")[0].split())
+    said = [int(number) for number in re.findall(r"(\d+) (?:points|%)", sentence)]
+    points = [
+        100 * difference(runs["RoBal-N"], runs["AT"], "autoattack", group)["value"]
+        for group in ("tail", "head")
+    ]
+    assert points[0] > 0 > points[1]
+    broken = []
+    for label in ("RoBal-N", "AT"):
+        figures = runs[label].conditions["autoattack"]
+        broken.append(100 * figures["boundary_error"]["value"] / (1 - figures["natural_error"]["value"]))
+    assert said == [round(abs(number)) for number in (*points, *broken)]
