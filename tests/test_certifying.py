@@ -76,6 +76,10 @@ def test_a_finished_evaluation_is_given_them_resumed_and_contradicted(folder, mo
     path = folder / "certified.npz"
     with np.load(path) as stored:
         arrays = dict(stored)
+    np.savez(path, **{**arrays, "radii": np.zeros_like(arrays["radii"])})
+    evaluate(folder, certified=True)
+    text = (folder / "report.md").read_text()
+    assert "No image is certified within L∞ 0.2." in text and "No certified image" not in text
     wrong = found.predictions["worst"] != LABELS
     arrays["radii"] = np.where(wrong & (np.cumsum(wrong) <= 2), len(FACTORS), arrays["radii"])
     np.savez(path, **arrays)  # two images that an attack has broken

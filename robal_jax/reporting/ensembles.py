@@ -1,8 +1,13 @@
 """Notes on each ensemble of attacks, for the reader of a report."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from robal_jax.reporting.headline import beside_autoattack
 from robal_jax.reporting.names import AUTOATTACK, BPDA, display_name
 from robal_jax.reporting.results import Results
+
+FULL_SQUARE = "square_full"
 
 _TEXTS = {
     "robal_aa": (
@@ -53,10 +58,16 @@ def ensemble_notes(results: Results) -> list[tuple[str, str]]:
     return items
 
 
+def full_square(meta: Mapping[str, Any]) -> bool | None:
+    """Returns whether Square in full ran after the short one; None if the evaluation has no such attack."""
+    return FULL_SQUARE in meta.get("stages", ()) if FULL_SQUARE in meta.get("autoattack", ()) else None
+
+
 def _full_square(results: Results) -> str:
-    if "square_full" not in results.meta.get("autoattack", ()):  # an older evaluation has no such attack
+    ran = full_square(results.meta)
+    if ran is None:
         return ""
-    needed = "" if "square_full" in results.meta.get("stages", ()) else "not "
+    needed = "" if ran else "not "
     return (
         "If that Square breaks an image that the gradient attacks left, a sign that gradients mislead, "
         f"AutoAttack's follows, at half of its passes. On this model it was {needed}needed."

@@ -6,7 +6,7 @@ from typing import Any
 
 from robal_jax.reporting import page
 from robal_jax.reporting.audit import audit_verdict
-from robal_jax.reporting.ensembles import ensemble_notes
+from robal_jax.reporting.ensembles import FULL_SQUARE, ensemble_notes, full_square
 from robal_jax.reporting.headline import in_words, tail_notes
 from robal_jax.reporting.names import (
     BY_CLASS,
@@ -291,8 +291,8 @@ def settings_section(results: Results) -> list[page.Block]:
     meta = results.meta
     known = [key for key in _META_LABELS if key in meta]
     others = [key for key in meta if key not in _META_LABELS and key not in _META_ELSEWHERE]
-    if "square_full" in meta.get("autoattack", ()) and "square_full" not in meta.get("stages", ()):
-        meta = {**meta, "autoattack": [name for name in meta["autoattack"] if name != "square_full"]}
+    if full_square(meta) is False:
+        meta = {**meta, "autoattack": [name for name in meta["autoattack"] if name != FULL_SQUARE]}
     settings = ((_META_LABELS.get(key, key), _setting(key, meta[key])) for key in known + others)
     blocks = [page.section("What was evaluated"), page.table(("Setting", "Value"), settings)]
     if meta.get("command"):
