@@ -18,7 +18,7 @@ CONDITIONS = ("clean", "fgsm", "pgd_20", "mim_20", "cw_20", "apgd_ce", "robal_aa
 COUNTS = [4750, 3075, 1991, 1289, 834, 540, 349, 227, 147, 95]
 
 
-def evaluated(seed, n, conditions=CONDITIONS, counts=COUNTS, **meta):
+def evaluated(seed, n, conditions=CONDITIONS, counts=COUNTS, method="AT", **meta):
     """An evaluation in which each attack breaks a fifth of the images that are still right."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(10), n // 10)
@@ -30,13 +30,14 @@ def evaluated(seed, n, conditions=CONDITIONS, counts=COUNTS, **meta):
     verdicts = [{"title": "Steps", "outcome": "passed"}]
     curves = {"scale": {"x": [1.0, 10.0], "series": {"PGD-20": [{"value": 0.25, "low": 0, "high": 1}] * 2}}}
     about = {
-        "method": "A", "dataset": "cifar10_lt", "main_attack": "pgd_20", "date": "2026-11-29", "seconds": 7.0,
+        "method": method, "seed": 0, "dataset": "cifar10_lt", "main_attack": "pgd_20", "date": "2026-11-29",
+        "seconds": 7.0,
         "processor": "one", "checkpoint_sha256": "ab" * 32, "config": {"not": "stored"}, **meta,
     }  # fmt: skip
     return EvaluatedRun(
         about,
         metrics.summarize(labels, found, counts),
-        {"verdicts": verdicts, "curves": curves},
+        {"examples": 200, "verdicts": verdicts, "curves": curves},
         {"features": [1.0] * 10, "weights": list(np.arange(10, 0, -1.0))},
         name="folder",
         examples=examples,
@@ -52,11 +53,15 @@ def stored(tmp_path):
         "whole": evaluated(0, 2000),
         "autoattack": evaluated(1, 500, more),
         "torchattacks": evaluated(2, 500, (*CONDITIONS[:5], "torchattacks")),
-        "best": evaluated(3, 500, **best),
+        "best": evaluated(3, 500, **best, checkpoint_sha256="cd" * 32),
     }
     outcomes.store(tmp_path / "at-0", at, 1234.5)
-    outcomes.store(tmp_path / "robal_n-0", {"whole": evaluated(4, 2000)}, None)
-    outcomes.store(tmp_path / "n_fgsm_balanced-0", {"whole": evaluated(5, 2000, counts=[4750] * 10)}, 60.0)
+    outcomes.store(tmp_path / "robal_n-0", {"whole": evaluated(4, 2000, method="RoBal-N")}, None)
+    outcomes.store(
+        tmp_path / "n_fgsm_balanced-0",
+        {"whole": evaluated(5, 2000, counts=[4750] * 10, method="N-FGSM")},
+        60.0,
+    )
     return tmp_path, at
 
 
@@ -70,7 +75,7 @@ def test_what_is_stored_is_read_back(stored):
         found = runs[0].evaluations[name]
         assert found.summary == run.summary
         assert (found.audit, found.norms) == (run.audit, run.norms)
-        assert "config" not in found.meta and found.meta["method"] == "A"
+        assert "config" not in found.meta and found.meta["method"] == "AT"
     # Its classes are divided like those of the long-tailed rows.
     assert runs[2].evaluations["whole"].summary["groups"] == runs[0].evaluations["whole"].summary["groups"]
 
@@ -78,23 +83,27 @@ def test_what_is_stored_is_read_back(stored):
 def test_the_page_has_the_figures_of_the_outcomes(stored):
     folder, at = stored
     text = small_page.page(outcomes.read(folder))
-    assert "Not evaluated yet: LA; AT-BSL, RandAugment; RobustLT" in text
+    assert "Not evaluated yet: AT, seed 1; RoBal-N, seed 1; LA; AT-BSL, RandAugment; RobustLT" in text
+    assert "Not evaluated yet at the best checkpoint: RoBal-N, seed 0; N-FGSM, balanced training set." in text
+    assert "Not evaluated yet on all" not in text
     tables = {part.splitlines()[0].strip(): part for part in text.split("## ")[1:]}
     lines = {
         title: {x.split("|")[1].strip(): x for x in part.splitlines() if x[:1] == "|"}
         for title, part in tables.items()
     }
     pair = at["whole"].conditions["robal_aa"]
-    first = lines["Accuracy on 2,000 test images"]["AT, seed 0"]
-    assert f"{100 * pair['accuracy']['value']:.1f}" in first
-    assert f"[{100 * pair['accuracy']['low']:.1f}, {100 * pair['accuracy']['high']:.1f}]" in first
+    value, low, high = (f"{100 * pair['accuracy'][part]:.1f}" for part in ("value", "low", "high"))
+    assert f" {value} [{low}, {high}] |" in lines["Accuracy on 2,000 test images"]["AT, seed 0"]
+    tail = lines["Head, medium and tail, clean and under the pair"]["AT, seed 0"].split("|")[-2]
+    assert tail.split()[0] == f"{100 * pair['tail']['value']:.1f}"
     errors = lines["Natural and boundary error under the pair"]["AT, seed 0"].split("|")[2:5]
     natural, boundary = (pair[f"{kind}_error"]["value"] for kind in ("natural", "boundary"))
     assert [float(x) for x in errors] == pytest.approx(
         [100 * natural, 100 * boundary, 100 * boundary / (1 - natural)], abs=0.0501
     )
     difference = lines["Difference to AT of the same seed under the pair"]
-    assert set(difference) >= {"RoBal-N, seed 0"} and "AT, seed 0" not in difference
+    assert "RoBal-N, seed 0" in difference and "AT, seed 0" not in difference
+    assert not any("N-FGSM" in label for label in difference)  # it has no long tail
     right = [
         (run.predictions["robal_aa"] == run.examples["labels"]) for run in (at["whole"], evaluated(4, 2000))
     ]
@@ -103,12 +112,12 @@ def test_the_page_has_the_figures_of_the_outcomes(stored):
     strongest = at["autoattack"].conditions["autoattack"]
     second = lines["Accuracy on 500 test images"]["AT, seed 0"]
     value, low, high = (f"{100 * strongest['accuracy'][part]:.1f}" for part in ("value", "low", "high"))
-    assert [cell.strip() for cell in second.split("|")[8:10]] == [value, f"[{low}, {high}]"]
+    assert second.split("|")[-2].strip() == f"{value} [{low}, {high}]"
     assert "AT, seed 0" in lines["Natural and boundary error under AutoAttack"]
     assert "Difference to AT of the same seed under AutoAttack" not in lines  # no other run has it
     part = lines["AutoAttack with 10 iterations, the best checkpoint, and the audit"]
     assert "| epoch 12 of 40 |" in part["AT, seed 0"] and "clean (1 of 1 checks run)" in part["AT, seed 0"]
-    assert set(part["RoBal-N, seed 0"].split("|")[2].strip()) == {"—"}
+    assert "RoBal-N, seed 0" not in part  # it has none of these evaluations
 
 
 def test_claims_are_answered(stored):
@@ -119,18 +128,21 @@ def test_claims_are_answered(stored):
         ("RoBal-N, seed 0", "RoBal is more robust than AT under the p"),
         ("RoBal-N, seed 0", "RoBal is more robust than AT on the tail"),
         ("RoBal-N, seed 0", "The boundary error of RoBal is lower tha"),
-        ("AT, seed 0", "PGD-20 finds less when the logits are mu"),
+        ("AT, seed 0", "PGD-20 leaves more images right when the"),
+        ("AT, seed 0", "PGD-20 leaves more images right when the"),
         ("AT, seed 0", "The weight vectors of AT's classifier ar"),
     ]
     assert found[-1].figure.startswith("rank correlation +1.00") and found[-1].answer == "yes"
-    assert (
-        found[-2].answer == "undecided" and found[-2].figure == "factor 1: 25.0 % [0.0, 100.0], +0.0 points"
-    )
+    assert found[-2].answer == "undecided" and found[-2].figure == "+0.0 points [-79.1, +79.1]"
+    assert [each.paper for each in found[:3]] == [
+        "+3.6 points under the pair", "—", "+9.6 points under the pair"
+    ]  # fmt: skip
 
     labels = at["whole"].examples["labels"]
     for wrong, expected in ((labels + 1) % 10, ["no", "no", "no"]), (labels, ["yes", "yes", "yes"]):
         examples = {**at["whole"].examples, "pred_robal_aa": wrong}
-        other = dataclasses.replace(at["whole"], examples=examples)
+        about = {**at["whole"].meta, "method": "RoBal-N"}
+        other = dataclasses.replace(at["whole"], meta=about, examples=examples)
         outcomes.store(folder / "robal_n-0", {"whole": other}, None)
         found = claims.answers(outcomes.read(folder))
         assert [each.answer for each in found if each.run == "RoBal-N, seed 0"] == expected
@@ -144,17 +156,75 @@ def test_what_cannot_be_read(stored):
             outcomes.read(folder)
         assert "\n" not in str(error.value)
 
-    reversed_ids = evaluated(4, 2000)
+    reversed_ids = evaluated(4, 2000, method="RoBal-N")
     arrays = {name: values[::-1] for name, values in reversed_ids.examples.items()}
     other = dataclasses.replace(reversed_ids, examples=arrays)
     outcomes.store(folder / "robal_n-0", {"whole": other}, None)
     refused("'whole' of AT, seed 0 and RoBal-N, seed 0 have different images")
-    outcomes.store(folder / "robal_n-0", {"whole": evaluated(4, 2000, CONDITIONS[:5])}, None)
+    outcomes.store(
+        folder / "robal_n-0", {"whole": evaluated(4, 2000, CONDITIONS[:5], method="RoBal-N")}, None
+    )
     refused("'whole' has no outcomes under robal_aa")
     (folder / "robal_n-0.npz").unlink()
     refused(r"robal_n-0.json or its .npz cannot be read \(FileNotFoundError")
     (folder / "robal_n-0.json").write_text("{")
     refused(r"robal_n-0.json or its .npz cannot be read \(JSONDecodeError")
+
+
+def test_evaluations_are_added_to_those_that_are_stored(stored):
+    folder, at = stored
+    more = evaluated(9, 2000)
+    outcomes.store(folder / "at-0", {"whole": more}, None)
+    first = outcomes.read(folder)[0]
+    assert (set(first.evaluations), first.seconds) == (set(at), 1234)
+    assert first.evaluations["whole"].summary == more.summary
+    assert first.evaluations["torchattacks"].summary == at["torchattacks"].summary
+
+
+@pytest.mark.parametrize(
+    ("name", "meta", "message"),
+    [
+        ("at-0", {"method": "Other"}, "'whole' is of Other, seed 0, not of AT, seed 0; store it under"),
+        ("at-1", {}, "'whole' is of AT, seed 0, not of AT, seed 1; store it"),
+        (
+            "at-0",
+            {"checkpoint_sha256": "ef" * 32},
+            "different checkpoints .*whole efefefefefef.*one training",
+        ),
+    ],
+)
+def test_only_what_belongs_to_a_row_is_stored(stored, name, meta, message):
+    folder, _ = stored
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=message):
+        outcomes.store(folder / name, {"whole": evaluated(0, 2000, **meta)}, None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_single_evaluations_are_stored_by_name(stored, monkeypatch, tmp_path):
+    folder, _ = stored
+    results = tmp_path / "run" / "evaluation"
+    results.mkdir(parents=True)
+    (results / "results.json").write_text("{}")
+    monkeypatch.setattr(outcomes, "read_run", lambda path: evaluated(7, 2000, method="LA", path=path))
+    assert outcomes.store_folders({"la-0/whole": tmp_path / "run"}, folder) == ["la-0"]
+    assert [run.label for run in outcomes.read(folder)][2] == "LA"
+    for place in "la-1/whole", "la-0/other", "la-0":
+        with pytest.raises(InputError, match=f"there is no '{place}'; give a row, a seed and one of whole,"):
+            outcomes.store_folders({place: tmp_path / "run"}, folder)
+
+
+def test_a_published_model_is_not_replaced_by_another(monkeypatch, tmp_path):
+    plan = outcomes.make_plan(outcomes.request_for(tmp_path))
+    for place in plan.folders["at"][""][0], plan.further["at"]["autoattack"][0]:
+        place.mkdir(parents=True)
+        (place / "results.json").write_text("{}")
+    monkeypatch.setattr(outcomes.Results, "read", lambda folder: evaluated(0, 500))
+    monkeypatch.setattr(outcomes.zoo, "publish", lambda *_, **__: pytest.fail("replaced"))
+    with pytest.raises(
+        InputError, match=r"at_resnet20.json is of another model \(checkpoint 348119c8ed00…, not"
+    ):
+        outcomes.publish_models(tmp_path, small_page.ZOO)
 
 
 def test_a_page_of_one_row_has_no_empty_table(stored):
@@ -180,7 +250,11 @@ def test_no_place_of_a_machine_is_stored():
 
 def test_readme_has_the_figures_of_the_outcomes():
     """README's first table, and the sentence below it, follow from the stored outcomes, too."""
-    runs = {run.row.label: run.evaluations["autoattack"] for run in outcomes.read(small_page.STORED)}
+    runs = {
+        run.row.label: run.evaluations["autoattack"]
+        for run in outcomes.read(small_page.STORED)
+        if run.seed == 0 and "autoattack" in run.evaluations
+    }
     text = (outcomes.ROOT / "README.md").read_text()
     table = text.partition("| method | clean, all |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = {

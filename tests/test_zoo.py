@@ -256,6 +256,18 @@ def test_the_card_for_robustbench():
         assert "not the standard threat model" in cards.robustbench(by_class, "ResNet-20")["footnote"]
         weaker = Results({**meta, "config": {"threat": {"epsilon": 0.1}}}, summary, audit)
         assert cards.leading([weaker, results]) is results
+    assert (plain["additional_data"], full["additional_data"]) == (False, True)
+    even = {**results.summary, "class_counts": [20] * len(results.summary["class_counts"])}
+    balanced = cards.robustbench(dataclasses.replace(results, summary=even), "ResNet-20")
+    assert balanced["footnote"].startswith("Evaluated on all 200 test images; reported")
+
+
+def test_the_evaluation_that_counts_is_the_first_of_a_card():
+    part = {"n": 200, "epsilon": 0.1, "conditions": {}}
+    whole = {**part, "n": 1000}
+    attacked = {**part, "conditions": {"autoattack": {}}}
+    cases = {"part": part, "whole": whole, "attacked": attacked, "again": whole}
+    assert list(cards.in_order(cases, {})) == ["attacked", "whole", "again", "part"]
 
 
 # ---------------------------------------------------------------- what a load refuses

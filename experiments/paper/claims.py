@@ -1,12 +1,17 @@
-"""The paper's claims beside what came out on CIFAR-10-LT with a small network."""
+"""The paper's claims beside what came out on CIFAR-10-LT with a small network.
 
-from collections.abc import Iterator, Mapping, Sequence
+The figures of the paper are those of its table 2, with WRN-34-10.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from experiments.paper.catalogue import published
 from experiments.paper.outcomes import TABLE, WHOLE, Run
+from experiments.paper.published import PAPER
 from robal_jax import metrics
 from robal_jax.reporting.comparison import difference, printed_p
 from robal_jax.reporting.results import EvaluatedRun
@@ -22,14 +27,16 @@ class Answer(NamedTuple):
     """The answer of one run to one claim.
 
     Attributes:
-      claim: of the paper, a full sentence.
+      claim: a full sentence.
       run: the row, and the seed.
+      paper: what the paper has.
       figure: what came out, with its interval or p-value.
       answer: 'yes', 'no' or 'undecided'.
     """
 
     claim: str
     run: str
+    paper: str
     figure: str
     answer: str
 
@@ -39,9 +46,12 @@ def answers(runs: Sequence[Run]) -> list[Answer]:
     baselines = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
     pairs = [(run, baselines[run.seed]) for run in runs if run.row.key in ROBAL and run.seed in baselines]
     found = [*_robustness(pairs), *_boundary(pairs)]
+    for run in runs:
+        if run.row.key in (TABLE.rows[0].key, *ROBAL) and "autoattack" in run.evaluations:
+            found += _fake_gain(run)
     for run in baselines.values():
         if "autoattack" in run.evaluations:
-            found += [*_fake_gain(run), *_norms(run)]
+            found += _norms(run)
     order = list(dict.fromkeys(each.claim for each in found))
     return sorted(found, key=lambda each: order.index(each.claim))
 
@@ -59,23 +69,34 @@ def _points(figure: Mapping[str, float]) -> str:
 
 def _pairs_under(
     pairs: Sequence[tuple[Run, Run]],
-) -> Iterator[tuple[str, str, str, EvaluatedRun, EvaluatedRun]]:
-    """Yields condition, text, the run's label, and each evaluation that a run and its baseline both have."""
+) -> Iterator[tuple[str, str, Run, EvaluatedRun, EvaluatedRun]]:
+    """Yields condition, text, the run, and each evaluation that it and its baseline both have."""
     for name, (condition, attack) in ATTACKS.items():
         for run, baseline in pairs:
             if name in run.evaluations and name in baseline.evaluations:
                 one, other = run.evaluations[name], baseline.evaluations[name]
-                text = f"under {attack} ({len(one.examples['labels']):,} test images)"
-                yield condition, text, run.label, one, other
+                yield (
+                    condition,
+                    f"under {attack} ({len(one.examples['labels']):,} test images)",
+                    run,
+                    one,
+                    other,
+                )
+
+
+def _published(run: Run, figure: Callable[[Mapping[str, float]], float]) -> str:
+    """Returns by how much a figure that is made of the published accuracies differs from AT's."""
+    found = {row.key: figure(published(PAPER["2"], row, "cifar10_lt")) for row in PAPER["2"].rows}
+    return f"{found[run.row.key] - found[TABLE.rows[0].key]:+.1f} points under the pair"
 
 
 def _robustness(pairs: Sequence[tuple[Run, Run]]) -> Iterator[Answer]:
     for group, where in ("all", ""), ("tail", " on the tail"):
-        for condition, text, label, one, other in _pairs_under(pairs):
+        for condition, text, run, one, other in _pairs_under(pairs):
             figure = difference(one, other, condition, group)
-            yield Answer(
-                f"RoBal is more robust than AT{where} {text}.", label, _points(figure), _answer(figure)
-            )
+            claim = f"RoBal is more robust than AT{where} {text}."
+            paper = "—" if where else _published(run, lambda accuracies: accuracies[PAIR])
+            yield Answer(claim, run.label, paper, _points(figure), _answer(figure))
 
 
 def _at_boundary(run: EvaluatedRun, condition: str) -> np.ndarray:
@@ -85,25 +106,41 @@ def _at_boundary(run: EvaluatedRun, condition: str) -> np.ndarray:
 
 
 def _boundary(pairs: Sequence[tuple[Run, Run]]) -> Iterator[Answer]:
-    for condition, text, label, one, other in _pairs_under(pairs):
+    for condition, text, run, one, other in _pairs_under(pairs):
         figure = metrics.paired_difference(*(_at_boundary(each, condition) for each in (other, one)))
         claim = f"The boundary error of RoBal is lower than that of AT {text}."
-        yield Answer(claim, label, _points(figure), _answer(figure, falls=True))
+        paper = _published(run, lambda accuracies: accuracies["clean"] - accuracies[PAIR])
+        yield Answer(claim, run.label, paper, _points(figure), _answer(figure, falls=True))
 
 
 def _fake_gain(run: Run) -> Iterator[Answer]:
-    """Compares PGD-20 at the factor where it finds least with PGD-20 at factor 1."""
-    curve = run.evaluations["autoattack"].curves["scale"]
+    """Compares PGD-20 at the ends of the scale with PGD-20 at factor 1."""
+    curve = run.evaluations["autoattack"].curves.get("scale")
+    if curve is None:
+        return
     figures = dict(zip(curve["x"], curve["series"]["PGD-20"], strict=True))
-    best = max(figures, key=lambda factor: figures[factor]["value"])
-    gain = 100 * (figures[best]["value"] - figures[1.0]["value"])
-    seen = figures[best]["low"] > figures[1.0]["high"]  # both are uncertain, and the best is chosen
-    ends = ", ".join(f"{100 * figures[best][end]:.1f}" for end in ("low", "high"))
-    figure = f"factor {best:g}: {100 * figures[best]['value']:.1f} % [{ends}], {gain:+.1f} points"
-    claim = (
-        "PGD-20 finds less when the logits are multiplied by a factor, so the model only seems more robust."
-    )
-    yield Answer(claim, run.label, figure, "yes" if seen else "undecided")
+    for factor in min(figures), max(figures):
+        value, low, high = (100 * each for each in _gain(figures[1.0], figures[factor]))
+        answer = _answer({"low": low, "high": high})
+        claim = f"PGD-20 leaves more images right when the logits are multiplied by {factor:g}."
+        yield Answer(
+            claim, run.label, "yes, figure 2", f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]", answer
+        )
+
+
+def _gain(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float, float]:
+    """Returns the second share minus the first, and its 95 % interval from those of both.
+
+    The interval is that of two samples. On the same images, where most images share their outcome, it is too
+    wide.
+
+    Source: Newcombe (1998), Interval estimation for the difference between independent proportions:
+      comparison of eleven methods, method 10.
+    """
+    value = second["value"] - first["value"]
+    below = np.hypot(first["high"] - first["value"], second["value"] - second["low"])
+    above = np.hypot(first["value"] - first["low"], second["high"] - second["value"])
+    return value, value - below, value + above
 
 
 def _norms(run: Run) -> Iterator[Answer]:
@@ -113,4 +150,5 @@ def _norms(run: Run) -> Iterator[Answer]:
         rho, p = stats.spearmanr(found.summary["class_counts"], weights)
         claim = "The weight vectors of AT's classifier are longer for classes with more training images."
         answer = "undecided" if p >= metrics.ALPHA else "yes" if rho > 0 else "no"
-        yield Answer(claim, run.label, f"rank correlation {rho:+.2f}, {printed_p(p)}", answer)
+        figure = f"rank correlation {rho:+.2f}, {printed_p(p)}"
+        yield Answer(claim, run.label, "yes, figure 3", figure, answer)

@@ -8,20 +8,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.paper.cost import seconds
-from experiments.paper.plan import Request, make_plan
+from experiments.paper.plan import Request, make_plan, row_config
 from experiments.paper.rows import Row
 from experiments.paper.small import SMALL
 from robal_jax import metrics, zoo
 from robal_jax.errors import InputError, one_line
-from robal_jax.reporting.results import EvaluatedRun, read_run
+from robal_jax.reporting.results import EvaluatedRun, Results, read_run, results_folder
 from robal_jax.storage.files import write_whole
 from robal_jax.zoo.cards import SETTINGS
+from robal_jax.zoo.models import read_card
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 TABLE = SMALL["small"]
 
 STATED = {"authors": "The robal_jax authors", "license": "Apache-2.0"}  # of the models that ship
+
+ROWS = {f"{row.key}-{seed}": (row, seed) for row in TABLE.rows for seed in range(row.seeds)}
+"""Rows and seeds by the names under which their outcomes are stored."""
 
 WHOLE = "whole"  # the evaluation that the table itself shows: the whole test set
 
@@ -50,7 +54,12 @@ class Run(NamedTuple):
     @property
     def label(self) -> str:
         """The row, and the seed if the row has several."""
-        return f"{self.row.label}, seed {self.seed}" if self.row.seeds else self.row.label
+        return f"{self.row.label}, seed {self.seed}" if self.row.seeds > 1 else self.row.label
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the training set has as many images of each class."""
+        return any(len(set(each.summary["class_counts"])) == 1 for each in self.evaluations.values())
 
 
 def request_for(out: pathlib.Path) -> Request:
@@ -87,15 +96,56 @@ def publish_models(out: pathlib.Path, zoo_folder: pathlib.Path) -> list[str]:
         folders = {WHOLE: plan.folders[row.key][""][0], "autoattack": plan.further[row.key]["autoattack"][0]}
         if all((folder / "results.json").is_file() for folder in folders.values()):
             name = f"{row.key}_resnet20"
+            _check_same_model(zoo_folder / f"{name}.json", Results.read(folders[WHOLE]))
             zoo.publish(trained[row.key], zoo_folder / name, folders, **STATED)
             published.append(name)
     return published
 
 
+def _check_same_model(card_file: pathlib.Path, results: Results) -> None:
+    """Raises if a card is of another model than an evaluation: what was published is not replaced."""
+    if card_file.exists():
+        theirs, ours = read_card(card_file)["checkpoint"]["sha256"], results.meta["checkpoint_sha256"]
+        if theirs != ours:
+            raise InputError(
+                f"{card_file} is of another model (checkpoint {theirs[:12]}…, not {ours[:12]}…); to replace "
+                "it, remove the three files of its name"
+            )
+
+
+def store_folders(folders: Mapping[str, pathlib.Path], stored: pathlib.Path) -> list[str]:
+    """Stores single evaluations of runs; returns the names of the runs.
+
+    Args:
+      folders: of results, each in its run's folder, by ``ROW-SEED/EVALUATION``, such as 'la-0/autoattack'.
+      stored: where to.
+    """
+    runs: dict[str, dict[str, pathlib.Path]] = {}
+    for place, folder in folders.items():
+        name, _, evaluation = place.partition("/")
+        if name not in ROWS or evaluation not in NEEDED:
+            raise InputError(
+                f"there is no {place!r}; give a row, a seed and one of {', '.join(NEEDED)}, as in at-0/best"
+            )
+        runs.setdefault(name, {})[evaluation] = results_folder(folder)
+    for name, found in runs.items():
+        trained = seconds([folder.parent for folder in found.values()])
+        store(stored / name, {each: read_run(folder) for each, folder in found.items()}, trained)
+    return list(runs)
+
+
 def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float | None) -> None:
-    """Writes ``PATH.npz``, every image's class by evaluation and condition, and ``PATH.json``, the rest."""
+    """Adds to ``PATH.npz``, every image's class by evaluation and condition, and to ``PATH.json``, the rest.
+
+    Evaluations that are stored under other names stay, and so do the seconds, if ``training`` is None.
+    """
     arrays: dict[str, Any] = {}
-    facts = {}
+    facts: dict[str, Any] = {}
+    if path.with_suffix(".json").is_file():
+        content, arrays = _stored(path)
+        training = training or content["seconds_of_training"]
+        facts = content["evaluations"]
+        arrays = {key: each for key, each in arrays.items() if key.partition("/")[0] not in runs}
     for name, run in runs.items():
         arrays[f"{name}/ids"] = run.examples["ids"].astype(np.uint16)
         arrays[f"{name}/labels"] = run.examples["labels"].astype(np.uint8)
@@ -108,6 +158,7 @@ def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float 
             "audit": run.audit,
             "norms": run.norms,
         }
+    _check_is_of(path, {name: each["meta"] for name, each in facts.items()})
     path.parent.mkdir(exist_ok=True)
     with path.with_suffix(".npz").open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -136,25 +187,57 @@ def read(stored: pathlib.Path) -> list[Run]:
             path = stored / f"{row.key}-{seed}.json"
             if not path.is_file():
                 continue
-            try:
-                content = json.loads(path.read_text())
-                with np.load(path.with_suffix(".npz")) as arrays:
-                    evaluations = {
-                        name: _evaluated(name, facts, arrays)
-                        for name, facts in content["evaluations"].items()
-                    }
-                runs.append(Run(row, seed, evaluations, content["seconds_of_training"]))
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                raise InputError(
-                    f"{path} or its .npz cannot be read ({one_line(error)}); restore both"
-                ) from error
+            content, arrays = _stored(path)
+            evaluations = {
+                name: _evaluated(f"{path.stem}/{name}", facts, arrays)
+                for name, facts in content["evaluations"].items()
+            }
+            runs.append(Run(row, seed, evaluations, content["seconds_of_training"]))
             _check_evaluations(path, evaluations)
     _check_images(runs)
     return [run for run in runs if run.evaluations]
 
 
+def _stored(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads what :func:`store` wrote."""
+    path = path.with_suffix(".json")
+    try:
+        content = dict(json.loads(path.read_text()))
+        with np.load(path.with_suffix(".npz")) as arrays:
+            found = dict(arrays)
+        content["seconds_of_training"]
+        for name, facts in content["evaluations"].items():
+            facts["meta"], facts["class_counts"], facts["audit"], facts["norms"], found[f"{name}/labels"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} or its .npz cannot be read ({one_line(error)}); restore both") from error
+    return content, found
+
+
+def _check_is_of(path: pathlib.Path, metas: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises if evaluations are not of the row and the seed of their file, and of one checkpoint.
+
+    Only 'best' is of another one.
+    """
+    row, seed = ROWS[path.stem]
+    method = row_config(row, request_for(pathlib.Path("out"))).method
+    for name, meta in metas.items():
+        is_of = f"{meta['method']}, seed {meta['seed']}"
+        if is_of != (wanted := f"{method}, seed {seed}"):
+            raise InputError(
+                f"{path}: the evaluation {name!r} is of {is_of}, not of {wanted}; store it under the name of "
+                "its row"
+            )
+    checkpoints = {name: meta["checkpoint_sha256"][:12] for name, meta in metas.items() if name != "best"}
+    if len(set(checkpoints.values())) > 1:
+        each = ", ".join(f"{name} {sha256}" for name, sha256 in checkpoints.items())
+        raise InputError(
+            f"{path}: the evaluations are of different checkpoints ({each}); store those of one training"
+        )
+
+
 def _check_evaluations(path: pathlib.Path, evaluations: Mapping[str, EvaluatedRun]) -> None:
     """Raises if an evaluation is not one of the table."""
+    _check_is_of(path, {name: found.meta for name, found in evaluations.items()})
     for name, found in evaluations.items():
         lacking = [each for each in NEEDED.get(name, [name]) if each not in found.conditions]
         if lacking:
@@ -177,8 +260,9 @@ def _check_images(runs: list[Run]) -> None:
                 )
 
 
-def _evaluated(name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> EvaluatedRun:
+def _evaluated(place: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> EvaluatedRun:
     """Returns an evaluation; its classes are divided by the long-tailed counts, also if its own are equal."""
+    name = place.partition("/")[2]
     examples = {
         key.partition("/")[2]: np.asarray(arrays[key], np.int64)
         for key in arrays
@@ -188,4 +272,4 @@ def _evaluated(name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndar
     counts = np.asarray(facts["class_counts"])
     groups = metrics.class_groups(np.arange(len(counts), 0, -1) if len(set(counts)) == 1 else counts)
     summary = metrics.summarize(examples["labels"], predictions, counts, groups=groups)
-    return EvaluatedRun(facts["meta"], summary, facts["audit"], facts["norms"], name=name, examples=examples)
+    return EvaluatedRun(facts["meta"], summary, facts["audit"], facts["norms"], name=place, examples=examples)

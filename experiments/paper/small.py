@@ -37,9 +37,10 @@ _ROWS = (
     Row("plain", "", "Plain", "plain"),
     Row("n_fgsm_balanced", "", "N-FGSM, balanced training set", "n_fgsm",
         overrides=("data.ratio=1.0", "attack.steps=1"), elsewhere=(
-            _balanced("ResNet-20, AT, 110 epochs", "74.38", "45.43 (PGD-10)", "—",
+            _balanced("ResNet-20; AT, 110 epochs", "74.38", "45.43 (PGD-10)", "—",
                       "second-hand: EhanW/AdversarialTraining"),
-            _balanced("ResNet-20", "78.91", "—", "34.95", "first-hand: RobustBench"))),
+            _balanced("ResNet-20; Jang et al., ICCV 2019", "78.91", "—", "34.95",
+                      "second-hand: measured by RobustBench"))),
 )  # fmt: skip
 
 _PART, _STANDARD = "evaluation.examples=1000", "evaluation.autoattack=standard"

@@ -1,10 +1,11 @@
 """The figures of ``experiments/results/cifar10_lt_small.md``, from the stored outcome of every image.
 
-    python -m experiments.paper.small_page [OUT]
+    python -m experiments.paper.small_page [OUT] [ROW-SEED/EVALUATION=FOLDER ...]
 
 OUT, the folder of ``reproduce.py --table=small``, is read first: the outcomes of its evaluations are stored
-beside the page, and its models are published in ``experiments/zoo``. Then the part of the page below ``MARK``
-is written again, from what is stored alone.
+beside the page, and its models are published in ``experiments/zoo``. Single evaluations, such as
+``la-0/autoattack=runs/zoo/cifar10_lt/la_resnet20/evaluation``, are only stored. Then the part of the page
+below ``MARK`` is written again, from what is stored alone.
 """
 
 import pathlib
@@ -16,17 +17,36 @@ import numpy as np
 
 from experiments.paper.claims import ATTACKS, PAIR, answers
 from experiments.paper.cost import passes
-from experiments.paper.outcomes import ROOT, TABLE, Run, collect, publish_models, read, request_for
+from experiments.paper.outcomes import (
+    ROOT,
+    ROWS,
+    TABLE,
+    WHOLE,
+    Run,
+    collect,
+    publish_models,
+    read,
+    request_for,
+    store_folders,
+)
 from experiments.paper.plan import row_config
 from experiments.paper.table import aligned, elsewhere_table
 from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.comparison import difference, printed_p
-from robal_jax.reporting.names import display_name, paper_name
+from robal_jax.reporting.names import display_name
 from robal_jax.storage.files import write_whole
 
 PAGE = ROOT / "experiments" / "results" / "cifar10_lt_small.md"
 STORED = PAGE.with_suffix("")
 ZOO = ROOT / "experiments" / "zoo" / "cifar10_lt"
+EVALUATIONS = {
+    WHOLE: "on all test images",
+    "autoattack": "under AutoAttack",
+    "torchattacks": "as torchattacks runs it",
+    "best": "at the best checkpoint",
+}
+"""Evaluations of every run, in words."""
+
 GROUPS = ("head", "medium", "tail")
 MARK = "<!-- All below is made from the stored outcomes by experiments/paper/small_page.py. -->\n"
 
@@ -45,7 +65,13 @@ def _of(run: Run, evaluation: str, condition: str, figure: str = "accuracy") -> 
 
 
 def _attack(condition: str) -> str:
+    """Returns the name of a condition within a sentence."""
     return "the pair" if condition == PAIR else display_name(condition)
+
+
+def _name(condition: str) -> str:
+    """Returns the name of a condition as a heading."""
+    return "Pair" if condition == PAIR else display_name(condition)
 
 
 def _with(evaluation: str, runs: Sequence[Run]) -> list[Run]:
@@ -60,38 +86,46 @@ def _size(runs: Sequence[Run], evaluation: str) -> str:
 
 
 def _claims(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## What the paper says, and what came out here"
-    yield (
-        "'Yes' and 'no': the 95 % interval lies on one side of 0, or the test rejects at 5 %; for factors, "
-        "the interval at the best factor lies above that at factor 1. Intervals are over images. The "
-        "paper's networks are larger, and its runs twice as long."
-    )
+    yield "## The paper's claims, and what came out here"
     body, before = [], ""
-    for claim, run, figure, answer in answers(runs):
-        body.append(["" if claim == before else claim, run, figure, answer])
+    for claim, run, paper, figure, answer in answers(runs):
+        body.append(["" if claim == before else claim, run, paper, figure, answer])
         before = claim
-    yield aligned(["Claim", "Run", "Here", "Answer"], body, left=4)
+    yield (
+        "The paper's figures are those of its table 2, for WRN-34-10 and twice as many epochs. Ours are of "
+        "the same images for both models. Differences of accuracies and errors: 95 % interval, and the exact "
+        "McNemar test. Factors: 95 % interval of two independent samples, on the images of the audit. Norms: "
+        "rank test over the ten classes. 'Yes' and 'no': the interval is on one side of 0, or the test "
+        f"rejects at 5 %. Nothing is corrected for the {len(body)} answers, and no claim was named as the "
+        "main one before the runs, so read them as exploratory."
+    )
+    yield aligned(["Claim", "Run", "Paper", "Here", "Answer"], body, left=5)
 
 
 def _accuracies(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
     yield f"## Accuracy on {_size(runs, evaluation)} test images"
-    yield "In percent. AA is the pair APGD-CE and APGD-T, as in the paper. The interval is the last attack's."
+    yield (
+        "In percent, with a 95 % interval for the last attack. The pair is APGD-CE and APGD-T, which the "
+        "paper calls AA."
+    )
     attacks = list(dict.fromkeys([*TABLE.columns, condition]))
-    names = [paper_name(attack) for attack in attacks]
-    header = [
-        "Row",
-        *names,
-        "95 % interval",
-        *(f"{when} {g}" for when in ("Clean", names[-1]) for g in GROUPS),
-    ]
+    header = ["Row", *map(_name, attacks[:-1]), f"{_name(condition)} [95 %]"]
     body = []
     for run in _with(evaluation, runs):
-        cells = [_percent(_of(run, evaluation, attack)) for attack in attacks]
-        interval = _percent(_of(run, evaluation, condition), interval=True).partition(" ")[2]
-        by_group = [
-            _percent(_of(run, evaluation, c, group)) for c in ("clean", condition) for group in GROUPS
-        ]
-        body.append([run.label, *cells, interval, *by_group])
+        cells = [_percent(_of(run, evaluation, attack)) for attack in attacks[:-1]]
+        body.append([run.label, *cells, _percent(_of(run, evaluation, condition), interval=True)])
+    yield aligned(header, body, left=1)
+
+
+def _groups(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
+    yield f"## Head, medium and tail, clean and under {_attack(condition)}"
+    yield f"Accuracy in percent on the {_size(runs, evaluation)} test images, with 95 % intervals."
+    columns = [(each, group) for each in ("clean", condition) for group in GROUPS]
+    header = ["Row", *(f"{_name(each)}, {group}" for each, group in columns)]
+    body = [
+        [run.label, *(_percent(_of(run, evaluation, *column), interval=True) for column in columns)]
+        for run in _with(evaluation, runs)
+    ]
     yield aligned(header, body, left=1)
 
 
@@ -99,14 +133,15 @@ def _differences(runs: Sequence[Run], evaluation: str, condition: str) -> Iterat
     yield f"## Difference to AT of the same seed under {_attack(condition)}"
     yield (
         f"Points on the same {_size(runs, evaluation)} images, with 95 % intervals and the exact McNemar "
-        "test. The intervals are over images; the spread over seeds is not in them."
+        "test, not corrected for their number. The intervals are over images; the spread over seeds is not "
+        "in them."
     )
     partners = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
     header = ["Row", *(x for group in ("all", *GROUPS) for x in (group, "p"))]
     body = []
     for run in _with(evaluation, runs):
         other = partners.get(run.seed)
-        if other is None or other is run or evaluation not in other.evaluations:
+        if other in (None, run) or evaluation not in other.evaluations or run.balanced:
             continue
         cells = []
         for group in ("all", *GROUPS):
@@ -117,18 +152,23 @@ def _differences(runs: Sequence[Run], evaluation: str, condition: str) -> Iterat
 
 
 def _further(runs: Sequence[Run]) -> Iterator[str]:
+    runs = [run for run in runs if set(run.evaluations) & {"autoattack", "torchattacks", "best"}]
     yield "## AutoAttack with 10 iterations, the best checkpoint, and the audit"
     yield (
         f"On the same {_size(runs, 'autoattack')} test images. AutoAttack is 'standard': APGD-CE, APGD-T, "
         "FAB-T, Square. 'torchattacks' is the same as that package runs it: with 10 iterations, and with "
         "Square's schedule rescaled. It is an upper estimate. 'Best' is the checkpoint that the held-out "
-        "images choose; it stands under the pair beside the last."
+        "images choose; it stands under the pair beside the last. 'Clean': the audit saw no sign of masked "
+        "gradients. 'Too few images': so many of its checks could not have seen a gap, because few images "
+        "of its sample are right when clean."
     )
     header = ["Row", "AutoAttack", "torchattacks", "Pair, last", "Pair, best", "best is", "Audit"]
     body = []
     for run in runs:
         best, main = run.evaluations.get("best"), run.evaluations.get("autoattack")
-        which = "—" if best is None else str(best.meta["selection"]).partition("(")[2].partition(",")[0]
+        which = (
+            "—" if best is None else str(best.meta.get("selection", "")).partition("(")[2].partition(",")[0]
+        )
         body.append(
             [
                 run.label,
@@ -147,7 +187,7 @@ def _errors(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[st
     yield f"## Natural and boundary error under {_attack(condition)}"
     yield (
         f"Percent of the {_size(runs, evaluation)} images: wrong when clean; right when clean and wrong "
-        "under attack. Last, the share of those right when clean that the attack breaks."
+        "under attack. Last, the share of the images right when clean that the attack breaks."
     )
     body = []
     for run in _with(evaluation, runs):
@@ -155,7 +195,7 @@ def _errors(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[st
         natural, boundary = (figures[f"{kind}_error"] for kind in ("natural", "boundary"))
         share = boundary["value"] / (1 - natural["value"])
         body.append([run.label, _percent(natural), _percent(boundary), f"{100 * share:.1f}"])
-    yield aligned(["Row", "Natural error", "Boundary error", "Broken of the right"], body, left=1)
+    yield aligned(["Row", "Natural error", "Boundary error", "Right ones broken"], body, left=1)
 
 
 def _per_class(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
@@ -173,21 +213,24 @@ def _per_class(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator
     for run in found:
         for attack in ("clean", condition):
             recall = run.evaluations[evaluation].conditions[attack]["per_class"]["recall"]
-            body.append([run.label, paper_name(attack), *map(_percent, recall)])
+            body.append([run.label, _name(attack), *map(_percent, recall)])
     yield aligned(header, body, left=2)
 
 
 def _scales(runs: Sequence[Run]) -> Iterator[str]:
-    yield "## Fake gain at small scales, and norms of the classifier"
-    yield (
-        "PGD-20 accuracy in percent on the images of the audit's sample when all logits are multiplied by a "
-        "factor: a model whose accuracy rises at small or large factors is not more robust there. Norms: the "
-        "mean norm of the weight vectors of head and tail classes (of a cosine head, before it normalises)."
-    )
     audited = [(run, run.evaluations["autoattack"]) for run in _with("autoattack", runs)]
     curves = [(run, each.curves["scale"], each) for run, each in audited if "scale" in each.curves]
     if not curves:
         return
+    yield "## PGD-20 by logit scale, and norms of the classifier"
+    sample = (curves[0][2].audit or {})["examples"]
+    yield (
+        f"PGD-20 accuracy in percent on {sample} test images, drawn at random, when all logits "
+        "of the evaluated model are multiplied by a factor; at 1 they are those of the row, for RoBal at "
+        "scale 10. A model whose accuracy rises at small or large factors is not more robust there. Norms: "
+        "the mean norm of the weight vectors of head and tail classes (of a cosine head, before it "
+        "normalises)."
+    )
     header = ["Row", *(f"{x:g}" for x in curves[0][1]["x"]), "Norms: head", "tail"]
     body = []
     for run, curve, found in curves:
@@ -200,13 +243,19 @@ def _scales(runs: Sequence[Run]) -> Iterator[str]:
 
 def _costs(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Cost"
-    yield "Passes: forward and backward passes per training image. Times on one core each, beside other work."
+    yield (
+        "Passes: forward and backward passes per training image. Times are on one core or two, beside other "
+        "work, so they compare nothing; —: not measured."
+    )
     request, body = request_for(pathlib.Path("out")), []
     for run in runs:
-        found = next(iter(run.evaluations.values()))
+        metas = {name: each.meta for name, each in run.evaluations.items()}
+        last = [meta["checkpoint_sha256"][:12] for name, meta in metas.items() if name != "best"]
+        dates = sorted({meta["date"] for meta in metas.values()})
         cost = "—" if run.seconds is None else f"{run.seconds:,}"
-        evaluated = sum(each.meta["seconds"] for each in run.evaluations.values())
-        facts = [found.meta["date"], found.meta["processor"], found.meta["checkpoint_sha256"][:12]]
+        evaluated = sum(meta["seconds"] for meta in metas.values())
+        processors = ", ".join(sorted({meta["processor"] for meta in metas.values()}))
+        facts = [" to ".join(dict.fromkeys((dates[0], dates[-1]))), processors, *(last or ["—"])[:1]]
         body.append(
             [run.label, f"{passes(row_config(run.row, request)):g}", cost, f"{evaluated:,.0f}", *facts]
         )
@@ -224,17 +273,29 @@ def _published(runs: Sequence[Run]) -> Iterator[str]:
     )
 
 
+def _missing(runs: Sequence[Run]) -> Iterator[str]:
+    """Yields what the protocol asks for and is not stored: runs, then evaluations of the other runs."""
+    stored = {(run.row.key, run.seed) for run in runs}
+    wanted = [Run(row, seed, {}, None) for row, seed in ROWS.values()]
+    absent = [run.label for run in wanted if (run.row.key, run.seed) not in stored]
+    if absent:
+        yield f"Not evaluated yet: {'; '.join(absent)}."
+    for name, text in EVALUATIONS.items():
+        lacking = [run.label for run in runs if name not in run.evaluations]
+        if lacking:
+            yield f"Not evaluated yet {text}: {'; '.join(lacking)}."
+
+
 def page(runs: Sequence[Run]) -> str:
     """Returns the part of the page that is made from the stored outcomes, as Markdown."""
     if not runs:
         return "No evaluation is stored yet.\n"
-    missing = [row.label for row in TABLE.rows if not any(run.row == row for run in runs)]
-    parts = [f"Not evaluated yet: {'; '.join(missing)}."] if missing else []
+    parts = list(_missing(runs))
     by_evaluation: list[Callable[[Sequence[Run]], Iterator[str]]] = [
         partial(part, evaluation=name, condition=condition)
         for name, (condition, _) in ATTACKS.items()
         if _with(name, runs)
-        for part in (_accuracies, _differences, _errors, _per_class)
+        for part in (_accuracies, _groups, _differences, _errors, _per_class)
     ]
     for part in (_claims, *by_evaluation, _further, _scales, _published, _costs):
         blocks = list(part(runs))
@@ -245,9 +306,14 @@ def page(runs: Sequence[Run]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Stores the outcomes of a folder, if one is named, and writes the page again."""
-    for out in arguments:
-        print("stored:", ", ".join(collect(pathlib.Path(out), STORED)) or "nothing")
-        print("published:", ", ".join(publish_models(pathlib.Path(out), ZOO)) or "nothing")
+    single = {
+        place: pathlib.Path(folder) for place, _, folder in (x.partition("=") for x in arguments) if folder
+    }
+    for out in (pathlib.Path(argument) for argument in arguments if "=" not in argument):
+        print("stored:", ", ".join(collect(out, STORED)) or "nothing")
+        print("published:", ", ".join(publish_models(out, ZOO)) or "nothing")
+    if single:
+        print("stored:", ", ".join(store_folders(single, STORED)))
     text, mark, _ = PAGE.read_text().partition(MARK)
     write_whole(PAGE, f"{text}{mark or MARK}\n{page(read(STORED))}".encode())
     print(PAGE)

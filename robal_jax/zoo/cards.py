@@ -83,6 +83,17 @@ def figures(results: Results) -> dict[str, Any]:
     }
 
 
+def in_order(
+    evaluations: Mapping[str, dict[str, Any]], fields: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns the evaluations of a card, as :func:`figures` has them, that of the highest rank first."""
+
+    def its_rank(item: tuple[str, dict[str, Any]]) -> tuple[bool, bool, bool, int]:
+        return rank(item[1], item[1]["conditions"], fields)
+
+    return dict(sorted(evaluations.items(), key=its_rank, reverse=True))
+
+
 def leading(evaluations: Sequence[Results]) -> Results:
     """Returns the evaluation that counts, that of the highest :func:`rank`."""
     return max(evaluations, key=lambda one: rank(one.meta, one.conditions, one.meta.get("config", {})))
@@ -128,18 +139,20 @@ def robustbench(results: Results, architecture: str, authors: str = NO_AUTHORS) 
     verdicts = (results.audit or {}).get("verdicts", [])
     images = meta.get("part") or f"all {meta['n']} test images"
     attack = results.headline_attack
+    long_tail = len(set(results.summary["class_counts"])) > 1
     notes = [
-        f"Trained on a long tail: {meta['imbalance']}",
+        *([f"trained on a long tail: {meta['imbalance']}"] if long_tail else []),
         f"evaluated on {images}",
         f"reported under {display_name(attack)} at {threat(meta)}",
         *([BY_CLASS] if "class_epsilon" in meta else []),
         *_generated(meta),
     ]
+    footnote = "; ".join(notes)
     return {
         "link": "N/A",
         "name": f"{meta['method']} (robal_jax)",
         "authors": authors,
-        "additional_data": False,
+        "additional_data": bool(meta.get("generated")),
         "number_forward_passes": 1,
         "dataset": meta["dataset"],
         "venue": "N/A",
@@ -151,7 +164,7 @@ def robustbench(results: Results, architecture: str, authors: str = NO_AUTHORS) 
         "unreliable": any(
             outcome_of(verdict) == FLAGGED and verdict.get("doubts") == EVERYTHING for verdict in verdicts
         ),
-        "footnote": "; ".join(notes) + ".",
+        "footnote": f"{footnote[0].upper()}{footnote[1:]}.",
     }
 
 

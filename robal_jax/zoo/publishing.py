@@ -132,7 +132,8 @@ def _with_more_figures(
     card, lead = read_card(card_file), cards.leading(list(results.values()))
     ranks = [cards.rank(each, each["conditions"], card["config"]) for each in card["evaluations"].values()]
     leads = cards.rank(lead.meta, lead.conditions, card["config"]) >= max(ranks, default=(False,))
-    card["evaluations"] |= {name: cards.figures(each) for name, each in results.items()}
+    more = {name: cards.figures(each) for name, each in results.items()}
+    card["evaluations"] = cards.in_order(card["evaluations"] | more, card["config"])
     card["license"], earlier = license, json_object(robustbench_file)
     made = cards.robustbench(lead, card["network"]) if leads or not earlier else earlier
     made = made | {"authors": authors}
@@ -177,7 +178,9 @@ def _described(
         },
         "trained_with": {key: made_with[key] for key in made_with if isinstance(made_with[key], str)},
         "config": cards.without_paths(run.config),
-        "evaluations": {name: cards.figures(each) for name, each in results.items()},
+        "evaluations": cards.in_order(
+            {name: cards.figures(each) for name, each in results.items()}, run.config
+        ),
     }
 
 
