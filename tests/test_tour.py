@@ -1,5 +1,7 @@
 """The notebook runs from its first cell to its last, and what it says comes out."""
 
+import contextlib
+import io
 import os
 import re
 
@@ -7,6 +9,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+
+import robal_jax
 
 TOUR = ROOT / "experiments" / "tour.ipynb"
 
@@ -59,3 +63,13 @@ def test_the_tour_is_stored_with_its_outputs():
     assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     assert TOUR.stat().st_size < 500_000
+
+
+def test_what_the_tour_says_of_the_cards_is_in_them():
+    """The last code cell, run again, prints what is stored."""
+    cell = [cell for cell in nbformat.read(TOUR, 4).cells if cell.cell_type == "code"][-1]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(cell.source, {"robal_jax": robal_jax})
+    assert "cifar10_lt" in cell.source
+    assert printed.getvalue() == "".join(output["text"] for output in cell.outputs)
