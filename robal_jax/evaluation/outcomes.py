@@ -54,7 +54,10 @@ def make_verdict(
       shown: the smallest gap that the sample can show.
     """
     title, doubts, *meaning = (EXPLANATIONS | ON_OCCASION)[name]
-    few = f"too few images are right when clean to tell; the smallest gap they can show is {points(shown)}."
+    few = (
+        "too few images are right when clean to tell; the smallest gap they can show is "
+        f"{points(shown)}, so take a larger sample for the audit."
+    )
     conclusion = {TOO_FEW: few, **conclusions}[outcome]
     meanings = dict(zip(("raised", "means", "do"), meaning, strict=True))
     return Verdict(name, title, doubts, outcome, f"{figures}: {conclusion}", evidence, meanings)
