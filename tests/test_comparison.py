@@ -99,6 +99,28 @@ def test_runs_of_a_method_are_averaged_and_paired_by_seed(tmp_path):
     assert "B, seed 2, has no difference: A has no such run." in notes
 
 
+def test_each_seed_may_have_test_images_of_its_own(tmp_path):
+    """As on the digits, whose seed draws the images, too; within a seed they must be equal."""
+    folders = [
+        save_run(tmp_path / f"{method}{seed}", seed=seed, method=method, test_set_sha256=str(seed))
+        for method, seeds in (("A", (0, 1, 2)), ("B", (0, 1)))
+        for seed in seeds
+    ]
+    _, accuracies, differences, notes = comparison.compare(read_runs(folders))
+    assert [row[1] for row in differences.rows[:2]] == ["B, seed 0", "B, seed 1"]
+    assert all(("(n = 2)" in cell) == (row[1] == "B") for row in accuracies.rows for cell in row[2:])
+    number = len(differences.rows) * len(differences.header[2:])
+    assert [note for (note,) in notes.rows] == [
+        "Intervals and p-values are over test images, not over training seeds, and not corrected for the "
+        f"number of differences, {number}.",
+        "Test images differ between seeds, so the spread over seeds includes theirs.",
+        "The means of B and A are over different seeds: compare their differences.",
+    ]
+    other = save_run(tmp_path / "B2", seed=2, method="B", test_set_sha256="0")
+    with pytest.raises(InputError, match="differ in test_set_sha256: 0 and 2"):
+        comparison.compare(read_runs([*folders, other]))
+
+
 def test_one_run_of_each_method_is_compared_whatever_the_seed(tmp_path):
     """A note names the seeds if they differ."""
     runs = [save_run(tmp_path / method, seed=seed, method=method) for seed, method in enumerate("AB")]

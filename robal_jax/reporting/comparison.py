@@ -31,11 +31,13 @@ from robal_jax.storage.config_file import NOT_TRAINED, without_neutral
 
 TITLE = "Comparison of runs"
 
-# Runs can be compared only if these are equal.
+# Runs can be averaged only if these are equal.
 _PROTOCOL = (
-    "dataset", "part", "test_set_sha256", "norm", "epsilon", "class_epsilon", "step_size", "start",
-    "evaluation_seed",
+    "dataset", "part", "norm", "epsilon", "class_epsilon", "step_size", "start", "evaluation_seed",
 )  # fmt: skip
+
+# Runs can be paired only if this is equal, too. On the digits each seed has test images of its own.
+_TEST_SET = "test_set_sha256"
 
 
 # An ensemble that somebody listed has one of these names, whatever its attacks are.
@@ -110,11 +112,12 @@ def difference(run: EvaluatedRun, reference: EvaluatedRun, condition: str, group
     Raises:
       InputError: the runs differ in test images, class groups, conditions or threat model.
     """
-    _check_comparable(reference, run)
+    _check_comparable(reference, run, (*_PROTOCOL, _TEST_SET))
     return metrics.paired_difference(_right(reference, condition, group), _right(run, condition, group))
 
 
-def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
+def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun, equal: Collection[str]) -> None:
+    """Raises if two runs differ in groups, conditions, ensembles or one of the entries ``equal`` of meta."""
     names = f"{run.name} and {reference.name}"
     if reference.summary["groups"] != run.summary["groups"]:
         raise InputError(
@@ -129,7 +132,7 @@ def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun) -> None:
             f"{names} have different ensembles: {_ensemble(run)} and {_ensemble(reference)}; evaluate both "
             "with the same attacks"
         )
-    for key in _PROTOCOL:
+    for key in equal:
         if reference.meta.get(key) != run.meta.get(key):
             both = (run.meta, reference.meta)
             values = " and ".join(
@@ -150,7 +153,7 @@ def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
     lists are equal.
 
     Raises:
-      InputError: the runs differ in test images, class groups or threat model.
+      InputError: the runs differ in class groups or threat model.
     """
     shared = set.intersection(*(set(run.conditions) for run in runs))
     if len(set(map(_ensemble, runs))) > 1:
@@ -163,7 +166,7 @@ def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:
 
     first, *others = map(restricted, runs)
     for run in others:
-        _check_comparable(first, run)
+        _check_comparable(first, run, _PROTOCOL)
     return [first, *others]
 
 
@@ -200,9 +203,16 @@ def paired(runs: Sequence[EvaluatedRun]) -> list[Paired]:
     ]
 
 
-def _notes(runs: Sequence[EvaluatedRun], shared: Collection[str]) -> list[tuple[str]]:
-    """Returns notes on seeds, configs and shared conditions, for the reader of the tables, in sentences."""
+def _notes(runs: Sequence[EvaluatedRun], shared: Collection[str], tests: int) -> list[tuple[str]]:
+    """Returns notes for the reader of the tables, in sentences: on tests, seeds, configs and conditions."""
     rows, found = by_method(runs), []
+    if tests:
+        found.append(
+            f"Intervals and p-values are over test images, not over training seeds, and not corrected for "
+            f"the number of differences, {tests}."
+        )
+    if len({run.meta.get(_TEST_SET) for run in runs}) > 1:
+        found.append("Test images differ between seeds, so the spread over seeds includes theirs.")
     for method, fields in _mixed(runs).items():
         found.append(f"The runs of {method} differ in {', '.join(fields)}: they are not averaged.")
     (reference, first), *others = rows.items()
@@ -213,6 +223,10 @@ def _notes(runs: Sequence[EvaluatedRun], shared: Collection[str]) -> list[tuple[
             found += [
                 f"{row}, seed {each}, has no difference: {reference} has no such run." for each in missing
             ]
+            if set(members) != set(first):
+                found.append(
+                    f"The means of {row} and {reference} are over different seeds: compare their differences."
+                )
         elif missing:
             seeds = f"seed {missing[0]} and {reference} seed {next(iter(first))}"
             found.append(f"{row} has {seeds}: their difference includes that of the seeds.")
@@ -232,7 +246,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
 
     Returns:
       Tables of the runs with their audits, of accuracies, also on corrupted images if all runs have it, and,
-      if there are any, of differences and of notes on them.
+      if there are any, of differences and of notes. A row of fewer runs than others says their number, n.
 
     Raises:
       InputError: the runs cannot be compared.
@@ -248,8 +262,12 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
 
     def by_group(share: Callable[..., Mapping[str, float]], row: str) -> tuple[str, ...]:
         members = rows[row].values()
-        return tuple(_mean_and_spread([share(run, group=group) for run in members]) for group in groups)
+        fewer = f"\n(n = {len(members)})" * (len(members) < most)
+        return tuple(
+            _mean_and_spread([share(run, group=group) for run in members]) + fewer for group in groups
+        )
 
+    most = max(map(len, rows.values()))
     pairs = paired(runs)
     shares = {name: partial(share_right, condition=name) for name in conditions}
     accuracies = _folded({name: [(row, *by_group(shares[name], row)) for row in rows] for name in shares})
@@ -286,7 +304,7 @@ def compare(runs: Sequence[EvaluatedRun]) -> list[Table]:
             header,
             differences,
         ),
-        Table("Notes", ("Notes",), _notes(runs, first.conditions)),
+        Table("Notes", ("Notes",), _notes(runs, first.conditions, len(differences) * len(groups))),
     ]
     return [table for table in tables if table.rows]
 

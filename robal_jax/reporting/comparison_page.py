@@ -32,8 +32,7 @@ def comparison_html(runs: Sequence[EvaluatedRun]) -> str:
             page.section("Differences"),
             page.paragraph(
                 "Accuracy of the run minus that of the reference, in points, with paired 95 % intervals. An "
-                "interval that contains 0 shows no clear difference. Intervals cover the choice of test "
-                "images only, not the spread over training seeds."
+                "interval that contains 0 shows no clear difference."
             ),
             figures.block(
                 figures.differences_figure(pairs, reference),
