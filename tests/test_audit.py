@@ -536,18 +536,30 @@ def test_a_mean_of_zero_is_rarely_called_more(images):
     assert evidence.mean_p_value(np.zeros(9)) == evidence.mean_p_value(np.ones(1)) == 1
 
 
-@pytest.mark.parametrize("differ", [0, 1])
-def test_stored_images(differ):
+@pytest.mark.parametrize(
+    ("differ", "tie", "outcome", "end"),
+    [
+        (0, False, PASSED, "Images that differ: 0."),
+        (0, True, PASSED, "Images that differ: 0."),
+        (1, False, FLAGGED, "Images that differ: 1."),
+        (1, True, NOTE, "Images that differ: 0, and 1 whose two largest logits are equal up to rounding."),
+    ],
+)
+def test_stored_images(differ, tie, outcome, end):
     reported = first(300)
-    computed = reported.copy()
+    computed, ties = reported.copy(), np.zeros(N, bool)
     computed[599] ^= differ
+    ties[599] = tie
     distance = np.linspace(0, 0.1, N)
-    found = ensemble_checks.stored_images(reported, computed, distance, 0.1)
-    assert (found.name, found.outcome) == ("stored_images", FLAGGED if differ else PASSED)
+    found = ensemble_checks.stored_images(reported, computed, ties, distance, 0.1)
+    assert (found.name, found.outcome) == ("stored_images", outcome)
     accuracy = (300 - differ) / N
-    assert found.evidence == {"accuracy": pytest.approx(accuracy), "differ": differ, "distance": 0.1}
+    assert found.evidence == {
+        "accuracy": pytest.approx(accuracy), "differ": differ * (not tie), "by_rounding": differ * tie,
+        "distance": 0.1,
+    }  # fmt: skip
     assert f"is {100 * accuracy:.1f} %; reported is 50.0 %." in found.statement
-    assert found.statement.endswith(f"Images that differ: {differ}.")
+    assert found.statement.endswith(end)
     assert found.doubts == EVERYTHING
     json.dumps(found._asdict(), allow_nan=False)
 

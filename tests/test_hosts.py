@@ -78,6 +78,17 @@ try:
     hosts.by_first(lambda: (_ for _ in ()).throw(InputError("no such thing")))
 except InputError as error:
     found["error"] = str(error)
+try:
+    hosts.by_first(lambda: {}["no such key"])
+except (KeyError, RuntimeError) as error:
+    found["fault"] = repr(error)
+hosts.PIECE = 1000
+found["long"] = hosts.by_first(lambda: bytes(range(256)) * 11) == bytes(range(256)) * 11
+apart = f"{sys.argv[4]}-of-{jax.process_index()}"
+everywhere = f"{sys.argv[4]}-all"
+folders = everywhere, apart, "", "gs://all", f"gs://{apart}"
+found["seen"] = [hosts.seen_by_all(folder) for folder in folders]
+found["left"] = sorted(path.name for path in pathlib.Path(everywhere).iterdir())
 with hosts.only_first(lambda: open(sys.argv[4], "a")) as file:
     file.write("one line\\n")
 own = pathlib.Path(sys.argv[4] + f"-{jax.process_index()}")  # not on a drive that both share
@@ -121,6 +132,12 @@ def test_what_the_first_process_does_for_all(tmp_path):
         assert one["devices"] == [4, 2]
         assert one["told"] == [0, 1, 2]
         assert one["error"] == "no such thing"
+        assert one["long"]
+        assert one["seen"] == [True, False, False, True, False]
+    assert said[0]["left"] == []
+    assert said[0]["fault"] == "KeyError('no such key')"
+    assert said[1]["fault"].startswith('RuntimeError("the first process failed: ')
+    for one in said:
         assert one["digests"] == said[0]["digests"]
         assert "cannot make" in one["unsaved"]
         for layout in ("jit", "pmap"):

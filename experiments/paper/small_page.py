@@ -92,10 +92,10 @@ def _claims(runs: Sequence[Run]) -> Iterator[str]:
         body.append(["" if claim == before else claim, run, paper, figure, answer])
         before = claim
     yield (
-        "The paper's figures are those of its table 2, for WRN-34-10 and twice as many epochs. 'Yes' and 'no': the "
-        "95 % interval is on one side of 0, or the test rejects at 5 %. Nothing is corrected for the "
-        f"{len(body)} answers, no claim was named as the main one before the runs, and intervals and tests "
-        "are over images, not over trainings: read the answers as exploratory."
+        "The paper's figures are those of its table 2, for WRN-34-10 and twice as many epochs. 'Yes' and "
+        "'no': the 95 % interval is on one side of 0, or the test rejects at 5 %. Nothing is corrected for "
+        f"the {len(body)} answers, no claim was named as the main one before the runs, and intervals and "
+        "tests are over images, not over trainings: read the answers as exploratory."
     )
     yield (
         "Accuracies and errors: both models on the same images, exact McNemar test. Norms: rank test over "

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from robal_jax.errors import InputError, one_line
 T = TypeVar("T")
 
 START_SECONDS = 1800  # a process waits this long for all to join: a large slice may need as long to start
+
+END_SECONDS = 30  # a process that fails waits this long for the others, and they end with it
 
 _polls = itertools.count()  # numbers the calls to the preemption service, one service per process
 
@@ -57,6 +60,53 @@ def start(coordinator: str, processes: str = "", process: str = "") -> None:
             f"JAX cannot start on {named} ({one_line(error)}); set JAX_PLATFORMS=cpu, or install "
             "the plugin of the accelerator"
         ) from error
+    if jax.process_count() > 1 and jax.default_backend() == "gpu":
+        _drop_cache_unless_shared()
+
+
+def _drop_cache_unless_shared() -> None:
+    """Turns the cache of compiled programs off if the processes do not all see the same folder.
+
+    XLA shares the choice of kernels for a GPU among all processes. One that finds a program in its own cache
+    takes no part in it, and all others would wait for it.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if not seen_by_all(folder):
+        jax.config.update("jax_compilation_cache_dir", None)
+        if is_first() and folder:
+            print(
+                f"warning: not all processes see {folder}, so compiled programs are not kept; name a folder "
+                "that all hosts share in JAX_COMPILATION_CACHE_DIR",
+                file=sys.stderr,
+            )
+
+
+def seen_by_all(folder: str) -> bool:
+    """Returns whether a folder is the same in all processes: whether all see what the first one writes there.
+
+    Args:
+      folder: in this process; '' for none. Of URLs all must have the same.
+    """
+    mark = by_first(lambda: folder if "://" in folder else _leave_mark(folder))
+    seen = bool(mark) and (mark == folder or os.path.exists(os.path.join(folder, mark)))
+    found = bool(np.all(multihost_utils.process_allgather(np.array(seen))))
+    if is_first() and mark and mark != folder:
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(folder, mark))
+    return found
+
+
+def _leave_mark(folder: str) -> str:
+    """Writes an empty file, and returns its name; '' if that cannot be done."""
+    if not folder:
+        return ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix="seen-", dir=folder)
+    except OSError:
+        return ""
+    os.close(handle)
+    return os.path.basename(path)
 
 
 def _join(coordinator: str, processes: str, process: str) -> None:
@@ -73,9 +123,12 @@ def _join(coordinator: str, processes: str, process: str) -> None:
         if not 0 <= given["process_id"] < given["num_processes"]:
             raise InputError(f"--process={process} is out of range; give 0..{given['num_processes'] - 1}")
         given["coordinator_address"] = coordinator
+        given["cluster_detection_method"] = "deactivate"  # Slurm's would leave a process one GPU
         print(f"process {process} of {processes}: waiting for all at {coordinator}", file=sys.stderr)
     try:
-        jax.distributed.initialize(**given, initialization_timeout=START_SECONDS)
+        jax.distributed.initialize(
+            **given, initialization_timeout=START_SECONDS, shutdown_timeout_seconds=END_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"cannot join the other processes ({coordinator}): {error}; check --coordinator, --processes and "
@@ -102,22 +155,41 @@ def by_first(function: Callable[[], T]) -> T:
     Raises:
       InputError: ``function`` raised it.
       OSError: ``function`` raised it.
+      RuntimeError: ``function`` raised anything else, which the first process raises as it is.
     """
     if jax.process_count() == 1:
         return function()
-    result: Any = None
+    content, fault = b"", None
     if is_first():
         try:
-            result = function()
+            content = pickle.dumps(function())
         except (InputError, OSError) as error:
-            result = error
-    content = np.frombuffer(pickle.dumps(result), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
-    mine = content if is_first() else np.zeros(size, np.uint8)
-    result = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes())
-    if isinstance(result, InputError | OSError):
+            content = pickle.dumps(error)
+        except Exception as error:  # otherwise all others would wait in vain
+            fault, content = error, pickle.dumps(RuntimeError(f"the first process failed: {one_line(error)}"))
+    result = pickle.loads(_from_first(content))
+    if fault is not None:
+        raise fault
+    if isinstance(result, InputError | OSError | RuntimeError):
         raise result
     return result
+
+
+PIECE = 2**26  # bytes that are sent at once
+
+
+def _from_first(content: bytes) -> bytes:
+    """Sends bytes of the first process to all, in pieces of few sizes, so that few programs are compiled."""
+    size_in_words = np.array(divmod(len(content), 2**32), np.uint32)
+    high, low = map(int, multihost_utils.broadcast_one_to_all(size_in_words))
+    size, pieces = high * 2**32 + low, []
+    for start in range(0, size, PIECE):
+        length = min(PIECE, size - start)
+        piece = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
+        if is_first():
+            piece[:length] = np.frombuffer(content, np.uint8, length, start)
+        pieces.append(np.asarray(multihost_utils.broadcast_one_to_all(piece))[:length].tobytes())
+    return b"".join(pieces)
 
 
 @contextlib.contextmanager

@@ -53,23 +53,10 @@ def replicate(tree: chex.ArrayTree, devices: list[jax.Device]) -> chex.ArrayTree
     """Copies a tree to every device, placed as a compiled chunk returns it (so that it is not retraced).
 
     Args:
-      tree: the same in all processes.
+      tree: the same in all processes, which is not compared: nothing is sent between them.
       devices: from :func:`devices_for`.
     """
-    everywhere = NamedSharding(_mesh(devices), PartitionSpec())
-    return _from_host(lambda x: jax.device_put(x, everywhere), tree)
-
-
-def _from_host(put: Callable[[np.ndarray], jax.Array], tree: chex.ArrayTree) -> chex.ArrayTree:
-    """Places a tree leaf by leaf, because JAX copies no array to the devices of other processes."""
-
-    def place(x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            words = put(np.asarray(jax.random.key_data(x)))
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
-        return put(np.asarray(x))
-
-    return jax.tree.map(place, tree)
+    return _global(_mesh(devices), PartitionSpec(), tree)
 
 
 def jit(chunk: Chunk, devices: list[jax.Device]) -> Chunk:
@@ -151,8 +138,19 @@ def _placed(mesh: Mesh, spec: PartitionSpec, shapes: chex.ArrayTree) -> chex.Arr
 
 
 def _global(mesh: Mesh, spec: PartitionSpec, tree: chex.ArrayTree) -> chex.ArrayTree:
-    """Makes arrays over all processes from the share that each process has."""
-    return _from_host(partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)), tree)
+    """Makes arrays over all processes from what each process has: its share, or the whole if none is split.
+
+    It goes leaf by leaf through the host, because JAX copies no array to the devices of other processes.
+    """
+    put = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec))
+
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            words = put(np.asarray(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+        return put(np.asarray(x))
+
+    return jax.tree.map(place, tree)
 
 
 def pmap(chunk: Chunk, devices: list[jax.Device]) -> Chunk:

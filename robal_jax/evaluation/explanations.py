@@ -8,6 +8,13 @@ from typing import NamedTuple
 from robal_jax.evaluation.evidence import FAMILY_LEVEL
 from robal_jax.reporting.results import CHOICE, EVERYTHING, FIXED_STEPS, OWN_GRADIENT
 
+ROUNDING = {"highest": 1e-4, "default": 1e-2}
+"""Margin below which rounding decides between two logits, as a part of the largest, by precision.
+
+In float32 the layers of a network add up to some 10^-4, see :func:`robal_jax.zoo.cards.tolerance`; bfloat16,
+as below full precision on a TPU, keeps two to three digits.
+"""
+
 GAP = 0.01
 """A fixed-step number that is optimistic by more than this is noted."""
 
@@ -169,7 +176,9 @@ EXPLANATIONS = {
     "stored_images": Explanation(
         "Accuracy computed again",
         EVERYTHING,
-        "Flagged if one stored adversarial image is classified otherwise when it is read again.",
+        "Flagged if one stored adversarial image is classified otherwise when it is read again. Noted if "
+        "that happens only to images whose two largest logits differ by less than rounding may change: "
+        f"{ROUNDING['highest']:g} of the largest, or {ROUNDING['default']:g} below full precision.",
         "The reported accuracy does not follow from the stored images.",
         "Do not use the number; report the fault with the folder of the evaluation.",
     ),

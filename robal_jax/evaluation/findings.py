@@ -20,6 +20,7 @@ from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
 from robal_jax.evaluation.ensemble_checks import stored_images
+from robal_jax.evaluation.explanations import ROUNDING
 from robal_jax.evaluation.measurements import Sample, radius_unit
 from robal_jax.evaluation.outcomes import Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
@@ -83,7 +84,7 @@ def store(
         predictions |= autoattack.outcomes(job.version, job.ensemble, found, labels)
 
     verdicts, curves = _judge(job, found, sample, predictions, labels)
-    verdicts += _store(victim, job, found, folder)
+    verdicts += _store(victim, job, found, folder, meta.get("precision", "highest"))
     if meta.get("selected_on_test"):
         verdicts.append(selected_on_test(meta["selection"]))
 
@@ -297,7 +298,7 @@ def _after_gradients(
 
 
 def _store(
-    victim: Victim, job: builder.Evaluation, found: autoattack.Progress, folder: pathlib.Path
+    victim: Victim, job: builder.Evaluation, found: autoattack.Progress, folder: pathlib.Path, precision: str
 ) -> list[Verdict]:
     """Stores the ensemble's adversarial images, reads them again and judges whether the accuracy is the same.
 
@@ -322,7 +323,8 @@ def _store(
     distance = judged["distance"]
     if isinstance(job.threat.epsilon, tuple):  # in multiples of each image's own radius
         distance = distance / np.asarray(threat.epsilon)
-    return [stored_images(reported, computed, distance, radius_unit(job.threat))]
+    ties = judged["margin"] <= ROUNDING.get(precision, ROUNDING["default"])
+    return [stored_images(reported, computed, ties, distance, radius_unit(job.threat))]
 
 
 def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged:

@@ -367,10 +367,10 @@ def ensemble(
                 left = autoattack.work_left(stage, progress)
                 meter.update(total - left, f"robust {progress.robust / len(labels):.1%}")
                 if stop or kept.due:
-                    kept.save(_progress_arrays(progress))
+                    kept.save(partial(_progress_arrays, progress))
                 if stop:
                     return None
-    kept.save(_progress_arrays(progress))
+    kept.save(partial(_progress_arrays, progress))
     return progress
 
 

@@ -199,9 +199,15 @@ def shown_step(
     *,
     threat: ThreatModel,
 ) -> Judged:
-    """Returns how the model classifies given images ``[B, H, W, C]``."""
+    """Returns how the model classifies given images ``[B, H, W, C]``, and by which margin.
+
+    'margin' is the largest logit minus the second, as a part of the largest absolute one.
+    """
     del keys, labels
-    return judge(logits_fn, shown, images, threat)
+    logits = logits_fn(shown)
+    first, second = jax.lax.top_k(logits, 2)[0].T
+    margin = (first - second) / jnp.maximum(jnp.abs(logits).max(-1), jnp.finfo(logits.dtype).tiny)
+    return {**judge(lambda _: logits, shown, images, threat), "margin": margin}
 
 
 def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel, pixels: int = 1) -> None:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from robal_jax.errors import UNREACHABLE
 from robal_jax.storage.config_file import WITHOUT_ATTACKS, evaluation_fields
 from robal_jax.storage.files import replacing
 
-SAVE_SECONDS = 30.0  # between two saves
+SAVE_SECONDS = 30.0  # between two saves, at least
+
+SHARE_OF_SAVING = 0.1  # of the time, at most
 
 PARTS = ("conditions", "ensemble", "distances", "audit", "corruptions", "certified", "optimality")
 """Names of the parts of an evaluation, each with a file of its own."""
@@ -37,7 +39,9 @@ class Unfinished:
         """
         self._path, self._identity = path, json.loads(json.dumps(identity))
         self.arrays = hosts.by_first(self._read)
-        self.seconds, self._saved = float(self.arrays.pop("seconds", 0.0)), time.monotonic()
+        self.seconds = float(self.arrays.pop("seconds", 0.0))
+        self._counted = self._saved = time.monotonic()
+        self._took = 0.0
 
     def _read(self) -> dict[str, np.ndarray]:
         arrays = _arrays(self._path)
@@ -49,15 +53,19 @@ class Unfinished:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save again."""
-        return time.monotonic() - self._saved > SAVE_SECONDS
+        """Whether it is time to save again; what takes long to save is saved less often."""
+        return time.monotonic() - self._saved > max(SAVE_SECONDS, self._took / SHARE_OF_SAVING)
 
-    def save(self, arrays: Mapping[str, Any]) -> None:
-        """Replaces the saved arrays; only the first process writes."""
-        now = time.monotonic()
-        self.seconds, self._saved = self.seconds + now - self._saved, now
-        if not hosts.is_first():
-            return
+    def save(self, arrays: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> None:
+        """Replaces the saved arrays, or those that a function makes; only in the first process."""
+        started = time.monotonic()
+        self.seconds, self._counted = self.seconds + started - self._counted, started
+        if hosts.is_first():
+            self._write(arrays() if callable(arrays) else arrays)
+        self._saved = time.monotonic()
+        self._took = self._saved - started
+
+    def _write(self, arrays: Mapping[str, Any]) -> None:
         self._path.parent.mkdir(exist_ok=True)
         with replacing(self._path) as file:
             np.savez(

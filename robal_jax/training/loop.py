@@ -275,6 +275,7 @@ def _on_devices(
 ) -> tuple[TrainState, Examples | None, jax.Array]:
     """Copies the state, the training set (None if it is read from files) and the key to all devices."""
     data = Examples(job.images, job.labels) if isinstance(job.images, np.ndarray) else None
+    hosts.check_agreement("the state before the first step", checkpoints.digest(state))
     return parallel.replicate((state, data, key_of(job.seed)), devices)
 
 
