@@ -122,6 +122,26 @@ def test_a_save_is_due_after_a_while(path, clock):
         kept.save(ARRAYS)
 
 
+def test_what_takes_long_to_save_is_saved_less_often(path, clock):
+    kept = Unfinished(path, SETTINGS)
+
+    def slowly():
+        clock(20)
+        return ARRAYS
+
+    clock(5)
+    kept.save(slowly)
+    same(Unfinished(path, SETTINGS).arrays)
+    clock(190)
+    assert not kept.due
+    clock(20)
+    assert kept.due
+    kept.save(ARRAYS)
+    assert kept.seconds == 5 + 20 + 190 + 20
+    clock(SAVE_SECONDS + 1)
+    assert kept.due
+
+
 def test_a_save_that_fails_leaves_the_one_before(path, monkeypatch):
     kept = Unfinished(path, SETTINGS)
     kept.save(ARRAYS)
