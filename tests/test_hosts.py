@@ -101,6 +101,7 @@ except InputError as error:
     found["unsaved"] = str(error)
 parts = {"a": np.arange(8.0), "b": np.arange(16).reshape(8, 2)}
 work = lambda parts, shared: jax.tree.map(lambda x: x + shared * jax.numpy.mean(x), parts)
+parallel.GATHERED = 40  # one row or two at a time
 for layout in parallel.LAYOUTS:
     mine = jax.tree.map(lambda x: x[parallel.share(8)], parts)
     spread = parallel.spread(work, layout, parallel.devices_for(layout))(mine, np.float32(2))

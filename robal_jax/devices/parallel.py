@@ -204,7 +204,6 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
       processes, each passes its own share of the parts, and all get all outputs.
     """
     alone = jax.process_count() == 1
-    everyone = (lambda x: x) if alone else partial(multihost_utils.process_allgather, tiled=True)
     if layout == "pmap":
         mapped = jax.pmap(function, in_axes=(0, None), devices=devices)
 
@@ -214,14 +213,37 @@ def spread(function: Spread, layout: str, devices: list[jax.Device]) -> Spread:
         def run(parts: chex.ArrayTree, shared: chex.ArrayTree) -> chex.ArrayTree:
             outputs = jax.device_get(mapped(jax.tree.map(split, parts), shared))
             outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-            return everyone(outputs)
+            return outputs if alone else jax.tree.map(_from_all, outputs)
 
         return run
     mesh = _mesh(devices)
     compiled = _spread_over(mesh, function)
     if alone:
         return compiled
-    return lambda parts, shared: everyone(compiled(_global(mesh, _PARTS, parts), shared))
+
+    def gathered(parts: chex.ArrayTree, shared: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.tree.map(lambda x: _from_all(_own(x)), compiled(_global(mesh, _PARTS, parts), shared))
+
+    return gathered
+
+
+GATHERED = 2**28  # bytes that are gathered on a device at once
+
+
+def _own(x: jax.Array) -> np.ndarray:
+    """Returns the rows of an array over all processes that are on the devices of this one, in order."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def _from_all(own: np.ndarray) -> np.ndarray:
+    """Gathers the rows of all processes, ``[b, ...]`` of each, in pieces that fit a device."""
+    processes = jax.process_count()
+    rows = max(1, GATHERED // max(1, processes * own[:1].nbytes))
+    parts = [
+        multihost_utils.process_allgather(own[start : start + rows]) for start in range(0, len(own), rows)
+    ]
+    return np.concatenate(parts, axis=1).reshape(processes * len(own), *own.shape[1:])
 
 
 _PARTS, _SHARED = PartitionSpec(AXIS), PartitionSpec()
