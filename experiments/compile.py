@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     arguments, overrides = cli.split_overrides(arguments)
     values = cli.parse(arguments, TEXTS, __doc__, switches=("largest",))
     if not values["config"]:
-        raise InputError(f"--config is missing; usage: {__doc__}")
+        raise InputError(f"--config is missing; usage: {__doc__.splitlines()[0]}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
     topology = values["topology"].lower()

@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
     if values["model"] and checkpoint:
         raise InputError("--model has one checkpoint; leave out --checkpoint")
     if workdir is None and not values["model"]:
-        raise InputError(f"--workdir is missing; usage: {__doc__}")
+        raise InputError(f"--workdir is missing; usage: {__doc__.splitlines()[0]}")
 
     from robal_jax import builder, evaluation
     from robal_jax.devices import hosts

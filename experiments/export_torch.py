@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     values = cli.parse(arguments, texts, __doc__)
     workdir, checkpoint = cli.run_and_checkpoint(values)
     if workdir is None or not values["out"]:
-        raise InputError(f"--{'out' if workdir else 'workdir'} is missing; usage: {__doc__}")
+        raise InputError(f"--{'out' if workdir else 'workdir'} is missing; usage: {__doc__.splitlines()[0]}")
     out, naming = pathlib.Path(values["out"]), values["naming"] or "released"
     if out.suffix != ".safetensors":
         raise InputError(f"--out is {out}; name a .safetensors file")

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     values = cli.parse(arguments, texts, __doc__)
     for name in ("weights", "config", "workdir"):
         if not values[name]:
-            raise InputError(f"--{name} is missing; usage: {__doc__}")
+            raise InputError(f"--{name} is missing; usage: {__doc__.splitlines()[0]}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
     from robal_jax import exchange  # after the cheap checks: it imports JAX

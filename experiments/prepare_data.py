@@ -2,7 +2,7 @@
 
     python experiments/prepare_data.py --dataset=cifar10 --data_dir=DIR
 
-Nothing else in this repository uses the network. Data that are already prepared are left as they are.
+No other command downloads data sets. Data that are already prepared are left as they are.
 """
 
 import importlib.util

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     values = cli.parse(arguments, texts, __doc__)
     for name in ("workdir", "out"):
         if not values[name]:
-            raise InputError(f"--{name} is missing; usage: {__doc__}")
+            raise InputError(f"--{name} is missing; usage: {__doc__.splitlines()[0]}")
 
     from robal_jax import zoo  # after the cheap checks: it imports JAX
 

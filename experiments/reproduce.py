@@ -45,7 +45,7 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     Raises:
       InputError: unknown table, data set or row, or an invalid number of seeds.
     """
-    from experiments.paper.catalogue import rows_of
+    from experiments.paper.catalogue import TABLES, rows_of
     from experiments.paper.plan import Request
     from experiments.paper.rows import DATA_SETS
 
@@ -65,6 +65,8 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     keys = [key.strip() for key in values["rows"].split(",") if key.strip()]
     if values["rows"] and not keys:
         raise InputError(f"--rows is {values['rows']!r}; give keys of rows, or leave it out")
+    if not values["table"]:
+        raise InputError(f"--table is missing; use one of {', '.join(TABLES)}")
     rows = rows_of(values["table"], data, keys)
     return Request(
         table=values["table"],

@@ -10,7 +10,7 @@ from robal_jax.errors import InputError
 
 NEEDED = {
     "config": "a method of configs/README.md, or the path of a config file, and behind a colon the data set: "
-    "at:digits_lt, configs/at.py:cifar10_lt; also cifar100_lt, tiny_imagenet_lt and imagenet_lt",
+    "at:digits_lt (the default), configs/at.py:cifar10_lt; or cifar100_lt, tiny_imagenet_lt, imagenet_lt",
     "workdir": "folder of the run, or its URL in a bucket, gs://… or s3://…",
 }
 TRACK = {"track": "wandb or trackio, which then receive the metrics too; wandb:NAME names the project"}
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     )
     for name in NEEDED:
         if not values[name] and not (name == "workdir" and values["print-config"]):
-            raise InputError(f"--{name} is missing; usage: {__doc__}")
+            raise InputError(f"--{name} is missing; usage: {__doc__.splitlines()[0]}")
     config = cli.apply_overrides(cli.load_config(values["config"]), overrides)
 
     from robal_jax import builder, training  # after the cheap checks: they import JAX

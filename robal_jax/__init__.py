@@ -77,9 +77,10 @@ _WHERE = {
     "zoo": ("load_model",),
 }  # fmt: skip
 _ROOMS = (
-    "attacks", "builder", "certificates", "classifiers", "cli", "data", "devices", "distances", "errors",
-    "evaluation", "exchange", "keys", "losses", "metrics", "models", "objectives", "optimizers", "pytorch",
-    "reporting", "storage", "training", "zoo",
+    "attacks", "averages", "budgets", "builder", "certificates", "class_statistics", "classifiers", "cli",
+    "compiling", "data", "devices", "distances", "errors", "evaluation", "exchange", "keys", "losses",
+    "metrics", "models", "objectives", "optimizers", "perturbations", "pytorch", "regularisers", "reporting",
+    "storage", "training", "zoo",
 )  # fmt: skip
 _NAMES = {name: room for room, names in _WHERE.items() for name in names}
 

@@ -227,6 +227,10 @@ PATHS = (
     "data_dir",
     "config",
     "model",
+    "json",
+    "cifar",
+    "data",
+    "evaluation",
 )
 """Flags that name a path, in which ``~`` is the home folder, see :func:`user_path`."""
 
@@ -400,6 +404,10 @@ def _loaded(path: pathlib.Path, spec: str) -> ConfigDict:
 
 def _unknown_key(key: str, known: Collection[str]) -> str:
     """Says that a config has no such field, and which one is nearest."""
+    inside = [field for field in known if field.startswith(f"{key}.")]
+    if inside:
+        example = f"{key}.name" if f"{key}.name" in inside else inside[0]
+        return f"config.{key} is a section; set one of its fields, such as --config.{example}=VALUE"
     near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
     return f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
 

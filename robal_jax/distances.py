@@ -92,16 +92,11 @@ def median_distances(
       [0.3, inf] inf
     """
     values = _distances("distances", distances)
-    named = metrics.class_groups(class_counts) if groups is None else groups
-    labels, classes = np.asarray(labels), np.arange(len(class_counts))
-    checks.labels_of(len(values), labels)
-    checks.labels_in(len(class_counts), labels, per="class counts")
-    absent = np.setdiff1d(classes, labels)
-    if len(absent):
-        raise InputError(f"there is no image of class {absent[0]} ({len(absent)} such classes); add some")
+    checks.labels_of(len(values), np.asarray(labels))
+    labels, counts, named = metrics.tested(labels, class_counts, groups)
     return {
         "all": _median(values),
-        "per_class": [_median(values[labels == number]) for number in classes],
+        "per_class": [_median(values[labels == number]) for number in range(len(counts))],
         "groups": {name: _median(values[np.isin(labels, members)]) for name, members in named.items()},
     }
 

@@ -134,13 +134,22 @@ def _widened(
 
 
 def _increasing(terms: int = 0, *, affine: bool = False, domain: float = -math.inf) -> _Rule:
-    """The rule of functions that increase in all inputs, from the least input ``domain`` on."""
+    """The rule of functions that increase in all inputs; without a bound for inputs below ``domain``."""
 
     def rule(equation: Any, *inputs: Any) -> _Found:
         low, high = _at_ends(equation, inputs, domain)
-        return (*(_widened(low, high, terms) if terms else (low, high)), terms, affine)
+        low, high = _widened(low, high, terms) if terms else (low, high)
+        return (*_within(domain, inputs[0], low, high), terms, affine)
 
     return rule
+
+
+def _within(domain: float, x: Any, low: chex.Array, high: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Returns no bound where ``x`` may be below ``domain``, by more than the rounding of a sum of zeros."""
+    if domain == -math.inf:
+        return low, high
+    outside = x.low < domain - 2.0**20 * float(jnp.finfo(x.low.dtype).tiny)
+    return jnp.where(outside, -jnp.inf, low), jnp.where(outside, jnp.inf, high)
 
 
 def _at_ends(equation: Any, inputs: Sequence[Any], domain: float = -math.inf) -> tuple[Any, Any]:
@@ -151,12 +160,14 @@ def _at_ends(equation: Any, inputs: Sequence[Any], domain: float = -math.inf) ->
 
 def _reciprocal_root(equation: Any, x: Interval) -> _Found:
     high, low = _at_ends(equation, [x], 0.0)
-    return *_widened(low, high, ELEMENTARY_TERMS), ELEMENTARY_TERMS, False
+    return *_within(0.0, x, *_widened(low, high, ELEMENTARY_TERMS)), ELEMENTARY_TERMS, False
 
 
 def _conversion(equation: Any, x: Interval) -> _Found:
-    """Rounding to a shorter type is part of the network, and not affine."""
+    """Rounding to a shorter type is part of the network, and not affine. As a bool, only 0 is False."""
     old, new = x.low.dtype, equation.params["new_dtype"]
+    if new == jnp.bool_ and old != jnp.bool_:
+        return (x.low > 0) | (x.high < 0), (x.low != 0) | (x.high != 0), 0, False
     return *_at_ends(equation, [x]), 0, jnp.promote_types(old, new) == new and old != jnp.bool_
 
 
@@ -261,7 +272,7 @@ def _choice(equation: Any, which: Any, *cases: Any) -> _Found:
 RULES: dict[str, _Rule] = {
     **dict.fromkeys(
         ("broadcast_in_dim", "concatenate", "copy", "dynamic_slice", "expand_dims", "gather", "pad",
-         "reshape", "rev", "slice", "squeeze", "transpose"),
+         "reshape", "rev", "slice", "squeeze", "stack", "transpose"),
         _increasing(affine=True),
     ),
     **dict.fromkeys(

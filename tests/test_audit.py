@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import multinomial
 
-from robal_jax import attacks, metrics
+from robal_jax import attacks, losses, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.attacks.threat import COMMON_NORMS
 from robal_jax.evaluation import ensemble_checks, evidence, findings, loop, measurements, verdicts
@@ -83,9 +83,12 @@ def healthy():
     return {
         **looks,
         **scales,
-        "gradients": {"size": rng.uniform(0.01, 1, N), "finite": np.ones(N, bool)},
+        **{
+            name: {"least": rng.uniform(0.01, 1, N), "finite": np.ones(N, bool)}
+            for name in ("gradients", "margin_gradients")
+        },
         "margin": {name: values[:, 0] for name, values in attacked(first(301)).items()},
-        "backwards": {"logits": right_logits()},
+        "among_others": {"logits": right_logits()},
         "inference": {"calls": np.zeros(N, int)},
         **{name: {"right": values} for name, values in right.items()},
         **{
@@ -212,7 +215,7 @@ def almost_level(measured):
     for number in range(measurements.FORWARDS):
         logits = measured[f"forward_{number}"]["logits"]
         logits[0, 1] = logits[0, 0] + np.float32(-1e-6 if number < 4 else 1e-6)
-    measured["backwards"]["logits"] = measured["forward_0"]["logits"]
+    measured["among_others"]["logits"] = measured["forward_0"]["logits"]
 
 
 def as_probabilities(measured):
@@ -221,14 +224,24 @@ def as_probabilities(measured):
             arrays["logits"] = np.asarray(jax.nn.softmax(arrays["logits"]))
 
 
+def of_one_class(logits):
+    """Logits of which that of the first class is larger by a little."""
+    return logits + np.float32(1e-3) * (np.arange(logits.shape[-1]) == 0)
+
+
 def zeros(count):
     return lambda gradient: np.where(first(count), 0, gradient)
 
 
 last_step = len(measurements.STEPS) - 1
 FAULTS = {
-    "zero gradients": (FLAGGED, "zero_gradients", replaced("gradients", "size", zeros(20))),
-    "zero gradient of one image": (NOTE, "zero_gradients", replaced("gradients", "size", zeros(1))),
+    "zero gradients": (FLAGGED, "zero_gradients", replaced("gradients", "least", zeros(20))),
+    "zero gradient of one image": (NOTE, "zero_gradients", replaced("gradients", "least", zeros(1))),
+    "no gradient of the margin": (
+        FLAGGED,
+        "zero_gradients",
+        replaced("margin_gradients", "least", zeros(20)),
+    ),
     "NaN in one gradient": (FLAGGED, "nan_gradients", replaced("gradients", "finite", lambda _: ~first(1))),
     "large scale": (FLAGGED, "logit_scale", at_scale(0.01, 1.1, 290, own=100)),
     "small scale": (FLAGGED, "logit_scale", at_scale(100, 1.3, 290, own=0.01)),
@@ -246,11 +259,11 @@ FAULTS = {
         replaced("gradient_free", "right", lambda _: first(260) | ~first(560)),
     ),
     "transfer": (FLAGGED, "transfer", replaced("transfer", "right", lambda _: first(260))),
-    "random": (FLAGGED, "randomised", replaced("forward_3", "logits", lambda z: z + np.float32(1e-3))),
+    "random": (FLAGGED, "randomised", replaced("forward_3", "logits", of_one_class)),
     "random in the last place": (FLAGGED, "randomised", almost_level),
     "probabilities": (FLAGGED, "probabilities", as_probabilities),
     "derivatives": (FLAGGED, "inference", replaced("inference", "calls", lambda calls: calls + 1)),
-    "batch": (FLAGGED, "inference", replaced("backwards", "logits", lambda z: z + np.float32(1e-3))),
+    "batch": (FLAGGED, "inference", replaced("among_others", "logits", of_one_class)),
 }
 
 
@@ -266,6 +279,41 @@ def test_a_fault_is_seen_by_its_own_check_alone(fault):
     found, _ = judged(measured)
     assert {key: found[key].outcome for key in NAMES if found[key].outcome != PASSED} == {name: outcome}
     assert found[name].statement != judged(healthy())[0][name].statement
+
+
+@pytest.mark.parametrize("fault", ["random", "batch"])
+def test_an_offset_of_all_logits_hides_nothing(fault):
+    """And means nothing by itself."""
+    outcome, name, commit = FAULTS[fault]
+    for broken in (False, True):
+        measured = healthy()
+        if broken:
+            commit(measured)
+        for arrays in measured.values():
+            if "logits" in arrays:
+                arrays["logits"] = arrays["logits"].astype(np.float64) + 1e5
+        assert judged(measured)[0][name].outcome == (outcome if broken else PASSED)
+    measured = healthy()
+    replaced("forward_3" if fault == "random" else "among_others", "logits", lambda z: z + 1)(measured)
+    assert judged(measured)[0][name].outcome == PASSED
+
+
+@pytest.mark.parametrize(
+    ("measurement", "by_bpda", "doubts"),
+    [
+        ("gradients", None, FIXED_STEPS),
+        ("margin_gradients", None, EVERYTHING),
+        ("margin_gradients", first(0)[:480], OWN_GRADIENT),
+    ],
+)
+def test_without_a_gradient_of_the_margin_no_attack_that_follows_it_counts(measurement, by_bpda, doubts):
+    measured = healthy()
+    replaced(measurement, "least", zeros(100))(measured)
+    found = judged(measured, by_bpda=by_bpda)[0]["zero_gradients"]
+    assert (found.outcome, found.doubts) == (FLAGGED, doubts)
+    assert ("no attack that follows a gradient leaves its start." in found.statement) == (
+        doubts != FIXED_STEPS
+    )
 
 
 def test_statements_say_what_was_measured():
@@ -663,9 +711,9 @@ def victim(predict=nearest_mean, scale=5.0, shift=0.0):
     )  # fmt: skip
 
 
-def plans(model, surrogate=None):
+def plans(model, surrogate=None, sample=SAMPLE):
     return measurements.plan_measurements(
-        model, SAMPLE, threat=THREAT, step_size=STEP_SIZE, surrogate=surrogate
+        model, sample, threat=THREAT, step_size=STEP_SIZE, surrogate=surrogate
     )
 
 
@@ -707,7 +755,7 @@ def test_arrays_are_of_the_sample(measured):
             assert len(values) == len(SAMPLE)
     apart = np.float64(images[SAMPLE][:, None] / 255) - means[None]
     logits = -5 * np.square(apart).sum((2, 3, 4))
-    for name in ("forward_0", "forward_4", "backwards"):
+    for name in ("forward_0", "forward_4", "among_others"):
         np.testing.assert_allclose(honest[name]["logits"], logits, rtol=1e-4, atol=1e-5)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     error = p - np.eye(KINDS)[labels[SAMPLE]]
@@ -718,9 +766,9 @@ def test_arrays_are_of_the_sample(measured):
     np.testing.assert_array_equal(honest["rescaled_1"]["right"][:, 0], honest["steps"]["right"][:, main])
 
 
-@pytest.mark.parametrize("size", [BATCH, len(SAMPLE), 2 * len(SAMPLE)])
+@pytest.mark.parametrize("size", [BATCH, 25, 50, len(SAMPLE), 2 * len(SAMPLE)])
 def test_images_that_depend_on_their_batch_are_seen(size):
-    """As of batch norm in training mode, even if a batch holds the whole sample."""
+    """As of batch norm in training mode, even if batches divide the sample, or one holds all of it."""
     images, labels, means = data()
 
     def normalised(params, stats, images):
@@ -730,8 +778,8 @@ def test_images_that_depend_on_their_batch_are_seen(size):
         normalised, {"means": means, "scale": np.float32(5)}, (), images, labels,
         pixel_max=255, seed=0, batch_size=size, layout="jit",
     )  # fmt: skip
-    found = plans(model)
-    gap = found["backwards"]()["logits"] - found["forward_0"]()["logits"]
+    found = plans(model, sample=SAMPLE[:100] if len(SAMPLE) % size else SAMPLE)
+    gap = found["among_others"]()["logits"] - found["forward_0"]()["logits"]
     assert np.abs(gap).max() > 0.01
 
 
@@ -867,7 +915,9 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
     threat = ThreatModel(0.1)
 
     def look(model):
-        found = measurements.gradients(model, keys, images, labels, threat=threat, step_size=0.05)
+        found = measurements.gradients(
+            model, keys, images, labels, loss=losses.cross_entropy, threat=threat, step_size=0.05
+        )
         return np.asarray(found["size"]), np.asarray(found["finite"])
 
     size, finite = look(linear)
@@ -877,6 +927,17 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
     root = lambda x: linear(jnp.where(x > 0, jnp.sqrt(x) ** 2, 0.0))  # noqa: E731
     size, finite = look(root)
     assert finite.tolist() == [False] + [True] * 5
+    masked = lambda x: linear(jnp.where((x * 64) % 1 == 0, x, jax.lax.stop_gradient(x)))  # noqa: E731
+    found = measurements.gradients(
+        masked,
+        keys,
+        jnp.round(images * 64) / 64,
+        labels,
+        loss=losses.cross_entropy,
+        threat=threat,
+        step_size=0.05,
+    )
+    assert (np.asarray(found["size"]) > 0).all() and not np.asarray(found["least"]).any()
     assert (size > 0).all()  # by the other pixels
     nowhere_clean = lambda x: linear(jnp.where(x == 0.5, x, jnp.sqrt(x - 0.5)))  # noqa: E731
     assert not look(nowhere_clean)[1].any()

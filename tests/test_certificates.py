@@ -279,6 +279,7 @@ TIGHT = {
     "negative": lambda x: 1 - x,
     "product": lambda x: x * jnp.array([[1.0, -2.0, 0.0, 3.0]]) / -2,
     "shapes": lambda x: jnp.concatenate([x.reshape(-1, 2, 2).transpose(0, 2, 1)[:, ::-1]], 1).reshape(-1, 4),
+    "stack": lambda x: jnp.stack([x, -x])[1],
     "gather": lambda x: x[:, jnp.array([3, 0, 0, 1])],
     "maximum": lambda x: jnp.maximum(x, x[:, ::-1]),
     "largest": lambda x: jnp.max(x, 1, keepdims=True) + jnp.zeros((1, 4)),
@@ -360,6 +361,37 @@ def test_margins_hold_what_shared_factors_give(name, float64):
         assert np.isfinite(bound).any()
         if name == "stopped gradient":
             np.testing.assert_allclose(bound, on_points, rtol=0, atol=1000 * EPSILON)
+
+
+OUTSIDE = {
+    "root": lambda x: jnp.sqrt(x - 0.5),
+    "reciprocal root": lambda x: jax.lax.rsqrt(x - 0.5),
+    "logarithm": lambda x: jnp.log(x - 0.5),
+    "logarithm from 1": lambda x: jnp.log1p(x - 1.5),
+    "real power": lambda x: (x - 0.5) ** jnp.float32(0.5),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_there_is_no_bound_where_a_function_has_no_value(name):
+    """NaN is no prediction, so an image near which it occurs must not be certified."""
+
+    def logits_fn(x):
+        return jnp.stack([OUTSIDE[name](x[:, 0]) + 9, x[:, 0]], -1)
+
+    image, label = jnp.array([[0.55]]), jnp.array([0])
+    for method in METHODS:
+        assert not certified(logits_fn, image, label, threat=ThreatModel(0.1), method=method)[0]
+        assert certified(logits_fn, image, label, threat=ThreatModel(0.02), method=method)[0]
+
+
+def test_only_zero_is_false():
+    low, high = interval_bounds(
+        lambda x: jnp.where(x.astype(bool), 1.0, -1.0),
+        jnp.array([[-0.5, 0.0, 0.1]]),
+        jnp.array([[0.5, 0.0, 0.2]]),
+    )
+    assert (low.tolist(), high.tolist()) == ([[-1, -1, 1]], [[1, -1, 1]])
 
 
 REFUSED = {

@@ -291,8 +291,11 @@ def test_differences_come_with_their_p_value(tmp_path):
 
 def test_load_runs_refuses_what_it_cannot_read(tmp_path):
     workdir = save_run(tmp_path / "a")
-    for names in ([], [workdir, workdir]):
-        with pytest.raises(InputError, match="at least one folder"):
+    for names, message in (
+        ([], "no run is named; give"),
+        ([workdir, workdir], "a run is named twice; name each"),
+    ):
+        with pytest.raises(InputError, match=message):
             read_runs(names)
     with pytest.raises(InputError, match=r"no evaluation in .*; evaluate the run first"):
         read_runs([str(tmp_path / "none")])
@@ -323,7 +326,7 @@ def test_a_file_names_its_folder(tmp_path):
     runs = read_runs([str(folders[0] / "results.json"), str(folders[1] / "examples.npz")])
     assert [run.name for run in runs] == [str(folder) for folder in folders]
     for twice in (folders[0] / "results.json", folders[0], f"{folders[0].parent}/."):
-        with pytest.raises(InputError, match="the same run twice"):
+        with pytest.raises(InputError, match="a run is named twice"):
             read_runs([str(folders[0].parent), str(twice)])
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=r"notes\.txt is a file, not of an evaluation; name the folder"):

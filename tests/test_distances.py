@@ -107,8 +107,22 @@ WRONG = {
     "no radius": (distances.robust_accuracy_curve, ([0.1], []), r"shape of epsilons is \[0\]"),
     "an infinite radius": (distances.robust_accuracy_curve, ([0.1], [np.inf]), "epsilons has the entry inf"),
     "one label": (distances.median_distances, ([0], [0.1, 0.2], [3]), r"labels have shape \[1\].* \[2\]"),
-    "an unknown class": (distances.median_distances, ([0, 2], [0.1, 0.2], [3, 1]), "with 2 class counts"),
+    "an unknown class": (
+        distances.median_distances,
+        ([0, 2], [0.1, 0.2], [3, 1]),
+        "labels are in 0..2; pass classes in 0..1",
+    ),
     "an absent class": (distances.median_distances, ([0, 0], [0.1, 0.2], [3, 1]), "no image of class 1"),
+    "an empty group": (
+        lambda **groups: distances.median_distances([0, 1], [0.1, 0.2], [3, 1], **groups),
+        {"groups": {"a": [0], "b": []}},
+        "group 'b' has no class",
+    ),
+    "a group of unknown classes": (
+        lambda **groups: distances.median_distances([0, 1], [0.1, 0.2], [3, 1], **groups),
+        {"groups": {"a": [0, 7]}},
+        "classes of group 'a' are in 0..7",
+    ),
     "no attack": (distances.attack_optimality, ({},), "distances has no attack"),
     "other images": (
         distances.attack_optimality,
@@ -124,4 +138,4 @@ WRONG = {
 def test_wrong_arguments_are_refused(wrong):
     function, arguments, message = WRONG[wrong]
     with pytest.raises((InputError, ValueError), match=message):
-        function(*arguments)
+        function(**arguments) if isinstance(arguments, dict) else function(*arguments)

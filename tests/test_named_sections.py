@@ -107,7 +107,7 @@ REFUSED = [
     ("data.n_maxx=3", "data set 'cifar10_lt' takes no 'n_maxx'; use one of "),
     ("generated.pathh=x", "unknown config key 'generated.pathh'; use 'generated.path'"),
     ("attack.lossy=x", "unknown config key 'attack.lossy'; use 'attack."),
-    ("head=cosine", "unknown config key 'head'; use 'head"),
+    ("head=cosine", "config.head is a section; set one of its fields, such as --config.head.name"),
     ("evaluation.head_classs=3",
      "unknown config key 'evaluation.head_classs'; use 'evaluation.head_classes'"),
 ]  # fmt: skip

@@ -122,8 +122,11 @@ def test_an_attack_that_breaks_nothing_has_no_optimality():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"version": "none"}, "optimality compares the attacks of an ensemble; name one"),
-        ({"audit": 0}, "optimality is measured on the audit's sample, which is empty; ask for an audit"),
+        ({"version": "none"}, "optimality compares the attacks of an ensemble; set evaluation.autoattack"),
+        (
+            {"audit": 0},
+            "optimality is measured on the audit's sample, which is empty; set evaluation.audit.examples",
+        ),
         ({"version": "rand"}, "an attack on a random model has no distance; leave optimality out"),
     ],
 )

@@ -83,6 +83,21 @@ def distances(norm, found, images):
 # ---------------------------------------------------------------- what holds for both norms
 
 
+def test_a_tie_that_goes_to_the_true_class_ends_no_search():
+    """Logits in coarse steps, of which the first of two equal ones is the prediction."""
+    logits_fn, _ = model()
+    coarse = lambda images: jnp.round(logits_fn(images))  # noqa: E731
+    keys, images, _ = batch("linf", np.linspace(0.3, 1.3, 40))
+    labels = coarse(images).argmax(-1)
+    found = square_attack.square_search(coarse, keys, images, labels, threat=THREATS["linf"], queries=200)
+    wrong = coarse(found.best).argmax(-1) != labels
+    np.testing.assert_array_equal(found.wrong, wrong)
+    tie = (found.margin == 0) & ~wrong
+    assert tie.any(), "no tie"
+    assert (found.queries_used[tie] == 201).all()
+    assert (found.queries_used[wrong] < 201).any()
+
+
 @pytest.mark.slow
 @each_norm
 def test_invariants(norm):

@@ -614,7 +614,7 @@ def test_seconds_of_runs(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "unknown table ''; use one of 1, 2, 3, 4, S6, S7, followups, augm"),
+        ([], "--table is missing; use one of 1, 2, 3, 4, S6, S7, followups, augm"),
         (["--table=5"], "unknown table '5'"),
         (["--table=2", "--rows=at,ldam"], "no row 'ldam'; use one of plain, at, trades"),
         (["--table=4", "--rows=at_100"], "on digits_lt has no row 'at_100'"),

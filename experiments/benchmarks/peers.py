@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     }
     values = cli.parse(arguments, texts, __doc__, switches=("distances", "ensemble"))
     if not values["workdir"]:
-        raise InputError(f"--workdir is missing; usage: {__doc__}")
+        raise InputError(f"--workdir is missing; usage: {__doc__.splitlines()[0]}")
     if values["only"] and values["distances"]:
         raise InputError("--only names no minimum-norm attack; leave out --only or --distances")
     workdir, norm = pathlib.Path(values["workdir"]), values["norm"] or "linf"

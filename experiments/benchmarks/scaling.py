@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
     texts = {"workdir": "folder of what was compiled", "chip": f"one of {', '.join(LINKS)}; h100 by default"}
     values = cli.parse(arguments, texts, __doc__)
     if not values["workdir"]:
-        raise InputError(f"--workdir is missing; usage: {__doc__}")
+        raise InputError(f"--workdir is missing; usage: {__doc__.splitlines()[0]}")
     chip, workdir = values["chip"] or "h100", pathlib.Path(values["workdir"])
     if chip not in LINKS:
         raise InputError(f"unknown chip {chip!r}; use {' or '.join(LINKS)}")

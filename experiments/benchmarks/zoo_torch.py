@@ -1,6 +1,7 @@
 """A model of the zoo in PyTorch under torchattacks' attacks with AutoAttack's settings, beside our outcomes.
 
-    python -m experiments.benchmarks.zoo_torch --model=cifar10_lt/at_resnet20 --evaluation=FOLDER --images=200
+    python experiments/benchmarks/zoo_torch.py --model=cifar10_lt/at_resnet20 --evaluation=FOLDER \
+      --images=200 --data=cifar10.npz
 
 The weights are the exported file, read by PyTorch; FOLDER is an evaluation of this model by AutoAttack, of
 whose images some, drawn at random, are attacked again. Prints, per attack, how many images survive it and all
@@ -17,9 +18,12 @@ import numpy as np
 import safetensors.torch
 import torch
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
 from experiments.benchmarks import torch_networks as nets
 from experiments.benchmarks.evaluation import torch_ensemble
 from robal_jax import cli, zoo
+from robal_jax.errors import InputError
 from robal_jax.reporting.results import read_run
 from robal_jax.zoo.models import FOLDER
 
@@ -65,6 +69,9 @@ def main(arguments: list[str]) -> None:
         "data": "an .npz file with test_images",
     }
     values = cli.parse(arguments, texts, __doc__)
+    for name in ("model", "evaluation", "data"):
+        if not values[name]:
+            raise InputError(f"--{name} is missing; give --model, --evaluation and --data")
     run, model = read_run(pathlib.Path(values["evaluation"])), in_torch(values["model"])
     chosen = np.sort(
         np.random.default_rng(0).permutation(len(run.examples["ids"]))[: int(values["images"] or 200)]

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from robal_jax.storage.names import CONFIG, METRICS
+
 # Forward and backward passes of the training step besides the attack, by objective.
 _STEP = {
     "plain": (1, 1), "pgd_at": (1, 1), "avmixup": (1, 1), "regularised": (2, 2), "mart": (2, 2),
@@ -51,8 +53,8 @@ def seconds(workdirs: Iterable[pathlib.Path]) -> float | None:
     durations = []
     for workdir in workdirs:
         try:
-            lines = (workdir / "metrics.jsonl").read_text().splitlines()
-            batch = json.loads((workdir / "config.json").read_text())["train"]["batch_size"]
+            lines = (workdir / METRICS).read_text().splitlines()
+            batch = json.loads((workdir / CONFIG).read_text())["train"]["batch_size"]
             rows = [row for row in map(json.loads, lines) if "images_per_second" in row]
         except (OSError, ValueError, KeyError):
             continue

@@ -15,6 +15,7 @@ from robal_jax import metrics, zoo
 from robal_jax.errors import InputError, one_line
 from robal_jax.reporting.results import EvaluatedRun, Results, read_run, results_folder
 from robal_jax.storage.files import write_whole
+from robal_jax.storage.names import RESULTS
 from robal_jax.zoo.cards import SETTINGS
 from robal_jax.zoo.models import read_card
 
@@ -79,7 +80,7 @@ def collect(out: pathlib.Path, stored: pathlib.Path) -> list[str]:
             runs = {
                 name: read_run(by_seed[seed])
                 for name, by_seed in folders.items()
-                if (by_seed[seed] / "results.json").is_file()
+                if (by_seed[seed] / RESULTS).is_file()
             }
             if runs:
                 name = f"{row.key}-{seed}"
@@ -94,7 +95,7 @@ def publish_models(out: pathlib.Path, zoo_folder: pathlib.Path) -> list[str]:
     trained = {job.key: job.workdir for job in plan.jobs if job.folder is None and job.seed == 0}
     for row in TABLE.rows:
         folders = {WHOLE: plan.folders[row.key][""][0], "autoattack": plan.further[row.key]["autoattack"][0]}
-        if all((folder / "results.json").is_file() for folder in folders.values()):
+        if all((folder / RESULTS).is_file() for folder in folders.values()):
             name = f"{row.key}_resnet20"
             _check_same_model(zoo_folder / f"{name}.json", Results.read(folders[WHOLE]))
             zoo.publish(trained[row.key], zoo_folder / name, folders, **STATED)

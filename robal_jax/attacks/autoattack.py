@@ -237,12 +237,12 @@ def require_finite(finite: np.ndarray, condition: str) -> None:
     Example:
       >>> require_finite(np.array([True, False]), "cw")
       Traceback (most recent call last):
-      robal_jax.errors.InputError: the model's logits are not finite for 1 of 2 images (cw); use another model
+      robal_jax.errors.InputError: the model's logits are not finite for 1 of 2 images (cw); correct the model
     """
     if not finite.all():
         raise InputError(
             f"the model's logits are not finite for {np.sum(~finite)} of {len(finite)} images ({condition}); "
-            "use another model"
+            "correct the model, or leave these images out"
         )
 
 
@@ -530,6 +530,11 @@ def outcomes(
 def broken_by(progress: Progress, last: int) -> np.ndarray:
     """Whether images are misclassified without an attack or in a round up to ``last``, bool ``[n]``."""
     return (progress.broken_in >= CLEAN) & (progress.broken_in <= last)
+
+
+def broken_in(stage: Stage, progress: Progress) -> np.ndarray:
+    """Whether images are broken in a round of a stage, bool ``[n]``."""
+    return (progress.broken_in >= stage.first) & (progress.broken_in <= stage.last)
 
 
 def robust_after(stages: Sequence[Stage], progress: Progress) -> dict[str, float]:

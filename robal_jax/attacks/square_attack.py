@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks
+from robal_jax.attacks.attempts import verdicts
 from robal_jax.attacks.margins import margin
 from robal_jax.attacks.threat import LogitsFn, ThreatModel, check_attack
 from robal_jax.keys import fold_in, image_keys
@@ -105,13 +106,15 @@ class Search(NamedTuple):
 
     Attributes:
       best: image with the smallest margin so far ``[B, H, W, C]``.
-      margin: its margin ``[B]``; at most 0 if the image is misclassified, so that its search has ended.
+      margin: its margin ``[B]``; at most 0 if the image is misclassified.
+      wrong: whether it is misclassified, so that its search has ended, bool ``[B]``.
       queries_used: number of queries until the search of an image ended, including its start ``[B]``.
       number: of the next query; 0 is the start.
     """
 
     best: chex.Array
     margin: chex.Array
+    wrong: chex.Array
     queries_used: chex.Array
     number: chex.Array
 
@@ -132,9 +135,10 @@ def square_search(
 
     ``x_{q+1} = x'`` if ``margin(x') < margin(x_q)``, else ``x_q``;  ``x' = propose(x_q)``
 
-    while ``margin(x_q) > 0``, where the margin is ``z_y - max_{i != y} z_i``. The squares' share of the
-    image is ``p_init``, halved after each of ``HALVINGS`` queries, whatever ``queries`` is unless it is
-    rescaled. The loop ends when all images are misclassified. It compiles once, and contains the model once.
+    while ``x_q`` is classified correctly; the margin is ``z_y - max_{i != y} z_i``. (The released code stops
+    at a margin of 0, too, where a tie may go to the true class.) The squares' share of the image is
+    ``p_init``, halved after each of ``HALVINGS`` queries, whatever ``queries`` is unless it is rescaled. The
+    loop ends when all images are misclassified. It compiles once, and contains the model once.
 
     Args:
       logits_fn: see :func:`square`.
@@ -184,20 +188,22 @@ def square_search(
         candidates = jax.lax.cond(search.number == 0, start, propose, search)
         logits = checks.logits_of(len(images), logits_fn(candidates))
         found = margin(logits, labels).astype(images.dtype)
-        running = search.margin > 0
-        better = running & (found < search.margin)
+        right, wrong = verdicts(logits, labels)
+        better = ~search.wrong & (wrong | (right & (found < search.margin)))
         return Search(
             jnp.where(better[:, None, None, None], candidates, search.best),
             jnp.where(better, found, search.margin),
-            search.queries_used + running.astype(int),
+            search.wrong | wrong,
+            search.queries_used + (~search.wrong).astype(int),
             search.number + 1,
         )
 
     def unfinished(search: Search) -> chex.Array:
-        return (search.number <= queries) & (search.margin > 0).any()
+        return (search.number <= queries) & (~search.wrong).any()
 
     unknown = jnp.full(len(images), jnp.inf, images.dtype)
-    begin = Search(images, unknown, jnp.zeros(len(images), int), jnp.zeros((), int))
+    none = jnp.zeros(len(images), bool)
+    begin = Search(images, unknown, none, jnp.zeros(len(images), int), jnp.zeros((), int))
     return jax.lax.stop_gradient(jax.lax.while_loop(unfinished, ask, begin))
 
 

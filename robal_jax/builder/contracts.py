@@ -437,12 +437,10 @@ def check_average(name: str, average: Any, params: Any, stats: Any) -> None:
 
     with calling("average", name):
         kept, after = jax.eval_shape(moved, _struct((), jnp.int32), weights)
-    if (
-        not isinstance(kept, dict)
-        or not set(kept) <= {"params", "stats"}
-        or "params" not in (kept or "params")
-    ):
+    if not isinstance(kept, dict) or (kept and "params" not in kept):
         raise broken("average", name, f"begins as {described(kept)} without params")
+    if more := set(kept) - {"params", "stats"}:
+        raise broken("average", name, f"keeps {', '.join(sorted(map(str, more)))} besides params and stats")
     if average.estimates and "stats" not in kept:
         raise broken("average", name, "estimates stats that it does not keep")
     problem = unlike(after, kept) or unlike(kept, {part: getattr(weights, part) for part in kept})

@@ -144,7 +144,7 @@ RANGES: dict[str, Rule] = {
     "schedule.by": _one_of(optimizers.BY),
     **dict.fromkeys(_BELOW_ONE_FIELDS, BELOW_ONE),
     **dict.fromkeys(("train.epochs", "train.reading_threads"), FEW),
-    "schedule.milestones": ("epochs", _are_epochs),
+    "schedule.milestones": ("whole numbers of epochs, with commas, such as 60,75", _are_epochs),
     "threat.norm": _one_of(COMMON_NORMS),
     "attack.start": _one_of(STARTS),
     "head.bias": _one_of(classifiers.BIASES),

@@ -1,7 +1,6 @@
 """Remarks on a data set before it is used, without decoding its images.
 
-:func:`unreadable` finds files that are no images, :func:`notes` says how many images each class has and which
-test images the training set has too.
+:func:`notes` says how many images each class has, and which test images the training set has too.
 """
 
 import hashlib

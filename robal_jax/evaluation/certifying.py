@@ -18,7 +18,7 @@ from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.evaluation.additions import Addition, Arrays
 from robal_jax.evaluation.outcomes import broken_though_certified
-from robal_jax.evaluation.steps import DISTANCE_TOLERANCE
+from robal_jax.evaluation.steps import distance_tolerance
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.results import EvaluatedRun
 from robal_jax.storage.names import CERTIFIED
@@ -66,10 +66,10 @@ def certify(
 ) -> dict[str, chex.Array]:
     """Returns whether images are certified within their radii, both ``[B]``, and the bounds of ``threat``.
 
-    Each radius is enlarged by ``DISTANCE_TOLERANCE``, because rounding may take an attack beyond its own.
+    Each radius is enlarged by :func:`distance_tolerance`, because rounding may take an attack beyond its own.
     """
     del keys
-    within = dataclasses.replace(threat, epsilon=radius + DISTANCE_TOLERANCE)
+    within = dataclasses.replace(threat, epsilon=radius + distance_tolerance(threat))
     return {"certified": certificates.certified(logits_fn, images, labels, threat=within)}
 
 

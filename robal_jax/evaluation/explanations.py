@@ -98,10 +98,12 @@ EXPLANATIONS = {
     "zero_gradients": Explanation(
         "Zero gradients",
         FIXED_STEPS,
-        "Flagged if the gradient of the cross-entropy is exactly zero for "
-        f"{_CLEARLY} more than {100 * VANISHING:g} % of the clean images. Noted if it is zero for any.",
-        "PGD stays where it starts. Rounding, quantisation and thermometer codes have no gradient; "
-        "very large logits round it to zero.",
+        "Flagged if the gradient of the cross-entropy, or that of the margin, is exactly zero for "
+        f"{_CLEARLY} more than {100 * VANISHING:g} % of the images, at the clean image, where PGD starts or "
+        "one step later. Noted if it is zero for any.",
+        "PGD stays where it starts. Rounding, quantisation and thermometer codes have no gradient; very "
+        "large logits round that of the cross-entropy to zero. If the margin has none, either, no attack "
+        "that follows a gradient works; of AutoAttack only Square is left, which needs margins that move.",
         "If the logits are large, use AutoAttack, whose margins do not saturate. If a step of the "
         "model has no gradient, replace it in the backward pass by a smooth one: surrogate_fn of "
         "evaluate_model (BPDA).",

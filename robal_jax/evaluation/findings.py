@@ -262,7 +262,7 @@ def _after_own_gradient(
     broken = np.zeros(len(labels), bool)
     for stage in job.ensemble:
         if stage.bpda:
-            broken |= (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
+            broken |= autoattack.broken_in(stage, found)
     return (broken & _survive_fixed_steps(predictions, labels))[predictions["clean"] == labels]
 
 
@@ -285,7 +285,7 @@ def _after_gradients(
     squares = [place for place, name in enumerate(names) if name in autoattack.SQUARES]
     last = squares[-1] if squares else len(names)
     for stage in job.ensemble[: last + 1]:
-        in_stage = (found.broken_in >= stage.first) & (found.broken_in <= stage.last)
+        in_stage = autoattack.broken_in(stage, found)
         survived &= ~in_stage | (stage.name in autoattack.SQUARES)
         by_square |= in_stage & (stage.name in autoattack.SQUARES)
     clean = predictions["clean"] == labels

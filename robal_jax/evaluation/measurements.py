@@ -79,24 +79,31 @@ def outputs(
     return {"logits": logits_fn(images)}
 
 
+def against_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
+    """Returns the negative margin ``[B]``, which never saturates."""
+    return -attacks.margin(logits, labels)
+
+
 def gradients(
     logits_fn: LogitsFn,
     keys: chex.PRNGKey,
     images: chex.Array,
     labels: chex.Array,
     *,
+    loss: Callable[[chex.Array, chex.Array], chex.Array],
     threat: ThreatModel,
     step_size: StepSize,
 ) -> dict[str, chex.Array]:
-    """Looks at the gradient of the cross-entropy where an attack meets it.
+    """Looks at the gradient of a loss where an attack meets it: clean, where PGD starts, after one step.
 
     Returns:
       ``size`` ``[B]``, the sum of the absolute gradient at the clean images, without what is not finite;
-      ``finite`` bool ``[B]``, whether it is finite at the clean images, where PGD starts and after one step.
+      ``least`` ``[B]``, the least of these sums in all three places;
+      ``finite`` bool ``[B]``, whether it is finite in all three places.
     """
 
     def gradient(x: chex.Array) -> chex.Array:
-        return jax.grad(lambda x: losses.cross_entropy(logits_fn(x), labels).sum())(x)
+        return jax.grad(lambda x: loss(logits_fn(x), labels).sum())(x)
 
     threat, length = threat.of(labels), of_class(step_size, labels, per="step sizes")
     length = like_images(length, images) if jnp.ndim(length) else length
@@ -104,8 +111,8 @@ def gradients(
     first = threat.project(start + length * threat.ascent_direction(finite(gradient(start))), images)
     found = jax.lax.map(gradient, jnp.stack([images, start, first]))
     is_finite = jnp.isfinite(found)
-    size = jnp.abs(jnp.where(is_finite[0], found[0], 0.0)).sum(range(1, images.ndim))
-    return {"size": size, "finite": is_finite.all((0, *range(2, found.ndim)))}
+    sizes = jnp.abs(jnp.where(is_finite, found, 0.0)).sum(range(2, found.ndim))
+    return {"size": sizes[0], "least": sizes.min(0), "finite": is_finite.all((0, *range(2, found.ndim)))}
 
 
 def probe(
@@ -318,16 +325,20 @@ def plan_measurements(
         name: partial(look, ids) for name in FORWARD_NAMES
     }
 
-    def backwards() -> dict[str, np.ndarray]:
-        """The same images among others: backwards, and each half by itself."""
-        halves = [look(half) for half in np.array_split(ids[::-1], 2) if len(half)]
-        return {name: np.concatenate([half[name] for half in halves])[::-1] for name in halves[0]}
+    def among_others() -> dict[str, np.ndarray]:
+        """The same images in another order, drawn once and for all, and each half by itself."""
+        order = np.random.default_rng(0).permutation(len(ids))
+        halves = [look(ids[half]) for half in np.array_split(order, 2) if len(half)]
+        return {
+            name: np.concatenate([half[name] for half in halves])[np.argsort(order)] for name in halves[0]
+        }
 
-    plans["backwards"] = backwards
+    plans["among_others"] = among_others
     plans["inference"] = lambda: {
         "calls": np.full(len(ids), gradient_calls(victim.predict, victim.images[:1]))
     }
-    plans["gradients"] = partial(compiled(partial(gradients, **settings)), ids)
+    for name, loss in ("gradients", losses.cross_entropy), ("margin_gradients", against_margin):
+        plans[name] = partial(compiled(partial(gradients, loss=loss, **settings)), ids)
     plans["margin"] = partial(compiled(partial(margin, **settings)), ids)
     short = np.full(len(STEPS), MAIN_STEPS)
 

@@ -39,9 +39,14 @@ def check_comparable(job: builder.Evaluation) -> None:
     if not job.optimality:
         return
     if not job.ensemble:
-        raise InputError("optimality compares the attacks of an ensemble; name one, such as 'standard'")
+        raise InputError(
+            "optimality compares the attacks of an ensemble; set evaluation.autoattack (version in Python)"
+        )
     if not job.audit_examples:
-        raise InputError("optimality is measured on the audit's sample, which is empty; ask for an audit")
+        raise InputError(
+            "optimality is measured on the audit's sample, which is empty; set evaluation.audit.examples "
+            "(audit in Python)"
+        )
     if job.version == "rand":
         raise InputError("an attack on a random model has no distance; leave optimality out")
 

@@ -42,6 +42,7 @@ def make_verdict(
     conclusions: Mapping[str, str],
     evidence: dict[str, Any],
     shown: float = 0,
+    doubts: str | None = None,
 ) -> Verdict:
     """Makes a verdict, whose statement is the figures and the conclusion of its outcome.
 
@@ -52,15 +53,17 @@ def make_verdict(
       conclusions: end of the sentence, by outcome; that of too few images is the same for all checks.
       evidence: figures, ready for JSON.
       shown: the smallest gap that the sample can show.
+      doubts: what not to trust if it is flagged; what the check usually says if None.
     """
-    title, doubts, *meaning = (EXPLANATIONS | ON_OCCASION)[name]
+    title, usual, *meaning = (EXPLANATIONS | ON_OCCASION)[name]
     few = (
         "too few images are right when clean to tell; the smallest gap they can show is "
         f"{points(shown)}, so take a larger sample for the audit."
     )
     conclusion = {TOO_FEW: few, **conclusions}[outcome]
     meanings = dict(zip(("raised", "means", "do"), meaning, strict=True))
-    return Verdict(name, title, doubts, outcome, f"{figures}: {conclusion}", evidence, meanings)
+    statement = f"{figures}: {conclusion}"
+    return Verdict(name, title, doubts or usual, outcome, statement, evidence, meanings)
 
 
 def decide(*, red: bool = False, note: bool = False, shown: float = 0.0) -> str:

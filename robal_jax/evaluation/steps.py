@@ -28,9 +28,22 @@ from robal_jax.attacks import (
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
 """The clean images and the attacks with fixed steps, with their numbers of steps."""
 
-# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each. In L2 the
-# squares of the pixels' errors add up.
+# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each.
 DISTANCE_TOLERANCE = 4 * 2.0**-23
+
+
+def distance_tolerance(threat: ThreatModel, pixels: int = 1) -> float:
+    """Returns by how much rounding may take an image beyond its radius.
+
+    It grows with the bounds of the images. In L2 the squares of the errors of the pixels add up.
+
+    Args:
+      threat: its norm and its bounds.
+      pixels: numbers per image.
+    """
+    largest = max(abs(threat.lower), abs(threat.upper), 1.0)
+    return DISTANCE_TOLERANCE * largest * (pixels**0.5 if threat.norm == "l2" else 1.0)
+
 
 Judged = dict[str, chex.Array]
 """``pred`` int32 ``[B]``; ``distance`` ``[B]``, in the threat model's norm; ``outside`` ``[B]``, how far
@@ -201,12 +214,14 @@ def shown_step(
 ) -> Judged:
     """Returns how the model classifies given images ``[B, H, W, C]``, and by which margin.
 
-    'margin' is the largest logit minus the second, as a part of the largest absolute one.
+    'margin' is the largest logit minus the second, as a part of the largest distance from the logits' mean,
+    and of a hundredth of the largest logit, whose own rounding counts where all have an offset in common.
     """
     del keys, labels
     logits = logits_fn(shown)
     first, second = jax.lax.top_k(logits, 2)[0].T
-    margin = (first - second) / jnp.maximum(jnp.abs(logits).max(-1), jnp.finfo(logits.dtype).tiny)
+    spread = jnp.abs(logits - logits.mean(-1, keepdims=True)).max(-1) + jnp.abs(logits).max(-1) / 100
+    margin = (first - second) / jnp.maximum(spread, jnp.finfo(logits.dtype).tiny)
     return {**judge(lambda _: logits, shown, images, threat), "margin": margin}
 
 
@@ -224,7 +239,7 @@ def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel,
       RuntimeError: an image outside of the threat model.
     """
     autoattack.require_finite(judged["finite"], condition)
-    tolerance = DISTANCE_TOLERANCE * (pixels**0.5 if threat.norm == "l2" else 1.0)
-    for field, largest in ("distance", np.asarray(threat.epsilon) + tolerance), ("outside", 0):
+    within = np.asarray(threat.epsilon) + distance_tolerance(threat, pixels)
+    for field, largest in ("distance", within), ("outside", 0):
         if not (judged[field] <= largest).all():  # NaN is not
             raise RuntimeError(f"attack {condition} left the threat model: {field} {judged[field].max()}")

@@ -63,7 +63,7 @@ from robal_jax.evaluation.outcomes import (
     percent,
     points,
 )
-from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED
+from robal_jax.reporting.results import EVERYTHING, FLAGGED, NOT_RUN, NOTE, OWN_GRADIENT, PASSED
 
 
 class _Lowered(NamedTuple):
@@ -141,12 +141,15 @@ def _judge(
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
     clean = logits[0].argmax(-1) == labels
     attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
-    gradients = {name: values[clean] for name, values in measured["gradients"].items()}
+    gradients = [
+        {name: values[clean] for name, values in measured[loss].items()}
+        for loss in ("gradients", "margin_gradients")
+    ]
     found = [
         _logit_scale(attacked, logits[0], labels, level),
         _more_steps(attacked, level),
         _more_restarts(attacked, level),
-        *_gradients(**gradients, level=level),
+        *_gradients(gradients[0], gradients[1], level, EVERYTHING if by_bpda is None else OWN_GRADIENT),
         _without_bound(attacked, level),
         _gradient_free(attacked, level),
         square_after_gradients(survived, by_square, level),
@@ -288,18 +291,33 @@ def _more_restarts(attacked: _Attacked, level: float) -> Verdict:
     return make_verdict("restarts", outcome, figures, conclusions, evidence, shown)
 
 
-def _gradients(size: np.ndarray, finite: np.ndarray, level: float) -> list[Verdict]:
-    count, images = int(np.sum((size == 0) & finite)), len(size)
+def _gradients(
+    of_entropy: Mapping[str, np.ndarray], of_margin: Mapping[str, np.ndarray], level: float, doubts: str
+) -> list[Verdict]:
+    """Judges the gradients of both losses; ``doubts``: what not to trust if that of the margin vanishes."""
+    finite, images = of_entropy["finite"], len(of_entropy["finite"])
+    count, without = (int(np.sum((of["least"] == 0) & of["finite"])) for of in (of_entropy, of_margin))
     shown = smallest_share(images, VANISHING, level=level)
-    outcome = decide(red=share_p_value(count, images, VANISHING) < level, note=count > 0, shown=shown)
-    figures = f"The gradient of the cross-entropy is exactly zero for {count} of {images} clean images"
+    red, neither = (share_p_value(each, images, VANISHING) < level for each in (count, without))
+    figures = (
+        f"The gradient of the cross-entropy is exactly zero for {count} of {images} images, at the clean "
+        f"image, where PGD starts or one step later, and that of the margin for {without}"
+    )
     conclusions = {
         PASSED: "PGD can leave every start.",
         NOTE: "PGD stays at some starts.",
-        FLAGGED: "PGD stays where it starts.",
+        FLAGGED: "no attack that follows a gradient leaves its start."
+        if neither
+        else "PGD stays where it starts.",
     }
     zero = make_verdict(
-        "zero_gradients", outcome, figures, conclusions, {"zero": count, "images": images}, shown
+        "zero_gradients",
+        decide(red=red or neither, note=count + without > 0, shown=shown),
+        figures,
+        conclusions,
+        {"zero": count, "zero_of_margin": without, "images": images},
+        shown,
+        doubts if neither else None,
     )
     broken = int(np.sum(~finite))
     shown = smallest_share(images, level=level)
@@ -378,8 +396,14 @@ def _transfer(attacked: _Attacked, level: float) -> Verdict:
     )
 
 
+def _centred(logits: np.ndarray) -> np.ndarray:
+    """Returns logits less their mean, because an offset that all have in common means nothing."""
+    return logits - logits.mean(-1, keepdims=True)
+
+
 def _randomised(passes: list[np.ndarray], labels: np.ndarray) -> Verdict:
-    unit = np.stack([z / (np.linalg.norm(z, axis=-1, keepdims=True) + 1e-10) for z in passes])
+    centred = [_centred(z) for z in passes]
+    unit = np.stack([z / (np.linalg.norm(z, axis=-1, keepdims=True) + 1e-10) for z in centred])
     apart = json_float(np.linalg.norm(unit[:, None] - unit[None], axis=-1).max())
     hits = [int(np.sum(z.argmax(-1) == labels)) for z in passes]
     outcome = decide(red=apart > ALPHA_RANDOM or len(set(hits)) > 1)
@@ -404,12 +428,13 @@ def _probabilities(logits: np.ndarray) -> Verdict:
 
 
 def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
-    largest = max(float(np.abs(passes[0]).max()), 1e-30)
+    first = _centred(passes[0])
+    largest = max(float(np.abs(first).max()), 1e-30)
 
     def apart(other: np.ndarray) -> float:
-        return json_float(np.abs(passes[0] - other).max() / largest)
+        return json_float(np.abs(first - _centred(other)).max() / largest)
 
-    calls, company = int(measured["inference"]["calls"][0]), apart(measured["backwards"]["logits"])
+    calls, company = int(measured["inference"]["calls"][0]), apart(measured["among_others"]["logits"])
     by_itself = max(map(apart, passes[1:]))  # of a random model, whatever the batch
     changes = company > max(ALPHA_RANDOM, 2 * by_itself)
     figures = (

@@ -349,8 +349,10 @@ def read_runs(workdirs: Sequence[str]) -> list[EvaluatedRun]:
     """
     places = [buckets.fetched(workdir, WITHOUT_RESULTS) for workdir in workdirs]
     folders = [results_folder(place).resolve() for place in places]
-    if len(set(folders)) < max(1, len(folders)):
-        raise InputError("no run, or the same run twice; name at least one folder, and each only once")
+    if not folders:
+        raise InputError("no run is named; give the folders of the runs to compare")
+    if len(set(folders)) < len(folders):
+        raise InputError("a run is named twice; name each folder once")
     return [read_run(place) for place in places]
 
 

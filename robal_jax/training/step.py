@@ -88,7 +88,8 @@ def train_step(
       The state after the update, and scalars: ``loss``, ``grad_norm`` (global, before clipping) and the
       metrics of the objective.
     """
-    perturbation, average, budget, _, momentum, free_steps, *_ = extras
+    perturbation, average, budget = extras.perturbation, extras.average, extras.budget
+    momentum, free_steps = extras.batch_norm_momentum, extras.free
     shows = perturbation or average.estimates or _learners(extras) or "adv" in extras.logged_passes
     over_parts = partial(_over_parts, parts=accumulation_steps, axis_name=axis_name)
     of_run = {"classes": state.classes or None, "teacher": state.teacher or None}
