@@ -484,7 +484,7 @@ def test_a_run_of_a_model_adds_its_evaluations_to_the_card(files, tmp_path):
     assert written == [files, files.with_suffix(".robustbench.json")]
     assert zoo.publish(tmp_path / "run", out, {"less": folders["less"]}) == [files]
     card = json.loads(files.read_text())
-    assert list(card["evaluations"]) == [*before["evaluations"], "more", "less"]
+    assert list(card["evaluations"]) == ["more", *before["evaluations"], "less"]  # AutoAttack first
     assert card | {"evaluations": before["evaluations"]} == before
     assert files.with_suffix(".safetensors").read_bytes() == weights
     assert "evaluated on all 190 test images" in files.with_suffix(".robustbench.json").read_text()
