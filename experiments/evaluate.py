@@ -73,9 +73,9 @@ def main(arguments: list[str]) -> None:
         "workdir": "folder of the run; its config is used; with --model runs/zoo/MODEL by default",
         "model": "a model of the zoo, or the path of its card, in place of a run",
         "config": "another config; its head, logit scale and prior adjustment at inference are used",
-        "folder": "folder of the results; WORKDIR/evaluation, with --config WORKDIR/evaluation-METHOD, "
-        "with --budget WORKDIR/evaluation-BUDGET, with --weights WORKDIR/evaluation-WEIGHTS, with "
-        "--examples WORKDIR/evaluation-N-images",
+        "folder": "folder of the results; by default WORKDIR/evaluation, followed by -METHOD with --config, "
+        "-WEIGHTS with --weights, -best with config.train.select=best, -BUDGET with --budget and -N-images "
+        "with --examples",
         "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the newest one, or with "
         "config.train.select=best the best one",
         "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",

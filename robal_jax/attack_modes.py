@@ -164,7 +164,7 @@ def aligned_gradients(
       threat: its epsilon holds for all images.
       **late: the objective's keyword arguments.
 
-    Source: Andriushchenko and Flammarion (NeurIPS 2020), equation 5.
+    Source: Andriushchenko and Flammarion (NeurIPS 2020), equation 5; gradients flow through both terms.
     """
 
     def total(images: chex.Array) -> chex.Array:

@@ -12,7 +12,7 @@ COMMANDS = {
     "train": ("train", "trains by a config"),
     "evaluate": ("evaluate", "attacks a trained run, audits the result and writes the report"),
     "compare": ("compare", "compares evaluated runs image by image"),
-    "reproduce": ("reproduce", "trains and evaluates the rows of a table of the RoBal paper"),
+    "reproduce": ("reproduce", "trains and evaluates the rows of a table, such as those of the RoBal paper"),
     "import": ("import_torch", "makes a run from the weights of a PyTorch network"),
     "export": ("export_torch", "writes a checkpoint as a PyTorch state_dict"),
     "publish": ("publish", "writes the weights of an evaluated run with a card"),

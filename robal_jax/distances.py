@@ -93,7 +93,7 @@ def median_distances(
     """
     values = _distances("distances", distances)
     checks.labels_of(len(values), np.asarray(labels))
-    labels, counts, named = metrics.tested(labels, class_counts, groups)
+    labels, counts, named = metrics.checked(labels, class_counts, groups)
     return {
         "all": _median(values),
         "per_class": [_median(values[labels == number]) for number in range(len(counts))],

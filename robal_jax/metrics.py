@@ -627,7 +627,7 @@ def mean_share(shares: ArrayLike) -> dict[str, float]:
     return _figure(np.mean(shares), *wilson_interval(np.sum(shares), np.size(shares)))
 
 
-def tested(
+def checked(
     labels: ArrayLike, class_counts: ArrayLike, groups: Mapping[str, ArrayLike] | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Returns labels ``[n]``, class counts ``[K]`` and groups as arrays.
@@ -685,7 +685,7 @@ def summarize_corruptions(
       >>> print([found["mean"][name]["value"] for name in ("accuracy", "head", "tail")])
       [0.6666666666666666, 0.75, 0.5]
     """
-    labels, counts, named = tested(labels, class_counts, groups)
+    labels, counts, named = checked(labels, class_counts, groups)
     members = {"accuracy": labels >= 0, **{name: np.isin(labels, part) for name, part in named.items()}}
 
     def by_group(shares: np.ndarray) -> dict[str, Any]:
@@ -763,7 +763,7 @@ def summarize(
     """
     if next(iter(predictions), None) != "clean" or "worst" in predictions:
         raise InputError(f"conditions are {list(predictions)}; start with 'clean' and leave out 'worst'")
-    labels, counts, named = tested(labels, class_counts, groups)
+    labels, counts, named = checked(labels, class_counts, groups)
     predictions = {k: _classes(f"predictions of {k!r}", v, len(labels)) for k, v in predictions.items()}
     clean_right = predictions["clean"] == labels
     everything = {**predictions, "worst": worst_case(labels, predictions)}

@@ -566,10 +566,10 @@ def test_a_gap_beyond_the_margin_is_called_one():
 @pytest.mark.parametrize("margin", [0.0, 0.01])
 def test_the_smallest_gap_is_the_smallest(margin):
     for images in (40, 150):
-        lost = round(evidence.smallest_gap(images, margin) * images)
+        lost = round(evidence.smallest_gap(images, margin, evidence.LEVEL) * images)
         at, below = (evidence.gap_p_value(evidence.Gap(k, 0, images), margin) for k in (lost, lost - 1))
         assert at < evidence.LEVEL <= below
-    share = evidence.smallest_share(150, margin or 0.002)
+    share = evidence.smallest_share(150, margin or 0.002, level=evidence.LEVEL)
     count = round(share * 150)
     at, below = (evidence.share_p_value(k, 150, margin or 0.002) for k in (count, count - 1))
     assert at < evidence.LEVEL <= below

@@ -156,7 +156,7 @@ def test_without_the_extra(url, package, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.core", None)
-    with pytest.raises(InputError, match=rf"needs {package} .*; .* pip install 'robal-jax\[buckets\]'"):
+    with pytest.raises(InputError, match=rf"needs {package} .*; .* pip install 'robal_jax\[buckets\]'"):
         buckets.fetched(url)
 
 

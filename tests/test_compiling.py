@@ -212,7 +212,7 @@ def test_settings_for_a_target():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is installed")
 def test_missing_compiler_is_named():
-    with pytest.raises(InputError, match=r"install robal_jax\[tpu-compile\]"):
+    with pytest.raises(InputError, match=r"pip install 'robal_jax\[tpu-compile\]'"):
         targets.devices_of("v5e:2x4")
 
 

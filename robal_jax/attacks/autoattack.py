@@ -242,7 +242,7 @@ def require_finite(finite: np.ndarray, condition: str) -> None:
     if not finite.all():
         raise InputError(
             f"the model's logits are not finite for {np.sum(~finite)} of {len(finite)} images ({condition}); "
-            "correct the model, or leave these images out"
+            "correct the model"
         )
 
 

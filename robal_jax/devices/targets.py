@@ -28,7 +28,9 @@ def devices_of(topology: str) -> list[jax.Device]:
     except Exception as error:  # plugins raise all kinds
         text, extra = one_line(error), "gpu-compile" if chip.about else "tpu-compile"
         if "not installed" in text or "not implemented" in text:
-            raise InputError(f"the compiler for {topology} is missing; install robal_jax[{extra}]") from error
+            raise InputError(
+                f"the compiler for {topology} is missing; pip install 'robal_jax[{extra}]'"
+            ) from error
         raise InputError(f"topology {topology!r} cannot be used ({text}); use one like v5e:2x4") from error
     return sorted(found.devices, key=lambda device: (device.process_index, device.id))
 

@@ -122,11 +122,11 @@ def mean_p_value(differences: np.ndarray) -> float:
     return 0.5**n if mean > 0 else 1.0
 
 
-def smallest_gap(images: int, margin: float, level: float = LEVEL) -> float:
+def smallest_gap(images: int, margin: float, level: float) -> float:
     """Returns the smallest gap without gained images that ``images`` can show; 1 if none, or no images.
 
     Example:
-      >>> print(" ".join(f"{smallest_gap(n, 0.02):.3f}" for n in (0, 20, 100, 300)))
+      >>> print(" ".join(f"{smallest_gap(n, 0.02, LEVEL):.3f}" for n in (0, 20, 100, 300)))
       1.000 0.450 0.110 0.053
     """
     return next(
@@ -135,13 +135,13 @@ def smallest_gap(images: int, margin: float, level: float = LEVEL) -> float:
     )
 
 
-def smallest_share(images: int, margin: float = 0.0, level: float = LEVEL) -> float:
+def smallest_share(images: int, margin: float = 0.0, *, level: float) -> float:
     """Returns the smallest share that ``images`` can show to be above ``margin``; 1 if none, or no images.
 
     Without a margin a single image shows it: ``1 - level^(1 / n)``.
 
     Example:
-      >>> print(" ".join(f"{smallest_share(n):.3f}" for n in (0, 20, 100, 300)))
+      >>> print(" ".join(f"{smallest_share(n, level=LEVEL):.3f}" for n in (0, 20, 100, 300)))
       1.000 0.243 0.054 0.018
     """
     if not images:

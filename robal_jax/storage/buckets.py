@@ -195,7 +195,7 @@ def _filesystem(scheme: str) -> Any:
     except ImportError as error:
         raise InputError(
             f"{scheme}:// needs {package.partition('.')[0]} ({one_line(error)}); install it with "
-            "pip install 'robal-jax[buckets]'"
+            "pip install 'robal_jax[buckets]'"
         ) from error
     for logger in ("gcsfs", "s3fs", "asyncio"):  # what fails is said by us, in a line and without addresses
         logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
