@@ -35,7 +35,7 @@ from robal_jax.errors import (
     user_path,
 )
 from robal_jax.storage import buckets
-from robal_jax.storage.config_file import run_around
+from robal_jax.storage.config_file import flatten, run_around
 from robal_jax.storage.names import BEST, CHECKPOINTS
 
 PROCESSES = {
@@ -328,7 +328,7 @@ def _single(name: str, found: bool | list[str] | None) -> str:
 def _unknown_flag(name: str, texts: Collection[str], usage: str) -> str:
     """Says which flag is meant, or which fields of the config if the script of the usage takes them."""
     key = name.replace("-", "_")
-    fields = _fields(load_config("base:cifar10_lt")) if "--config." in usage else {}
+    fields = flatten(load_config("base:cifar10_lt").to_dict()) if "--config." in usage else {}
     meant = [f"--config.{field}=VALUE" for field in fields if f".{field}".endswith(f".{key}")]
     near = [f"--{flag}" for flag in difflib.get_close_matches(key, texts, 1)]
     best = meant or near or [f"--{flag}" for flag in texts]
@@ -369,9 +369,9 @@ def load_config(spec: str) -> ConfigDict:
         config has; the functions that sections name tell later what they take.
     """
     config = _loaded(_config_file(spec.partition(":")[0]), spec)
-    known = _fields(_loaded(SHIPPED / "configs" / "base.py", "base:cifar10_lt"))
+    known = flatten(_loaded(SHIPPED / "configs" / "base.py", "base:cifar10_lt").to_dict())
     of_functions = tuple(f"{section}." for section in NAMED)
-    for key in _fields(config):
+    for key in flatten(config.to_dict()):
         if key not in known and not key.startswith(of_functions):
             raise InputError(f"{spec}: {_unknown_key(key, known)}")
     return config.lock()
@@ -437,7 +437,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       InputError: a field is unknown (the nearest known one is named), or a value has the wrong type.
     """
-    known, read = _fields(config), []
+    known, read = flatten(config.to_dict()), []
     typed = {each.lstrip("-").partition("=")[0].removeprefix("config."): each for each in overrides}
     by_signature = _by_signature(known, typed)
     for key, override in typed.items():
@@ -490,7 +490,7 @@ def describe(config: ConfigDict, section: str = "") -> str:
     """
     comments = _comments((SHIPPED / "configs" / "base.py").read_text())
     lines = []
-    for name, value in _fields(config).items():
+    for name, value in flatten(config.to_dict()).items():
         if name.startswith(section):
             comment = f"  # {comments[name]}" if name in comments else ""
             lines.append(f"  config.{name} = {value!r}{comment}")
@@ -522,12 +522,4 @@ def _comments(source: str) -> dict[str, str]:
                 if text:
                     found.setdefault(".".join([prefix + field[1], *key]), text.rstrip("."))
         above = []
-    return found
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of the fields by full name."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
     return found

@@ -128,7 +128,7 @@ def config_reads(name):
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - READS_CONFIG))
 def test_only_the_builder_reads_config_fields(name):
-    methods = {"lock", "items", "to_json"}  # of any config
+    methods = {"lock", "to_dict", "to_json"}  # of any config
     assert {getattr(node, "attr", "[]") for node in config_reads(name)} <= methods
 
 

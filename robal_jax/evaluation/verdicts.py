@@ -141,15 +141,15 @@ def _judge(
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
     clean = logits[0].argmax(-1) == labels
     attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
-    gradients = [
+    of_entropy, of_margin = (
         {name: values[clean] for name, values in measured[loss].items()}
         for loss in ("gradients", "margin_gradients")
-    ]
+    )
     found = [
         _logit_scale(attacked, logits[0], labels, level),
         _more_steps(attacked, level),
         _more_restarts(attacked, level),
-        *_gradients(gradients[0], gradients[1], level, EVERYTHING if by_bpda is None else OWN_GRADIENT),
+        *_gradients(of_entropy, of_margin, level, EVERYTHING if by_bpda is None else OWN_GRADIENT),
         _without_bound(attacked, level),
         _gradient_free(attacked, level),
         square_after_gradients(survived, by_square, level),
@@ -303,22 +303,12 @@ def _gradients(
         f"The gradient of the cross-entropy is exactly zero for {count} of {images} images, at the clean "
         f"image, where PGD starts or one step later, and that of the margin for {without}"
     )
-    conclusions = {
-        PASSED: "PGD can leave every start.",
-        NOTE: "PGD stays at some starts.",
-        FLAGGED: "no attack that follows a gradient leaves its start."
-        if neither
-        else "PGD stays where it starts.",
-    }
-    zero = make_verdict(
-        "zero_gradients",
-        decide(red=red or neither, note=count + without > 0, shown=shown),
-        figures,
-        conclusions,
-        {"zero": count, "zero_of_margin": without, "images": images},
-        shown,
-        doubts if neither else None,
-    )
+    stays = "no attack that follows a gradient leaves its start." if neither else "PGD stays where it starts."
+    conclusions = {PASSED: "PGD can leave every start.", NOTE: "PGD stays at some starts.", FLAGGED: stays}
+    evidence: dict[str, Any] = {"zero": count, "zero_of_margin": without, "images": images}
+    outcome = decide(red=red or neither, note=count + without > 0, shown=shown)
+    doubted = doubts if neither else None
+    zero = make_verdict("zero_gradients", outcome, figures, conclusions, evidence, shown, doubted)
     broken = int(np.sum(~finite))
     shown = smallest_share(images, level=level)
     outcome = decide(red=broken > 0, shown=shown)
