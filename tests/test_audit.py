@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import multinomial
 
-from robal_jax import attacks, losses, metrics
+from robal_jax import attacks, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.attacks.threat import COMMON_NORMS
 from robal_jax.evaluation import ensemble_checks, evidence, findings, loop, measurements, verdicts
@@ -83,9 +83,10 @@ def healthy():
     return {
         **looks,
         **scales,
-        **{
-            name: {"least": rng.uniform(0.01, 1, N), "finite": np.ones(N, bool)}
-            for name in ("gradients", "margin_gradients")
+        "both_gradients": {
+            f"{loss}{name}": values
+            for loss in ("", "margin_")
+            for name, values in (("least", rng.uniform(0.01, 1, N)), ("finite", np.ones(N, bool)))
         },
         "margin": {name: values[:, 0] for name, values in attacked(first(301)).items()},
         "among_others": {"logits": right_logits()},
@@ -235,14 +236,18 @@ def zeros(count):
 
 last_step = len(measurements.STEPS) - 1
 FAULTS = {
-    "zero gradients": (FLAGGED, "zero_gradients", replaced("gradients", "least", zeros(20))),
-    "zero gradient of one image": (NOTE, "zero_gradients", replaced("gradients", "least", zeros(1))),
+    "zero gradients": (FLAGGED, "zero_gradients", replaced("both_gradients", "least", zeros(20))),
+    "zero gradient of one image": (NOTE, "zero_gradients", replaced("both_gradients", "least", zeros(1))),
     "no gradient of the margin": (
         FLAGGED,
         "zero_gradients",
-        replaced("margin_gradients", "least", zeros(20)),
+        replaced("both_gradients", "margin_least", zeros(20)),
     ),
-    "NaN in one gradient": (FLAGGED, "nan_gradients", replaced("gradients", "finite", lambda _: ~first(1))),
+    "NaN in one gradient": (
+        FLAGGED,
+        "nan_gradients",
+        replaced("both_gradients", "finite", lambda _: ~first(1)),
+    ),
     "large scale": (FLAGGED, "logit_scale", at_scale(0.01, 1.1, 290, own=100)),
     "small scale": (FLAGGED, "logit_scale", at_scale(100, 1.3, 290, own=0.01)),
     "effect of the scale on a model as sure as it is right": (NOTE, "logit_scale", at_scale(100, 1.3, 280)),
@@ -299,16 +304,16 @@ def test_an_offset_of_all_logits_hides_nothing(fault):
 
 
 @pytest.mark.parametrize(
-    ("measurement", "by_bpda", "doubts"),
+    ("field", "by_bpda", "doubts"),
     [
-        ("gradients", None, FIXED_STEPS),
-        ("margin_gradients", None, EVERYTHING),
-        ("margin_gradients", first(0)[:480], OWN_GRADIENT),
+        ("least", None, FIXED_STEPS),
+        ("margin_least", None, EVERYTHING),
+        ("margin_least", first(0)[:480], OWN_GRADIENT),
     ],
 )
-def test_without_a_gradient_of_the_margin_no_attack_that_follows_it_counts(measurement, by_bpda, doubts):
+def test_without_a_gradient_of_the_margin_no_attack_that_follows_it_counts(field, by_bpda, doubts):
     measured = healthy()
-    replaced(measurement, "least", zeros(100))(measured)
+    replaced("both_gradients", field, zeros(100))(measured)
     found = judged(measured, by_bpda=by_bpda)[0]["zero_gradients"]
     assert (found.outcome, found.doubts) == (FLAGGED, doubts)
     assert ("no attack that follows a gradient leaves its start." in found.statement) == (
@@ -760,7 +765,7 @@ def test_arrays_are_of_the_sample(measured):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     error = p - np.eye(KINDS)[labels[SAMPLE]]
     gradient = np.abs((error[:, :, None, None, None] * -10 * apart).sum(1)).sum((1, 2, 3))
-    np.testing.assert_allclose(honest["gradients"]["size"], gradient, rtol=1e-4)
+    np.testing.assert_allclose(honest["both_gradients"]["size"], gradient, rtol=1e-4)
     assert honest["steps"]["right"].shape == (len(SAMPLE), len(measurements.STEPS))
     main = measurements.STEPS.index(measurements.MAIN_STEPS)
     np.testing.assert_array_equal(honest["rescaled_1"]["right"][:, 0], honest["steps"]["right"][:, main])
@@ -915,9 +920,7 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
     threat = ThreatModel(0.1)
 
     def look(model):
-        found = measurements.gradients(
-            model, keys, images, labels, loss=losses.cross_entropy, threat=threat, step_size=0.05
-        )
+        found = measurements.gradients(model, keys, images, labels, threat=threat, step_size=0.05)
         return np.asarray(found["size"]), np.asarray(found["finite"])
 
     size, finite = look(linear)
@@ -933,7 +936,6 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
         keys,
         jnp.round(images * 64) / 64,
         labels,
-        loss=losses.cross_entropy,
         threat=threat,
         step_size=0.05,
     )

@@ -79,40 +79,39 @@ def outputs(
     return {"logits": logits_fn(images)}
 
 
-def against_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """Returns the negative margin ``[B]``, which never saturates."""
-    return -attacks.margin(logits, labels)
-
-
 def gradients(
     logits_fn: LogitsFn,
     keys: chex.PRNGKey,
     images: chex.Array,
     labels: chex.Array,
     *,
-    loss: Callable[[chex.Array, chex.Array], chex.Array],
     threat: ThreatModel,
     step_size: StepSize,
 ) -> dict[str, chex.Array]:
-    """Looks at the gradient of a loss where an attack meets it: clean, where PGD starts, after one step.
+    """Looks at gradients where an attack meets them: at the clean images, where PGD starts, one step later.
 
     Returns:
-      ``size`` ``[B]``, the sum of the absolute gradient at the clean images, without what is not finite;
-      ``least`` ``[B]``, the least of these sums in all three places;
-      ``finite`` bool ``[B]``, whether it is finite in all three places.
+      ``size`` ``[B]``, the sum of the absolute gradient of the cross-entropy at the clean images, without
+      what is not finite; ``least`` ``[B]``, the least of these sums in all three places; ``finite`` bool
+      ``[B]``, whether the gradient is finite in all three; and ``margin_size``, ``margin_least`` and
+      ``margin_finite``, the same of the margin.
     """
-
-    def gradient(x: chex.Array) -> chex.Array:
-        return jax.grad(lambda x: loss(logits_fn(x), labels).sum())(x)
-
     threat, length = threat.of(labels), of_class(step_size, labels, per="step sizes")
     length = like_images(length, images) if jnp.ndim(length) else length
     start = threat.project(starting_points(uniform_start, keys, images, threat), images)
-    first = threat.project(start + length * threat.ascent_direction(finite(gradient(start))), images)
-    found = jax.lax.map(gradient, jnp.stack([images, start, first]))
-    is_finite = jnp.isfinite(found)
-    sizes = jnp.abs(jnp.where(is_finite, found, 0.0)).sum(range(2, found.ndim))
-    return {"size": sizes[0], "least": sizes.min(0), "finite": is_finite.all((0, *range(2, found.ndim)))}
+
+    def of(loss: Callable[[chex.Array, chex.Array], chex.Array]) -> dict[str, chex.Array]:
+        def gradient(x: chex.Array) -> chex.Array:
+            return jax.grad(lambda x: loss(logits_fn(x), labels).sum())(x)
+
+        first = threat.project(start + length * threat.ascent_direction(finite(gradient(start))), images)
+        found = jax.lax.map(gradient, jnp.stack([images, start, first]))
+        is_finite, pixels = jnp.isfinite(found), tuple(range(2, found.ndim))
+        sizes = jnp.abs(jnp.where(is_finite, found, 0.0)).sum(pixels)
+        return {"size": sizes[0], "least": sizes.min(0), "finite": is_finite.all((0, *pixels))}
+
+    of_margin = of(lambda logits, labels: -attacks.margin(logits, labels))
+    return of(losses.cross_entropy) | {f"margin_{name}": values for name, values in of_margin.items()}
 
 
 def probe(
@@ -337,8 +336,7 @@ def plan_measurements(
     plans["inference"] = lambda: {
         "calls": np.full(len(ids), gradient_calls(victim.predict, victim.images[:1]))
     }
-    for name, loss in ("gradients", losses.cross_entropy), ("margin_gradients", against_margin):
-        plans[name] = partial(compiled(partial(gradients, loss=loss, **settings)), ids)
+    plans["both_gradients"] = partial(compiled(partial(gradients, **settings)), ids)
     plans["margin"] = partial(compiled(partial(margin, **settings)), ids)
     short = np.full(len(STEPS), MAIN_STEPS)
 

@@ -141,15 +141,12 @@ def _judge(
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
     clean = logits[0].argmax(-1) == labels
     attacked = _attacked(measured, clean, np.asarray(attacks.margin(logits[0], labels)), epsilon)
-    of_entropy, of_margin = (
-        {name: values[clean] for name, values in measured[loss].items()}
-        for loss in ("gradients", "margin_gradients")
-    )
+    gradients = {name: values[clean] for name, values in measured["both_gradients"].items()}
     found = [
         _logit_scale(attacked, logits[0], labels, level),
         _more_steps(attacked, level),
         _more_restarts(attacked, level),
-        *_gradients(of_entropy, of_margin, level, EVERYTHING if by_bpda is None else OWN_GRADIENT),
+        *_gradients(gradients, level, EVERYTHING if by_bpda is None else OWN_GRADIENT),
         _without_bound(attacked, level),
         _gradient_free(attacked, level),
         square_after_gradients(survived, by_square, level),
@@ -291,12 +288,12 @@ def _more_restarts(attacked: _Attacked, level: float) -> Verdict:
     return make_verdict("restarts", outcome, figures, conclusions, evidence, shown)
 
 
-def _gradients(
-    of_entropy: Mapping[str, np.ndarray], of_margin: Mapping[str, np.ndarray], level: float, doubts: str
-) -> list[Verdict]:
+def _gradients(found: Mapping[str, np.ndarray], level: float, doubts: str) -> list[Verdict]:
     """Judges the gradients of both losses; ``doubts``: what not to trust if that of the margin vanishes."""
-    finite, images = of_entropy["finite"], len(of_entropy["finite"])
-    count, without = (int(np.sum((of["least"] == 0) & of["finite"])) for of in (of_entropy, of_margin))
+    finite, images = found["finite"], len(found["finite"])
+    count, without = (
+        int(np.sum((found[f"{loss}least"] == 0) & found[f"{loss}finite"])) for loss in ("", "margin_")
+    )
     shown = smallest_share(images, VANISHING, level=level)
     red, neither = (share_p_value(each, images, VANISHING) < level for each in (count, without))
     figures = (
