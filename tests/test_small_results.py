@@ -260,7 +260,7 @@ def test_readme_has_the_figures_of_the_outcomes():
     rows = {
         cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (x.split("|") for x in table)
     }
-    assert {"AT", "RoBal-N"} <= set(rows)
+    assert {"AT", "RoBal-N", "LA"} <= set(rows)
     for label, cells in rows.items():
         conditions = runs[label].conditions
         found = [("clean", "accuracy"), *(("autoattack", x) for x in ("accuracy", *small_page.GROUPS))]
@@ -277,4 +277,6 @@ def test_readme_has_the_figures_of_the_outcomes():
     for label in ("RoBal-N", "AT"):
         figures = runs[label].conditions["autoattack"]
         broken.append(100 * figures["boundary_error"]["value"] / (1 - figures["natural_error"]["value"]))
-    assert said == [round(abs(number)) for number in (*points, *broken)]
+    to_la = [difference(runs["RoBal-N"], runs["LA"], "autoattack", group) for group in ("head", "tail")]
+    assert to_la[0]["low"] > 0 and to_la[1]["low"] < 0 < to_la[1]["high"]
+    assert said == [round(abs(number)) for number in (*points, *broken, 100 * to_la[0]["value"])]
