@@ -33,7 +33,7 @@ from experiments.paper.plan import row_config
 from experiments.paper.table import aligned, elsewhere_table
 from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.comparison import difference, printed_p
-from robal_jax.reporting.names import display_name
+from robal_jax.reporting.names import display_name, with_interval
 from robal_jax.storage.files import write_whole
 
 PAGE = ROOT / "experiments" / "results" / "cifar10_lt_small.md"
@@ -54,8 +54,8 @@ MARK = "<!-- All below is made from the stored outcomes by experiments/paper/sma
 def _percent(figure: Mapping[str, float] | None, *, interval: bool = False, sign: str = "") -> str:
     if figure is None:
         return "—"
-    ends = [f"{100 * figure[end]:{sign}.1f}" for end in ("low", "high")]
-    return f"{100 * figure['value']:{sign}.1f}" + (f" [{', '.join(ends)}]" if interval else "")
+    text = with_interval(figure, sign)
+    return text if interval else text.partition(" ")[0]
 
 
 def _of(run: Run, evaluation: str, condition: str, figure: str = "accuracy") -> dict[str, float] | None:
