@@ -95,7 +95,7 @@ NAMES = {
     ),
     check_evaluation: (
         "results.json", "report.html", "report.md", "per_class.csv", "examples.npz", "adversarial.npz",
-        "corrupted.npz", "certified.npz", "optimality.npz", "training.png", "unfinished",
+        "audit.npz", "corrupted.npz", "certified.npz", "optimality.npz", "training.png", "unfinished",
     ),
 }  # fmt: skip
 

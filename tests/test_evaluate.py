@@ -33,7 +33,7 @@ from robal_jax.storage.workdir import processor, restore_weights
 
 FIGURES = {f"{name}.png" for name in ("per_class", "attacks", "errors", "confusion", "norms", "training")}
 TEXTS = {"results.json", "examples.npz", "report.md", "report.html", "per_class.csv"}
-FILES = FIGURES | TEXTS | {"adversarial.npz", "gallery.png", "curves.png", "epsilon.png"}
+FILES = FIGURES | TEXTS | {"adversarial.npz", "audit.npz", "gallery.png", "curves.png", "epsilon.png"}
 EPSILON, TEST_IMAGES = 0.04, 60
 # The training as in the tests of it, so that both share one compilation.
 SETTINGS = (
@@ -309,7 +309,7 @@ def assert_same(folder, expected_folder):
 
 
 def assert_same_arrays(folder, expected_folder):
-    for name in "examples.npz", "adversarial.npz":
+    for name in "examples.npz", "adversarial.npz", "audit.npz":
         with np.load(folder / name) as found, np.load(expected_folder / name) as expected:
             assert set(found) == set(expected)
             for key in expected:
@@ -406,6 +406,16 @@ def test_the_ensemble_is_the_worst_case_and_its_images_are_kept(evaluated):
     stored = {verdict["name"]: verdict for verdict in results["audit"]["verdicts"]}["stored_images"]
     assert stored["evidence"]["accuracy"] == pytest.approx(right["autoattack"].mean())
     assert stored["outcome"] == "passed"
+
+    with np.load(folder / "audit.npz") as file:
+        sample = dict(file)
+    ids, curves = sample.pop("ids"), results["audit"]["curves"]
+    assert len(ids) == results["audit"]["examples"]
+    assert set(sample) == set(curves)
+    for name, curve in curves.items():
+        (figures,) = curve["series"].values()
+        np.testing.assert_allclose(sample[name].mean(0), [figure["value"] for figure in figures])
+    assert (sample["epsilon"][:, 0] == right["clean"][ids]).all()  # at radius 0
 
 
 @pytest.mark.long

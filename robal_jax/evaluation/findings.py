@@ -24,7 +24,7 @@ from robal_jax.evaluation.explanations import ROUNDING
 from robal_jax.evaluation.measurements import Sample, radius_unit
 from robal_jax.evaluation.outcomes import Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
-from robal_jax.evaluation.verdicts import give_verdicts
+from robal_jax.evaluation.verdicts import Curve, give_verdicts
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.report import remove_report, write_report
@@ -41,6 +41,7 @@ from robal_jax.reporting.terminal import evaluation_lines
 from robal_jax.storage.files import replacing
 from robal_jax.storage.names import (
     ADVERSARIAL,
+    AUDIT,
     CERTIFIED,
     CORRUPTED,
     EXAMPLES,
@@ -105,6 +106,10 @@ def store(
     def write() -> None:
         with replacing(folder / EXAMPLES) as file:
             np.savez(file, **arrays)
+        if curves:
+            with replacing(folder / AUDIT) as file:
+                tables: dict[str, Any] = {name: curve.table for name, curve in curves.items()}
+                np.savez(file, ids=victim.ids[sample.ids], **tables)
         results.write(folder)
 
     hosts.by_first(write)
@@ -177,7 +182,7 @@ def regroup(
 
 def _remove(folder: pathlib.Path) -> None:
     remove_report(folder)
-    for name in (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, CERTIFIED, OPTIMALITY):
+    for name in (RESULTS, EXAMPLES, ADVERSARIAL, AUDIT, CORRUPTED, CERTIFIED, OPTIMALITY):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -237,7 +242,7 @@ def _judge(
     sample: Sample,
     predictions: Mapping[str, np.ndarray],
     labels: np.ndarray,
-) -> tuple[list[Verdict], dict[str, Any]]:
+) -> tuple[list[Verdict], dict[str, Curve]]:
     """Judges the measurements of the audit; returns the verdicts and the curves."""
     if not sample.measured:
         return [], {}
@@ -351,14 +356,14 @@ def recompute(victim: Victim, path: pathlib.Path, threat: ThreatModel) -> Judged
     return jax.tree.map(lambda *batches: np.concatenate(batches), *judged)
 
 
-def _audit(sample: Sample, verdicts: list[Verdict], curves: dict[str, Any]) -> dict[str, Any] | None:
+def _audit(sample: Sample, verdicts: list[Verdict], curves: Mapping[str, Curve]) -> dict[str, Any] | None:
     """Returns the audit as :class:`Results` holds it."""
     if not verdicts:
         return None
     return {
         "examples": len(sample.ids),
         "verdicts": [verdict._asdict() for verdict in verdicts],
-        "curves": curves,
+        "curves": {name: curve.figures for name, curve in curves.items()},
     }
 
 

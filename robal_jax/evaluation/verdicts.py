@@ -102,6 +102,28 @@ class _Attacked(NamedTuple):
         return dict(enumerate(np.logical_and.accumulate(self.starts), 1))
 
 
+class Curve(NamedTuple):
+    """Which images of a sample are right when clean and under an attack that is varied.
+
+    Attributes:
+      attack: its name.
+      right: by what is varied (the logit scale, steps, restarts or the radius), each bool ``[n]``.
+    """
+
+    attack: str
+    right: Mapping[Any, np.ndarray]
+
+    @property
+    def table(self) -> np.ndarray:
+        """The same as one array, bool ``[n, L]``: a row per image, a column per point."""
+        return np.stack([*self.right.values()], -1)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The shares of right images, as :class:`Results` holds a curve."""
+        return {"x": list(self.right), "series": {self.attack: [*map(metrics.share, self.right.values())]}}
+
+
 def give_verdicts(
     measured: Measured,
     labels: np.ndarray,
@@ -109,7 +131,7 @@ def give_verdicts(
     by_square: np.ndarray | None,
     epsilon: float,
     by_bpda: np.ndarray | None = None,
-) -> tuple[list[Verdict], dict[str, Any]]:
+) -> tuple[list[Verdict], dict[str, Curve]]:
     """Judges what was measured.
 
     Args:
@@ -123,7 +145,7 @@ def give_verdicts(
         gradient and not those with BPDA, bool ``[m]``; None without BPDA.
 
     Returns:
-      The verdicts, and the curves of the accuracy by logit scale, steps, restarts and radius.
+      The verdicts, and the curves by logit scale ('scale'), 'steps', 'restarts' and radius ('epsilon').
     """
     with np.errstate(all="ignore"):  # what is not finite is flagged, and not a warning
         return _judge(measured, labels, survived, by_square, epsilon, by_bpda)
@@ -136,7 +158,7 @@ def _judge(
     by_square: np.ndarray | None,
     epsilon: float,
     by_bpda: np.ndarray | None,
-) -> tuple[list[Verdict], dict[str, Any]]:
+) -> tuple[list[Verdict], dict[str, Curve]]:
     level = FAMILY_LEVEL / (CHECKS + (by_bpda is not None))
     logits = [measured[name]["logits"] for name in FORWARD_NAMES]
     clean = logits[0].argmax(-1) == labels
@@ -156,7 +178,7 @@ def _judge(
         _inference(measured, logits),
         *([] if by_bpda is None else [bpda_after_own_gradient(by_bpda, level)]),
     ]
-    return found, _curves(attacked, len(labels))
+    return found, _curves(attacked, clean)
 
 
 def _attacked(measured: Measured, clean: np.ndarray, margin: np.ndarray, epsilon: float) -> _Attacked:
@@ -186,11 +208,13 @@ def _attacked(measured: Measured, clean: np.ndarray, margin: np.ndarray, epsilon
     )
 
 
-def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
-    """Returns curves for the report: shares of the whole sample that are right when clean and attacked."""
+def _curves(attacked: _Attacked, clean: np.ndarray) -> dict[str, Curve]:
+    """Returns the curves, of the whole sample."""
 
-    def figure(right: np.ndarray) -> dict[str, float]:
-        return metrics.share(np.arange(sample) < right.sum())
+    def among_all(right: np.ndarray) -> np.ndarray:
+        found = np.zeros_like(clean)
+        found[clean] = right
+        return found
 
     radii = list(attacked.radii)
     zero = next(
@@ -203,8 +227,8 @@ def _curves(attacked: _Attacked, sample: int) -> dict[str, Any]:
         "epsilon": ("PGD-20", {radius: attacked.radii[radius] for radius in radii[: zero + 1]}),
     }
     return {
-        name: {"x": list(curve), "series": {series: list(map(figure, curve.values()))}}
-        for name, (series, curve) in by_name.items()
+        name: Curve(attack, {x: among_all(right) for x, right in curve.items()})
+        for name, (attack, curve) in by_name.items()
     }
 
 

@@ -20,6 +20,7 @@ from robal_jax.storage import buckets
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import (
     ADVERSARIAL,
+    AUDIT,
     BEST,
     CHECKPOINTS,
     EVALUATION,
@@ -278,10 +279,14 @@ class EvaluatedRun(Results):
       name: its folder.
       examples: content of ``examples.npz``: 'labels' ``[n]``, 'ids' ``[n]`` of the test images, and
         :func:`to_arrays` of the outcomes.
+      sample: content of ``audit.npz``: 'ids' ``[m]`` of the audit's images, and for each of its curves which
+        of them are right when clean and at each of its points, bool ``[m, L]``. Empty without an audit, and
+        in older evaluations.
     """
 
     name: str
     examples: Mapping[str, np.ndarray]
+    sample: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:
@@ -292,7 +297,7 @@ class EvaluatedRun(Results):
 
 
 def read_run(workdir: pathlib.Path) -> EvaluatedRun:
-    """Reads ``results.json`` and ``examples.npz`` of a run.
+    """Reads ``results.json``, ``examples.npz`` and ``audit.npz`` of a run.
 
     Args:
       workdir: folder of the run, or a folder of results, or a file in it.
@@ -304,8 +309,9 @@ def read_run(workdir: pathlib.Path) -> EvaluatedRun:
     workdir = folder if workdir.is_file() else workdir
     results = Results.read(folder)
     examples = read_arrays(folder / EXAMPLES)
+    sample = read_arrays(folder / AUDIT) if (folder / AUDIT).is_file() else {}
     with _reading(folder / EXAMPLES):
-        run = EvaluatedRun(**vars(results), name=buckets.shown(workdir), examples=examples)
+        run = EvaluatedRun(**vars(results), name=buckets.shown(workdir), examples=examples, sample=sample)
         examples["ids"], run.predictions  # missing arrays fail here, where the folder is known
     return run
 

@@ -16,6 +16,7 @@ from robal_jax.storage import checkpoints
 from robal_jax.storage.files import json_object
 from robal_jax.storage.names import (
     ADVERSARIAL,
+    AUDIT,
     BEST,
     CERTIFIED,
     CHECKPOINTS,
@@ -37,7 +38,7 @@ from robal_jax.storage.names import (
 from robal_jax.storage.unfinished import PARTS, read_identity
 
 OF_A_RUN = (CONFIG, VERSIONS, IMPORT, METRICS, TENSORBOARD, TRACKED, CHECKPOINTS, BEST, DAMAGED)
-OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, CORRUPTED, CERTIFIED, OPTIMALITY, PER_CLASS)
+OF_AN_EVALUATION = (RESULTS, EXAMPLES, ADVERSARIAL, AUDIT, CORRUPTED, CERTIFIED, OPTIMALITY, PER_CLASS)
 
 
 def is_run(folder: pathlib.Path) -> bool:

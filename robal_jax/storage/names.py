@@ -18,6 +18,7 @@ EXAMPLES = "examples.npz"
 ADVERSARIAL = "adversarial.npz"
 CORRUPTED = "corrupted.npz"  # predicted classes of corrupted images
 CERTIFIED = "certified.npz"  # within how many of the radii each image is certified
+AUDIT = "audit.npz"  # which images of the audit's sample are right at each point of its curves
 OPTIMALITY = "optimality.npz"  # how many of the radii each image survives, by attack
 PER_CLASS = "per_class.csv"
 REPORT_HTML, REPORT_MARKDOWN = "report.html", "report.md"

@@ -12,7 +12,8 @@
       checkpoints/STEP/   the newest checkpoints
       best/STEP/          the best checkpoint on held-out images, if the training looked at them; best.json
       damaged/            checkpoints that could not be read
-      evaluation/         results.json, examples.npz, adversarial.npz, per_class.csv, report.html, report.md
+      evaluation/         results.json, examples.npz, adversarial.npz, audit.npz, per_class.csv, report.html,
+                          report.md
         unfinished/       the state of an interrupted evaluation
 """
 
