@@ -22,8 +22,8 @@ UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.NonConcreteBooleanIndexError)
 """Errors of a function that JAX traces, and that looks at values."""
 
 NEEDS_VALUES = (
-    "needs the values of its arguments, which JAX cannot trace; write it with jax.numpy, not numpy, and "
-    "without branches on values"
+    "needs the values of its arguments, which JAX cannot trace; write it with jax.numpy, not numpy, also "
+    "arrays that it only indexes (jnp.asarray), and without branches on values"
 )
 
 

@@ -391,10 +391,9 @@ def _loaded(path: pathlib.Path, spec: str) -> ConfigDict:
     except ValueError as error:  # of the config itself, with words of its own
         raise InputError(f"{spec}: {error}") from error
     except Exception as error:  # of the user's code
-        raise InputError(
-            f"config file {name} fails with {one_line(error)}{place_in(str(path), error)}; correct it, or "
-            "give an argument that its get_config takes"
-        ) from error
+        place = place_in(str(path), error)
+        advice = "correct it" if place else "correct it, or give an argument that its get_config takes"
+        raise InputError(f"config file {name} fails with {one_line(error)}{place}; {advice}") from error
     if not isinstance(config, ConfigDict):
         raise InputError(
             f"get_config of {name} returns a {type(config).__name__}; return an ml_collections.ConfigDict"
@@ -408,8 +407,9 @@ def _unknown_key(key: str, known: Collection[str]) -> str:
     if inside:
         example = f"{key}.name" if f"{key}.name" in inside else inside[0]
         return f"config.{key} is a section; set one of its fields, such as --config.{example}=VALUE"
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
-    return f"unknown config key {key!r}; " + (f"use {near[0]!r}" if near else "the config is empty")
+    near = difflib.get_close_matches(key, known, 1)
+    use = f"use {near[0]!r}" if near else "--help lists all; arguments of a function go into its own section"
+    return f"unknown config key {key!r}; {use}"
 
 
 def _config_file(name: str) -> pathlib.Path:

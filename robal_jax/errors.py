@@ -26,8 +26,12 @@ def shown(value: Any) -> str:
 
 def place_in(file: str | None, error: Exception) -> str:
     """Returns the line of a user's file where an error arose, ' (my.py:12)'; '' if it arose elsewhere."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
+    if file is None:
+        return ""
+    at = os.path.abspath(file)  # as Python has it in tracebacks
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename in (file, at)]
+    if isinstance(error, SyntaxError) and error.filename in (file, at):
         lines.append(error.lineno)
     return f" ({file}:{lines[-1]})" if lines else ""
 

@@ -186,6 +186,28 @@ def test_a_field_of_a_config_file_that_no_config_has(tmp_path, field, near):
     refused(message, cli.load_config, f"{tmp_path / 'mine.py'}:digits_lt")
 
 
+def test_a_section_that_no_config_has(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from configs import at\nfrom ml_collections import ConfigDict\n"
+        "def get_config(data):\n    c = at.get_config(data)\n    c.mine = ConfigDict({'a': 1})\n"
+        "    return c\n"
+    )
+    message = "unknown config key 'mine.a'; --help lists all; arguments of a function go into its own section"
+    refused(message, cli.load_config, f"{tmp_path / 'mine.py'}:digits_lt")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_error_of_a_config_file_names_its_line(tmp_path, monkeypatch, relative):
+    (tmp_path / "mine.py").write_text("from configs import at\n\ndef get_config():\n    return at.nothing\n")
+    monkeypatch.chdir(tmp_path)
+    path = "mine.py" if relative else str(tmp_path / "mine.py")
+    refused(r"fails with AttributeError: .*\(.*mine.py:4\); correct it$", cli.load_config, path)
+    refused(
+        r"fails with TypeError: .*; correct it, or give an argument that its get_config takes$",
+        cli.load_config, f"{path}:digits_lt",
+    )  # fmt: skip
+
+
 def test_config_file_without_get_config(tmp_path):
     (tmp_path / "mine.py").write_text("config = {}\n")
     refused("has no attribute 'get_config'", cli.load_config, str(tmp_path / "mine.py"))

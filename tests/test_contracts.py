@@ -148,6 +148,15 @@ def needs_late(logits, labels, *, epochs):
     return losses.cross_entropy(logits, labels)
 
 
+def changes_the_counts(logits, labels, *, class_counts):
+    class_counts[:] = 1
+    return losses.cross_entropy(logits, labels)
+
+
+def indexes_with_labels(logits, labels, *, class_counts):
+    return losses.cross_entropy(logits, labels) / class_counts[labels]
+
+
 def wrong_shape(logits, labels):
     return logits @ labels
 
@@ -189,13 +198,23 @@ def test_a_loss_returns_one_float_per_example(section, name):
         ("wrong_shape", r"fails with TypeError: dot_general.*\(.*test_contracts.py:\d+\)"),
         ("only_logits", r"is a function of \(logits\); it must take \(logits \[B, K\], labels \[B\]\)"),
         ("needs_a_scale", "needs 'scale'; set it in the config file"),
-        ("needs_late", "needs 'epochs'; set it in the config file"),
+        (
+            "needs_late",
+            r"needs 'epochs'; set it .*, or use what is passed \(class_counts, .*epoch, .*it must",
+        ),
+        ("changes_the_counts", "fails with ValueError: assignment destination is read-only"),
+        ("indexes_with_labels", r"needs the values .* arrays that it only indexes \(jnp.asarray\)"),
         ("ANSWER", "is a int, not a function"),
         ("nothing", "cannot import the loss"),
     ],
 )
 def test_a_loss_that_cannot_be_called(name, message):
     refused(f"loss 'test_contracts:{name}' {message}|{message} 'test_contracts:{name}'", "loss", name)
+
+
+def test_a_value_that_training_passes_is_not_set_by_the_config():
+    with pytest.raises(InputError, match="'test_contracts:of_the_epoch' takes no 'epoch'; leave it out"):
+        builder.training(config("loss", "of_the_epoch", epoch=5))
 
 
 ANSWER = 42

@@ -235,6 +235,17 @@ def test_good_dataset_passes():
     assert dataset.class_counts.dtype == np.int64
 
 
+def test_dark_images_get_a_note():
+    for brightest, notes in (8, 0), (7, 1):
+        dataset = small_dataset(train_images=np.full((5, 4, 4, 1), brightest, np.uint8))
+        found = check_dataset(dataset)
+        assert len(found.notes) == notes
+        assert (found is dataset) is (notes == 0)
+    assert found.notes[0].startswith(
+        "note: no training image has a pixel above 7, and pixel_max, which becomes 1, is 16"
+    )
+
+
 def test_train_images_may_be_larger_than_test_images():
     dataset = small_dataset(train_images=np.zeros((5, 6, 7, 1), np.uint8))
     assert check_dataset(dataset) is dataset
@@ -292,6 +303,8 @@ def test_images_in_files_are_checked_without_reading_them():
             "train images are 4 x 4 and test images 6 x 4; enlarge train images, or cut test images",
         ),
         ({"train_images": np.full((5, 4, 4, 1), 17, np.uint8)}, "pixels up to 17, above pixel_max 16"),
+        ({"train_labels": [0, 0, 0, 1, 2]}, "train labels are a list; give a NumPy array"),
+        ({"test_images": [[0]]}, "test images are a list; give a NumPy array"),
     ],
 )
 def test_bad_dataset(changes, message):

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from conftest import ROOT
 
 from experiments import evaluate, train
-from robal_jax import builder, cli
+from robal_jax import builder, cli, losses
 from robal_jax.builder.instantiate import call
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import flatten, read_config, to_json
@@ -20,6 +21,28 @@ def changed(*overrides, spec="at:cifar10_lt"):
 
 def own(gain, twice=1, many=(1, 2)):
     """A function of a user, without annotations."""
+
+
+def in_words(logits, labels, *, inner: "losses.Loss", weight: "float" = 1.0):
+    """A loss whose annotations are strings, as ``from __future__ import annotations`` makes them."""
+
+
+def unknown_words(logits, labels, *, inner: Callable, more: "Unknown" = None):  # noqa: F821
+    """A loss with an annotation that cannot be evaluated."""
+
+
+def of_any_function(logits, labels, *, inner: Callable):
+    """A loss of another one, of which it says no types."""
+
+
+@pytest.mark.parametrize("name", ["in_words", "unknown_words", "of_any_function"])
+def test_functions_among_the_arguments_whatever_the_form_of_the_annotation(name):
+    found = changed(f"loss.name=test_named_sections:{name}", "loss.inner.name=focal").loss
+    assert found.inner.name == "focal"
+    if name == "of_any_function":
+        message = "inner of loss .* is a section with a name; write --config.loss.inner.name=NAME"
+        with pytest.raises(InputError, match=message):
+            changed(f"loss.name=test_named_sections:{name}", "loss.inner=3")
 
 
 def section(config, path):

@@ -106,7 +106,7 @@ def _set(fields: ConfigDict, path: str, section: Section, texts: Mapping[str, st
             for inner, text in texts.items()
             if inner.startswith(f"{key}.")
         }
-        nested = get_origin(taken[key].annotation) is Callable
+        nested = instantiate.is_function(taken[key].annotation)
         if nested is (key in texts):
             must = "a section with a name" if nested else "one value"
             raise InputError(

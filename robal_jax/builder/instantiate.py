@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_origin
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from robal_jax.builder.contracts import broken, described
@@ -60,25 +61,41 @@ def call(
     function = named(kind, table, name)
     parameters = _parameters(kind, name, function)
     known = _by_name(kind, parameters)
-    unknown = sorted(set(options) - set(known))
+    late = LATE.get(kind, ())
+    unknown = sorted(set(options) - (set(known) - set(late)))
     if unknown:
         raise not_taken(kind, name, unknown[0], _settable(kind, known, given))
     for key, option in options.items():
         annotation, value = parameters[key].annotation, option
         if isinstance(option, ConfigDict) and annotation not in OF_TYPE:
             options[key] = value = call(kind, table, option, **given)
-        must, holds = FUNCTION if get_origin(annotation) is Callable else OF_TYPE.get(annotation, ANYTHING)
+        must, holds = FUNCTION if is_function(annotation) else OF_TYPE.get(annotation, ANYTHING)
         if not holds(value):
             raise InputError(f"{key} of {kind} {name!r} is {shown(value)}; it must be {must}")
-    bound = options | {key: value for key, value in given.items() if key in known and key not in options}
-    late = LATE.get(kind, ())
+    bound = {key: _read_only(value) for key, value in given.items() if key in known} | options
     needed = [key for key in known if parameters[key].default is inspect.Parameter.empty]
     missing = [
         key for key in needed if parameters[key].kind not in VARIABLE and key not in bound and key not in late
     ]
     if missing:
-        raise InputError(f"{kind} {name!r} needs {missing[0]!r}; set it in the config file")
+        what, passed = f"needs {missing[0]!r}; set it in the config file", ", ".join([*given, *late])
+        if ":" not in name:
+            raise InputError(f"{kind} {name!r} {what}")
+        raise broken(kind, name, f"{what}, or use what is passed ({passed})" if passed else what)
     return functools.partial(function, **bound)
+
+
+def is_function(annotation: Any) -> bool:
+    """Returns whether a parameter with this annotation takes a function: ``Callable``, or of some types."""
+    return Callable in (annotation, get_origin(annotation))
+
+
+def _read_only(value: Any) -> Any:
+    """Returns a view of an array that a user's function cannot change for others; all else as it is."""
+    if isinstance(value, np.ndarray):
+        value = value.view()
+        value.flags.writeable = False
+    return value
 
 
 def named(kind: str, table: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
@@ -149,10 +166,20 @@ def _import(kind: str, name: str) -> Callable[..., Any]:
     return function
 
 
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Returns a function's signature; annotations that are strings are evaluated, if they can be."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except ValueError:
+        raise
+    except Exception:  # of a name that only type checkers know
+        return inspect.signature(function)
+
+
 def _parameters(kind: str, name: str, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Returns a function's parameters; they must have room for the arguments given by position."""
     try:
-        signature = inspect.signature(function)
+        signature = _signature(function)
     except ValueError as error:  # of some functions written in C
         raise broken(kind, name, "does not tell its parameters") from error
     by_position = POSITIONAL.get(kind, ())

@@ -118,7 +118,7 @@ def check_dataset(dataset: Dataset) -> Dataset:
     """Checks what training and evaluation assume about a data set.
 
     Returns:
-      The data set itself.
+      The data set itself; with a note if its training images are so dark that ``pixel_max`` may be wrong.
 
     Raises:
       InputError: there are fewer than two classes, a dtype or shape is wrong, a label is out of range, a
@@ -134,6 +134,9 @@ def check_dataset(dataset: Dataset) -> Dataset:
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ):
+        for what, found in (("images", images), ("labels", labels)):
+            if not (hasattr(found, "dtype") and hasattr(found, "shape")):
+                raise InputError(f"{split} {what} are a {type(found).__name__}; give a NumPy array")
         if images.dtype != np.uint8 or len(images.shape) != 4:
             raise InputError(f"{split} images are {images.dtype} {images.shape}; give uint8 [N, H, W, C]")
         if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
@@ -157,4 +160,12 @@ def check_dataset(dataset: Dataset) -> Dataset:
             f"train images are {trained[0]} x {trained[1]} and test images {tested[0]} x {tested[1]}; "
             "enlarge train images, or cut test images"
         )
+    images = dataset.train_images
+    brightest = int(images.max()) if isinstance(images, np.ndarray) else 0
+    if 0 < 2 * brightest < dataset.pixel_max:
+        note = (
+            f"note: no training image has a pixel above {brightest}, and pixel_max, which becomes 1, is "
+            f"{dataset.pixel_max}; if it is wrong, so is every radius"
+        )
+        return dataset._replace(notes=tuple(dict.fromkeys([*dataset.notes, note])))  # once, if checked twice
     return dataset

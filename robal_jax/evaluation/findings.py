@@ -22,9 +22,9 @@ from robal_jax.errors import AGAIN, InputError, ReportError, one_line
 from robal_jax.evaluation.ensemble_checks import stored_images
 from robal_jax.evaluation.explanations import ROUNDING
 from robal_jax.evaluation.measurements import Sample, radius_unit
-from robal_jax.evaluation.outcomes import Verdict, selected_on_test
+from robal_jax.evaluation.outcomes import Curve, Verdict, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
-from robal_jax.evaluation.verdicts import Curve, give_verdicts
+from robal_jax.evaluation.verdicts import give_verdicts
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.budgets import at_common_radius
 from robal_jax.reporting.report import remove_report, write_report

@@ -1,10 +1,11 @@
-"""A check's outcome and its statement, which follows from the outcome and the figures."""
+"""What an audit ends with: the outcome of each check with its statement, and curves of the accuracy."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from robal_jax import metrics
 from robal_jax.evaluation.evidence import SHOWN, Gap
 from robal_jax.evaluation.explanations import EXPLANATIONS, ON_OCCASION
 from robal_jax.reporting.results import FLAGGED, NOTE, PASSED, TOO_FEW
@@ -33,6 +34,28 @@ class Verdict(NamedTuple):
     statement: str
     evidence: dict[str, Any]
     meaning: dict[str, str]
+
+
+class Curve(NamedTuple):
+    """Which images of a sample are right when clean and under an attack that is varied.
+
+    Attributes:
+      attack: its name.
+      right: by what is varied (the logit scale, steps, restarts or the radius), each bool ``[n]``.
+    """
+
+    attack: str
+    right: Mapping[Any, np.ndarray]
+
+    @property
+    def table(self) -> np.ndarray:
+        """The same as one array, bool ``[n, L]``: a row per image, a column per point."""
+        return np.stack([*self.right.values()], -1)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The shares of right images, as :class:`Results` holds a curve."""
+        return {"x": list(self.right), "series": {self.attack: [*map(metrics.share, self.right.values())]}}
 
 
 def make_verdict(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from robal_jax import attacks, metrics
+from robal_jax import attacks
 from robal_jax.evaluation.ensemble_checks import bpda_after_own_gradient, square_after_gradients
 from robal_jax.evaluation.evidence import (
     CHECKS,
@@ -54,6 +54,7 @@ from robal_jax.evaluation.measurements import (
     Measured,
 )
 from robal_jax.evaluation.outcomes import (
+    Curve,
     Verdict,
     decide,
     evidence_of,
@@ -100,28 +101,6 @@ class _Attacked(NamedTuple):
     def restarts(self) -> dict[int, np.ndarray]:
         """Under so many starts."""
         return dict(enumerate(np.logical_and.accumulate(self.starts), 1))
-
-
-class Curve(NamedTuple):
-    """Which images of a sample are right when clean and under an attack that is varied.
-
-    Attributes:
-      attack: its name.
-      right: by what is varied (the logit scale, steps, restarts or the radius), each bool ``[n]``.
-    """
-
-    attack: str
-    right: Mapping[Any, np.ndarray]
-
-    @property
-    def table(self) -> np.ndarray:
-        """The same as one array, bool ``[n, L]``: a row per image, a column per point."""
-        return np.stack([*self.right.values()], -1)
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The shares of right images, as :class:`Results` holds a curve."""
-        return {"x": list(self.right), "series": {self.attack: [*map(metrics.share, self.right.values())]}}
 
 
 def give_verdicts(
