@@ -28,6 +28,7 @@ from robal_jax.storage.claims import check_run
 from robal_jax.storage.config_file import to_json
 from robal_jax.storage.files import reason, write_whole
 from robal_jax.storage.names import CHECKPOINTS, CONFIG, IMPORT
+from robal_jax.storage.user_code import code_of
 from robal_jax.storage.workdir import imported_from, versions
 from robal_jax.training import TrainState
 
@@ -160,7 +161,7 @@ def write_run(
       InputError: the folder cannot be written to.
     """
     optimizer, _ = builder.optimizer(config, 1)  # the length of an epoch does not change its state
-    hosts.by_first(partial(_write_files, config, workdir, {**origin, **versions()}))
+    hosts.by_first(partial(_write_files, config, workdir, {**origin, **versions(), **code_of(config)}))
     current = Weights({}, {}) if averaged else weights
     average = weights._asdict() if averaged else {}
     state = TrainState(jnp.int32(0), *current, optimizer.init(current.params), average=average)

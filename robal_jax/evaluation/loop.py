@@ -57,6 +57,7 @@ from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import EVALUATION, RESULTS, UNFINISHED
 from robal_jax.storage.progress import Meter, judged_course, training_curve
 from robal_jax.storage.unfinished import PARTS, Unfinished
+from robal_jax.storage.user_code import code_of, warn_if_changed
 from robal_jax.storage.workdir import (
     check_same_data,
     check_same_model,
@@ -113,6 +114,8 @@ def evaluate(
         check_same_model(config, workdir)
         job = builder.evaluation(config, class_counts_in_training(workdir))
         check_same_data(job.data_sha256, workdir, say)
+        code = code_of(config, evaluated=True)
+        changed = warn_if_changed(code, workdir, say)
         for line in job.test.notes:
             say(line)
         chosen = default_checkpoint(workdir, job.select) if chosen is None else chosen
@@ -129,12 +132,14 @@ def evaluate(
             "checkpoint": buckets.shown(path),
             "checkpoint_sha256": sha256,
             **its_sha256,
+            **code,
+            **({"code": changed} if changed else {}),
             **({"origin": origin} if (origin := origin_of(workdir)) else {}),
             **how,
             "training": curve,
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }
-        identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256, **its_sha256}
+        identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256, **its_sha256, **code}
         beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
         subject = Subject(job, weights, surrogate, identity, about, beside)
         done = attack_and_report(subject, place, command, stop, speak)
@@ -304,6 +309,7 @@ def _surrogate(
     other = builder.evaluation(own, class_counts_in_training(workdir))
     if digest_of_images(*other.test[:2]) != digest_of_images(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
+    warn_if_changed(code_of(own, evaluated=True), workdir, say)
     checkpoint = default_checkpoint(workdir, other.select)
     restored = restore_weights(workdir, checkpoint, other.variables, say, other.weights)
     if restored.sha256 == sha256:

@@ -80,8 +80,9 @@ class Results:
         unknown keys too.
 
         - the model: 'method', 'seed' (of its training), 'head', 'logit_scale', 'prior_adjustment',
-          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'origin' (of imported weights,
-          for people), 'config' (all fields, nested),
+          'precision' (of matrix products), 'checkpoint', 'checkpoint_sha256', 'code_sha256' (of the user's
+          own modules, by name; missing without), 'code' (which of them changed since the training, for
+          people; missing if none), 'origin' (of imported weights, for people), 'config' (all fields, nested),
           'identity' (what tells an evaluation without a config from others), 'training' ({'epoch': numbers,
           name of a metric: its means}, up to the checkpoint), 'selection' (how the checkpoint was chosen, for
           people), 'selected_on_test' (True, if it was chosen on test images), 'held_out' (how many training

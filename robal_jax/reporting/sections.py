@@ -48,6 +48,8 @@ _META_LABELS = {
     "checkpoint": "Checkpoint",
     "selection": "Checkpoint chosen",
     "checkpoint_sha256": "Checkpoint SHA-256",
+    "code_sha256": "SHA-256 of your own modules",
+    "code": "Your own modules",
     "held_out": "Held out",
     "seed": "Seed",
     "evaluation_seed": "Seed of the attacks",

@@ -3,6 +3,7 @@
 - ``names``: the names of its files and folders
 - ``workdir``: the folder of a run: its layout, which runs may use it, and reading its weights
 - ``config_file``: ``config.json``, fields that were added later, and what makes two configs the same run
+- ``user_code``: the digests of the user's own modules, and which of them have changed since a run was made
 - ``checkpoints``: checkpoints with digests
 - ``progress``: the progress bar, ``metrics.jsonl`` and TensorBoard
 - ``trackers``: Weights & Biases and trackio

@@ -33,7 +33,7 @@ def identity_in(folder: pathlib.Path) -> dict[str, Any] | None:
         raise InputError(
             f"{folder / RESULTS} is not of an evaluation; name another folder, or move that file"
         )
-    known = ("config", "checkpoint_sha256", "surrogate_sha256", "test_set_sha256")
+    known = ("config", "checkpoint_sha256", "surrogate_sha256", "code_sha256", "test_set_sha256")
     return {**meta.get("identity", {}), **{name: meta[name] for name in known if name in meta}}
 
 

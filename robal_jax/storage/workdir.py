@@ -4,8 +4,8 @@
 
     WORKDIR/
       config.json         the resolved config
-      versions.json       versions, commit, device and processor, the sha256 of the data and the number of
-                          steps; after an import import.json
+      versions.json       versions, commit, device and processor, the sha256 of the data and of the user's
+                          own modules, and the number of steps; after an import import.json
       metrics.jsonl       one line per dispatch
       tensorboard/        the same for TensorBoard
       tracked.txt         with --track: name of the run at the tracker
@@ -164,7 +164,7 @@ def prepare_workdir(
       workdir: folder of the run.
       more: what is stored beside the digest, because an evaluation cannot find it out: 'held_out', which
         training images are held out, in words; 'generated_sha256' of generated images, and 'class_counts' of
-        what training sees with them.
+        what training sees with them; the digests of ``user_code.code_of``.
       total_steps: of the whole run, stored for :func:`unfinished`. A run that has made them keeps its
         evaluation in its config.
 
@@ -175,16 +175,17 @@ def prepare_workdir(
       InputError: the folder cannot be written to, or was made with a different config or different data.
     """
     make_workdir(workdir)
+    made = checkpoints.steps(workdir / CHECKPOINTS)
     path, data, kept = workdir / CONFIG, {"data_sha256": digest, **(more or {})}, ""
     if path.exists():
         _check_same_run(config, data, workdir)
-        if checkpoints.steps(workdir / CHECKPOINTS)[-1:] == [total_steps]:
+        if made[-1:] == [total_steps]:
             there = config_file.read_config(workdir)
             kept = _what_is_kept(config, there, path)
             config = config_file.with_evaluation_of(config, there)
-    elif checkpoints.steps(workdir / CHECKPOINTS):
+    elif made:
         raise InputError(f"workdir {workdir} has checkpoints but no {CONFIG}; choose another workdir")
-    else:
+    if not made:  # all steps are made with what is here now
         length = {} if total_steps is None else {"total_steps": total_steps}
         content = json.dumps({**versions(), **data, **length}, indent=2) + "\n"
         write_whole(workdir / VERSIONS, content.encode())

@@ -27,6 +27,7 @@ from robal_jax.storage.lock import alone_in
 from robal_jax.storage.names import CHECKPOINTS
 from robal_jax.storage.progress import Meter, Scalars, announced
 from robal_jax.storage.trackers import Track
+from robal_jax.storage.user_code import changed_code, code_of, record_resume
 from robal_jax.storage.workdir import (
     check_there,
     make_workdir,
@@ -138,6 +139,7 @@ def _train(
     with hosts.only_first(lambda: announced("reading the data")):
         job = builder.training(config)
         check_spread(job, jax.device_count())
+    code = code_of(config)
     hosts.check_agreement("the config", to_json(config))
     hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
     # Before anything is written, because this checkpoint may be missing or may not fit the model.
@@ -150,7 +152,9 @@ def _train(
     hosts.by_first(partial(make_workdir, workdir))
     with hosts.held_by_first(partial(alone_in, workdir)):
         kept = hosts.by_first(
-            partial(prepare_workdir, config, job.data_sha256, workdir, job.stored, job.total_steps)
+            partial(
+                prepare_workdir, config, job.data_sha256, workdir, {**job.stored, **code}, job.total_steps
+            )
         )
         found = newest_whole(workdir, like, say)
         if found:
@@ -160,12 +164,16 @@ def _train(
             say(line)
         begun = -(-job.total_steps // job.steps_per_epoch)  # epochs
         doubts = [] if found else builder.doubts(config, begun)
+        if changed := changed_code(code, workdir, "started"):
+            doubts.append(f"{changed}; the steps from here on use the new code")
         for name, other in others.items():
             doubts += builder.seed_doubts(config, name, other.path) if other else []
         for doubt in doubts:
             say(f"warning: {doubt}")
         if state is None:
             state = _first_state(job)
+        if int(state.step) < job.total_steps:
+            hosts.by_first(partial(record_resume, code, workdir))
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
         hosts.by_first(partial(check_there, workdir, path))
     return path, sha256, job.total_steps
