@@ -210,7 +210,7 @@ def _evaluation(threat: ConfigDict) -> ConfigDict:
     # runs AutoAttack, with 10 iterations, which much published work reports), 'fast' (PMA, APGD-MALT and a
     # short Square, with AutoAttack's own Square after it if it breaks an image; an upper estimate for daily
     # work), 'union' ('standard', then PMA and APGD-MALT: at most AutoAttack's accuracy), 'plus', 'rand',
-    # 'none', or a list: 'apgd_ce,square'.
+    # 'none', or a list: 'apgd_ce,square', also of your own attacks: 'apgd_ce,my_attacks:noise'.
     config.autoattack = "robal_aa"
     # 'fmn' (L-infinity, L2) or 'ddn' (L2): the distances of the closest adversarial images, their medians by
     # class and group, and the robust accuracy by radius that follows from them; '': none

@@ -79,7 +79,8 @@ def main(arguments: list[str]) -> None:
         "checkpoint": "folder of one checkpoint, runs/x/checkpoints/300; by default the newest one, or with "
         "config.train.select=best the best one",
         "examples": "number of test images, as many per class, 0 for all: config.evaluation.examples",
-        "autoattack": "robal_aa, standard, torchattacks, fast, union, plus, rand, none or a list: "
+        "autoattack": "robal_aa, standard, torchattacks, fast, union, plus, rand, none or a list, "
+        "also of your own attacks as module:function: "
         "config.evaluation.autoattack",
         "audit": "number of test images in the audit, 0 for no audit: config.evaluation.audit.examples",
         "corruptions": "true for the accuracy on corrupted images, too: config.evaluation.corruptions",

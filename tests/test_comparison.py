@@ -21,8 +21,8 @@ from robal_jax.reporting.results import NOT_RUN, PASSED, read_runs
 def save_run(workdir, *, seed=0, strength=1.0, labels=None, conditions=None, audit=None, **meta):
     truth, predictions = fake_evaluation(seed=seed, strength=strength)
     truth = truth if labels is None else labels
-    predictions["custom"] = predictions["new_attack"]
-    predictions = {name: predictions[name] for name in conditions or [*predictions][:-1]}
+    predictions["custom"] = predictions["custom_own"] = predictions["new_attack"]
+    predictions = {name: predictions[name] for name in conditions or [*predictions][:-2]}
     summary = metrics.summarize(truth, predictions, np.arange(20, 10, -1))
     results = {"meta": {**META, "seed": seed, **meta}, "summary": summary, "audit": audit}  # no norms: older
     (workdir / "evaluation").mkdir(parents=True)
@@ -163,22 +163,25 @@ def test_other_weights_and_choices_of_a_checkpoint_are_not_averaged(tmp_path):
     assert " ± " in printed(read_runs(both))
 
 
-def test_ensembles_of_other_attacks_are_not_compared(tmp_path):
+@pytest.mark.parametrize(
+    ("listed", "shown"), [("custom", "Own ensemble"), ("custom_own", "Ensemble with own attacks")]
+)
+def test_ensembles_of_other_attacks_are_not_compared(tmp_path, listed, shown):
     def runs(name, *ensembles):
         folders = [tmp_path / name / str(number) for number in range(len(ensembles))]
         return read_runs(
             [
-                save_run(folder, method=folder.name, conditions=["clean", "custom"], autoattack=attacks)
+                save_run(folder, method=folder.name, conditions=["clean", listed], autoattack=attacks)
                 for folder, attacks in zip(folders, ensembles, strict=True)
             ]
         )
 
     pair, square = ["apgd_ce", "apgd_dlr"], ["square", "apgd_ce"]
-    assert "Own ensemble" in printed(runs("same", pair, pair)).partition("Accuracy")[2]
+    assert shown in printed(runs("same", pair, pair)).partition("Accuracy")[2]
     first, second = runs("other", pair, square)
-    assert "Own ensemble" not in printed([first, second]).partition("Accuracy")[2]
+    assert shown not in printed([first, second]).partition("Accuracy")[2]
     with pytest.raises(InputError, match="have different ensembles: square, apgd_ce and apgd_ce, apgd_dlr;"):
-        comparison.difference(second, first, "custom", "all")
+        comparison.difference(second, first, listed, "all")
 
 
 def test_comparison_of_one_run_has_no_differences(tmp_path):

@@ -58,7 +58,7 @@ def test_display_names():
     }
     assert {name: display_name(name) for name in names} == names
     assert [paper_name(name) for name in ("robal_aa", "pgd_20")] == ["AA", "PGD-20"]
-    ensembles = {*autoattack.CONDITIONS.values(), "custom", "robal_aa"}
+    ensembles = {*autoattack.CONDITIONS.values(), "custom", autoattack.CUSTOM_OWN, "robal_aa"}
     with_bpda = {name + autoattack.BPDA for name in (*ensembles, "pgd_20")}
     assert set(ENSEMBLES) == ensembles | with_bpda | {"apgd_ce"}
 
@@ -73,6 +73,13 @@ def test_display_names():
         ("clean apgd_ce robal_aa custom_bpda worst", "pgd_20", "custom_bpda", "clean custom_bpda worst"),
         ("clean autoattack worst", "autoattack", "autoattack", "clean autoattack worst"),
         ("clean pgd_20 autoattack union worst", "pgd_20", "union", "clean pgd_20 autoattack union worst"),
+        (
+            "clean pgd_20 autoattack custom_own worst",
+            "pgd_20",
+            "custom_own",
+            "clean pgd_20 autoattack custom_own worst",
+        ),
+        ("clean apgd_ce custom_own_bpda worst", "pgd_20", "custom_own_bpda", "clean custom_own_bpda worst"),
         ("clean worst", "clean", "clean", "clean worst"),
         ("clean worst", "pgd_20", "pgd_20", "clean worst"),  # shared conditions of a comparison
     ],

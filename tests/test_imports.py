@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LAYERS = (
     {"errors", "keys"},
     {"checks"},
-    {"models", "arguments", "intervals"},
+    {"models", "arguments", "intervals", "own_functions"},
     {"class_terms", "linear_bounds"},
     {"losses"},
     {

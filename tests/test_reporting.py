@@ -332,6 +332,8 @@ def test_the_report_says_whether_the_full_square_of_fast_ran(tmp_path, planned, 
         (("autoattack_rand",), ("autoattack_rand",)),
         (("torchattacks",), ("torchattacks",)),
         (("fast_bpda",), ("fast_bpda",)),
+        (("autoattack", "custom_own"), ("autoattack", "custom_own")),
+        (("custom_own_bpda",), ("custom_own_bpda",)),
     ],
 )
 def test_ensembles(tmp_path, ensembles, shown):
@@ -388,6 +390,13 @@ SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly u
             f"{SIXTY} union (AutoAttack + fast) at L∞ 8/255; in the tail classes 60.0 % [46.2, "
             "72.4], as in the head classes. AutoAttack alone leaves 60.5 % [53.6, 67.0]; PMA and APGD-MALT "
             "take 0.5 points more. Compare only AutoAttack's with published figures.",
+        ),
+        (
+            {"pgd_20": [0.8] * 4, "autoattack": [0.6, 0.6, 0.6, 0.62], "custom_own": [0.6] * 4},
+            {"all": range(4)},
+            LINF,
+            f"{SIXTY} Ensemble with own attacks at L∞ 8/255. AutoAttack alone leaves 60.5 % [53.6, 67.0]; "
+            "the attacks after it take 0.5 points more. Compare only AutoAttack's with published figures.",
         ),
         (
             {"pgd_20": [0.8] * 4, "union_bpda": [0.6] * 4},

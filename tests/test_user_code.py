@@ -228,7 +228,7 @@ def test_the_code_of_a_config(modules, monkeypatch):
     monkeypatch.setitem(sys.modules, "own_notebook", types.ModuleType("own_notebook"))
     names = {
         "loss": {"name": "deferred", "base": {"name": "own_loss:mine"}},
-        "evaluation": {"head": {"name": "own_network:Net"}},
+        "evaluation": {"head": {"name": "own_network:Net"}, "autoattack": "apgd_ce,test_user_code:attack"},
         "train": {"augmentation": "randaugment,test_user_code:crop", "start_from": "gs://bucket/run"},
         "method": "mine:second try",
         "model": {"name": "robal_jax.models:small_cnn"},
@@ -239,7 +239,7 @@ def test_the_code_of_a_config(modules, monkeypatch):
     }
     config = base.ConfigDict(names)
     assert list(code_of(config)["code_sha256"]) == ["own_loss", "own_network", "test_user_code"]
-    assert list(code_of(config, evaluated=True)["code_sha256"]) == ["own_network"]
+    assert list(code_of(config, evaluated=True)["code_sha256"]) == ["own_network", "test_user_code"]
     assert code_of(at.get_config("digits_lt")) == {}
 
 

@@ -24,7 +24,8 @@ An attack is put together from these components:
 - *Combination* (``combined``): :func:`multi_targeted` takes an attack and is an attack;
   :func:`shortest_adversarial` follows an attack to the decision boundary; :func:`scaled` takes a model and is
   a model, and so is :func:`bpda` (``bpda_gradient``), which replaces a gradient that leads nowhere.
-- *Ensemble* (``autoattack``): several attacks, of which each sees only the images that are left.
+- *Ensemble* (``autoattack``): several attacks, also of your own, of which each sees only the images that are
+  left.
   ``robal_jax.autoattack`` runs AutoAttack.
 
 Settings are bound with ``functools.partial``; the result is called with a model, a key, images and labels:

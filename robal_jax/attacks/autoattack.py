@@ -32,18 +32,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks
-from robal_jax.attacks.rounds import ATTACKS, Settings
+from robal_jax.attacks.rounds import ATTACKS, Settings, is_own, own_round, require_allowed
 from robal_jax.attacks.threat import (
     INSTEAD_IN_L1,
     NORMS,
+    Attack,
     LogitsFn,
     RandomLogitsFn,
     ThreatModel,
     check_attack,
+    departure,
 )
 from robal_jax.errors import InputError
 from robal_jax.keys import JUDGEMENT, fold_in, image_keys
 from robal_jax.models import closure
+from robal_jax.own_functions import name_of
 
 _STANDARD, _NEWER = ("apgd_ce", "apgd_t", "fab_t", "square"), ("pma", "apgd_malt")
 
@@ -99,6 +102,9 @@ CONDITIONS = {
 }
 """Names of the outcomes of whole versions; the outcome of any other list is called ``custom``."""
 
+CUSTOM_OWN = "custom_own"
+"""Name of the outcome of a list with attacks of the user's own."""
+
 BPDA = "_bpda"
 """End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
 
@@ -126,7 +132,7 @@ def autoattack(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    version: str | Sequence[str] = "standard",
+    version: str | Sequence[str | Attack] = "standard",
     batch_size: int = 500,
     steps: int | None = None,
     queries: int | None = None,
@@ -144,7 +150,8 @@ def autoattack(
       labels: integers ``[n]`` in ``0..K-1``.
       threat: allowed images; one radius, or one per class.
       version: 'standard', 'torchattacks', 'plus', 'rand', 'fast', 'union', 'robal_aa' (APGD-CE and APGD-T),
-        'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
+        'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square']. In a list, 'module:function' or
+        the function itself is an attack of your own, see ``rounds.own_round``.
       batch_size: number of images in each call.
       steps: of each run of APGD, FAB and PMA; those of the version if None: 100, for 'torchattacks' 10, for
         'fast', and in the attacks that 'union' adds, 30.
@@ -155,7 +162,8 @@ def autoattack(
       The adversarial images and the outcome of each attack.
 
     Raises:
-      InputError: the version is unknown, the model has too few classes for it, or its logits are not finite.
+      InputError: the version is unknown, the model has too few classes for it, or its logits are not finite;
+        or an attack of your own breaks its contract, or leaves the threat model.
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
     Source: Croce and Hein (ICML 2020).
@@ -200,6 +208,7 @@ def autoattack(
         for start in range(0, len(ids), size):
             batch = np.take(ids, range(start, start + size), mode="clip")
             x, logits = attacked(stage, arrays, keys[batch], images[batch], labels[batch], np.int32(number))
+            _refuse_departure(stage, x, images[batch], threat.of(labels[batch]))
             finite = np.isfinite(logits).all(-1)[: len(ids) - start]
             require_finite(finite, "clean" if stage is None else stage.name)
             shown.append(np.asarray(x))
@@ -210,18 +219,15 @@ def autoattack(
     num_classes = jax.eval_shape(partial(attacked, None), *first_batch)[1].shape[-1]
     checks.labels_in(num_classes, labels)
     ensemble = stages(version, num_classes, threat=threat, steps=steps, queries=queries)
+    for stage in filter(lambda stage: stage.own, ensemble):  # their contracts, before the first attack
+        jax.eval_shape(partial(attacked, stage), *first_batch)
 
     true = np.asarray(labels)
     progress = begin(true, in_batches(None, np.arange(len(images)), 0)[1])
     for stage in ensemble:
         for _ in run(stage, partial(in_batches, stage), true, progress, size=size):
             pass
-    shown = np.array(images)
-    for number, image in progress.adversarial.items():
-        shown[number] = image
-    robust = {"clean": ~broken_by(progress, CLEAN)}
-    robust |= {stage.name: ~broken_by(progress, stage.last) for stage in ensemble if wanted(stage, progress)}
-    return Found(shown, progress.predictions, robust)
+    return _found(images, ensemble, progress)
 
 
 def require_finite(finite: np.ndarray, condition: str) -> None:
@@ -272,6 +278,11 @@ class Stage(NamedTuple):
     stream: int = 0
 
     @property
+    def own(self) -> bool:
+        """Whether the attack is the user's own."""
+        return is_own(self.name)
+
+    @property
     def last(self) -> int:
         """Number of the last round."""
         return self.first + self.rounds - 1
@@ -281,21 +292,34 @@ class Stage(NamedTuple):
         return fold_in(keys, (self.stream or self.first) + number)
 
 
-def version_name(version: str | Sequence[str]) -> str:
-    """Name of a version, or a list of attacks as one text, separated by commas.
+def _refuse_departure(
+    stage: Stage | None, found: chex.Array, images: chex.Array, threat: ThreatModel
+) -> None:
+    """Refuses images of an attack of the user's own that the threat model does not allow."""
+    if stage is not None and stage.own:
+        far = departure(threat, threat.distance(found, images), threat.outside(found), images[0].size)
+        require_allowed(stage.name, far)
+
+
+def version_name(version: str | Sequence[str | Attack]) -> str:
+    """Name of a version, or a list of attacks as one text, separated by commas; functions by their names.
 
     Args:
       version: see :func:`autoattack`.
 
     Raises:
-      InputError: this is neither a text nor a list of texts, or see :func:`attack_names`.
+      InputError: this is neither a text nor a list of texts and functions, a function has no name by which it
+        can be imported, or see :func:`attack_names`.
 
     Example:
       >>> version_name(["apgd_ce", "square"])
       'apgd_ce,square'
     """
-    names = [version] if isinstance(version, str) else version
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+    listed = [version] if isinstance(version, str) else version
+    if not isinstance(listed, list | tuple):
+        raise _unknown(version)
+    names = [name_of("attack", each) if callable(each) else each for each in listed]
+    if not all(isinstance(name, str) for name in names):
         raise _unknown(version)
     joined = ",".join(names)
     attack_names(joined)
@@ -309,7 +333,7 @@ def attack_names(version: str) -> tuple[str, ...]:
       version: see :func:`autoattack`.
 
     Raises:
-      InputError: a name is unknown, or occurs twice.
+      InputError: a name is unknown, or occurs twice; that of a function in different modules, too.
 
     Example:
       >>> attack_names("standard")
@@ -320,16 +344,21 @@ def attack_names(version: str) -> tuple[str, ...]:
     if version in VERSIONS:
         return VERSIONS[version]
     names = tuple(version.split(","))
-    unknown = [name for name in names if name not in ATTACKS]
+    unknown = [name for name in names if name not in ATTACKS and not is_own(name)]
     if unknown or len(set(names)) < len(names):
         raise _unknown(version)
+    own = [name.partition(":")[2] for name in names if is_own(name)]
+    if len(set(own)) < len(own) or any(name.endswith(BPDA) for name in own):
+        raise InputError(
+            f"two attacks in {version!r} have the same name, or one ends in {BPDA!r}; rename the function"
+        )
     return names
 
 
 def _unknown(version: Any) -> InputError:
     return InputError(
         f"unknown ensemble {version!r}; use 'none', one of {', '.join(VERSIONS)}, "
-        f"or a comma-separated list (no repeats) of {', '.join(ATTACKS)}"
+        f"or a comma-separated list (no repeats) of {', '.join(ATTACKS)}, or your own as 'module:function'"
     )
 
 
@@ -353,7 +382,7 @@ def stages(
 
     Raises:
       InputError: the version is unknown, there are too few classes for the losses of its attacks, or not one
-        radius per class.
+        radius per class; or an attack of the user's own cannot be imported or called.
 
     Example:
       >>> [(stage.name, stage.rounds) for stage in stages("standard", 10, threat=ThreatModel(8 / 255))]
@@ -374,7 +403,7 @@ def stages(
                 f"{name} needs at least {needed} classes, and the model has {num_classes}; use attacks that "
                 f"need fewer, such as {few}"
             )
-    if in_l1 and (others := [name for name in names if name not in IN_L1]):
+    if in_l1 and (others := [name for name in names if name not in IN_L1 and not is_own(name)]):
         instead = INSTEAD_IN_L1 if num_classes > len(IN_L1) else f"use {few}"
         raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {instead}")
     restarts = 5 if version == "plus" or (in_l1 and version != "rand") else 1
@@ -387,7 +416,8 @@ def stages(
         asked = QUERIES.get(part, 5000) if queries is None else queries
         checks.at_least(1, steps=length, queries=asked)
         settings = Settings(threat, length, asked, eot, part in _RESCALED, targets)
-        return partial(ATTACKS["square" if name == full else name], settings=settings)
+        attack = own_round(name) if is_own(name) else ATTACKS["square" if name == full else name]
+        return partial(attack, settings=settings)
 
     def stage(name: str, count: int, first: int) -> Stage:
         if name != full:
@@ -395,7 +425,7 @@ def stages(
         of_standard = 1 + 2 * targets + 1  # after one round of APGD-CE, and those of APGD-T and FAB-T
         return Stage(name, attack(name), count, first, conditional=True, stream=of_standard)
 
-    own = dict.fromkeys(SQUARES, 1) | {"pma": 2, "apgd_malt": min(3, targets)}
+    own = dict.fromkeys((*SQUARES, *filter(is_own, names)), 1) | {"pma": 2, "apgd_malt": min(3, targets)}
     rounds = [{"apgd_t": targets, "fab_t": targets, **own}.get(name, restarts) for name in names]
     return tuple(
         stage(name, count, 1 + sum(rounds[:place]))
@@ -492,6 +522,16 @@ def wanted(stage: Stage, progress: Progress) -> bool:
     return not stage.conditional or bool((progress.broken_in == stage.first - 1).any())
 
 
+def _found(images: chex.Array, ensemble: Sequence[Stage], progress: Progress) -> Found:
+    """The images, predictions and outcomes of an ensemble that is done."""
+    shown = np.array(images)
+    for number, image in progress.adversarial.items():
+        shown[number] = image
+    robust = {"clean": ~broken_by(progress, CLEAN)}
+    robust |= {stage.name: ~broken_by(progress, stage.last) for stage in ensemble if wanted(stage, progress)}
+    return Found(shown, progress.predictions, robust)
+
+
 def work_left(stage: Stage, progress: Progress) -> int:
     """Number of images that the rounds of a stage have yet to attack, if no further image breaks."""
     if progress.round > stage.last or not wanted(stage, progress):
@@ -507,7 +547,8 @@ def outcomes(
 
     These are ``apgd_ce`` after that attack, ``robal_aa`` after RoBal's pair and ``autoattack`` after all,
     if the ensemble begins with them in their standard form, and the whole version by its name in
-    ``CONDITIONS``, with ``BPDA`` at the end if it has such stages.
+    ``CONDITIONS``, with ``BPDA`` at the end if it has such stages. Only the whole has the outcomes of attacks
+    of the user's own; it is ``CUSTOM_OWN``.
     """
     names = tuple(stage.name for stage in stages)
     after = {}
@@ -519,7 +560,8 @@ def outcomes(
             if names[:count] == _STANDARD[:count]
         }
     if stages[-1].last not in after.values():
-        whole = (CONDITIONS | {"robal_aa": "robal_aa", "none": "pgd_20"}).get(version, "custom")
+        custom = CUSTOM_OWN if any(stage.own for stage in stages) else "custom"
+        whole = (CONDITIONS | {"robal_aa": "robal_aa", "none": "pgd_20"}).get(version, custom)
         after[whole + BPDA * any(stage.bpda for stage in stages)] = stages[-1].last
     return {
         name: np.where(broken_by(progress, last), progress.predictions, labels)

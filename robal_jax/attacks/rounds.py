@@ -1,6 +1,7 @@
 """One round of each attack that an ensemble may have; ``autoattack.py`` has the ensembles.
 
-A round is numbered from 0 in its stage; it has its own target, or its own start.
+A round is numbered from 0 in its stage; it has its own target, or its own start. An attack of the user's own
+has one round, see :func:`own_round`.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.square_attack import square
 from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
+from robal_jax.errors import InputError
+from robal_jax.own_functions import broken, calling, described, imported, signature_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +146,62 @@ ATTACKS: dict[str, Callable[..., chex.Array]] = {
     "apgd_malt": _apgd_malt,
 }
 """Attacks by name: ``(logits_fn, keys [B], images, labels, number of the round, *, settings) -> images``."""
+
+
+def is_own(name: str) -> bool:
+    """Whether an attack is the user's own, ``module:function``, by the name of the attack or its stage."""
+    return ":" in name
+
+
+def own_round(name: str) -> Callable[..., chex.Array]:
+    """The one round of an attack of the user's own, in the form of ``ATTACKS``.
+
+    Args:
+      name: ``module:function``, of ``(logits_fn, keys [B], images [B, H, W, C], labels [B], *, threat)`` to
+        images of the same shape and type, within the threat model. ``threat.epsilon`` is a number, or an
+        array ``[B]`` if the radii differ.
+
+    Raises:
+      InputError: it cannot be imported, or it cannot be called like this; when the round is traced: it fails,
+        or returns anything else. The message is one line.
+    """
+    function = imported("attack", name)
+    try:
+        signature_of("attack", name, function).bind("logits_fn", "keys", "images", "labels", threat=None)
+    except TypeError as error:
+        raise broken("attack", name, f"cannot be called ({error})") from error
+
+    def attack(
+        logits_fn: LogitsFn,
+        keys: chex.PRNGKey,
+        images: chex.Array,
+        labels: chex.Array,
+        number: chex.Array,
+        *,
+        settings: Settings,
+    ) -> chex.Array:
+        del number
+        with calling("attack", name):
+            found = function(logits_fn, keys, images, labels, threat=settings.threat.of(labels, images.dtype))
+        if [getattr(found, key, None) for key in ("shape", "dtype")] != [images.shape, images.dtype]:
+            raise broken("attack", name, f"returns {described(found)} for images {described(images)}")
+        return found
+
+    return attack
+
+
+def require_allowed(name: str, departure: str) -> None:
+    """Refuses what an attack of the user's own makes outside of the threat model; other attacks never do.
+
+    Args:
+      name: of an attack.
+      departure: how far it left the threat model, see ``threat.departure``.
+
+    Raises:
+      InputError: it left the threat model.
+    """
+    if departure and is_own(name):
+        raise InputError(
+            f"attack {name!r} left the threat model ({departure}); return images within its radius and its "
+            "bounds, such as threat.project(adversarial, images)"
+        )

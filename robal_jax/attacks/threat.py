@@ -40,6 +40,9 @@ NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
 COMMON_NORMS = ("linf", "l2")
 """Norms that all attacks know; AutoPGD knows the others, too."""
 
+# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each.
+DISTANCE_TOLERANCE = 4 * 2.0**-23
+
 INSTEAD_IN_L1 = "use apgd, or autoattack with a list of apgd_ce, apgd_dlr, apgd_t such as version='robal_aa'"
 
 
@@ -237,6 +240,49 @@ class ThreatModel:
         if self.norm == "l1":
             return jnp.abs(delta).sum(per_image(delta))
         return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
+
+    def outside(self, candidates: chex.Array) -> chex.Array:
+        """How far the pixels of each candidate are outside of the bounds, ``[B]``; negative inside.
+
+        Example:
+          >>> print(ThreatModel(0.1).outside(jnp.array([[0.25, 0.5], [0.0, 1.5]])))
+          [-0.25  0.5 ]
+        """
+        axes = per_image(candidates)
+        return jnp.maximum(self.lower - candidates.min(axes), candidates.max(axes) - self.upper)
+
+
+def distance_tolerance(threat: ThreatModel, pixels: int = 1) -> float:
+    """Returns by how much rounding may take an image beyond its radius.
+
+    It grows with the bounds of the images. In L2 the squares of the errors of the pixels add up.
+
+    Args:
+      threat: its norm and its bounds.
+      pixels: numbers per image.
+    """
+    largest = max(abs(threat.lower), abs(threat.upper), 1.0)
+    return DISTANCE_TOLERANCE * largest * (pixels**0.5 if threat.norm == "l2" else 1.0)
+
+
+def departure(threat: ThreatModel, distance: chex.Array, outside: chex.Array, pixels: int = 1) -> str:
+    """Says how far the farthest image is from what a threat model allows; '' if all are allowed.
+
+    Args:
+      threat: with one radius, or one per image.
+      distance: of each image from its clean one, ``[B]``.
+      outside: how far its pixels are outside of the bounds, ``[B]``.
+      pixels: numbers per image.
+
+    Example:
+      >>> departure(ThreatModel(0.1), np.array([0.1, 0.25]), np.array([0.0, 0.0]))
+      'distance 0.25'
+    """
+    within = np.asarray(threat.epsilon) + distance_tolerance(threat, pixels)
+    for field, found, largest in ("distance", distance, within), ("outside", outside, 0):
+        if not (found <= largest).all():  # NaN is not
+            return f"{field} {found.max()}"
+    return ""
 
 
 def check_attack(

@@ -1,18 +1,16 @@
 """Contracts of the functions that a config names, checked before any long work starts.
 
-``CONTRACTS`` has the words of the messages. In full, the contract of a kind is written above its table:
-``models.BACKBONES``, ``classifiers.HEADS``, ``losses.LOSSES``, ``objectives.OBJECTIVES``,
+``own_functions.CONTRACTS`` has the words of the messages. In full, the contract of a kind is written above
+its table: ``models.BACKBONES``, ``classifiers.HEADS``, ``losses.LOSSES``, ``objectives.OBJECTIVES``,
 ``optimizers.SCHEDULES`` and ``OPTIMIZERS``, ``data.sources.SOURCES``, ``data.AUGMENTATIONS``.
 
 Functions are traced for shapes as they will be called, with one part of a batch on each device; nothing is
-computed. :func:`calling` turns any error of a user's own function into one line.
+computed. :func:`own_functions.calling` turns any error of a user's own function into one line.
 """
 
-import contextlib
 import functools
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,25 +25,9 @@ from robal_jax.averages import Average, Weights
 from robal_jax.class_statistics import ClassStatistics
 from robal_jax.data import Dataset
 from robal_jax.devices.parallel import AXIS
-from robal_jax.errors import InputError, one_line, place_in
+from robal_jax.errors import InputError
+from robal_jax.own_functions import broken, calling, described
 from robal_jax.perturbations import Perturbation
-
-CONTRACTS = {
-    "data set": "return a robal_jax.data.Dataset",
-    "model": "be a flax.linen module without dropout, from (images [B, H, W, C], train) to floats [B, D]",
-    "head": "be a flax.linen module without dropout, from (features [B, D], train) to floats [B, K]",
-    "loss": "take (logits [B, K], labels [B]) and return one float per example, [B]",
-    "objective": "take (model, params, stats, batch) and return (loss, Outcome(moments, metrics))",
-    "perturbation": "return a robal_jax.perturbations.Perturbation whose params are like the params",
-    "budget": "return one radius per class, [K] numbers > 0",
-    "class statistics": "return robal_jax.class_statistics.ClassStatistics of floats that keep their shapes",
-    "average": "return a robal_jax.averages.Average of params, and perhaps stats, that are like the weights",
-    "schedule": "take epochs and return one finite learning rate >= 0 per epoch; or take steps_per_epoch, "
-    "too, and return one per step",
-    "augmentation": "take (keys [B], uint8 images [B, H, W, C], size) and return uint8 images [B, *size, C]",
-    "optimizer": "return an optax.GradientTransformation whose updates are like the parameters",
-}
-"""The contract of each kind of function, in words that continue 'it must'."""
 
 DIFFERENTIABLE = "make it differentiable: no argmax, rounding, comparison or stop_gradient on the way"
 
@@ -70,48 +52,6 @@ def told(function: functools.partial, values: Mapping[str, Any]) -> functools.pa
             inner = told(part, values)
             late |= {} if inner is part else {name: inner}
     return functools.partial(function, **late) if late else function
-
-
-def broken(kind: str, name: str, what: str) -> InputError:
-    """Returns the error of a function that breaks the contract of its kind."""
-    return InputError(f"{kind} {name!r} {what}; it must {CONTRACTS[kind]}")
-
-
-@contextlib.contextmanager
-def calling(kind: str, name: str) -> Iterator[None]:
-    """Turns an error of a function into one line that names the function and the place.
-
-    Of the library's own functions only a ``ValueError`` is the user's doing; others are left alone.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if ":" in name:
-            place = _place(name, error)
-            if isinstance(error, checks.UNTRACEABLE):
-                raise InputError(f"{kind} {name!r} {checks.NEEDS_VALUES}{place}") from error
-            raise broken(kind, name, f"fails with {one_line(error)}{place}") from error
-        if isinstance(error, ValueError):
-            raise InputError(
-                f"{kind} {name!r} cannot be used here: {' '.join(str(error).split())}"
-            ) from error
-        raise
-
-
-def _place(name: str, error: Exception) -> str:
-    """Returns the line of the function's own file where an error arose, ' (my.py:12)', if it is known."""
-    return place_in(getattr(sys.modules.get(name.partition(":")[0]), "__file__", None), error)
-
-
-def described(found: Any) -> str:
-    """Says what a function returned: shape and type of an array, the kind of anything else."""
-    if hasattr(found, "shape") and hasattr(found, "dtype"):
-        return f"{found.dtype}{list(found.shape)}"
-    if isinstance(found, tuple | list) and not hasattr(found, "_fields"):
-        return f"a {type(found).__name__} ({', '.join(map(described, found))})"
-    return "None" if found is None else f"a {type(found).__name__}"
 
 
 def is_float(found: Any, shape: tuple[int | None, ...]) -> bool:

@@ -16,7 +16,6 @@ from robal_jax import classifiers, metrics, models
 from robal_jax.attacks import NORMS, ThreatModel, autoattack, check_minimum_norm
 from robal_jax.budgets import BUDGETS
 from robal_jax.builder import contracts
-from robal_jax.builder.contracts import calling
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.parts import dataset, generated_per_batch, hold_out, model
 from robal_jax.builder.ranges import validate
@@ -24,6 +23,7 @@ from robal_jax.data import TestSet, balanced_part, corruptions, part_of
 from robal_jax.data.sources import SOURCES
 from robal_jax.devices.cpu import at_once
 from robal_jax.errors import InputError
+from robal_jax.own_functions import calling
 from robal_jax.storage.config_file import ingredients, to_json
 from robal_jax.storage.workdir import data_digest
 

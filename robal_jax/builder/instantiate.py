@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_origin
@@ -10,9 +9,9 @@ from typing import Any, get_origin
 import numpy as np
 from ml_collections import ConfigDict
 
-from robal_jax.builder.contracts import broken, described
 from robal_jax.builder.ranges import BOOLEAN, INTEGER, NUMBER, TEXT, Rule
-from robal_jax.errors import InputError, one_line, shown
+from robal_jax.errors import InputError, shown
+from robal_jax.own_functions import broken, imported, signature_of
 
 POSITIONAL = {
     "loss": ("logits", "labels"),
@@ -105,7 +104,7 @@ def named(kind: str, table: Mapping[str, Callable[..., Any]], name: str) -> Call
       InputError: the name is unknown, or the user's own function cannot be imported.
     """
     if ":" in name:
-        return _import(kind, name)
+        return imported(kind, name)
     if name not in table:
         raise InputError(
             f"unknown {kind} {name!r}; use one of {', '.join(table)}, or your own as 'module:function'"
@@ -151,37 +150,9 @@ def _settable(kind: str, known: Sequence[str], given: Collection[str]) -> list[s
     return [key for key in known if key not in ("name", *given, *LATE.get(kind, ()))]
 
 
-def _import(kind: str, name: str) -> Callable[..., Any]:
-    """Imports a user's function; whatever the file raises, its error becomes one line."""
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise InputError(
-            f"cannot import the {kind} {name!r} ({one_line(error)}); correct the name, or add its folder to "
-            "PYTHONPATH"
-        ) from error
-    if not callable(function):
-        raise broken(kind, name, f"is {described(function)}, not a function")
-    return function
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Returns a function's signature; annotations that are strings are evaluated, if they can be."""
-    try:
-        return inspect.signature(function, eval_str=True)
-    except ValueError:
-        raise
-    except Exception:  # of a name that only type checkers know
-        return inspect.signature(function)
-
-
 def _parameters(kind: str, name: str, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Returns a function's parameters; they must have room for the arguments given by position."""
-    try:
-        signature = _signature(function)
-    except ValueError as error:  # of some functions written in C
-        raise broken(kind, name, "does not tell its parameters") from error
+    signature = signature_of(kind, name, function)
     by_position = POSITIONAL.get(kind, ())
     try:
         signature.bind_partial(*by_position)

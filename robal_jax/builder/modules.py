@@ -7,8 +7,9 @@ import jax
 from jax.interpreters import partial_eval
 
 from robal_jax import models
-from robal_jax.builder.contracts import broken, described, is_float, names, traced, unlike
+from robal_jax.builder.contracts import is_float, names, traced, unlike
 from robal_jax.errors import InputError
+from robal_jax.own_functions import broken, described
 
 
 def check_module(

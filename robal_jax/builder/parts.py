@@ -14,7 +14,7 @@ from robal_jax import budgets, classifiers, models, optimizers
 from robal_jax.averages import AVERAGES, Average
 from robal_jax.budgets import BUDGETS, LEARNED, Budget
 from robal_jax.builder import contracts, modules
-from robal_jax.builder.contracts import calling, takes
+from robal_jax.builder.contracts import takes
 from robal_jax.builder.instantiate import call
 from robal_jax.class_statistics import CLASS_STATISTICS, ClassStatistics
 from robal_jax.data import (
@@ -33,6 +33,7 @@ from robal_jax.devices.cpu import cpu_piece
 from robal_jax.errors import InputError
 from robal_jax.keys import fold_in
 from robal_jax.models import convolutions
+from robal_jax.own_functions import calling
 from robal_jax.perturbations import PERTURBATIONS, Perturbation
 from robal_jax.storage import buckets
 

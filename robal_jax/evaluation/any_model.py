@@ -16,7 +16,7 @@ import numpy as np
 
 from robal_jax import builder, checks, metrics
 from robal_jax.attacks import NORMS, ThreatModel, autoattack, bpda, check_minimum_norm
-from robal_jax.attacks.threat import check_attack
+from robal_jax.attacks.threat import Attack, check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.data.corruptions import check_images
 from robal_jax.devices import hosts
@@ -41,7 +41,7 @@ def evaluate_model(
     labels: chex.Array,
     *,
     threat: ThreatModel,
-    version: str | Sequence[str] = "standard",
+    version: str | Sequence[str | Attack] = "standard",
     step_size: float | None = None,
     class_counts: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
@@ -74,7 +74,8 @@ def evaluate_model(
       labels: their classes, integers ``[n]``; every class must occur.
       threat: what the attacks may do; with one radius, or one per class, ``ThreatModel((0.1, 0.2, ...))``.
       version: of the ensemble: 'standard' (AutoAttack), 'robal_aa', 'torchattacks', 'fast', 'union', 'plus',
-        'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square'].
+        'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square']. In a list, 'module:function' or
+        the function itself is an attack of your own, see :func:`robal_jax.autoattack`.
       step_size: of PGD, MIM and CW; epsilon / 4, of each class its own, if None.
       class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
         Without them the report has no such groups.
@@ -87,9 +88,9 @@ def evaluate_model(
       surrogate_fn: the same model with each part that has no gradient, or a saturating one, replaced by a
         differentiable one, images to logits. PGD-20, on the cross-entropy and on the margin, and each attack
         of the ensemble that follows a gradient then run again, with the true model's logits and this
-        gradient (BPDA, see :func:`~robal_jax.attacks.bpda`), and the minimum-norm attack, too. What they
-        break counts, and the audit says whether the model's own gradient misled. It has nothing to do with
-        ``surrogate``, which is another model.
+        gradient (BPDA, see :func:`~robal_jax.attacks.bpda`), attacks of your own and the minimum-norm attack,
+        too. What they break counts, and the audit says whether the model's own gradient misled. It has
+        nothing to do with ``surrogate``, which is another model.
       minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,
@@ -117,8 +118,8 @@ def evaluate_model(
 
     Raises:
       ValueError: images, labels or logits have a wrong shape, type or range; or JAX traces the call.
-      InputError: no such ensemble, the folder cannot be used, or it has another evaluation; or the model
-        cannot be certified.
+      InputError: no such ensemble, the folder cannot be used, or it has another evaluation; the model cannot
+        be certified; or an attack of your own breaks its contract, or leaves the threat model.
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)

@@ -14,11 +14,11 @@ import numpy as np
 
 from robal_jax import builder, certificates, metrics
 from robal_jax.attacks import NORMS, LogitsFn, ThreatModel
+from robal_jax.attacks.threat import distance_tolerance
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError
 from robal_jax.evaluation.additions import Addition, Arrays
 from robal_jax.evaluation.outcomes import broken_though_certified
-from robal_jax.evaluation.steps import distance_tolerance
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.results import EvaluatedRun
 from robal_jax.storage.names import CERTIFIED

@@ -282,14 +282,17 @@ def _after_gradients(
 
     Square is that of the ensemble, after the gradient attacks before it, or without one the audit's on its
     sample, after all. It is None if it does not follow strong ones: there are none, or some of AutoAttack's
-    come later, and might have broken the same images.
+    come later, and might have broken the same images. Nobody knows whether an attack of the user's own
+    follows a gradient: after these it changes nothing here, and before one of them it is None.
     """
+    ensemble = [stage for stage in job.ensemble if not stage.own]
     survived = _survive_fixed_steps(predictions, labels)
     by_square = np.zeros(len(labels), bool)
-    names = [stage.name for stage in job.ensemble]
+    names = [stage.name for stage in ensemble]
     squares = [place for place, name in enumerate(names) if name in autoattack.SQUARES]
     last = squares[-1] if squares else len(names)
-    for stage in job.ensemble[: last + 1]:
+    judged = ensemble[: last + 1]
+    for stage in judged:
         in_stage = autoattack.broken_in(stage, found)
         survived &= ~in_stage | (stage.name in autoattack.SQUARES)
         by_square |= in_stage & (stage.name in autoattack.SQUARES)
@@ -297,8 +300,9 @@ def _after_gradients(
     if not squares:
         by_square[sample.ids] = ~sample.measured["gradient_free"]["right"]
         clean &= np.isin(np.arange(len(labels)), sample.ids)
-    before, later = {*names[:last]}, any(not stage.bpda for stage in job.ensemble[last + 1 :])
+    before, later = {*names[:last]}, any(not stage.bpda for stage in ensemble[last + 1 :])
     strong = before >= {*autoattack.VERSIONS["standard"]} - {*autoattack.SQUARES} or not later
+    strong &= judged == [*job.ensemble[: len(judged)]]
     return survived[clean], by_square[clean] if strong and before - {*autoattack.SQUARES} else None
 
 

@@ -42,6 +42,7 @@ from robal_jax.evaluation.measurements import (
     sample_ids,
     without_bound,
 )
+from robal_jax.evaluation.own_attacks import check_own_attacks
 from robal_jax.evaluation.steps import CONDITIONS, attack_step, check, closest_step, eval_step
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting import report
@@ -184,7 +185,8 @@ def attack_and_report(
       Whether the evaluation is finished; if not, it was stopped, and the same call resumes it.
 
     Raises:
-      InputError: another process works in the folder, or it has another evaluation or other files.
+      InputError: another process works in the folder, or it has another evaluation or other files; or an
+        attack of the user's own breaks its contract, or leaves the threat model.
       ReportError: the results are stored, but the report could not be written.
     """
     job = subject.job
@@ -192,6 +194,7 @@ def attack_and_report(
     victim = as_victim(job, subject.weights)
     certifying.check_certifiable(victim, job)
     optimality.check_comparable(job)
+    check_own_attacks(job, subject.weights)
     if subject.surrogate is not None:
         _refuse_itself(victim, subject.surrogate)
     test_set = digest_of_images(job.test.images, job.test.labels)

@@ -21,29 +21,14 @@ from robal_jax.attacks import (
     RandomLogitsFn,
     ThreatModel,
     autoattack,
+    rounds,
     starting_points,
     uniform_start,
 )
+from robal_jax.attacks.threat import departure
 
 CONDITIONS = ("clean", "fgsm", "pgd_5", "pgd_10", "pgd_20", "mim_20", "cw_20")
 """The clean images and the attacks with fixed steps, with their numbers of steps."""
-
-# |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each.
-DISTANCE_TOLERANCE = 4 * 2.0**-23
-
-
-def distance_tolerance(threat: ThreatModel, pixels: int = 1) -> float:
-    """Returns by how much rounding may take an image beyond its radius.
-
-    It grows with the bounds of the images. In L2 the squares of the errors of the pixels add up.
-
-    Args:
-      threat: its norm and its bounds.
-      pixels: numbers per image.
-    """
-    largest = max(abs(threat.lower), abs(threat.upper), 1.0)
-    return DISTANCE_TOLERANCE * largest * (pixels**0.5 if threat.norm == "l2" else 1.0)
-
 
 Judged = dict[str, chex.Array]
 """``pred`` int32 ``[B]``; ``distance`` ``[B]``, in the threat model's norm; ``outside`` ``[B]``, how far
@@ -52,11 +37,11 @@ pixels are outside of its bounds; ``finite`` bool ``[B]``, whether the logits ar
 
 def judge(logits_fn: LogitsFn, shown: chex.Array, images: chex.Array, threat: ThreatModel) -> Judged:
     """Returns how the model classifies ``shown``, and how far it is from ``images`` and the bounds."""
-    logits, axes = checks.logits_of(len(shown), logits_fn(shown)), tuple(range(1, shown.ndim))
+    logits = checks.logits_of(len(shown), logits_fn(shown))
     return {
         "pred": jnp.argmax(logits, axis=-1).astype(jnp.int32),
         "distance": threat.distance(shown, images),
-        "outside": jnp.maximum(threat.lower - shown.min(axes), shown.max(axes) - threat.upper),
+        "outside": threat.outside(shown),
         "finite": jnp.isfinite(logits).all(-1),
     }
 
@@ -141,6 +126,7 @@ def with_bpda(
 
     First come the attacks with the model's own gradient, then PGD-20 and the same attacks with BPDA, and last
     Square, which follows no gradient. What BPDA breaks has therefore survived the model's own gradient.
+    Attacks of the user's own are taken for ones that follow a gradient.
     PGD-20 has two rounds, on the cross-entropy and on the margin, which does not saturate in large logits.
 
     Args:
@@ -164,7 +150,7 @@ def with_bpda(
         settings: dict[str, Any] = {"steps": 20, "step_size": step_size, "eot": int(random)}
         return attacks.pgd(model, keys, x, labels, threat=threat, loss=loss, **settings)
 
-    own = [stage for stage in ensemble if stage.name not in autoattack.SQUARES]
+    own = [stage for stage in ensemble if stage.name not in autoattack.SQUARES]  # the user's, too
     again = [autoattack.Stage("pgd_20", pgd, 2, 1), *own]
     ordered = [
         *own,
@@ -235,11 +221,11 @@ def check(condition: str, judged: Mapping[str, np.ndarray], threat: ThreatModel,
       pixels: numbers per image.
 
     Raises:
-      InputError: logits that are not finite.
+      InputError: logits that are not finite, or an attack of the user's own left the threat model.
       RuntimeError: an image outside of the threat model.
     """
+    far = departure(threat, judged["distance"], judged["outside"], pixels)
+    rounds.require_allowed(condition, far)
     autoattack.require_finite(judged["finite"], condition)
-    within = np.asarray(threat.epsilon) + distance_tolerance(threat, pixels)
-    for field, largest in ("distance", within), ("outside", 0):
-        if not (judged[field] <= largest).all():  # NaN is not
-            raise RuntimeError(f"attack {condition} left the threat model: {field} {judged[field].max()}")
+    if far:
+        raise RuntimeError(f"attack {condition} left the threat model: {far}")

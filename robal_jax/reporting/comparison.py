@@ -41,7 +41,7 @@ _TEST_SET = "test_set_sha256"
 
 
 # An ensemble that somebody listed has one of these names, whatever its attacks are.
-_LISTED = {"custom", "custom_bpda"}
+_LISTED = {"custom", "custom_bpda", "custom_own", "custom_own_bpda"}
 
 # What an evaluation says of the model itself.
 _JUDGED = ("evaluation.weights", "evaluation.logit_scale", "evaluation.tau_p", "evaluation.head.")

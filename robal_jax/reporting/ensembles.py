@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robal_jax.reporting.headline import beside_autoattack
-from robal_jax.reporting.names import AUTOATTACK, BPDA, display_name
+from robal_jax.reporting.names import AUTOATTACK, BPDA, OWN, display_name
 from robal_jax.reporting.results import Results
 
 FULL_SQUARE = "square_full"
@@ -30,6 +30,10 @@ _TEXTS = {
         "is AutoAttack, and then PMA and APGD-MALT as in fast on the images that are left, so its accuracy "
         "is at most that of AutoAttack. It is no figure of AutoAttack and must not be compared with one."
     ),
+    OWN: (
+        "has attacks that whoever evaluated the model wrote or chose, named as module:function. It is no "
+        "figure of AutoAttack and must not be compared with one."
+    ),
 }
 
 
@@ -37,6 +41,7 @@ def ensemble_notes(results: Results) -> list[tuple[str, str]]:
     """Returns a note on each ensemble among the conditions: its name, and a text."""
     conditions, items = results.conditions, []
     more = {"fast": _full_square, "fast" + BPDA: _full_square, "union": beside_autoattack}
+    more |= dict.fromkeys((OWN, OWN + BPDA), _own_attacks)
     for name, text in _TEXTS.items():
         for found in (name, name + BPDA):
             if found in conditions:
@@ -50,12 +55,21 @@ def ensemble_notes(results: Results) -> list[tuple[str, str]]:
         )
         items.append(("BPDA", text))
     if not any(name in conditions for name in AUTOATTACK):
+        own = {OWN, OWN + BPDA} & {*conditions}
+        tight = "perhaps less tight" if own else "less tight"  # own attacks may be stronger
         text = (
-            "was not run. The accuracies above are upper bounds of the robust accuracy, less tight than that "
+            f"was not run. The accuracies above are upper bounds of the robust accuracy, {tight} than that "
             "of AutoAttack; those of the attacks with a fixed step size are the least tight."
         )
         items.append(("AutoAttack", text))
     return items
+
+
+def _own_attacks(results: Results) -> str:
+    names = (name.removesuffix(BPDA) for name in results.meta.get("autoattack", ()) if ":" in name)
+    listed = f"Here: {', '.join(dict.fromkeys(names))}."
+    both = {OWN, "autoattack"} <= {*results.conditions}
+    return f"{listed} {beside_autoattack(results)}" if both else listed
 
 
 def full_square(meta: Mapping[str, Any]) -> bool | None:

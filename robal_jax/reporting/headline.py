@@ -7,6 +7,7 @@ from robal_jax.reporting.names import (
     AUTOATTACK,
     BPDA,
     BY_CLASS,
+    OWN,
     display_name,
     group_name,
     percent,
@@ -40,7 +41,7 @@ def in_words(results: Results) -> str:
         + (f" at {where}" if where else "")
         + f"{_tail(results, row)}."
     )
-    if attack == "union":
+    if attack == "union" or (attack == OWN and "autoattack" in results.conditions):
         sentence += f" {beside_autoattack(results)}"
     elif attack == "union" + BPDA:
         sentence += " This is no figure of AutoAttack; do not compare it with one."
@@ -53,15 +54,19 @@ def in_words(results: Results) -> str:
 
 
 def beside_autoattack(results: Results) -> str:
-    """Returns AutoAttack's accuracy and how far that of 'union' lies below it; both among the conditions.
+    """Returns AutoAttack's accuracy, and how far that of an ensemble that begins with it lies below it.
+
+    This is 'union' or one with own attacks; both must be among the conditions.
 
     'AutoAttack alone leaves 70.0 % [63.3, 75.9]; PMA and APGD-MALT take 0.5 points more. Compare only
     AutoAttack's with published figures.'
     """
-    alone, both = (results.conditions[name]["accuracy"] for name in ("autoattack", "union"))
+    whole = "union" if "union" in results.conditions else OWN
+    later = "PMA and APGD-MALT" if whole == "union" else "the attacks after it"
+    alone, both = (results.conditions[name]["accuracy"] for name in ("autoattack", whole))
     points = 100 * (alone["value"] - both["value"])
     return (
-        f"AutoAttack alone leaves {with_interval(alone, space=' % ')}; PMA and APGD-MALT take "
+        f"AutoAttack alone leaves {with_interval(alone, space=' % ')}; {later} take "
         f"{points:.1f} points more. Compare only AutoAttack's with published figures."
     )
 

@@ -14,12 +14,17 @@ BPDA = "_bpda"
 """End of the names of attacks that follow the gradient of an approximation, and of ensembles with them."""
 
 _WHOLE = ("union", "autoattack_plus", "autoattack")
+OWN = "custom_own"
+"""An ensemble with attacks of the evaluator's own; at least as strong as all parts of it that have a name."""
+
 _OTHERS = ("autoattack_rand", "torchattacks", "fast", "custom", "robal_aa")
 
 AUTOATTACK = (*(name + BPDA for name in _WHOLE), *_WHOLE)
 """Conditions with all attacks of AutoAttack, the strongest first."""
 
-ENSEMBLES = (*(name + BPDA for name in (*_WHOLE, *_OTHERS, "pgd_20")), *_WHOLE, *_OTHERS, "apgd_ce")
+ENSEMBLES = (
+    *(name + BPDA for name in (OWN, *_WHOLE, *_OTHERS, "pgd_20")), OWN, *_WHOLE, *_OTHERS, "apgd_ce",
+)  # fmt: skip
 """Conditions that are ensembles of attacks, the strongest first."""
 
 _NAMES = {
@@ -35,20 +40,25 @@ _NAMES = {
     "fast": "fast (PMA + APGD-MALT + Square)",
     "union": "union (AutoAttack + fast)",
     "custom": "Own ensemble",
+    OWN: "Ensemble with own attacks",
 }
 
 _NAMES_IN_PAPER = {"robal_aa": "AA"}
 
 
 def display_name(condition: str) -> str:
-    """Returns the name of a condition for people.
+    """Returns the name of a condition for people; an attack of the evaluator's own has that of the function.
 
     Example:
       >>> display_name("clean"), display_name("pgd_20"), display_name("autoattack_bpda")
       ('Clean', 'PGD-20', 'AutoAttack + BPDA')
+      >>> display_name("my_attacks:noise")
+      'noise (own)'
     """
     plain = condition.removesuffix(BPDA)
-    return _NAMES.get(plain, plain.upper().replace("_", "-")) + " + BPDA" * (plain != condition)
+    own = plain.partition(":")[2]
+    name = f"{own} (own)" if own else _NAMES.get(plain, plain.upper().replace("_", "-"))
+    return name + " + BPDA" * (plain != condition)
 
 
 def paper_name(condition: str) -> str:
@@ -68,10 +78,10 @@ def headline_attack(conditions: Collection[str], main_attack: str) -> str:
 def headline(conditions: Collection[str], main_attack: str) -> list[str]:
     """Returns the conditions to see at a glance; the main attack may itself be 'clean' or 'worst'.
 
-    AutoAttack stands beside 'union', which is no figure to compare.
+    AutoAttack stands beside 'union' and an ensemble with own attacks, which are no figures to compare.
     """
     strongest = headline_attack(conditions, main_attack)
-    beside = ("autoattack",) if strongest == "union" else ()
+    beside = ("autoattack",) if strongest in ("union", OWN) else ()
     names = ("clean", main_attack, *beside, strongest, "worst")
     return [name for name in dict.fromkeys(names) if name in conditions]
 

@@ -32,7 +32,9 @@ def code_of(config: ConfigDict, *, evaluated: bool = False) -> dict[str, dict[st
     """
     fields = json.loads(config.to_json())
     flat = evaluation_fields(fields) if evaluated else flatten(fields)
-    named = [value for field, value in flat.items() if field.endswith((".name", ".augmentation"))]
+    named = [
+        value for field, value in flat.items() if field.endswith((".name", ".augmentation", ".autoattack"))
+    ]
     functions = [name for value in named for name in str(value).split(",") if ":" in name]
     modules = sorted({name.partition(":")[0] for name in functions})
     own = {module: _sha256(module) for module in modules if module.partition(".")[0] != "robal_jax"}
