@@ -217,6 +217,12 @@ def test_progress_never_ends_a_job(monkeypatch, stream):
             meter.update(done, "loss 1.0")
 
 
+@pytest.mark.parametrize(("done", "lines"), [(0, []), (2, ["train 2/3  resumed"]), (3, [])])
+def test_a_job_that_goes_on_says_so_at_once(capsys, done, lines):
+    with Meter("train", 3, done):
+        assert capsys.readouterr().err.splitlines() == lines
+
+
 def test_a_terminal_that_is_lost_ends_no_job(monkeypatch):
     class Terminal(Broken):
         def isatty(self):

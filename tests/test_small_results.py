@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ def evaluated(seed, n, conditions=CONDITIONS, counts=COUNTS, method="AT", **meta
         found[name] = np.where(right, labels, (labels + 1) % 10)
     examples = {"labels": labels, "ids": np.arange(n), **{f"pred_{k}": v for k, v in found.items()}}
     verdicts = [{"title": "Steps", "outcome": "passed"}]
-    curves = {"scale": {"x": [1.0, 10.0], "series": {"PGD-20": [{"value": 0.25, "low": 0, "high": 1}] * 2}}}
+    right = np.arange(200)[:, None] < [50, 70]
+    figures = [metrics.share(column) for column in right.T]
+    curves = {"scale": {"x": [1.0, 10.0], "series": {"PGD-20": figures}}}
     about = {
         "method": method, "seed": 0, "dataset": "cifar10_lt", "main_attack": "pgd_20", "date": "2026-11-29",
         "seconds": 7.0,
@@ -41,6 +44,7 @@ def evaluated(seed, n, conditions=CONDITIONS, counts=COUNTS, method="AT", **meta
         {"features": [1.0] * 10, "weights": list(np.arange(10, 0, -1.0))},
         name="folder",
         examples=examples,
+        sample={"ids": np.arange(200), "scale": right},
     )
 
 
@@ -75,6 +79,9 @@ def test_what_is_stored_is_read_back(stored):
         found = runs[0].evaluations[name]
         assert found.summary == run.summary
         assert (found.audit, found.norms) == (run.audit, run.norms)
+        assert {key: each.tolist() for key, each in found.sample.items()} == {
+            key: each.tolist() for key, each in run.sample.items()
+        }
         assert "config" not in found.meta and found.meta["method"] == "AT"
     # Its classes are divided like those of the long-tailed rows.
     assert runs[2].evaluations["whole"].summary["groups"] == runs[0].evaluations["whole"].summary["groups"]
@@ -133,7 +140,8 @@ def test_claims_are_answered(stored):
         ("AT, seed 0", "The weight vectors of AT's classifier ar"),
     ]
     assert found[-1].figure.startswith("rank correlation +1.00") and found[-1].answer == "yes"
-    assert found[-2].answer == "undecided" and found[-2].figure == "+0.0 points [-79.1, +79.1]"
+    assert found[-3].answer == "undecided" and found[-3].figure.startswith("+0.0 points")
+    assert found[-2].answer == "yes" and found[-2].figure == "+10.0 points [+5.6, +14.2], p < 0.001"
     assert [each.paper for each in found[:3]] == [
         "+3.6 points under the pair", "—", "+9.6 points under the pair"
     ]  # fmt: skip
@@ -260,7 +268,7 @@ def test_readme_has_the_figures_of_the_outcomes():
     rows = {
         cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (x.split("|") for x in table)
     }
-    assert {"AT", "RoBal-N", "LA"} <= set(rows)
+    assert {"AT", "RoBal-N", "LA", "AT-BSL, RandAugment"} <= set(rows)
     for label, cells in rows.items():
         conditions = runs[label].conditions
         found = [("clean", "accuracy"), *(("autoattack", x) for x in ("accuracy", *small_page.GROUPS))]
@@ -279,4 +287,9 @@ def test_readme_has_the_figures_of_the_outcomes():
         broken.append(100 * figures["boundary_error"]["value"] / (1 - figures["natural_error"]["value"]))
     to_la = [difference(runs["RoBal-N"], runs["LA"], "autoattack", group) for group in ("head", "tail")]
     assert to_la[0]["low"] > 0 and to_la[1]["low"] < 0 < to_la[1]["high"]
-    assert said == [round(abs(number)) for number in (*points, *broken, 100 * to_la[0]["value"])]
+    bsl = partial(difference, runs["AT-BSL, RandAugment"], runs["RoBal-N"])
+    assert all(bsl("autoattack", group)["p_value"] >= 0.05 for group in ("all", *small_page.GROUPS))
+    clean = bsl("clean", "all")
+    assert clean["high"] < 0
+    figures = *points, *broken, 100 * to_la[0]["value"], 100 * clean["value"]
+    assert said == [round(abs(number)) for number in figures]

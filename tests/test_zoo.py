@@ -491,6 +491,20 @@ def test_a_run_of_a_model_adds_its_evaluations_to_the_card(files, tmp_path):
     load_model(files).check()
 
 
+def test_the_data_of_a_run_of_a_model_are_where_its_evaluation_has_them(files, tmp_path, monkeypatch):
+    """Its own config has no place of them."""
+    zoo.make_run(files, tmp_path / "run")
+    loaded, places = load_run(tmp_path / "run"), []
+    data = {**loaded.config["data"], "path": "here.npz"}
+    (tmp_path / "more").mkdir()
+    results_for(loaded, config={**loaded.config, "data": data}).write(tmp_path / "more")
+    monkeypatch.setattr(
+        zoo.publishing, "load_run", lambda workdir, data_path: places.append(data_path) or loaded
+    )
+    zoo.publish(tmp_path / "run", files.with_suffix(""), {"more": tmp_path / "more"})
+    assert places == ["here.npz"]
+
+
 @pytest.mark.parametrize(
     ("changes", "attacks", "replaced"),
     [

@@ -115,32 +115,14 @@ def _boundary(pairs: Sequence[tuple[Run, Run]]) -> Iterator[Answer]:
 
 def _fake_gain(run: Run) -> Iterator[Answer]:
     """Compares PGD-20 at the ends of the scale with PGD-20 at factor 1."""
-    curve = run.evaluations["autoattack"].curves.get("scale")
-    if curve is None:
+    found = run.evaluations["autoattack"]
+    if "scale" not in found.sample:
         return
-    figures = dict(zip(curve["x"], curve["series"]["PGD-20"], strict=True))
-    for factor in min(figures), max(figures):
-        value, low, high = (100 * each for each in _gain(figures[1.0], figures[factor]))
-        answer = _answer({"low": low, "high": high})
+    right = dict(zip(found.curves["scale"]["x"], found.sample["scale"].T, strict=True))
+    for factor in min(right), max(right):
+        figure = metrics.paired_difference(right[1.0], right[factor])
         claim = f"PGD-20 leaves more images right when the logits are multiplied by {factor:g}."
-        yield Answer(
-            claim, run.label, "yes, figure 2", f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]", answer
-        )
-
-
-def _gain(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float, float]:
-    """Returns the second share minus the first, and its 95 % interval from those of both.
-
-    The interval is that of two samples. On the same images, where most images share their outcome, it is too
-    wide.
-
-    Source: Newcombe (1998), Interval estimation for the difference between independent proportions:
-      comparison of eleven methods, method 10.
-    """
-    value = second["value"] - first["value"]
-    below = np.hypot(first["high"] - first["value"], second["value"] - second["low"])
-    above = np.hypot(first["value"] - first["low"], second["high"] - second["value"])
-    return value, value - below, value + above
+        yield Answer(claim, run.label, "yes, figure 2", _points(figure), _answer(figure))
 
 
 def _norms(run: Run) -> Iterator[Answer]:

@@ -1,4 +1,7 @@
-"""The outcomes of a table's evaluations: the class of every image, stored in the repository and read back."""
+"""The outcomes of a table's evaluations: the class of every image, stored in the repository and read back.
+
+Of the audit, whether each image of its sample is right at each point of its curves.
+"""
 
 import json
 import pathlib
@@ -29,6 +32,8 @@ ROWS = {f"{row.key}-{seed}": (row, seed) for row in TABLE.rows for seed in range
 """Rows and seeds by the names under which their outcomes are stored."""
 
 WHOLE = "whole"  # the evaluation that the table itself shows: the whole test set
+
+AUDIT = "audit"  # among the arrays of an evaluation: those of the audit's sample
 
 _FACTS = (
     "method", "seed", "dataset", "imbalance", "class_names", "weights", "main_attack", "selection",
@@ -136,7 +141,7 @@ def store_folders(folders: Mapping[str, pathlib.Path], stored: pathlib.Path) -> 
 
 
 def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float | None) -> None:
-    """Adds to ``PATH.npz``, every image's class by evaluation and condition, and to ``PATH.json``, the rest.
+    """Adds to ``PATH.npz`` the outcomes of every image by evaluation, and to ``PATH.json`` the rest.
 
     Evaluations that are stored under other names stay, and so do the seconds, if ``training`` is None.
     """
@@ -153,6 +158,8 @@ def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float 
         for condition, predictions in run.predictions.items():
             if condition != "worst":
                 arrays[f"{name}/pred_{condition}"] = predictions.astype(np.uint8)
+        for key, values in run.sample.items():
+            arrays[f"{name}/{AUDIT}/{key}"] = values if values.dtype == bool else values.astype(np.uint16)
         facts[name] = {
             "meta": {key: run.meta[key] for key in _FACTS if key in run.meta},
             "class_counts": run.summary["class_counts"],
@@ -264,13 +271,13 @@ def _check_images(runs: list[Run]) -> None:
 def _evaluated(place: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> EvaluatedRun:
     """Returns an evaluation; its classes are divided by the long-tailed counts, also if its own are equal."""
     name = place.partition("/")[2]
-    examples = {
-        key.partition("/")[2]: np.asarray(arrays[key], np.int64)
-        for key in arrays
-        if key.partition("/")[0] == name
-    }
+    own = {key.removeprefix(f"{name}/"): each for key, each in arrays.items() if key.startswith(f"{name}/")}
+    examples = {key: np.asarray(each, np.int64) for key, each in own.items() if "/" not in key}
+    sample = {key.removeprefix(f"{AUDIT}/"): each for key, each in own.items() if "/" in key}
     predictions = {key.removeprefix("pred_"): each for key, each in examples.items() if key[:5] == "pred_"}
     counts = np.asarray(facts["class_counts"])
     groups = metrics.class_groups(np.arange(len(counts), 0, -1) if len(set(counts)) == 1 else counts)
     summary = metrics.summarize(examples["labels"], predictions, counts, groups=groups)
-    return EvaluatedRun(facts["meta"], summary, facts["audit"], facts["norms"], name=place, examples=examples)
+    return EvaluatedRun(
+        facts["meta"], summary, facts["audit"], facts["norms"], name=place, examples=examples, sample=sample
+    )

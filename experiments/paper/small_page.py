@@ -98,9 +98,8 @@ def _claims(runs: Sequence[Run]) -> Iterator[str]:
         "tests are over images, not over trainings: read the answers as exploratory."
     )
     yield (
-        "Accuracies and errors: both models on the same images, exact McNemar test. Norms: rank test over "
-        "the ten classes. Factors: on the images of the audit, of which only the sums are stored. So their "
-        "interval is that of two independent samples, which is much too wide; 'undecided' does not mean that "
+        "Accuracies and errors: both models on the same images, exact McNemar test. Factors: the same test, "
+        "on the images of the audit. Norms: rank test over the ten classes. 'Undecided' does not mean that "
         "there is no difference."
     )
     yield aligned(["Claim", "Run", "Paper", "Here", "Answer"], body, left=5)

@@ -85,6 +85,7 @@ def load_run(
     *,
     checkpoint: str | pathlib.Path | None = None,
     weights: str | None = None,
+    data_path: str | None = None,
 ) -> Run:
     """Loads a run that was trained or imported.
 
@@ -94,6 +95,7 @@ def load_run(
         or the best.
       weights: 'current', those after the last step, or 'average', the average that the run kept of them; if
         None, what its config evaluates.
+      data_path: ``config.data.path`` on this machine; that of the run if None.
 
     Returns:
       The run.
@@ -104,6 +106,9 @@ def load_run(
     chosen = None if checkpoint is None else buckets.inside(checkpoint, workdir)
     workdir = buckets.fetched(workdir)
     config = read_config(workdir)
+    if data_path is not None:
+        with config.unlocked():
+            config.data.path = data_path
     job = builder.evaluation(config, class_counts_in_training(workdir))
     check_same_data(job.data_sha256, workdir, print)
     warn_if_changed(code_of(config, evaluated=True), workdir, print)

@@ -72,13 +72,16 @@ class Meter:
         if now - self._last_line >= self.every or done >= self.total:
             self._last_line = now
             left = (now - self._started) * (self.total - done) / max(done - self._initial, 1)
-            print(
-                f"{self._title} {done}/{self.total}  {note}  {left:.0f} s left", file=self._file, flush=True
-            )
+            self._print(done, f"{note}  {left:.0f} s left")
+
+    def _print(self, done: int, note: str) -> None:
+        print(f"{self._title} {done}/{self.total}  {note}", file=self._file, flush=True)
 
     def __enter__(self) -> "Meter":
         if self._bar is not None:
             self._bar.start()
+        elif 0 < self._initial < self.total:
+            self._print(self._initial, "resumed")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -41,7 +41,8 @@ def publish(
     A run that was made from the model at ``out`` adds its evaluations to the card; the weights stay.
 
     Args:
-      workdir: folder of a run that was trained here, or made from the model at ``out``; its data set is read.
+      workdir: folder of a run that was trained here, or made from the model at ``out``. Its data set is
+        read, for a model from where its evaluation has it.
       out: ``FOLDER/NAME``, the files without their endings; the model's name is that of the folder and NAME.
       evaluations: folders of results of this run, by the names that the card gives them; if None, that in
         ``workdir``.
@@ -74,7 +75,8 @@ def publish(
     folders = evaluations or {EVALUATION: workdir}
     results = {key: Results.read(results_folder(folder)) for key, folder in folders.items()}
     made_with = _versions(workdir) if imported is None else {}
-    run = load_run(workdir)
+    lead = next(iter(results.values())).meta["config"]
+    run = load_run(workdir, data_path=None if imported is None else lead["data"].get("path"))
     for key, folder in folders.items():
         _check_is_of(run, str(folder), results[key])
     weights_file, card_file, robustbench_file = files
