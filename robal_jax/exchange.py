@@ -161,7 +161,8 @@ def write_run(
       InputError: the folder cannot be written to.
     """
     optimizer, _ = builder.optimizer(config, 1)  # the length of an epoch does not change its state
-    hosts.by_first(partial(_write_files, config, workdir, {**origin, **versions(), **code_of(config)}))
+    about = {**origin, **versions(), **code_of(config, "training")}
+    hosts.by_first(partial(_write_files, config, workdir, about))
     current = Weights({}, {}) if averaged else weights
     average = weights._asdict() if averaged else {}
     state = TrainState(jnp.int32(0), *current, optimizer.init(current.params), average=average)

@@ -63,14 +63,22 @@ def name_of(kind: str, function: Callable[..., Any]) -> str:
 def signature_of(kind: str, name: str, function: Callable[..., Any]) -> inspect.Signature:
     """Returns the signature of a function; some functions written in C have none, and are refused.
 
-    Annotations that are strings are evaluated, unless they have names that only type checkers know.
+    Annotations that are strings are evaluated, each by itself: some are for type checkers alone.
     """
     try:
-        with contextlib.suppress(NameError, AttributeError, TypeError, SyntaxError):
-            return inspect.signature(function, eval_str=True)
-        return inspect.signature(function)
+        signature = inspect.signature(function)
     except ValueError as error:
         raise broken(kind, name, "does not tell its parameters") from error
+    names = vars(sys.modules.get(getattr(function, "__module__", ""), contextlib))
+
+    def evaluated(annotation: Any) -> Any:
+        if isinstance(annotation, str):
+            with contextlib.suppress(Exception):
+                return eval(annotation, dict(names))
+        return annotation
+
+    parameters = signature.parameters.values()
+    return signature.replace(parameters=[p.replace(annotation=evaluated(p.annotation)) for p in parameters])
 
 
 def broken(kind: str, name: str, what: str) -> InputError:

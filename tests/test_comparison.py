@@ -184,6 +184,23 @@ def test_ensembles_of_other_attacks_are_not_compared(tmp_path, listed, shown):
         comparison.difference(second, first, listed, "all")
 
 
+def test_own_attacks_of_other_code_are_not_compared(tmp_path):
+    """They have the same name."""
+    first, second = read_runs(
+        [
+            save_run(
+                tmp_path / digest, method=digest, conditions=["clean", "custom_own"],
+                autoattack=["apgd_ce", "mine:attack"], code_sha256={"mine": digest * 64},
+            )
+            for digest in "ab"
+        ]
+    )  # fmt: skip
+    assert "Ensemble with own attacks" not in printed([first, second]).partition("Accuracy")[2]
+    message = r"ensembles: apgd_ce, mine:attack \(bbbbbbbbbbbb…\) and apgd_ce, mine:attack \(aaaaaaaaaaaa…\)"
+    with pytest.raises(InputError, match=message):
+        comparison.difference(second, first, "custom_own", "all")
+
+
 def test_comparison_of_one_run_has_no_differences(tmp_path):
     text = printed(read_runs([save_run(tmp_path / "a", method="RoBal [ours]")]))
     assert "RoBal [ours]" in text  # brackets are no markup

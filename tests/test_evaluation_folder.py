@@ -69,6 +69,15 @@ def test_the_same_settings_are_done(copy, no_attack):
 
 
 @pytest.mark.slow
+def test_a_damaged_audit_file_costs_nothing(copy, no_attack):
+    """No other figure depends on it."""
+    (copy / "evaluation" / "audit.npz").write_bytes(b"PK")
+    before = content(copy / "evaluation")
+    folder, _ = evaluate(copy)
+    assert content(folder) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["results.json", "examples.npz"])
 @pytest.mark.parametrize("keep", [0, 20, 200])
 def test_a_damaged_file_is_named_before_all_is_evaluated_again(copy, monkeypatch, name, keep):

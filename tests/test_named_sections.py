@@ -27,8 +27,8 @@ def in_words(logits, labels, *, inner: "losses.Loss", weight: "float" = 1.0):
     """A loss whose annotations are strings, as ``from __future__ import annotations`` makes them."""
 
 
-def unknown_words(logits, labels, *, inner: Callable, more: "Unknown" = None):  # noqa: F821
-    """A loss with an annotation that cannot be evaluated."""
+def unknown_words(logits: "1 / 0", labels, *, inner: "Callable", more: "Unknown" = None):  # noqa: F821
+    """A loss with annotations that cannot be evaluated, and one that can."""
 
 
 def of_any_function(logits, labels, *, inner: Callable):

@@ -277,6 +277,25 @@ def test_images_outside_of_the_threat_model(attack):
     refused(message, attacked, smooth, [attack])
 
 
+def nan_in_a_pixel(logits_fn, keys, images, labels, *, threat):
+    return images.at[:, 2, 3].set(jnp.nan)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("count", [24, 88, 100, 256])
+def test_a_missing_pixel_counts_as_left_the_threat_model(norm, count):
+    """Also for a model that maps it to a number, and whatever vector instructions take the maximum."""
+    images = np.resize(IMAGES, (count, *IMAGES.shape[1:]))
+    settings = {"threat": ThreatModel(0.1, norm), "version": [nan_in_a_pixel], "steps": 3, "queries": 10}
+
+    def binary(x):
+        return (x > 0.5).astype(float).reshape(len(x), -1) @ WEIGHT
+
+    labels = np.asarray(binary(images)).argmax(-1)
+    message = r"nan_in_a_pixel' left the threat model \(distance nan"
+    refused(message, robal_jax.autoattack, binary, jax.random.key(0), images, labels, **settings)
+
+
 @pytest.mark.slow
 def test_nothing_outside_of_the_threat_model_is_counted(tmp_path):
     message = r"attack 'test_own_attacks:far_off' left the threat model \(distance 0.2"
@@ -324,8 +343,12 @@ def test_it_never_counts_as_autoattack(version, named):
     replaced = with_bpda(stages, threat=THREAT, step_size=0.025)
     names = [stage.name for stage in replaced if stage.own]
     assert names == ["test_own_attacks:informed", "test_own_attacks:informed_bpda"]
-    *_, whole = autoattack.outcomes(version, replaced, progress, LABELS)
-    assert whole == "custom_own_bpda"
+    with_surrogate = list(autoattack.outcomes(version, replaced, progress, LABELS))
+    assert with_surrogate[-1] == "custom_own_bpda"
+    assert ("autoattack_bpda" in with_surrogate) is ("autoattack" in named)
+    order = [stage.name for stage in replaced if stage.name == "square" or stage.own]
+    last = version.endswith("informed") and "square" in version
+    assert order == (["square", *names] if last else [*names, *(["square"] if "square" in version else [])])
 
 
 @pytest.mark.parametrize(

@@ -135,16 +135,16 @@ def test_a_run_records_the_modules_that_its_config_names(run, modules):
 
 @pytest.mark.slow
 def test_a_resume_warns_of_changed_code(run, modules, monkeypatch):
-    before = json.loads((run / "versions.json").read_text())
     assert resumed(run, monkeypatch) == []
     here, there = change(modules, "own_loss")
+    assert resumed(run, monkeypatch) == []  # because the run is finished
+    shutil.rmtree(run / "checkpoints" / "6")
     loss = f"own_loss (sha256 {here}… here, {there}… there)"
     end = f"has changed since the run {run} was started; the steps from here on use the new code"
     assert resumed(run, monkeypatch) == [f"warning: the code of {loss} {end}"]
     here, there = change(modules, "own_network")
     network = f"own_network (sha256 {here}… here, {there}… there)"
     assert resumed(run, monkeypatch) == [f"warning: the code of {loss}, {network} {end}"]
-    assert json.loads((run / "versions.json").read_text()) == before  # because the run is finished
 
 
 @pytest.mark.slow
@@ -170,7 +170,8 @@ def test_a_run_without_a_checkpoint_starts_again_with_the_code_of_today(run, mod
     change(modules, "own_loss")
     assert resumed(run, monkeypatch) == []
     assert (
-        json.loads((run / "versions.json").read_text())["code_sha256"] == code_of(own_config())["code_sha256"]
+        json.loads((run / "versions.json").read_text())["code_sha256"]
+        == code_of(own_config(), "training")["code_sha256"]
     )
 
 
@@ -202,6 +203,27 @@ def test_no_evaluation_depends_on_the_loss(run, modules, capsys):
     assert evaluated(run)[0] == []
     evaluation.load_run(run)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_changed_code_of_a_surrogate_is_told(run, modules, tmp_path):
+    """Its images may then be others, too."""
+    other = tmp_path / "other"
+    training.train(
+        cli.apply_overrides(own_config(), ["--config.seed=1", "--config.data.seed=0"]),
+        other,
+        say=lambda line: None,
+    )
+    here, _ = change(modules, "own_network")
+    overrides = "evaluation.audit.examples=10", f"evaluation.audit.surrogate={other}"
+    said, place = evaluated(run, *overrides, folder=tmp_path / "results")
+    assert all(f"the run {each} was trained" in line for each, line in zip((run, other), said, strict=True))
+    meta = json.loads((place / "results.json").read_text())["meta"]
+    assert meta["surrogate_code_sha256"]["own_network"].startswith(here)
+    assert str(run) in meta["code"] and str(other) in meta["code"]
+    (modules / "own_network.py").write_text(NETWORK)
+    with pytest.raises(InputError, match=r"surrogate_code_sha256\.own_network"):
+        evaluated(run, *overrides, folder=tmp_path / "results")
 
 
 def test_load_run_warns_of_a_changed_network(run, modules, capsys):
@@ -238,9 +260,10 @@ def test_the_code_of_a_config(modules, monkeypatch):
         "schedule": {"name": "not_there:rate"},
     }
     config = base.ConfigDict(names)
-    assert list(code_of(config)["code_sha256"]) == ["own_loss", "own_network", "test_user_code"]
-    assert list(code_of(config, evaluated=True)["code_sha256"]) == ["own_network", "test_user_code"]
-    assert code_of(at.get_config("digits_lt")) == {}
+    assert list(code_of(config, "training")["code_sha256"]) == ["own_loss", "test_user_code"]
+    assert list(code_of(config, "evaluation")["code_sha256"]) == ["own_network", "test_user_code"]
+    assert code_of(config, "model") == {}
+    assert code_of(at.get_config("digits_lt"), "evaluation") == {}
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"code_sha256": 3}', '{"code_sha256": {"b": "0"}}'])

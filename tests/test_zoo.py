@@ -217,13 +217,13 @@ def test_config_without_paths():
         "data": {"path": "data/mine", "name": "x"},
         "generated": {"path": "/data/edm.npz", "share": 0.7},
         "train": {"teacher": "~/runs/at/", "start_from": "gs://bucket/runs/plain/", "select": "last"},
-        "evaluation": {"audit": {"surrogate": "runs/at"}},
+        "evaluation": {"audit": {"surrogate": "runs/at"}, "autoattack": "apgd_ce,mine:attack"},
     }
     assert cards.without_paths(fields) == {
         "data": {"path": "", "name": "x"},
         "generated": {"path": "edm.npz", "share": 0.7},
         "train": {"teacher": "at", "start_from": "plain", "select": "last"},
-        "evaluation": {"audit": {"surrogate": ""}},
+        "evaluation": {"audit": {"surrogate": ""}, "autoattack": "standard"},  # the model needs no attack
     }
 
 

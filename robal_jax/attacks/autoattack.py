@@ -22,6 +22,7 @@ implementation.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -548,7 +549,7 @@ def outcomes(
     These are ``apgd_ce`` after that attack, ``robal_aa`` after RoBal's pair and ``autoattack`` after all,
     if the ensemble begins with them in their standard form, and the whole version by its name in
     ``CONDITIONS``, with ``BPDA`` at the end if it has such stages. Only the whole has the outcomes of attacks
-    of the user's own; it is ``CUSTOM_OWN``.
+    of the user's own; it is ``CUSTOM_OWN``. AutoAttack with BPDA before them has its own name, too.
     """
     names = tuple(stage.name for stage in stages)
     after = {}
@@ -559,6 +560,10 @@ def outcomes(
             for name, count in parts.items()
             if names[:count] == _STANDARD[:count]
         }
+    before_own = list(itertools.takewhile(lambda stage: not stage.own, stages))
+    own_gradient = tuple(stage.name for stage in before_own if not stage.bpda)
+    if len(own_gradient) < len(before_own) < len(stages) and own_gradient == _STANDARD:
+        after[CONDITIONS["standard"] + BPDA] = before_own[-1].last
     if stages[-1].last not in after.values():
         custom = CUSTOM_OWN if any(stage.own for stage in stages) else "custom"
         whole = (CONDITIONS | {"robal_aa": "robal_aa", "none": "pgd_20"}).get(version, custom)

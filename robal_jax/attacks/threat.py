@@ -227,7 +227,7 @@ class ThreatModel:
         return jnp.sign(gradient)
 
     def distance(self, candidates: chex.Array, images: chex.Array) -> chex.Array:
-        """Distance ``||x' - x||`` of each candidate from its image, ``[B]``.
+        """Distance ``||x' - x||`` of each candidate from its image, ``[B]``; NaN for a candidate with NaN.
 
         Example:
           >>> images, candidates = jnp.zeros((2, 2)), jnp.array([[3.0, -4.0], [0.0, 0.5]])
@@ -239,7 +239,11 @@ class ThreatModel:
         delta = candidates - images
         if self.norm == "l1":
             return jnp.abs(delta).sum(per_image(delta))
-        return _l2(delta).reshape(-1) if self.norm == "l2" else jnp.abs(delta).max(per_image(delta))
+        if self.norm == "l2":
+            return _l2(delta).reshape(-1)
+        # XLA's maximum on a CPU may drop NaN.
+        missing = jnp.isnan(delta).any(per_image(delta))
+        return jnp.where(missing, jnp.nan, jnp.abs(delta).max(per_image(delta)))
 
     def outside(self, candidates: chex.Array) -> chex.Array:
         """How far the pixels of each candidate are outside of the bounds, ``[B]``; negative inside.

@@ -47,8 +47,10 @@ from robal_jax.builder.evaluation_job import (
     Evaluation,
     evaluation,
     evaluation_on,
+    with_data_at,
     with_inference_of,
     with_part_of,
+    without_ensemble,
 )
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import objective
@@ -93,6 +95,8 @@ __all__ = [
     "training",
     "validate",
     "with_arguments",
+    "with_data_at",
     "with_inference_of",
     "with_part_of",
+    "without_ensemble",
 ]

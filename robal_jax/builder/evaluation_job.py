@@ -76,6 +76,24 @@ def with_part_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     return combined.lock()
 
 
+def with_data_at(path: str | None, config: ConfigDict) -> ConfigDict:
+    """Returns a config with another place of the data; the config itself if the place is None."""
+    if path is None:
+        return config
+    moved = config.copy_and_resolve_references()
+    with moved.unlocked():
+        moved.data.path = path
+    return moved.lock()
+
+
+def without_ensemble(config: ConfigDict) -> ConfigDict:
+    """Returns a config for a model that is only loaded: attacks of the user's own need not be there."""
+    loaded = config.copy_and_resolve_references()
+    with loaded.unlocked():
+        loaded.evaluation.autoattack = "none"
+    return loaded.lock()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Everything that an evaluation needs except the weights.

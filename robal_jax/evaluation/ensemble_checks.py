@@ -17,8 +17,9 @@ def square_after_gradients(survived: np.ndarray, by_square: np.ndarray | None, l
       level: of the test.
     """
     if by_square is None:
-        figures = "Square did not run after the gradient attacks of an ensemble"
-        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: "evaluate with AutoAttack."}, {})
+        figures = "Square did not run after strong gradient attacks of the library alone"
+        advice = "evaluate with AutoAttack, and list attacks of your own last."
+        return make_verdict("square", NOT_RUN, figures, {NOT_RUN: advice}, {})
     broken, images = int(np.sum(survived & by_square)), len(survived)
     shown = smallest_share(images, ALPHA_SQUARE, level=level)
     outcome = decide(red=share_p_value(broken, images, ALPHA_SQUARE) < level, shown=shown)

@@ -115,15 +115,16 @@ def evaluate(
         check_same_model(config, workdir)
         job = builder.evaluation(config, class_counts_in_training(workdir))
         check_same_data(job.data_sha256, workdir, say)
-        code = code_of(config, evaluated=True)
-        changed = warn_if_changed(code, workdir, say)
+        code = code_of(config, "evaluation")
+        changed = warn_if_changed(config, workdir, say)
         for line in job.test.notes:
             say(line)
         chosen = default_checkpoint(workdir, job.select) if chosen is None else chosen
         weights, path, sha256 = restore_weights(workdir, chosen, job.variables, say, job.weights)
         for doubt in builder.evaluation_doubts(config):
             say(f"warning: {doubt}")
-        surrogate, its_sha256 = _surrogate(config, job, sha256, say)
+        surrogate, of_surrogate, its_change = _surrogate(config, job, sha256, say)
+        changed = "; ".join(filter(None, [changed, its_change]))
         hosts.check_agreement("the config", to_json(config))
         how = how_chosen(workdir, path, job.select, job.judged)
         if (left := unfinished(workdir)) and left in how.get("selection", ""):
@@ -132,7 +133,7 @@ def evaluate(
         about = {
             "checkpoint": buckets.shown(path),
             "checkpoint_sha256": sha256,
-            **its_sha256,
+            **of_surrogate,
             **code,
             **({"code": changed} if changed else {}),
             **({"origin": origin} if (origin := origin_of(workdir)) else {}),
@@ -140,7 +141,12 @@ def evaluate(
             "training": curve,
             **({"judged": course} if (course := judged_course(workdir)) else {}),
         }
-        identity = {"config": json.loads(to_json(config)), "checkpoint_sha256": sha256, **its_sha256, **code}
+        identity = {
+            "config": json.loads(to_json(config)),
+            "checkpoint_sha256": sha256,
+            **of_surrogate,
+            **code,
+        }
         beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
         subject = Subject(job, weights, surrogate, identity, about, beside)
         done = attack_and_report(subject, place, command, stop, speak)
@@ -290,7 +296,7 @@ def _refuse_itself(victim: Victim, surrogate: Victim) -> None:
 
 def _surrogate(
     config: ConfigDict, job: builder.Evaluation, sha256: str, say: Callable[[str], None]
-) -> tuple[Victim | None, dict[str, str]]:
+) -> tuple[Victim | None, dict[str, Any], str]:
     """Restores the checkpoint of the run that the config names, with that run's own config.
 
     Args:
@@ -300,24 +306,26 @@ def _surrogate(
       say: receives messages for the user, line by line.
 
     Returns:
-      The model, and 'surrogate_sha256', of its checkpoint; None and {} without a surrogate.
+      The model; 'surrogate_sha256', of its checkpoint, and 'surrogate_code_sha256', if it has code of the
+      user's own; and how that has changed. None, {} and '' without a surrogate.
 
     Raises:
       InputError: its test images are others, or its weights are those under attack.
     """
     if not job.surrogate:
-        return None, {}
+        return None, {}, ""
     workdir = buckets.fetched(job.surrogate)
     own = builder.with_part_of(read_config(workdir), config)
     other = builder.evaluation(own, class_counts_in_training(workdir))
     if digest_of_images(*other.test[:2]) != digest_of_images(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")
-    warn_if_changed(code_of(own, evaluated=True), workdir, say)
+    changed, code = warn_if_changed(own, workdir, say), code_of(own, "model")
     checkpoint = default_checkpoint(workdir, other.select)
     restored = restore_weights(workdir, checkpoint, other.variables, say, other.weights)
     if restored.sha256 == sha256:
         raise InputError(SAME_MODEL)
-    return as_victim(other, restored.tree), {"surrogate_sha256": restored.sha256}
+    about = {"surrogate_sha256": restored.sha256, **{f"surrogate_{key}": code[key] for key in code}}
+    return as_victim(other, restored.tree), about, changed
 
 
 def conditions(

@@ -16,7 +16,7 @@ from robal_jax.data import TestSet, as_float
 from robal_jax.storage import buckets
 from robal_jax.storage.best import default_checkpoint
 from robal_jax.storage.config_file import read_config, to_json
-from robal_jax.storage.user_code import code_of, warn_if_changed
+from robal_jax.storage.user_code import warn_if_changed
 from robal_jax.storage.workdir import check_same_data, class_counts_in_training, restore_weights
 
 IMAGES_AT_ONCE = 500
@@ -105,13 +105,10 @@ def load_run(
     """
     chosen = None if checkpoint is None else buckets.inside(checkpoint, workdir)
     workdir = buckets.fetched(workdir)
-    config = read_config(workdir)
-    if data_path is not None:
-        with config.unlocked():
-            config.data.path = data_path
-    job = builder.evaluation(config, class_counts_in_training(workdir))
+    config = builder.with_data_at(data_path, read_config(workdir))
+    job = builder.evaluation(builder.without_ensemble(config), class_counts_in_training(workdir))
     check_same_data(job.data_sha256, workdir, print)
-    warn_if_changed(code_of(config, evaluated=True), workdir, print)
+    warn_if_changed(config, workdir, print)
     chosen = default_checkpoint(workdir, job.select) if chosen is None else chosen
     which = job.weights if weights is None else weights
     tree, path, sha256 = restore_weights(workdir, chosen, job.variables, print, which)

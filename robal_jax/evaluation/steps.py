@@ -126,7 +126,7 @@ def with_bpda(
 
     First come the attacks with the model's own gradient, then PGD-20 and the same attacks with BPDA, and last
     Square, which follows no gradient. What BPDA breaks has therefore survived the model's own gradient.
-    Attacks of the user's own are taken for ones that follow a gradient.
+    Attacks of the user's own are taken for ones that follow a gradient; those listed after Square stay there.
     PGD-20 has two rounds, on the cross-entropy and on the margin, which does not saturate in large logits.
 
     Args:
@@ -150,17 +150,28 @@ def with_bpda(
         settings: dict[str, Any] = {"steps": 20, "step_size": step_size, "eot": int(random)}
         return attacks.pgd(model, keys, x, labels, threat=threat, loss=loss, **settings)
 
-    own = [stage for stage in ensemble if stage.name not in autoattack.SQUARES]  # the user's, too
-    again = [autoattack.Stage("pgd_20", pgd, 2, 1), *own]
+    def again(stages: Sequence[autoattack.Stage]) -> list[autoattack.Stage]:
+        return [stage._replace(name=stage.name + autoattack.BPDA, bpda=True) for stage in stages]
+
+    squares = [place for place, stage in enumerate(ensemble) if stage.name in autoattack.SQUARES]
+    last = squares[-1] if squares else len(ensemble)
+    late = [stage for stage in ensemble[last + 1 :] if stage.own]
+    early = [
+        stage
+        for place, stage in enumerate(ensemble)
+        if place not in squares and (place < last or not stage.own)
+    ]
     ordered = [
-        *own,
-        *(stage._replace(name=stage.name + autoattack.BPDA, bpda=True) for stage in again),
+        *early,
+        *again([autoattack.Stage("pgd_20", pgd, 2, 1), *early]),
         # The rounds before the Square of 'standard' also run twice here, and PGD-20 has two.
         *(
             stage._replace(stream=2 * stage.stream + 1) if stage.stream else stage
             for stage in ensemble
             if stage.name in autoattack.SQUARES
         ),
+        *late,
+        *again(late),
     ]
     firsts = itertools.accumulate((stage.rounds for stage in ordered), initial=1)
     return tuple(stage._replace(first=first) for stage, first in zip(ordered, firsts, strict=False))

@@ -142,8 +142,10 @@ def _check_comparable(reference: EvaluatedRun, run: EvaluatedRun, equal: Collect
 
 
 def _ensemble(run: EvaluatedRun) -> str:
-    """Returns the attacks of a run's ensemble in their order."""
-    return ", ".join(run.meta.get("autoattack", ()))
+    """Returns the attacks of a run's ensemble in their order, the user's own with digests of their code."""
+    code = run.meta.get("code_sha256", {})
+    modules = {name: code.get(name.partition(":")[0]) for name in run.meta.get("autoattack", ())}
+    return ", ".join(f"{name} ({sha256[:12]}…)" if sha256 else name for name, sha256 in modules.items())
 
 
 def shared_conditions(runs: Sequence[EvaluatedRun]) -> list[EvaluatedRun]:

@@ -281,8 +281,8 @@ class EvaluatedRun(Results):
       examples: content of ``examples.npz``: 'labels' ``[n]``, 'ids' ``[n]`` of the test images, and
         :func:`to_arrays` of the outcomes.
       sample: content of ``audit.npz``: 'ids' ``[m]`` of the audit's images, and for each of its curves which
-        of them are right when clean and at each of its points, bool ``[m, L]``. Empty without an audit, and
-        in older evaluations.
+        of them are right when clean and at each of its points, bool ``[m, L]``. Empty without an audit, in
+        older evaluations, and if the file is damaged: no other figure depends on it.
     """
 
     name: str
@@ -310,7 +310,9 @@ def read_run(workdir: pathlib.Path) -> EvaluatedRun:
     workdir = folder if workdir.is_file() else workdir
     results = Results.read(folder)
     examples = read_arrays(folder / EXAMPLES)
-    sample = read_arrays(folder / AUDIT) if (folder / AUDIT).is_file() else {}
+    sample: Mapping[str, np.ndarray] = {}
+    with contextlib.suppress(InputError):
+        sample = read_arrays(folder / AUDIT)
     with _reading(folder / EXAMPLES):
         run = EvaluatedRun(**vars(results), name=buckets.shown(workdir), examples=examples, sample=sample)
         examples["ids"], run.predictions  # missing arrays fail here, where the folder is known

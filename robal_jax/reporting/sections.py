@@ -49,6 +49,7 @@ _META_LABELS = {
     "selection": "Checkpoint chosen",
     "checkpoint_sha256": "Checkpoint SHA-256",
     "code_sha256": "SHA-256 of your own modules",
+    "surrogate_code_sha256": "SHA-256 of the surrogate's modules of your own",
     "code": "Your own modules",
     "held_out": "Held out",
     "seed": "Seed",

@@ -8,7 +8,7 @@ from typing import Any
 from robal_jax.errors import InputError
 from robal_jax.storage.config_file import NEUTRAL, flatten
 from robal_jax.storage.names import RESULTS, UNFINISHED
-from robal_jax.storage.unfinished import compared, read_identity
+from robal_jax.storage.unfinished import LATER, compared, read_identity
 
 LISTED = 8  # differences that a message lists
 
@@ -33,7 +33,7 @@ def identity_in(folder: pathlib.Path) -> dict[str, Any] | None:
         raise InputError(
             f"{folder / RESULTS} is not of an evaluation; name another folder, or move that file"
         )
-    known = ("config", "checkpoint_sha256", "surrogate_sha256", "code_sha256", "test_set_sha256")
+    known = ("config", "checkpoint_sha256", "test_set_sha256", *LATER)
     return {**meta.get("identity", {}), **{name: meta[name] for name in known if name in meta}}
 
 

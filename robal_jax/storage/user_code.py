@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,7 +18,15 @@ CODE = "code_sha256"
 RESUMED = "resumed_code_sha256"  # of the last resume with changed code
 
 
-def code_of(config: ConfigDict, *, evaluated: bool = False) -> dict[str, dict[str, str]]:
+PARTS: dict[str, Callable[[str], bool]] = {
+    "training": lambda field: not field.startswith("evaluation."),
+    "model": lambda field: field.startswith(("data.", "model.", "head.")),
+    "evaluation": lambda field: True,
+}
+"""Fields that matter to a training, to what its model computes, and to an evaluation of given weights."""
+
+
+def code_of(config: ConfigDict, part: str) -> dict[str, dict[str, str]]:
     """Returns the sha256 of the file of each module of the user's own that a config names.
 
     What these modules import in turn is not looked at. A module without a file, such as a notebook, is left
@@ -25,16 +34,15 @@ def code_of(config: ConfigDict, *, evaluated: bool = False) -> dict[str, dict[st
 
     Args:
       config: a valid one.
-      evaluated: only modules on which an evaluation of given weights depends.
+      part: a key of ``PARTS``.
 
     Returns:
       ``{CODE: {module: sha256}}``; {} if there are none, so that what is stored is as without user code.
     """
     fields = json.loads(config.to_json())
-    flat = evaluation_fields(fields) if evaluated else flatten(fields)
-    named = [
-        value for field, value in flat.items() if field.endswith((".name", ".augmentation", ".autoattack"))
-    ]
+    flat = evaluation_fields(fields) if part == "evaluation" else flatten(fields)
+    ends = (".name", ".augmentation", ".autoattack")
+    named = [value for field, value in flat.items() if field.endswith(ends) and PARTS[part](field)]
     functions = [name for value in named for name in str(value).split(",") if ":" in name]
     modules = sorted({name.partition(":")[0] for name in functions})
     own = {module: _sha256(module) for module in modules if module.partition(".")[0] != "robal_jax"}
@@ -43,13 +51,13 @@ def code_of(config: ConfigDict, *, evaluated: bool = False) -> dict[str, dict[st
 
 
 def _sha256(module: str) -> str:
-    """Returns the sha256 of a module's file; '' if it has none that can be read."""
+    """Returns the sha256 of a module's source; '' if it has none that can be read."""
     try:
-        spec = importlib.util.find_spec(module)
-        if spec is None or not spec.has_location:
-            return ""
-        return hashlib.sha256(pathlib.Path(str(spec.origin)).read_bytes()).hexdigest()
-    except (ImportError, ValueError, OSError):
+        spec: Any = importlib.util.find_spec(module)
+        own = hasattr(spec.loader, "get_source")  # as all of Python's loaders, also that of a zip file
+        source = spec.loader.get_source(module) if own else pathlib.Path(spec.origin).read_text()
+        return hashlib.sha256(source.encode()).hexdigest()
+    except Exception:  # none, compiled only, or a package that cannot be imported any more
         return ""
 
 
@@ -80,11 +88,9 @@ def record_resume(code: Mapping[str, Mapping[str, str]], workdir: pathlib.Path) 
         write_whole(workdir / VERSIONS, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def warn_if_changed(
-    code: Mapping[str, Mapping[str, str]], workdir: pathlib.Path, say: Callable[[str], None]
-) -> str:
+def warn_if_changed(config: ConfigDict, workdir: pathlib.Path, say: Callable[[str], None]) -> str:
     """Warns if the code of a run's model has changed since it was trained; returns :func:`changed_code`."""
-    if changed := changed_code(code, workdir):
+    if changed := changed_code(code_of(config, "model"), workdir):
         say(
             f"warning: {changed}, so the model may be another one than was trained; restore that code, or "
             "train again"

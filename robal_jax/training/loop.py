@@ -139,7 +139,7 @@ def _train(
     with hosts.only_first(lambda: announced("reading the data")):
         job = builder.training(config)
         check_spread(job, jax.device_count())
-    code = code_of(config)
+    code = code_of(config, "training")
     hosts.check_agreement("the config", to_json(config))
     hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
     # Before anything is written, because this checkpoint may be missing or may not fit the model.
@@ -164,7 +164,8 @@ def _train(
             say(line)
         begun = -(-job.total_steps // job.steps_per_epoch)  # epochs
         doubts = [] if found else builder.doubts(config, begun)
-        if changed := changed_code(code, workdir, "started"):
+        left = state is None or int(state.step) < job.total_steps
+        if left and (changed := changed_code(code, workdir, "started")):
             doubts.append(f"{changed}; the steps from here on use the new code")
         for name, other in others.items():
             doubts += builder.seed_doubts(config, name, other.path) if other else []
@@ -172,7 +173,7 @@ def _train(
             say(f"warning: {doubt}")
         if state is None:
             state = _first_state(job)
-        if int(state.step) < job.total_steps:
+        if left:
             hosts.by_first(partial(record_resume, code, workdir))
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
         hosts.by_first(partial(check_there, workdir, path))
