@@ -77,9 +77,14 @@ def with_part_of(config: ConfigDict, other: ConfigDict) -> ConfigDict:
 
 
 def with_data_at(path: str | None, config: ConfigDict) -> ConfigDict:
-    """Returns a config with another place of the data; the config itself if the place is None."""
+    """Returns a config with another place of the data; the config itself if the place is None.
+
+    Raises:
+      InputError: a field of the config cannot be used.
+    """
     if path is None:
         return config
+    validate(config)
     moved = config.copy_and_resolve_references()
     with moved.unlocked():
         moved.data.path = path
@@ -87,7 +92,12 @@ def with_data_at(path: str | None, config: ConfigDict) -> ConfigDict:
 
 
 def without_ensemble(config: ConfigDict) -> ConfigDict:
-    """Returns a config for a model that is only loaded: attacks of the user's own need not be there."""
+    """Returns a config for a model that is only loaded: attacks of the user's own need not be there.
+
+    Raises:
+      InputError: a field of the config cannot be used.
+    """
+    validate(config)
     loaded = config.copy_and_resolve_references()
     with loaded.unlocked():
         loaded.evaluation.autoattack = "none"
