@@ -27,9 +27,9 @@ PARTS: dict[str, Callable[[str], bool]] = {
 
 
 def code_of(config: ConfigDict, part: str) -> dict[str, dict[str, str]]:
-    """Returns the sha256 of the file of each module of the user's own that a config names.
+    """Returns the sha256 of the source of each module of the user's own that a config names.
 
-    What these modules import in turn is not looked at. A module without a file, such as a notebook, is left
+    What these modules import in turn is not looked at. A module without a source, such as a notebook, is left
     out.
 
     Args:
