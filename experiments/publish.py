@@ -14,12 +14,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from robal_jax import cli
 from robal_jax.errors import InputError
+from robal_jax.reporting.results import WITHOUT_RESULTS
+from robal_jax.storage import buckets
 
 
 def main(arguments: list[str]) -> None:
     """Passes the flags to ``robal_jax.zoo.publish``."""
     texts = {
-        "workdir": "folder of the run, evaluated",
+        "workdir": "folder of the run, evaluated, or its URL in a bucket",
         "out": "the files to write, without their endings: experiments/zoo/digits_lt/at_small_cnn",
         "evaluations": "folders of results, with commas between; by default WORKDIR/evaluation. The card "
         "names them like the folders, or as in whole=runs/x/evaluation",
@@ -42,8 +44,8 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"two evaluations are named {name!r}; name them, as in whole={folder}")
         if not name:
             raise InputError(f"--evaluations has {each!r}; write a name before '=', as in whole={folder}")
-        evaluations[name] = pathlib.Path(folder)
-    workdir, out = pathlib.Path(values["workdir"]), pathlib.Path(values["out"])
+        evaluations[name] = buckets.fetched(folder, WITHOUT_RESULTS)
+    workdir, out = buckets.fetched(values["workdir"]), pathlib.Path(values["out"])
     stated = {name: values[name] for name in ("authors", "license")}
     for file in zoo.publish(workdir, out, evaluations, **stated):
         print(f"wrote {file}")

@@ -213,6 +213,11 @@ def test_only_an_earlier_output_is_replaced(tmp_path, beginning, taken):
     check_replaceable(pathlib.Path("/dev/null"), "# Comparison")
 
 
+def test_a_single_file_is_not_written_to_a_bucket():
+    path = pathlib.Path("gs://bucket/runs/x.md")
+    refused("gs://bucket/runs/x.md is in a bucket; name a file of", check_replaceable, path, "# Comparison")
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "name"),
     [

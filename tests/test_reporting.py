@@ -217,7 +217,7 @@ def test_audit_without_curves_and_norms_without_weights(tmp_path):
         (
             [PASSED, NOTE],
             NOTE,
-            "No check was flagged (2 of 2 run). The fixed-step attacks are optimistic (a)",
+            "No check was flagged (2 of 2 run). Rounding decides for some adversarial images (a)",
         ),
         ([TOO_FEW, PASSED], PASSED, "No check was flagged (2 of 2 run, 1 with too few images to tell)"),
         ([TOO_FEW] * 2, TOO_FEW, "No check was flagged (2 of 2 run, 2 with too few images to tell)"),
@@ -294,6 +294,16 @@ def test_images_that_were_read_again_are_no_audit():
     audit["verdicts"].append(verdict("Selected on test images", FLAGGED))
     assert audit_verdict(audit)[0] == FLAGGED
     assert audit_summary(audit) == "flagged: Selected on test images"
+
+
+def test_a_note_on_stored_images_is_on_the_ensemble():
+    note = verdict("Accuracy computed again", NOTE, doubts=EVERYTHING)
+    banner = audit_verdict({"verdicts": [note]})[1]
+    assert banner.endswith("(Accuracy computed again), and the ensemble's accuracy is uncertain by these")
+    assert "optimistic" not in banner
+    alone = audit_verdict({"examples": 0, "verdicts": [note]})[1]
+    assert "read again, and rounding decides for some of them" in alone
+    assert "same accuracy" not in alone
 
 
 def test_a_note_on_the_models_own_gradient_is_not_on_fixed_steps():

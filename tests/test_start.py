@@ -15,7 +15,7 @@ from conftest import ROOT
 from experiments import evaluate, train
 from robal_jax import builder, cli, training
 from robal_jax.errors import InputError
-from robal_jax.storage import trackers
+from robal_jax.storage import buckets, trackers
 from robal_jax.storage.config_file import flatten, read_config, to_json
 from robal_jax.storage.progress import Scalars, announced
 from robal_jax.training import loop
@@ -291,6 +291,15 @@ def test_a_tracker_receives_the_metrics(package, tmp_path):
     assert finish[0] == "finish"
     assert said == []
     assert ("id" in init) == (name == "wandb")
+
+
+def test_a_run_in_a_bucket_has_its_name_at_the_tracker(package, tmp_path, monkeypatch):
+    name, fake = package
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = buckets.place("work", "gs://bucket/runs/robal_n")
+    folder.mkdir(parents=True)
+    scalars_of_two_steps(folder, name)
+    assert fake.calls[0][2]["name"].startswith("robal_n-")
 
 
 def test_a_resumed_run_is_the_same_run_at_the_tracker(package, tmp_path):

@@ -563,6 +563,14 @@ def test_no_other_file_is_replaced(run, tmp_path, ending):
     assert path.read_text() == "precious"
 
 
+def test_results_of_evaluate_model_are_refused(run, tmp_path):
+    (tmp_path / "front").mkdir()
+    fake_results(meta={**META, "checkpoint_sha256": run[1].sha256}).write(tmp_path / "front")
+    evaluations = {"front": tmp_path / "front"}
+    refused("front was made by evaluate_model", zoo.publish, run[0], tmp_path / "mine", evaluations)
+    assert not list(tmp_path.glob("mine.*"))
+
+
 def test_a_publication_is_replaced_by_the_same_bytes(run, files):
     before = {path.name: path.read_bytes() for path in files.parent.iterdir()}
     zoo.publish(run[0], files.with_suffix(""), {"evaluation": run[0]})

@@ -33,6 +33,7 @@ from robal_jax.evaluation import evaluate_model, load_run
 from robal_jax.evaluation.explanations import EXPLANATIONS
 from robal_jax.reporting.results import FLAGGED, NOTE, TOO_FEW
 from robal_jax.storage.config_file import read_config
+from robal_jax.storage.files import replacing
 
 METHODS = ("at", "trades", "la", "he", "robal_n", "robal_r")
 
@@ -210,7 +211,8 @@ def _distilled(bench: Bench, case: Case) -> LogitsFn:
 
     start = (params, optimizer.init(params))
     student, _ = jax.jit(partial(jax.lax.fori_loop, 0, DISTILLATION_STEPS, step))(start)
-    np.savez(path, *map(np.asarray, jax.tree.leaves(student)))
+    with replacing(path) as file:
+        np.savez(file, *map(np.asarray, jax.tree.leaves(student)))
     return partial(run.predict, student, run.stats)
 
 

@@ -31,6 +31,7 @@ from experiments.benchmarks import calibration, masked, measure
 from robal_jax import cli, load_model
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.data import balanced_part
+from robal_jax.storage.files import replacing
 
 TARGETS, BATCH, CLASSES = 9, 50, 10
 VERSIONS = ("standard", "torchattacks", "fast", "union")
@@ -196,7 +197,9 @@ def outcomes(network: Network, keys: dict[str, int], folder: pathlib.Path) -> It
                 if not path.exists():
                     done = len(stages["standard"]) if version == "union" else 0
                     before = row["standard"][seed] if done else None
-                    np.save(path, attack(member, stages[version][done:], seed, before))
+                    found = attack(member, stages[version][done:], seed, before)
+                    with replacing(path) as file:
+                        np.save(file, found)
                 row[version].append(np.load(path))
         row["passes"] = {
             version: Passes(

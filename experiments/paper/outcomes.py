@@ -17,7 +17,7 @@ from experiments.paper.small import SMALL
 from robal_jax import metrics, zoo
 from robal_jax.errors import InputError, one_line
 from robal_jax.reporting.results import EvaluatedRun, Results, read_run, results_folder
-from robal_jax.storage.files import write_whole
+from robal_jax.storage.files import replacing, write_whole
 from robal_jax.storage.names import RESULTS
 from robal_jax.zoo.cards import SETTINGS
 from robal_jax.zoo.models import read_card
@@ -168,7 +168,7 @@ def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float 
         }
     _check_is_of(path, {name: each["meta"] for name, each in facts.items()})
     path.parent.mkdir(exist_ok=True)
-    with path.with_suffix(".npz").open("wb") as file:
+    with replacing(path.with_suffix(".npz")) as file:
         np.savez_compressed(file, **arrays)
     content = {"seconds_of_training": training and round(training), "evaluations": facts}
     write_whole(path.with_suffix(".json"), f"{json.dumps(content, ensure_ascii=False)}\n".encode())

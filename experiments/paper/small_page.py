@@ -162,8 +162,8 @@ def _further(runs: Sequence[Run]) -> Iterator[str]:
         "FAB-T, Square. 'torchattacks' is the same as that package runs it: with 10 iterations, and with "
         "Square's schedule rescaled. It is an upper estimate. 'Best' is the checkpoint that the held-out "
         "images choose; it stands under the pair beside the last. 'Clean': the audit saw no sign of masked "
-        "gradients. 'Too few images': so many of its checks could not have seen a gap, because few images "
-        "of its sample are right when clean."
+        "gradients. 'Too few images for 3': in three of its checks too few images are right when clean for "
+        "a gap to show."
     )
     header = ["Row", "AutoAttack", "torchattacks", "Pair, last", "Pair, best", "best is", "Audit"]
     body = []

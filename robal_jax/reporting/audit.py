@@ -35,9 +35,10 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
     verdicts = audit["verdicts"]
     outcomes = [outcome_of(verdict) for verdict in verdicts]
     if _only_read_again(audit):
+        same = "rounding decides for some of them" if NOTE in outcomes else "they give the same accuracy"
         return NOT_RUN, (
-            "No audit was made. The stored adversarial images were read again, and give the same accuracy; "
-            "nothing shows whether the attacks are as strong as they can be"
+            f"No audit was made. The stored adversarial images were read again, and {same}; nothing shows "
+            "whether the attacks are as strong as they can be"
         )
     count, done = len(verdicts), len(verdicts) - outcomes.count(NOT_RUN)
     overall = next((name for name in (FLAGGED, NOTE, PASSED, TOO_FEW) if name in outcomes), NOT_RUN)
@@ -79,17 +80,18 @@ def _only_read_again(audit: Mapping[str, Any]) -> bool:
 
 def _noted(verdicts: Sequence[Mapping[str, Any]], *, ensemble: bool) -> str:
     """Says which attacks the notes call optimistic, and which accuracy to use."""
-    noted = [verdict for verdict in verdicts if outcome_of(verdict) == NOTE]
-    own = [verdict["title"] for verdict in noted if verdict.get("doubts") == OWN_GRADIENT]
-    fixed = [verdict["title"] for verdict in noted if verdict.get("doubts") != OWN_GRADIENT]
+    titles: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if outcome_of(verdict) == NOTE:
+            titles.setdefault(verdict.get("doubts", FIXED_STEPS), []).append(verdict["title"])
     advice = "the ensemble's accuracy is the one to use" if ensemble else "evaluate with AutoAttack"
-    sentences = [f"The fixed-step attacks are optimistic ({', '.join(fixed)}): {advice}"] * bool(fixed)
-    if own:
-        titles = ", ".join(own)
-        sentences.append(
-            f"Attacks with the model's own gradient are optimistic ({titles}): use the accuracy with BPDA"
-        )
-    return ". ".join(sentences)
+    says = {
+        FIXED_STEPS: f"The fixed-step attacks are optimistic (%s): {advice}",
+        OWN_GRADIENT: "Attacks with the model's own gradient are optimistic (%s): use the accuracy with BPDA",
+        EVERYTHING: "Rounding decides for some adversarial images (%s), and the ensemble's accuracy is "
+        "uncertain by these",
+    }
+    return ". ".join(says[part] % ", ".join(titles[part]) for part in says if part in titles)
 
 
 def audit_summary(audit: Mapping[str, Any] | None) -> str:

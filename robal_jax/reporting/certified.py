@@ -36,12 +36,14 @@ def bounds_in_words(results: Results) -> str:
       results: with certified accuracies.
 
     Returns:
-      'Certified are 11.3 % [9.1, 13.9] of the images at L∞ 0.1; all attacks leave 69.1 %.'
+      'At L∞ 0.1, 11.3 % [9.1, 13.9] of the images are certified, and 69.1 % are right under all attacks.'
     """
     share = with_interval(_whole(results)["accuracy"], space=" % ")
     worst = 100 * results.conditions["worst"]["accuracy"]["value"]
-    return f"Certified are {share} of the images at {_where(results)}; all attacks leave {worst:.1f} %." + (
-        f" {_contradictions(results)}" if results.certified["broken"] else ""
+    more = f" {_contradictions(results)}" if results.certified["broken"] else ""
+    return (
+        f"At {_where(results)}, {share} of the images are certified, and {worst:.1f} % are right under all "
+        f"attacks.{more}"
     )
 
 

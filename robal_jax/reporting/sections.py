@@ -338,9 +338,9 @@ def reading_section(results: Results) -> list[page.Block]:
     ]
     if results.audit:
         text = (
-            "A flagged check is a sign that an attack fails for a reason other than robustness. A "
-            "note says by how much an attack can be made stronger by simple means. Passing every "
-            "check is no proof of robustness."
+            "A flagged check is a sign that an attack fails for a reason other than robustness, or that "
+            "figures cannot be trusted for another reason, which the check names. A note says by how much "
+            "an attack can be made stronger by simple means. Passing every check is no proof of robustness."
         )
         items.append(("Audit.", text))
     return [page.section("How to read this"), page.points([*items, *ensemble_notes(results)])]

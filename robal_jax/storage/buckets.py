@@ -32,12 +32,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from robal_jax.devices.cpu import user_cache
 from robal_jax.errors import InputError, one_line, user_path
-from robal_jax.storage.files import write_whole
+from robal_jax.storage.files import URL, write_whole
 from robal_jax.storage.names import BEST, CHECKPOINTS, DAMAGED, FILES, JOURNAL, LOCK, TENSORBOARD
 
 T = TypeVar("T")
 
-_URL = re.compile(r"(gs|s3):/{1,2}(?=[^/])")  # pathlib makes one slash of two
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNUSABLE = frozenset("?#*[]\\@%")  # of fsspec, of Orbax or of our own copies
 
@@ -96,7 +95,7 @@ class Known(NamedTuple):
 def _parts(path: str | pathlib.Path) -> tuple[str, str] | None:
     """Returns the scheme and 'BUCKET/PATH' of a URL; None for any other path."""
     text = str(path)
-    found = _URL.match(text)
+    found = URL.match(text)
     if not found:
         return None
     place = text[found.end() :].strip("/")

@@ -5,12 +5,15 @@ import errno
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from robal_jax.errors import InputError, one_line
 
 BEGINNING = 2**16  # bytes by which a file is recognised
+
+URL = re.compile(r"(gs|s3):/{1,2}(?=[^/])")  # of a bucket; pathlib makes one slash of two
 
 
 def check_replaceable(path: pathlib.Path, mark: str) -> None:
@@ -21,8 +24,11 @@ def check_replaceable(path: pathlib.Path, mark: str) -> None:
       mark: a text that the beginning of such an output contains.
 
     Raises:
-      InputError: it is another file, which would be lost, or a folder.
+      InputError: it is another file, which would be lost, or a folder, or in a bucket.
     """
+    if URL.match(str(path)):
+        url = URL.sub(r"\1://", str(path))
+        raise InputError(f"{url} is in a bucket; name a file of this machine")
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder; choose another file")

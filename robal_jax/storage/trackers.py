@@ -14,6 +14,7 @@ from typing import Any
 
 from robal_jax.devices import hosts
 from robal_jax.errors import InputError, one_line
+from robal_jax.storage import buckets
 from robal_jax.storage.files import write_whole
 from robal_jax.storage.names import CONFIG, TRACKED
 
@@ -89,6 +90,7 @@ def _name(workdir: pathlib.Path) -> str:
     """Returns the name of the tracker's run, which is drawn once per workdir."""
     path = workdir / TRACKED
     if not path.exists():
-        stem = re.sub(r"[^\w-]+", "-", workdir.resolve().name)
+        place = buckets.url_of(workdir) or str(workdir.resolve())
+        stem = re.sub(r"[^\w-]+", "-", place.rpartition("/")[2])
         write_whole(path, f"{stem}-{secrets.token_hex(4)}\n".encode())
     return path.read_text().strip()

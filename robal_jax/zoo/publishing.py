@@ -74,6 +74,9 @@ def publish(
         )
     folders = evaluations or {EVALUATION: workdir}
     results = {key: Results.read(results_folder(folder)) for key, folder in folders.items()}
+    for key, folder in folders.items():
+        if "config" not in results[key].meta:
+            raise InputError(f"{folder} was made by evaluate_model; name an evaluation of this run")
     made_with = _versions(workdir) if imported is None else {}
     lead = next(iter(results.values())).meta["config"]
     run = load_run(workdir, data_path=None if imported is None else lead["data"].get("path"))
