@@ -538,6 +538,21 @@ def test_square_alone_is_not_run_after_gradients():
     assert next(verdict for verdict in found if verdict.name == "square").outcome == NOT_RUN
 
 
+@pytest.mark.parametrize(("left", "doubts"), [(300, EVERYTHING), (12, EVERYTHING), (11, FIXED_STEPS)])
+def test_a_flagged_transfer_that_breaks_what_the_ensemble_left_doubts_everything(left, doubts):
+    """Of 480 images; 4.8 are 1 %."""
+    measured = healthy()
+    measured["transfer"]["right"] = ~first(480)
+    found, _ = verdicts.give_verdicts(measured, LABELS, first(280)[:480], None, EPSILON)
+    clean = right_logits().argmax(-1) == LABELS
+    doubted = ensemble_checks.doubt_ensemble(found, measured, clean, first(left), evidence.LEVEL)
+    changed = [after for before, after in zip(found, doubted, strict=True) if before != after]
+    assert [(verdict.name, verdict.outcome) for verdict in changed] == [("transfer", FLAGGED)] * (left > 11)
+    transfer = next(verdict for verdict in doubted if verdict.name == "transfer")
+    assert transfer.doubts == doubts
+    assert (f"break {left} images of the sample that the ensemble left." in transfer.statement) == (left > 11)
+
+
 # ---------------------------------------------------------------- the tests behind the verdicts
 
 

@@ -689,6 +689,30 @@ def test_a_model_of_anybody_s_is_attacked_in_full_float32():
     assert "precision = [HIGHEST, HIGHEST]" in program
 
 
+def test_a_random_model_too_is_attacked_in_full_float32():
+    seen = set()
+
+    def model(x, keys):
+        seen.add(jax.config.jax_default_matmul_precision)
+        return x.reshape(len(x), -1)[:, :4]
+
+    images = jnp.full((2, 2, 2, 1), 0.5)
+    arguments = jax.random.key(0), images, jnp.zeros(2, int)
+    robal_jax.autoattack(model, *arguments, threat=THREAT, version="rand", steps=1)
+    assert seen == {"highest"}
+
+
+def test_a_model_that_depends_on_its_batch_is_refused():
+    def model(x):
+        x = x.reshape(len(x), -1)[:, :4]
+        return x - x.mean(0, keepdims=True)
+
+    images = jax.random.uniform(jax.random.key(0), (3, 2, 2, 1))
+    arguments = jax.random.key(0), images, jnp.zeros(3, int)
+    with pytest.raises(InputError, match="change with the images beside it"):
+        robal_jax.autoattack(model, *arguments, threat=THREAT, version="apgd_ce")
+
+
 def test_images_that_fill_up_a_batch_are_not_counted():
     def model(x):
         lead = x.reshape(-1) - 0.5

@@ -237,7 +237,7 @@ def test_a_model_with_another_gradient_is_another_one(digits, tmp_path):
     images, labels = digits
     model = plain(images, labels)
     rounded = lambda x: model(jnp.round(16 * x) / 16)  # noqa: E731
-    straight = lambda x: model(x + jax.lax.stop_gradient(jnp.round(16 * x) / 16 - x))  # noqa: E731
+    straight = lambda x: model(robal_jax.bpda(lambda x: jnp.round(16 * x) / 16, lambda x: x)(x))  # noqa: E731
     evaluate_model(rounded, images, labels, folder=tmp_path, **SHORT)
     with pytest.raises(InputError, match=r"other settings \(gradients.model: '.*' here, '0.0e\+00' there\)"):
         evaluate_model(straight, images, labels, folder=tmp_path, **SHORT)
@@ -246,6 +246,31 @@ def test_a_model_with_another_gradient_is_another_one(digits, tmp_path):
     del stored["meta"]["identity"]["gradients"]
     results.write_text(json.dumps(stored))
     assert evaluate_model(straight, images, labels, folder=tmp_path, **SHORT) is not None
+
+
+def test_a_model_that_depends_on_its_batch_is_warned_of(digits):
+    images, labels = digits
+    model, said = plain(images, labels), []
+    fast = {**SHORT, "version": "none", "audit": 0, "say": said.append}
+    evaluate_model(model, images, labels, **fast)
+    assert not [line for line in said if line.startswith("warning")]
+    evaluate_model(lambda x: model(x) - model(x).mean(0, keepdims=True), images, labels, **fast)
+    assert "warning: the logits of an image change with the images beside it" in "\n".join(said)
+
+
+def test_a_model_that_differs_only_off_the_clean_images_is_another_one(digits, tmp_path):
+    """It answers otherwise where a pixel is no sixteenth, as under an attack."""
+    images, labels = digits
+    model = plain(images, labels)
+
+    def guarded(x):
+        whole = jnp.all(16 * x == jnp.round(16 * x), axis=(1, 2, 3))
+        return jnp.where(whole[:, None], model(x), 0.0)
+
+    fast = {**SHORT, "version": "none", "audit": 0}
+    evaluate_model(model, images, labels, folder=tmp_path, **fast)
+    with pytest.raises(InputError, match=r"other settings \(near.model: "):
+        evaluate_model(guarded, images, labels, folder=tmp_path, **fast)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from robal_jax import attacks, losses
 from robal_jax.attacks import ThreatModel, autoattack, starting_points, uniform_start
 from robal_jax.attacks.l1 import changed, project, sparse_direction
 from robal_jax.attacks.sparse_autopgd import schedule, sparse_search, sparse_start
+from robal_jax.attacks.threat import departure
 from robal_jax.errors import InputError
 
 RADIUS, STEPS = 0.4, 60
@@ -91,6 +92,18 @@ def test_one_radius_per_image_and_distances():
         own = alone(candidates[i : i + 1], images[i : i + 1], radii[i], 0.0, 1.0)
         np.testing.assert_allclose(found[i], own[0], atol=1e-6)
     np.testing.assert_allclose(threat.distance(found, images)[1:], radii[1:], rtol=1e-5)
+
+
+def test_projected_images_are_allowed():
+    """The rounding of all pixels adds up: these are of CIFAR's size."""
+    images = jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
+    candidates = images + 0.05 * jnp.sign(jax.random.normal(jax.random.key(1), images.shape))
+    for epsilon in (1.0, 12.0):
+        threat = ThreatModel(epsilon, "l1")
+        found = threat.project(candidates, images)
+        reach = threat.distance(found, images), threat.outside(found), images[0].size
+        assert departure(threat, *reach) == ""
+        assert departure(ThreatModel(0.998 * epsilon, "l1"), *reach)
 
 
 # ---------------------------------------------------------------- steps and starts

@@ -107,3 +107,17 @@ def test_shortest_adversarial_ends_at_a_misclassified_image():
         model, KEY, images, DARK, attack=attack, threat=THREAT, max_epsilon=0.1
     )
     np.testing.assert_allclose(length, 0.08, atol=1e-3)
+
+
+@pytest.mark.parametrize(("hole", "hidden"), [((0.0, 1.0), False), ((0.52, 1.0), True)])
+def test_square_does_not_hide_that_all_it_met_is_not_finite(hole, hidden):
+    """One that it can compare, it keeps; a misclassified one it prefers."""
+    images = jnp.full((1, 1, 1, 1), 0.45)
+    model = holed(*hole, lambda x: x - 0.7)
+    found = attacks.square(model, KEY, images, DARK, threat=THREAT, queries=20)
+    assert found != images
+    assert jnp.isfinite(model(found)).all() == hidden
+    wrong = holed(0.46, 0.52, lambda x: x - 0.5)
+    found = attacks.square(wrong, KEY, images, DARK, threat=THREAT, queries=20)
+    assert wrong(found).argmax(-1) == 0
+    assert jnp.isfinite(wrong(found)).all()

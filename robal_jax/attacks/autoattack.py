@@ -163,8 +163,9 @@ def autoattack(
       The adversarial images and the outcome of each attack.
 
     Raises:
-      InputError: the version is unknown, the model has too few classes for it, or its logits are not finite;
-        or an attack of your own breaks its contract, or leaves the threat model.
+      InputError: the version is unknown, the model has too few classes for it, or its logits are not finite
+        or depend on the other images of a batch; or an attack of your own breaks its contract, or leaves the
+        threat model.
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
     Source: Croce and Hein (ICML 2020).
@@ -188,7 +189,7 @@ def autoattack(
     predict: Callable[..., chex.Array]
     arrays: list[chex.Array]
     if random:
-        predict, arrays = lambda _, *given: checks.called(logits_fn, *given), []
+        predict, arrays = jax.default_matmul_precision("highest")(_without_arrays(logits_fn)), []
     else:
         predict, arrays = closure.split(cast(LogitsFn, logits_fn), images.shape[1:])
 
@@ -223,12 +224,21 @@ def autoattack(
     for stage in filter(lambda stage: stage.own, ensemble):  # their contracts, before the first attack
         jax.eval_shape(partial(attacked, stage), *first_batch)
 
+    clean = partial(attacked, None, arrays, keys[:size], y=labels[:size], number=np.int32(0))
+    if not random and closure.depends_on_batch(lambda x: clean(x=x)[1], images[:size]):
+        raise InputError(closure.DEPENDS)
+
     true = np.asarray(labels)
     progress = begin(true, in_batches(None, np.arange(len(images)), 0)[1])
     for stage in ensemble:
         for _ in run(stage, partial(in_batches, stage), true, progress, size=size):
             pass
     return _found(images, ensemble, progress)
+
+
+def _without_arrays(logits_fn: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
+    """Gives a random model the form of one whose arrays are arguments."""
+    return lambda _, *given: checks.called(logits_fn, *given)
 
 
 def require_finite(finite: np.ndarray, condition: str) -> None:

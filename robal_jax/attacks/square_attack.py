@@ -136,7 +136,8 @@ def square_search(
     ``x_{q+1} = x'`` if ``margin(x') < margin(x_q)``, else ``x_q``;  ``x' = propose(x_q)``
 
     while ``x_q`` is classified correctly; the margin is ``z_y - max_{i != y} z_i``. (The released code stops
-    at a margin of 0, too, where a tie may go to the true class.) The squares' share of the image is
+    at a margin of 0, too, where a tie may go to the true class.) A candidate whose logits are not finite is
+    kept only while there is no other, see ``attempts.verdicts``. The squares' share of the image is
     ``p_init``, halved after each of ``HALVINGS`` queries, whatever ``queries`` is unless it is rescaled. The
     loop ends when all images are misclassified. It compiles once, and contains the model once.
 
@@ -189,9 +190,10 @@ def square_search(
         logits = checks.logits_of(len(images), logits_fn(candidates))
         found = margin(logits, labels).astype(images.dtype)
         right, wrong = verdicts(logits, labels)
+        unseen = ~right & ~wrong & jnp.isinf(search.margin)  # not finite, and nothing else was met
         better = ~search.wrong & (wrong | (right & (found < search.margin)))
         return Search(
-            jnp.where(better[:, None, None, None], candidates, search.best),
+            jnp.where((better | unseen)[:, None, None, None], candidates, search.best),
             jnp.where(better, found, search.margin),
             search.wrong | wrong,
             search.queries_used + (~search.wrong).astype(int),

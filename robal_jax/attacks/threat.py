@@ -256,17 +256,20 @@ class ThreatModel:
         return jnp.maximum(self.lower - candidates.min(axes), candidates.max(axes) - self.upper)
 
 
+_GROWTH = {"l1": 1.0, "l2": 0.5}  # of the rounding of a distance, as a power of the number of pixels
+
+
 def distance_tolerance(threat: ThreatModel, pixels: int = 1) -> float:
     """Returns by how much rounding may take an image beyond its radius.
 
-    It grows with the bounds of the images. In L2 the squares of the errors of the pixels add up.
+    It grows with the bounds of the images. In L1 the errors of the pixels add up, in L2 their squares.
 
     Args:
       threat: its norm and its bounds.
       pixels: numbers per image.
     """
     largest = max(abs(threat.lower), abs(threat.upper), 1.0)
-    return DISTANCE_TOLERANCE * largest * (pixels**0.5 if threat.norm == "l2" else 1.0)
+    return DISTANCE_TOLERANCE * largest * pixels ** _GROWTH.get(threat.norm, 0.0)
 
 
 def departure(threat: ThreatModel, distance: chex.Array, outside: chex.Array, pixels: int = 1) -> str:

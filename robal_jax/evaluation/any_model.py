@@ -32,7 +32,7 @@ from robal_jax.storage.best import stated
 
 LogitsFn = Callable[[chex.Array], chex.Array]
 
-FINGERPRINT_IMAGES = 16
+FINGERPRINT_IMAGES, NOISE = 16, 0.1
 
 
 def evaluate_model(
@@ -126,7 +126,7 @@ def evaluate_model(
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
     hosts.speaker(say)(f"compiling the model for {len(labels)} images of shape {list(images.shape[1:])}")
-    model = _attackable(logits_fn, surrogate_fn, images)
+    model = _attackable(logits_fn, surrogate_fn, images, hosts.speaker(say))
     test = _test_set(images, labels, model.num_classes, class_counts, class_names)
     protocols = _protocols(groups, class_counts)
     job = builder.Evaluation(
@@ -252,12 +252,18 @@ class _Attackable(NamedTuple):
     identity: dict[str, Any]
 
 
-def _attackable(logits_fn: LogitsFn, surrogate_fn: LogitsFn | None, images: np.ndarray) -> _Attackable:
+def _attackable(
+    logits_fn: LogitsFn, surrogate_fn: LogitsFn | None, images: np.ndarray, say: Callable[[str], None]
+) -> _Attackable:
     """Gives a model the forms of an evaluation, and checks the approximation that goes with it, if any."""
     predict, weights, num_classes = _parted(logits_fn, images)
+    alike = partial(jax.jit(predict), weights["params"], weights["stats"])
+    if closure.depends_on_batch(alike, images[:FINGERPRINT_IMAGES]):
+        say(f"warning: {closure.DEPENDS}")
     identity: dict[str, Any] = {
         "model": _fingerprint(predict, weights, images),
         "gradients": {"model": _gradient_size(predict, weights, images)},
+        "near": {"model": _fingerprint(predict, weights, _near(images))},
     }
     if surrogate_fn is None:
         return _Attackable(predict, None, weights, num_classes, identity)
@@ -347,8 +353,9 @@ def _identity(
     if other is None:
         return {**model, "surrogate": None, "settings": settings}
     gradients = {**model["gradients"], "surrogate": _gradient_size(*other[:2], images)}
+    near = {**model["near"], "surrogate": _fingerprint(*other[:2], _near(images))}
     look = _fingerprint(*other[:2], images)
-    return {**model, "gradients": gradients, "surrogate": look, "settings": settings}
+    return {**model, "gradients": gradients, "near": near, "surrogate": look, "settings": settings}
 
 
 def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:
@@ -376,6 +383,12 @@ def _fingerprint(predict: Callable[..., Any], weights: dict[str, Any], images: n
     """Returns what tells a model from others: the sha256 of its logits for the first images."""
     logits = jax.jit(predict)(weights["params"], weights["stats"], images[:FINGERPRINT_IMAGES])
     return checkpoints.digest({"logits": np.asarray(logits)})
+
+
+def _near(images: np.ndarray) -> np.ndarray:
+    """Returns the first images with noise, on which a defence shows that leaves clean images alone."""
+    few = images[:FINGERPRINT_IMAGES]
+    return np.clip(few + np.random.RandomState(0).uniform(-NOISE, NOISE, few.shape), 0, 1).astype(np.float32)
 
 
 _NO_GRADIENT = (TypeError, ValueError, NotImplementedError)  # what JAX raises without a derivative

@@ -1,11 +1,52 @@
 """Checks of the audit on what the attacks on all images found; ``verdicts.py`` has those on its sample."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from robal_jax.evaluation.evidence import share_p_value, smallest_share
 from robal_jax.evaluation.explanations import ALPHA_SQUARE, GAP, MARGIN
+from robal_jax.evaluation.measurements import SCALE_NAMES, Measured
 from robal_jax.evaluation.outcomes import Verdict, decide, make_verdict, percent
-from robal_jax.reporting.results import FLAGGED, NOT_RUN, NOTE, PASSED
+from robal_jax.reporting.results import EVERYTHING, FLAGGED, NOT_RUN, NOTE, PASSED
+
+# Measurements of the attacks that a check compares, all within the radius.
+_COMPARED = {
+    "logit_scale": (*SCALE_NAMES.values(), "margin"),
+    "steps": ("steps",),
+    "gradient_free": ("gradient_free",),
+    "transfer": ("transfer",),
+}
+
+
+def doubt_ensemble(
+    verdicts: Sequence[Verdict], measured: Measured, clean: np.ndarray, left: np.ndarray, level: float
+) -> list[Verdict]:
+    """Lets a flagged check doubt everything if its attacks clearly break what the ensemble left.
+
+    Without this a check that casts doubt on the fixed steps would send its reader to the ensemble, although
+    the same images show that the ensemble fails, too.
+
+    Args:
+      verdicts: of the audit.
+      measured: arrays of :func:`measurements.plan_measurements`, by name.
+      clean: whether the images of the sample are right when clean, bool ``[n]``.
+      left: whether they are right after the ensemble, bool ``[n]``.
+      level: of the test that more than ``MARGIN`` of the images that are right when clean are broken.
+    """
+
+    def doubted(verdict: Verdict) -> Verdict:
+        if verdict.outcome != FLAGGED or verdict.name not in _COMPARED:
+            return verdict
+        right = [measured[name]["right"] for name in _COMPARED[verdict.name]]
+        all_right = np.logical_and.reduce([each.reshape(len(clean), -1).all(1) for each in right])
+        broken = int(np.sum(clean & left & ~all_right))
+        if share_p_value(broken, int(clean.sum()), MARGIN) >= level:
+            return verdict
+        more = f" These attacks break {broken} images of the sample that the ensemble left."
+        return verdict._replace(doubts=EVERYTHING, statement=verdict.statement + more)
+
+    return [*map(doubted, verdicts)]
 
 
 def square_after_gradients(survived: np.ndarray, by_square: np.ndarray | None, level: float) -> Verdict:

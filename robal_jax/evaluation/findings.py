@@ -19,7 +19,8 @@ from robal_jax import builder, distances, metrics
 from robal_jax.attacks import LogitsFn, ThreatModel, autoattack
 from robal_jax.devices import hosts
 from robal_jax.errors import AGAIN, InputError, ReportError, one_line
-from robal_jax.evaluation.ensemble_checks import stored_images
+from robal_jax.evaluation.ensemble_checks import doubt_ensemble, stored_images
+from robal_jax.evaluation.evidence import LEVEL
 from robal_jax.evaluation.explanations import ROUNDING
 from robal_jax.evaluation.measurements import Sample, radius_unit
 from robal_jax.evaluation.outcomes import Curve, Verdict, selected_on_test
@@ -249,7 +250,11 @@ def _judge(
     survived, by_square = _after_gradients(job, found, sample, predictions, labels)
     by_bpda = _after_own_gradient(job, found, predictions, labels) if job.replaced else None
     unit = radius_unit(job.threat)
-    return give_verdicts(sample.measured, labels[sample.ids], survived, by_square, unit, by_bpda)
+    verdicts, curves = give_verdicts(sample.measured, labels[sample.ids], survived, by_square, unit, by_bpda)
+    if job.ensemble:
+        clean, left = predictions["clean"] == labels, found.broken_in == autoattack.ROBUST
+        verdicts = doubt_ensemble(verdicts, sample.measured, clean[sample.ids], left[sample.ids], LEVEL)
+    return verdicts, curves
 
 
 def _survive_fixed_steps(predictions: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:

@@ -21,6 +21,13 @@ from robal_jax import checks
 
 SMALL = 1024  # largest number of elements of an array that stays a constant of the program
 
+BATCH_TOLERANCE = 0.01  # of the largest logit; the rounding of one image may depend on its place in a batch
+
+DEPENDS = (
+    "the logits of an image change with the images beside it, so no accuracy means much; put batch norm into "
+    "inference mode, or apply the model to each image by itself"
+)
+
 
 def split(
     logits_fn: Callable[[chex.Array], chex.Array], image_shape: tuple[int, ...], name: str = "logits_fn"
@@ -68,3 +75,22 @@ def split(
         return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(images)[0]
 
     return predict, arrays
+
+
+def depends_on_batch(model: Callable[[chex.Array], chex.Array], images: chex.Array) -> bool:
+    """Returns whether the logits of the first image change with the images beside it.
+
+    Args:
+      model: images ``[B, H, W, C]`` to logits ``[B, K]``.
+      images: ``[B, H, W, C]``; a single one shows nothing.
+
+    Example:
+      >>> images = jnp.arange(3.0).reshape(3, 1, 1, 1)
+      >>> model = lambda x: jnp.outer(x.reshape(-1), jnp.array([1.0, 2.0])) + 1
+      >>> depends_on_batch(model, images), depends_on_batch(lambda x: model(x - x.mean()), images)
+      (False, True)
+    """
+    among, alone = (np.asarray(model(x))[0] for x in (images, jnp.repeat(images[:1], len(images), 0)))
+    if not np.isfinite(among).all():  # that is another fault
+        return False
+    return not np.abs(among - alone).max() <= BATCH_TOLERANCE * np.abs(among).max()

@@ -101,7 +101,7 @@ def _settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-LATER = ("gradients", "surrogate_sha256", "surrogate_code_sha256", "code_sha256")
+LATER = ("gradients", "near", "surrogate_sha256", "surrogate_code_sha256", "code_sha256")
 """Values of an identity that older evaluations lack; there, nothing tells them from those of today."""
 
 

@@ -73,10 +73,7 @@ def publish(
             "the model that they are of"
         )
     folders = evaluations or {EVALUATION: workdir}
-    results = {key: Results.read(results_folder(folder)) for key, folder in folders.items()}
-    for key, folder in folders.items():
-        if "config" not in results[key].meta:
-            raise InputError(f"{folder} was made by evaluate_model; name an evaluation of this run")
+    results = {key: _results_of_a_run(folder) for key, folder in folders.items()}
     made_with = _versions(workdir) if imported is None else {}
     lead = next(iter(results.values())).meta["config"]
     run = load_run(workdir, data_path=None if imported is None else lead["data"].get("path"))
@@ -111,6 +108,14 @@ def publish(
         raise InputError(f"cannot write {out} ({reason(error, out)}); choose another --out") from error
     load_model(card_file, trust_code=True).check()
     return files
+
+
+def _results_of_a_run(folder: pathlib.Path) -> Results:
+    """Reads the results of an evaluation that has a config."""
+    results = Results.read(results_folder(folder))
+    if "config" not in results.meta:
+        raise InputError(f"{folder} was made by evaluate_model; name an evaluation of this run")
+    return results
 
 
 def _is_of_model(imported: Mapping[str, Any], card_file: pathlib.Path) -> bool:
