@@ -1,6 +1,8 @@
 """The certified accuracy in an evaluation: added, resumed, reported, refused, and contradicted."""
 
+import dataclasses
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ from sklearn import datasets
 
 from robal_jax import ThreatModel, certified, evaluate_model, metrics
 from robal_jax.errors import InputError
-from robal_jax.evaluation import loop
+from robal_jax.evaluation import certifying, loop
 from robal_jax.evaluation.certifying import FACTORS
+from robal_jax.reporting.results import read_run
 
 DIGITS = datasets.load_digits()
 X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
@@ -90,6 +93,19 @@ def test_a_finished_evaluation_is_given_them_resumed_and_contradicted(folder, mo
     text = (folder / "report.md").read_text()
     assert "do not trust any robust accuracy in this report" in text
     assert "Contradiction: 2 certified images are misclassified" in text
+
+
+@pytest.mark.parametrize(("length", "broken"), [(0.04, 1), (0.06, 0)])
+def test_an_adversarial_image_within_a_certified_radius_refutes_it(finished, length, broken):
+    run = read_run(finished)
+    image = np.flatnonzero(run.predictions["worst"] == LABELS)[0]
+    levels, lengths = np.zeros(len(LABELS), int), np.full(len(LABELS), np.inf)
+    levels[image], lengths[image] = 2, length  # certified within a quarter of the radius
+    run = dataclasses.replace(run, examples={**run.examples, "distance_fmn": lengths})
+    job = types.SimpleNamespace(minimum_norm="fmn", threat=THREAT, groups={})
+    victim = types.SimpleNamespace(labels=LABELS)
+    found = certifying.with_certified(run, {"radii": levels}, victim, job)
+    assert found.certified["broken"] == broken
 
 
 @pytest.mark.slow

@@ -162,6 +162,8 @@ def test_distances_of_any_model(digits, tmp_path):
     np.testing.assert_allclose(lengths, closest.distance, rtol=0.05)
     assert found.distances["found"] == np.isfinite(lengths).sum()
     assert found.distances["median"]["all"]["value"] == np.median(lengths)
+    missed = (found.predictions["worst"] == labels) & (lengths <= THREAT.epsilon)
+    assert found.distances["missed"] == missed.sum()
     assert list(found.distances["median"]["groups"]) == ["head", "medium", "tail"]
     curve = found.distances["curve"]
     shares = [figure["value"] for figure in curve["series"]["fmn"]]

@@ -552,6 +552,9 @@ def test_distances(tmp_path):
     assert "| Tail | ∞ [0.3, ∞] |" in markdown
     assert "| 8/255 | 50.0 [45.0, 55.0] |" in markdown
     assert Results.read(tmp_path).distances == found
+    assert "right under all other attacks" not in markdown
+    write_report(tmp_path, fake_results(meta=META | {"n": 200}, distances=found | {"missed": 2}))
+    assert "It breaks 2 images that are right under all other attacks" in (tmp_path / "report.md").read_text()
     one_group = found | {"median": median | {"groups": {"all": figure}}}
     write_report(tmp_path, fake_results(meta=META | {"n": 200}, distances=one_group))
     assert (tmp_path / "report.md").read_text().count("| All | 0.15 [0.1, 0.2] |") == 1

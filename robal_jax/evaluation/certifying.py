@@ -105,7 +105,11 @@ def with_certified(run: EvaluatedRun, found: Arrays, victim: Victim, job: builde
     ]
     predictions = run.predictions
     wrong = {name: predictions[name] != labels for name in ("clean", "worst")}
-    broken = int(np.sum((levels == len(FACTORS)) & wrong["worst"] | (levels > 0) & wrong["clean"]))
+    refuted = (levels == len(FACTORS)) & wrong["worst"] | (levels > 0) & wrong["clean"]
+    if job.minimum_norm:
+        within = np.array([-1, *FACTORS])[levels] * job.threat.of(labels).epsilon
+        refuted |= run.examples[f"distance_{job.minimum_norm}"] <= within
+    broken = int(np.sum(refuted))
     summary = {
         **run.summary,
         "certified": {"factors": list(FACTORS), "broken": broken, "by_factor": shares},

@@ -95,7 +95,7 @@ def store(
         summary=_summary(job, labels, predictions),
         audit=_audit(sample, verdicts, curves),
         norms=_norms(victim, job, weights["params"]),
-        distances=_distances(job, labels, to_arrays(outcomes)),
+        distances=_distances(job, labels, to_arrays(outcomes), predictions),
     )
     kept: Outcomes = {name: {"pred": values} for name, values in predictions.items()}
     for condition in CONDITIONS:
@@ -126,7 +126,10 @@ def _summary(
 
 
 def _distances(
-    job: builder.Evaluation, labels: np.ndarray, arrays: Mapping[str, np.ndarray]
+    job: builder.Evaluation,
+    labels: np.ndarray,
+    arrays: Mapping[str, np.ndarray],
+    predictions: Mapping[str, np.ndarray],
 ) -> dict[str, Any] | None:
     """Returns the figures of the minimum-norm attack as :class:`Results` holds them; None without one."""
     if not job.minimum_norm:
@@ -134,9 +137,11 @@ def _distances(
     lengths, counts = arrays[f"distance_{job.minimum_norm}"], job.test.class_counts
     medians = distances.median_distances(labels, lengths, counts, groups=job.groups)
     radii = [float(factor * np.max(job.threat.epsilon)) for factor in CURVE_FACTORS]
+    right = np.logical_and.reduce([predictions[name] == labels for name in predictions])
     return {
         "attack": job.minimum_norm,
         "found": int(np.isfinite(lengths).sum()),
+        "missed": int(np.sum(right & (lengths <= job.threat.of(labels).epsilon))),
         "median": json.loads(json.dumps(medians), parse_constant=lambda _: None),  # infinity
         "curve": {"x": radii, "series": {job.minimum_norm: [metrics.share(lengths > x) for x in radii]}},
     }
@@ -177,7 +182,7 @@ def regroup(
     meta |= names | {name: about[name] for name in ("config", "imbalance", "command") if about.get(name)}
     meta |= {} if beside is None else at_common_radius(beside, meta)
     remove_report(folder)
-    lengths = _distances(job, run.examples["labels"], run.examples)
+    lengths = _distances(job, run.examples["labels"], run.examples, predictions)
     Results(meta, summary, run.audit, run.norms, lengths).write(folder)
 
 

@@ -20,6 +20,8 @@ def distance_section(results: Results) -> list[page.Block]:
         for index, row in enumerate(median["per_class"])
     ]
     by_class = page.table(("Class", "Training images", "Median distance"), classes)
+    missed = found.get("missed", 0)  # which older results lack
+    remark = f" {_missed(missed)}" if missed else ""
     rows = zip(map(radius, curve["x"]), map(with_interval, curve["series"][found["attack"]]), strict=True)
     return [
         page.section("Distance to the closest adversarial image"),
@@ -36,10 +38,19 @@ def distance_section(results: Results) -> list[page.Block]:
         by_class if len(classes) <= MANY_CLASSES else page.folded(f"All {len(classes)} classes", by_class),
         page.paragraph(
             f"Robust accuracy under {attack} in percent: the share of images that are farther than the "
-            "radius. An ensemble of attacks may leave fewer."
+            f"radius. An ensemble of attacks may leave fewer.{remark}"
         ),
         page.table(("Radius", f"Robust accuracy under {attack}"), rows),
     ]
+
+
+def _missed(count: int) -> str:
+    """Says how many images only this attack breaks within the threat model's own radius."""
+    images = "1 image that is" if count == 1 else f"{count} images that are"
+    return (
+        f"It breaks {images} right under all other attacks within the threat model's own radius; 'worst' and "
+        "the ensemble do not count this."
+    )
 
 
 def with_bounds(figure: Mapping[str, float | None]) -> str:

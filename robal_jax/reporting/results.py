@@ -115,8 +115,10 @@ class Results:
       norms: None if the features are not known. 'features', the mean norm of each class's features, [K];
         'weights', the norm of each class's weight vector, [K], or None if the head has no such vectors.
       distances: of the closest adversarial images; None if they were not asked for. 'attack', 'found' (number
-        of images with one), 'median', as :func:`distances.median_distances` returns it with None for
-        infinity, and 'curve', the robust accuracy by radius, in the form of the audit's curves.
+        of images with one), 'missed' (of these, number that is within the threat model's own radius and right
+        under all other attacks; older files lack it), 'median', as :func:`distances.median_distances` returns
+        it with None for infinity, and 'curve', the robust accuracy by radius, in the form of the audit's
+        curves.
     """
 
     meta: Mapping[str, Any]
