@@ -224,10 +224,11 @@ def almost_level(measured):
     measured["among_others"]["logits"] = measured["forward_0"]["logits"]
 
 
-def as_probabilities(measured):
+def as_probabilities(measured, dtype=jnp.float32):
     for arrays in measured.values():
         if "logits" in arrays:
-            arrays["logits"] = np.asarray(jax.nn.softmax(arrays["logits"]))
+            shares = jax.nn.softmax(jnp.asarray(arrays["logits"], dtype))
+            arrays["logits"] = np.asarray(shares, np.float32)
 
 
 def of_one_class(logits):
@@ -272,6 +273,7 @@ FAULTS = {
     "random": (FLAGGED, "randomised", replaced("forward_3", "logits", of_one_class)),
     "random in the last place": (FLAGGED, "randomised", almost_level),
     "probabilities": (FLAGGED, "probabilities", as_probabilities),
+    "probabilities in bfloat16": (FLAGGED, "probabilities", partial(as_probabilities, dtype=jnp.bfloat16)),
     "derivatives": (FLAGGED, "inference", replaced("inference", "calls", lambda calls: calls + 1)),
     "batch": (FLAGGED, "inference", replaced("among_others", "logits", of_one_class)),
 }
@@ -282,7 +284,7 @@ def test_a_fault_is_seen_by_its_own_check_alone(fault):
     outcome, name, commit = FAULTS[fault]
     measured = healthy()
     commit(measured)
-    if fault == "probabilities":  # of which the margins are others
+    if name == "probabilities":  # of which the margins are others
         for entry in measured:
             if "margin" in measured[entry]:
                 measured[entry]["margin"] = measured[entry]["margin"] * 0
