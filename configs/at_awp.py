@@ -7,7 +7,8 @@ AA:
 
 The released code attacks in training mode and moves the running statistics in each step of the attack:
 ``--config.attack.batch_norm=batch_update_end --config.train.logged_passes=nat``. The running statistics are
-then mostly those of half-made adversarial images, so it is not the default here.
+then mostly those of half-made adversarial images, so it is not the default here. It also pads crops by
+reflection and standardises the images in the network; this config does neither.
 """
 
 from configs import base

@@ -62,7 +62,7 @@ def get_config(data: str) -> ConfigDict:
     # L-infinity ball around images in [0, 1]: 0.031 and steps of 0.0078, not 8/255 and 2/255 (released code).
     config.threat = ConfigDict({"epsilon": 0.031, "norm": "linf"})  # or 'l2'
     # Radius of each class in training: 'constant', 'by_frequency' (RobustLT: alpha), 'given' (epsilons),
-    # 'cfa' (lambda1; start, the first epoch that counts, 11), 'dafa' (scale; epoch, that is measured, 70).
+    # 'cfa' (lambda1; start, the first epoch that counts, 10), 'dafa' (scale; epoch, that is measured, 70).
     config.threat.budget = ConfigDict({"name": "constant"})
     config.threat.scaled_steps = True  # a class's step size is as large a part of its radius as in 'constant'
     config.threat.ramp = 0.0  # part of the epochs over which radii rise from 0 (RobustLT: 0.8); 0: none

@@ -3,6 +3,12 @@
 Andriushchenko and Flammarion (NeurIPS 2020). Not a row of RoBal's tables, and of balanced data only:
 
     python experiments/train.py --config=configs/gradalign.py:cifar10_lt --workdir=runs/cifar10_lt/gradalign
+
+This is the paper's equation, whose gradients flow through both terms, with the start of Fast-AT. The released
+code lets none flow through the gradient at the clean image, which saves a good part of the time, and its
+GradAlign runs start at the clean image, from where a step of 1.25 epsilon is one of epsilon. Its attack is a
+training pass. Of these differences the last two can be set: ``--config.attack.start=clean
+--config.attack.batch_norm=batch_update``.
 """
 
 from configs import base

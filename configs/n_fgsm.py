@@ -4,6 +4,11 @@ De Jorge et al. (NeurIPS 2022). Not a row of RoBal's tables. Published on balanc
 30 epochs, 44.21 AA:
 
     python experiments/train.py --config=configs/n_fgsm.py:cifar10_lt --workdir=runs/cifar10_lt/n_fgsm
+
+This is the paper's algorithm. The released code also clips the noise to the pixels' range before the
+gradient, and its attack is a training pass that moves the running statistics:
+``--config.attack.start=uniform_clipped --config.attack.batch_norm=batch_update``. Its learning rate rises to
+0.2 and falls to 0 again.
 """
 
 from configs import base

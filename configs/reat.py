@@ -9,7 +9,8 @@ The attack's class weights follow how often each class was predicted in the last
 statistics in the attack they change no adversarial image, because they only scale an image's own gradient;
 they act with ``--config.attack.batch_norm=batch``, as in RobustLT's code. In the released code the divergence
 between two features is a mean over the whole batch; ``--config.objective.tail_divergence=pair`` takes that of
-each pair, which is most likely what is meant.
+each pair, which is most likely what is meant. It also trains on the last, smaller batch of an epoch, which is
+left out here, and keeps the checkpoint that is best on the test set.
 """
 
 from configs import base

@@ -8,7 +8,10 @@ Not a row of RoBal's tables, and of balanced data only: on CIFAR-10 with 1 M ima
         --config.generated.path=generated.npz --config.generated.share=0.7
 
 Without them only the method's other parts are trained. The generated images are balanced, and the class
-counts of losses are those of the mixture.
+counts of losses are those of the mixture. In the first step of the released code batch norm takes the batch's
+statistics whole (momentum 1), and it holds out 1,024 training images, on which it chooses the checkpoint by
+PGD-40 on the margin; this config does neither. ``--config.train.held_out`` and ``--config.train.select=best``
+choose one by PGD-10.
 """
 
 from configs import base

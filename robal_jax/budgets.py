@@ -271,14 +271,14 @@ def dafa_weights(similarity: chex.Array, scale: chex.Numeric = 1.0) -> chex.Arra
     return jnp.maximum(1 + scale * taken.sum(1), 0.0)
 
 
-def cfa(class_counts: np.ndarray, epsilon: float, lambda1: float = 0.5, start: int = 11) -> Budget:
+def cfa(class_counts: np.ndarray, epsilon: float, lambda1: float = 0.5, start: int = 10) -> Budget:
     """Radii that follow the robust accuracy of each class in the last epoch: ``(lambda1 + a_c) epsilon``.
 
     Args:
       class_counts: training images per class ``[K]``; only ``K`` is used.
       epsilon: the common radius, until the end of epoch ``start``.
       lambda1: at least 0.
-      start: first epoch, counted from 1, whose accuracies count.
+      start: first epoch, counted from 1, whose accuracies count; the radii of the next one follow them.
 
     Returns:
       A budget that keeps ``radii [K]``, and ``right`` and ``shown [K]``, the adversarial images of the epoch

@@ -625,7 +625,7 @@ def test_budgets_and_averages_of_the_user_s_own(section, name, message):
     ("changes", "said"),
     [
         (["threat.budget.name=dafa"], "'dafa' has no effect before epoch 71, but the run has 60 epochs"),
-        (["threat.budget.name=cfa", "train.epochs=11"], "'cfa' has no effect before epoch 12"),
+        (["threat.budget.name=cfa", "train.epochs=10"], "'cfa' has no effect before epoch 11"),
         (["perturbation.name=awp", "perturbation.start=61"], "'awp' has no effect before epoch 61"),
         (["average.name=swa", "average.start=59"], "'swa' has no effect before epoch 61"),
         (["average.name=ema", "average.warmup=100"], "'ema' has no effect before epoch 101"),
