@@ -349,6 +349,10 @@ def test_keywords_that_a_function_does_not_take(tmp_path, section, name, value, 
             "attacks the divergence and would ignore config.attack.loss 'focal_softmax'; use 'cross_entropy'",
         ),
         (
+            {"objective": {"name": "trades"}, "attack": {"start": "clean"}},
+            "attacks the divergence, whose gradient is 0 at the clean image, .*; use 'gaussian', or set",
+        ),
+        (
             {"threat": {"ramp": 0.5}, "attack": {"second_step": True}},
             "config.threat.ramp 0.5 raises the radii from 0, and config.attack.second_step makes steps of",
         ),

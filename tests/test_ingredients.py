@@ -641,12 +641,19 @@ def test_budgets_and_averages_of_the_user_s_own(section, name, message):
             "objective 'plain' takes no attack, so that config.th",
         ),
         (["objective.name=plain", "threat.ramp=0.5"], "objective 'plain' takes no attack, so that config.th"),
+        (["class_statistics.name=predictions"], "'predictions' is read by no loss or objective"),
+        (
+            ["train.sampler=balanced", "loss.name=logit_adjustment"],
+            "'logit_adjustment' corrects for the class counts",
+        ),
     ],
 )
 def test_what_has_no_effect_is_said(changes, said):
     assert any(said in line for line in builder.doubts(small(*changes)))
     fine = ["perturbation.name=awp", "perturbation.start=60", "average.name=swa", "average.start=58"]
     assert builder.doubts(small(*fine)) == []
+    read = ["class_statistics.name=predictions", "attack.loss.name=rebalanced", "train.sampler=balanced"]
+    assert builder.doubts(small(*read)) == []
 
 
 def test_what_begins_after_the_last_of_the_steps_is_said():

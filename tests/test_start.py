@@ -126,16 +126,34 @@ def test_what_is_not_doubted_of_the_data_of_another_run(tmp_path):
     config, other = read_config(STORED), cli.load_config("at:cifar10_lt")
     with config.unlocked(), other.unlocked():
         other.data.seed = config.seed = 1
-    assert builder.seed_doubts(config, "teacher", STORED) == []
-    assert builder.seed_doubts(other, "teacher", STORED) == []
+    assert builder.doubts_of_other(config, "teacher", STORED) == []
+    assert builder.doubts_of_other(other, "teacher", STORED) == []
     with config.unlocked():
         config.data.seed = 1
-    assert len(builder.seed_doubts(config, "teacher", STORED)) == 1
+    assert len(builder.doubts_of_other(config, "teacher", STORED)) == 1
     (bare := tmp_path / "a" / "5").mkdir(parents=True)
-    assert builder.seed_doubts(config, "teacher", bare) == []
+    assert builder.doubts_of_other(config, "teacher", bare) == []
     for text in ("{}", "no JSON"):
         (tmp_path / "config.json").write_text(text)
-        assert builder.seed_doubts(config, "teacher", bare) == []
+        assert builder.doubts_of_other(config, "teacher", bare) == []
+
+
+def test_other_weights_than_that_run_evaluates_are_doubted(tmp_path):
+    config = read_config(STORED)
+    workdir = shutil.copytree(STORED, tmp_path / "run")
+    (workdir / "versions.json").write_text('{"total_steps": 10}')
+    last = workdir / "checkpoints" / "5"
+    (line,) = builder.doubts_of_other(config, "teacher", last)
+    assert line == "config.train.teacher names a run that is at step 5 of 10: the training is not finished"
+    theirs = read_config(STORED)
+    with theirs.unlocked():
+        theirs.evaluation.weights, theirs.average.name = "average", "ema"
+        theirs.train.select = "best"
+    (workdir / "config.json").write_text(to_json(theirs))
+    average, best, _ = builder.doubts_of_other(config, "start_from", last)
+    assert average.endswith("that evaluates the average of its weights; its current weights are taken")
+    assert best.endswith(f"its last one is taken: to take the best, name it, {workdir}/best/STEP")
+    assert len(builder.doubts_of_other(config, "start_from", workdir / "best" / "5")) == 2
 
 
 def test_slow_work_is_announced(capsys):

@@ -357,7 +357,8 @@ def test_finished_run_returns_at_once(finished, copy, monkeypatch):
     monkeypatch.setattr(training_step, "train_chunk", lambda *_, **__: pytest.fail("made a step"))
     before = rows(copy)
     (newest(copy) / "files.json").unlink()  # as a job leaves it that is killed before it lists the digests
-    path, sha256, said = run(copy, "evaluation.seed=3", "train.keep_checkpoints=5")  # change no training
+    changes = ("evaluation.seed=3", "train.keep_checkpoints=5", "train.checkpoint_epochs=1")  # of no training
+    path, sha256, said = run(copy, *changes)
     assert (path / "files.json").exists()
     assert path == newest(copy)
     assert sha256 == finished[1]

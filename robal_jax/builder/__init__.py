@@ -8,6 +8,7 @@
 - ``arguments``: arguments of these functions from the command line
 - ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``modules``: the same for backbones and heads
+- ``doubtful``: what a config that can be used hardly means
 - ``ranges``: which fields a config must have, and which values are allowed
 
 A section with a ``name`` selects a function: one of the library's tables (``LOSSES``, ``HEADS``, ...), or
@@ -43,6 +44,7 @@ in its section::
 """
 
 from robal_jax.builder.arguments import SECTIONS, with_arguments
+from robal_jax.builder.doubtful import doubts, doubts_of_other, evaluation_doubts
 from robal_jax.builder.evaluation_job import (
     Evaluation,
     evaluation,
@@ -65,9 +67,8 @@ from robal_jax.builder.parts import (
     perturbation,
     standardisation,
 )
-from robal_jax.builder.ranges import RANGES, SELECTIONS, evaluation_doubts, validate
-from robal_jax.builder.training_images import seed_doubts
-from robal_jax.builder.training_job import Training, check, doubts, training
+from robal_jax.builder.ranges import RANGES, SELECTIONS, validate
+from robal_jax.builder.training_job import Training, check, training
 
 __all__ = [
     "RANGES",
@@ -82,6 +83,7 @@ __all__ = [
     "class_statistics",
     "dataset",
     "doubts",
+    "doubts_of_other",
     "evaluation",
     "evaluation_doubts",
     "evaluation_on",
@@ -90,7 +92,6 @@ __all__ = [
     "objective",
     "optimizer",
     "perturbation",
-    "seed_doubts",
     "standardisation",
     "training",
     "validate",

@@ -162,6 +162,12 @@ def _check_parts(config: ConfigDict, loss: functools.partial, function: functool
             f"{config.attack.loss.name!r}; use 'cross_entropy', or set "
             "config.objective.attack_divergence=False"
         )
+    if diverging and config.attack.start == "clean":
+        raise InputError(
+            "objective 'trades' attacks the divergence, whose gradient is 0 at the clean image, so that with "
+            "config.attack.start 'clean' rounding chooses the first step; use 'gaussian', or set "
+            "config.objective.attack_divergence=False"
+        )
     if moves and diverging:
         raise InputError(
             f"config.attack.batch_norm {config.attack.batch_norm!r} needs an attack on config.attack.loss, "

@@ -1,7 +1,7 @@
 """The fields that every config must have, their types, and the values that fields may have.
 
 A value that cannot be used is refused by :func:`validate`. One that can, but hardly says what was meant, is a
-line of :func:`doubts`.
+line of ``doubtful.py``.
 """
 
 import itertools
@@ -274,65 +274,3 @@ def check_selection(config: ConfigDict) -> None:
             f"config.train.evaluate_epochs is {train.evaluate_epochs}, but no images are held out; set "
             "config.train.held_out to a share of the training set, such as 0.02"
         )
-
-
-EVALUATION_STEPS = 20
-"""Steps of PGD-20, MIM-20 and CW-20 in every evaluation."""
-
-
-def doubts(config: ConfigDict) -> list[str]:
-    """Says what a config that can be used hardly means, in lines for a person.
-
-    Args:
-      config: a valid one.
-
-    Returns:
-      Warnings about the training; see :func:`evaluation_doubts` for the evaluation.
-    """
-    attack, schedule, epochs, found = config.attack, config.schedule, config.train.epochs, []
-    if config.objective.name != "plain" and not attack.free_steps:  # neither takes these steps
-        found += _short_of("threat.epsilon", config.threat.epsilon, "attack", attack.steps, attack.step_size)
-    if attack.free_steps > epochs:
-        found.append(
-            f"config.attack.free_steps is {attack.free_steps}, but the run has {epochs} epochs, so that not "
-            "all images are shown; set more epochs"
-        )
-    milestones = list(schedule.get("milestones", ()))
-    if milestones != sorted({max(milestone, 1) for milestone in milestones}):
-        found.append(f"config.schedule.milestones are {milestones}; give epochs from 1 in rising order")
-    if config.train.held_out:
-        found += [
-            f"config.train.{field} names a run that may have been trained on the held-out images: give it "
-            "the same config.train.held_out and config.data.seed"
-            for field in ("start_from", "teacher")
-            if config.train[field]
-        ]
-    if config.threat.ramp and epochs == 1:
-        found.append(
-            f"config.threat.ramp {config.threat.ramp:g} raises the radii from 0 in the first epoch, and the "
-            "run has no other, so that nothing is attacked; set more epochs, or a ramp of 0"
-        )
-    if schedule.get("warmup", 0) > epochs:
-        found.append(
-            f"config.schedule.warmup is {schedule.warmup} epochs, but the run has {epochs}; "
-            "set a shorter warm-up or more epochs"
-        )
-    return found
-
-
-def evaluation_doubts(config: ConfigDict) -> list[str]:
-    """Says what the section ``evaluation`` of a valid config hardly means, in lines for a person."""
-    settings = config.evaluation
-    return _short_of(
-        "evaluation.epsilon", settings.epsilon, "evaluation", EVALUATION_STEPS, settings.step_size
-    )
-
-
-def _short_of(field: str, epsilon: float, section: str, steps: int, step_size: float) -> list[str]:
-    """Warns if an attack's steps together are shorter than the radius, up to rounding."""
-    if steps * step_size >= epsilon * (1 - 1e-6):
-        return []
-    return [
-        f"{steps} times config.{section}.step_size {step_size:g} is less than config.{field} "
-        f"{epsilon:g}: the attack cannot reach the edge of the ball; set a larger step size"
-    ]

@@ -1,8 +1,6 @@
 """The images of a training: those of the data set that are not held out, and generated ones beside them."""
 
-import contextlib
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +10,6 @@ from ml_collections import ConfigDict
 from robal_jax.builder.parts import HeldOut, copied, dataset, generated_per_batch, hold_out
 from robal_jax.data import Dataset, Images, epoch_order, generated, inspection
 from robal_jax.errors import InputError
-from robal_jax.storage.config_file import flatten, read_config, run_around
 from robal_jax.storage.workdir import data_digest, digest_of_images
 
 
@@ -115,24 +112,3 @@ def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingIm
             "prior": f"class prior: of the mixture{drawn}, {real}",
         },
     )
-
-
-def seed_doubts(config: ConfigDict, field: str, checkpoint: pathlib.Path) -> list[str]:
-    """Warns if a checkpoint is of a run on the same data set, drawn with another seed.
-
-    Args:
-      config: of this run.
-      field: of ``config.train``, which names the checkpoint or its run.
-      checkpoint: its folder. Outside of a run, or of one that says nothing of its data, nothing is said.
-    """
-    theirs: dict[str, Any] = {}
-    with contextlib.suppress(InputError):  # a checkpoint needs no config
-        theirs = flatten(read_config(run_around(checkpoint.absolute()) or checkpoint).to_dict())
-    seed, other = config.data.get("seed"), theirs.get("data.seed")
-    if theirs.get("data.name") != config.data.name or None in (seed, other) or seed == other:
-        return []
-    return [
-        f"config.train.{field} names a run with config.data.seed {other}, and this run has {seed}: their "
-        "images differ, and on the digits that run has seen test images of this one, in another order of the "
-        "classes; give it the same"
-    ]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +10,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from robal_jax import losses, models, objectives
+from robal_jax import models, objectives
 from robal_jax.attacks import NORMS, FreeSteps, ThreatModel, autoattack
-from robal_jax.averages import AVERAGES, Average
-from robal_jax.budgets import BUDGETS, LEARNED, Budget
-from robal_jax.builder import contracts, ranges
+from robal_jax.averages import Average
+from robal_jax.budgets import BUDGETS, Budget
+from robal_jax.builder import contracts
 from robal_jax.builder.evaluation_job import Evaluation, evaluation_on, groups_of, part_to_evaluate, radii_of
 from robal_jax.builder.instantiate import call
 from robal_jax.builder.minimised import attacks_divergence, batch_norm_momentum, free_steps, objective
@@ -37,7 +36,7 @@ from robal_jax.class_statistics import ClassStatistics
 from robal_jax.data import Dataset, Images, sources
 from robal_jax.devices import parallel
 from robal_jax.errors import InputError
-from robal_jax.perturbations import PERTURBATIONS, Perturbation
+from robal_jax.perturbations import Perturbation
 from robal_jax.storage.config_file import ingredients
 
 
@@ -64,12 +63,11 @@ class Training:
     """Everything that the training loop needs.
 
     Attributes:
-      data: the data set.
+      data: the data set, without the images that are held out.
       images: what ``order`` numbers: the training set's images, then the generated ones.
       labels: of these images, int32 ``[N]``.
       stored: what the run's folder says of the data beside their digest: 'held_out', how many images are,
         in words; 'generated_sha256' of generated images, and the 'class_counts' of the mixture with them.
-      data: the images, without those that are held out.
       model: the network.
       objective: ``(model, params, stats, batch) -> (loss, Outcome)``.
       optimizer: of the parameters.
@@ -247,7 +245,7 @@ def _check_functions(
     def logits(images: Any, params: Any, stats: Any) -> Any:
         return network.predict(params, stats, images)
 
-    if _attacks(config) and not contracts.has_gradient(
+    if takes_attack(config) and not contracts.has_gradient(
         "model", names[2], logits, (0, None, None), images, *variables
     ):
         raise InputError(
@@ -263,88 +261,6 @@ def _images_of_a_step(config: ConfigDict, data: Dataset, devices: int) -> jax.Sh
     each = max(config.train.batch_size // (devices * config.train.accumulation_steps), 1)
     shape = (devices, each, *data.test_images.shape[1:])
     return jax.ShapeDtypeStruct(shape, jax.numpy.result_type(float))
-
-
-STARTS_LATE = {
-    ("perturbation", "awp"): ("start", 0),
-    ("average", "swa"): ("start", 2),  # the end of an epoch joins in the next one
-    ("average", "per_epoch"): ("", 2),  # the first epoch's end is a copy
-    ("threat.budget", "cfa"): ("start", 1),
-    ("threat.budget", "dafa"): ("epoch", 1),
-    ("attack", ""): ("first_epoch", 0),
-    ("average", "ema"): ("warmup", 1),
-    ("loss", "deferred"): ("start", 0),
-    ("loss", "staged"): ("start", 0),
-}
-"""Arguments that name an epoch, and how many epochs more a run needs for them to have an effect."""
-
-
-def doubts(config: ConfigDict, begun: int | None = None) -> list[str]:
-    """Says what a config that can be used hardly means: :func:`ranges.doubts`, and what has no effect.
-
-    Args:
-      config: a valid one.
-      begun: epochs that the run begins, fewer than its epochs if ``max_steps`` ends it early; None for all.
-    """
-    return ranges.doubts(config) + _late(config, begun) + _idle(config)
-
-
-def _late(config: ConfigDict, begun: int | None) -> list[str]:
-    """Says what begins after the end of the run."""
-    found, epochs = [], config.train.epochs if begun is None else begun
-    length, more_of = f"the run has {epochs} epochs", "epochs"
-    if epochs < config.train.epochs:
-        length, more_of = f"config.train.max_steps ends the run in epoch {epochs}", "steps"
-    tables: dict[str, Any] = {
-        "perturbation": (config.perturbation, PERTURBATIONS),
-        "average": (config.average, AVERAGES),
-        "threat.budget": (config.threat.budget, {**BUDGETS, **LEARNED}),
-        "attack": (config.attack, {}),
-        "loss": (config.loss, losses.LOSSES),
-    }
-    for (section, name), (argument, later) in STARTS_LATE.items():
-        part, functions = tables[section]
-        if part.get("name", "") != name:
-            continue
-        first = part.get(argument) if argument else 0
-        if first is None:
-            first = inspect.signature(functions[name]).parameters[argument].default
-        first = int(first) + later  # a warm-up may end within an epoch
-        lower = f"a lower config.{section}.{argument} or " * bool(argument)
-        if first > epochs:
-            found.append(
-                f"config.{section}{f' {name!r}' * bool(name)} has no effect before epoch {first}, "
-                f"but {length}; set {lower}more {more_of}"
-            )
-    return found
-
-
-def _idle(config: ConfigDict) -> list[str]:
-    """Says what has no effect beside the rest of the config."""
-    found = []
-    by_class = config.threat.budget.name != "constant" or config.threat.ramp
-    attack = config.attack
-    of_one_label = [f"config.threat.budget {config.threat.budget.name!r}"] * (
-        config.threat.budget.name in LEARNED
-    ) + ["config.attack.alignment"] * bool(attack.alignment)
-    if config.train.mixing != "none":
-        found += [
-            f"{field} takes the first label of each image, and config.train.mixing {config.train.mixing!r} "
-            "gives two"
-            for field in of_one_label
-        ]
-    if attack.start in ("gaussian", "clean") and (attack.noise != 1 or attack.common_noise):
-        found.append(
-            f"config.attack.start {attack.start!r} has no radius, so that config.attack.noise and "
-            "config.attack.common_noise have no effect; use 'uniform'"
-        )
-    changed = attack.batch_norm != "running" or attack.first_epoch > 1 or attack.second_step
-    if (by_class or changed) and not _attacks(config):
-        found.append(
-            f"objective {config.objective.name!r} takes no attack, so that config.threat.budget, "
-            "config.threat.ramp and config.attack have no effect; choose another, or leave them out"
-        )
-    return found
 
 
 def check(config: ConfigDict) -> None:
@@ -381,12 +297,12 @@ def _counts_without_data(config: ConfigDict) -> np.ndarray:
     return np.arange(number or next(iter(numbers), 10), 0, -1)
 
 
-def _attacks(config: ConfigDict) -> bool:
+def takes_attack(config: ConfigDict) -> bool:
     """Returns whether the objective takes an attack."""
-    return "attack" in _objective_alone(config).keywords
+    return "attack" in objective_alone(config).keywords
 
 
-def _objective_alone(config: ConfigDict) -> functools.partial:
+def objective_alone(config: ConfigDict) -> functools.partial:
     """Returns the objective with its arguments in the config, without its parts."""
     given = dict.fromkeys(("attack", "loss", "class_counts", "threat", "axis_name", "epochs"))
     return call("objective", objectives.OBJECTIVES, config.objective, **given)
@@ -398,12 +314,12 @@ def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps:
     size = functools.partial(_size, in_255ths=norm == "linf")
     threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"
     steps = f"{attack.steps} step{'s' * (attack.steps > 1)} of {size(attack.step_size)}"
-    function = _objective_alone(config)
+    function = objective_alone(config)
     raised = "the divergence" if attacks_divergence(function) else f"loss {attack.loss.name}"
     of_training = f"{threat}, {steps}, start {attack.start!r}, {raised}"
     if attack.free_steps:
         of_training = f"{threat}, free steps, each batch is shown {attack.free_steps} times in a row"
-    elif not _attacks(config):
+    elif not takes_attack(config):
         of_training = f"none in training; {threat} in evaluations"
     return {
         "method": f"{config.method}: objective {config.objective.name}, loss {config.loss.name}, "

@@ -63,12 +63,13 @@ LISTED = 8  # runs that a message lists
 
 NOT_TRAINED = (
     "method", "evaluation.", "data.path", "generated.path",
-    "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
+    "train.checkpoint_epochs", "train.keep_checkpoints", "train.reading_threads",
+    "train.steps_per_dispatch", "train.layout",
 )  # fmt: skip
 """Beginnings of the names of the fields that do not change what is trained.
 
-They are the name of the method, the evaluation, how devices are used and fed, and the places of the data. The
-data themselves are compared by their digest.
+They are the name of the method, the evaluation, which checkpoints are kept, how devices are used and fed, and
+the places of the data. The data themselves are compared by their digest.
 """
 
 NOT_JUDGED = (

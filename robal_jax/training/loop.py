@@ -168,7 +168,7 @@ def _train(
         if left and (changed := changed_code(code, workdir, "started")):
             doubts.append(f"{changed}; the steps from here on use the new code")
         for name, other in others.items():
-            doubts += builder.seed_doubts(config, name, other.path) if other else []
+            doubts += builder.doubts_of_other(config, name, other.path) if other else []
         for doubt in doubts:
             say(f"warning: {doubt}")
         if state is None:
