@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robal_jax.data import Dataset
+from robal_jax.storage.workdir import processor
 
 # Leaves memory of a GPU to PyTorch and other processes; JAX reads it when it looks for its devices.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -102,10 +103,7 @@ def device() -> str:
 
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{os.cpu_count()} x {processor()}"
 
 
 def versions() -> dict[str, str]:

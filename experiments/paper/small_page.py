@@ -9,7 +9,6 @@ below ``MARK`` is written again, from what is stored alone.
 """
 
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -31,6 +30,7 @@ from experiments.paper.outcomes import (
 )
 from experiments.paper.plan import row_config
 from experiments.paper.table import aligned, elsewhere_table
+from robal_jax import cli
 from robal_jax.reporting.audit import audit_summary
 from robal_jax.reporting.comparison import difference, printed_p
 from robal_jax.reporting.names import display_name, with_interval
@@ -323,4 +323,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.run(main)

@@ -10,7 +10,7 @@ computed. :func:`own_functions.calling` turns any error of a user's own function
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -256,46 +256,39 @@ def check_augmentation(
     return wanted
 
 
-def check_shows_attacks(
-    learner: str,
+def check_attacks_shown(
     name: str,
     objective: Any,
     model: models.Model,
     variables: Any,
     images: Any,
     known: objectives.Known,
+    *,
+    learners: Sequence[str],
+    logged: bool,
 ) -> None:
-    """Refuses an objective that shows no adversarial images to what learns from them.
+    """Refuses an objective that reports no adversarial images to those who need them.
 
     Args:
-      learner: its kind and its name in the config.
-      name: of the objective.
+      name: of the objective, in the config.
       objective: bound.
       model: the network.
       variables: shapes of ``params`` and ``stats``.
       images: shape of the images of a training step, ``[devices, B, H, W, C]``.
       known: shapes of what a step tells it that is the same for all images.
+      learners: kinds and names of those that learn from the images' logits.
+      logged: whether a logged pass shows the images.
     """
-    _, outcome = _program_of(name, objective, model, variables, images, known)
-    if outcome.attacked is None or outcome.attacked.logits is None:
-        raise InputError(
-            f"{learner} learns from the logits of adversarial images, and objective {name!r} reports none; "
-            "choose another of the two"
-        )
-
-
-def check_reports_attacks(
-    name: str, objective: Any, model: models.Model, variables: Any, images: Any, known: objectives.Known
-) -> None:
-    """Refuses an objective that reports no adversarial images if a logged pass is to show them.
-
-    See :func:`check_shows_attacks`.
-    """
-    _, outcome = _program_of(name, objective, model, variables, images, known)
-    if outcome.attacked is None:
+    attacked = _program_of(name, objective, model, variables, images, known)[1].attacked
+    if logged and attacked is None:
         raise InputError(
             f"config.train.logged_passes shows adversarial images, and objective {name!r} reports none; use "
             "'nat', or leave it empty"
+        )
+    if learners and (attacked is None or attacked.logits is None):
+        raise InputError(
+            f"{learners[0]} learns from the logits of adversarial images, and objective {name!r} reports "
+            "none; choose another of the two"
         )
 
 

@@ -216,12 +216,12 @@ def _check_own(
         contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
     if own:
         contracts.check_average(config.average.name, average, *variables)
-    if logged:
-        contracts.check_reports_attacks(names[0], minimised, network, variables, images, known)
-    used = {"budget": config.threat.budget.name, "class statistics": config.class_statistics.name}
-    for kind in learning:
-        learner = f"{kind} {used[kind]!r}"
-        contracts.check_shows_attacks(learner, names[0], minimised, network, variables, images, known)
+    if learning or logged:
+        used = {"budget": config.threat.budget.name, "class statistics": config.class_statistics.name}
+        learners = [f"{kind} {used[kind]!r}" for kind in learning]
+        contracts.check_attacks_shown(
+            names[0], minimised, network, variables, images, known, learners=learners, logged=logged
+        )
 
 
 def _known(config: ConfigDict, variables: Any, gathered: dict[str, Any]) -> objectives.Known:

@@ -4,8 +4,8 @@
 - ``results``: all numbers of an evaluation, written and read
 - ``report``: writes the report as Markdown and as one page of HTML
 - ``headline``, ``sections``: its first line, its sections
-- ``audit``, ``budgets``, ``groups``, ``corruptions``, ``certified``, ``optimality``: sections on one subject
-  each
+- ``audit``, ``budgets``, ``groups``, ``ensembles``, ``distances``, ``corruptions``, ``certified``,
+  ``optimality``: sections on one subject each
 - ``figures``, ``curves``: its figures
 - ``page``: blocks of text in both languages
 - ``terminal``: the table on the terminal

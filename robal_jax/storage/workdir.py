@@ -13,7 +13,7 @@
       best/STEP/          the best checkpoint on held-out images, if the training looked at them; best.json
       damaged/            checkpoints that could not be read
       evaluation/         results.json, examples.npz, adversarial.npz, audit.npz, per_class.csv, report.html,
-                          report.md
+                          report.md; if asked for, corrupted.npz, certified.npz, optimality.npz
         unfinished/       the state of an interrupted evaluation
 """
 
@@ -262,13 +262,7 @@ def imported_from(workdir: pathlib.Path) -> dict[str, Any] | None:
 
     None for a run that was trained here; {} if the file cannot be read.
     """
-    if not (workdir / IMPORT).exists():
-        return None
-    try:
-        origin = json.loads((workdir / IMPORT).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return origin if isinstance(origin, dict) else {}
+    return json_object(workdir / IMPORT) if (workdir / IMPORT).exists() else None
 
 
 def origin_of(workdir: pathlib.Path) -> str:
