@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import builder, checks, metrics
-from robal_jax.attacks import NORMS, ThreatModel, autoattack, bpda, check_minimum_norm
+from robal_jax.attacks import NORMS, LogitsFn, ThreatModel, autoattack, bpda, check_minimum_norm
 from robal_jax.attacks.threat import Attack, check_attack
 from robal_jax.data import TestSet, check_labels
 from robal_jax.data.corruptions import check_images
@@ -29,8 +29,6 @@ from robal_jax.models import closure
 from robal_jax.reporting.results import EvaluatedRun, read_run
 from robal_jax.storage import checkpoints, mirror
 from robal_jax.storage.best import stated
-
-LogitsFn = Callable[[chex.Array], chex.Array]
 
 FINGERPRINT_IMAGES, NOISE = 16, 0.1
 
