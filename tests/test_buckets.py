@@ -379,12 +379,18 @@ def test_a_job_in_another_container_is_seen_by_its_beats(memory, monkeypatch):
 
 
 def test_a_holder_that_ends_meanwhile_is_no_obstacle(memory, monkeypatch):
-    monkeypatch.setattr(lock, "SILENCE", 5.0)
+    monkeypatch.setattr(lock, "SILENCE", 600.0)  # longer than any test may take
     theirs = lock.myself()._replace(host="node7", boot="other")
     Bucket(URL).write(".lock", json.dumps(theirs._asdict()).encode())
-    threading.Timer(0.3, lambda: Bucket(URL).remove(".lock")).start()
+    ended = threading.Event()
+
+    def end():
+        ended.set()
+        Bucket(URL).remove(".lock")
+
+    threading.Timer(0.3, end).start()
     with mirror.kept(URL, print):
-        pass
+        assert ended.is_set()
 
 
 @pytest.mark.parametrize(

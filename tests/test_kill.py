@@ -98,13 +98,13 @@ def test_killed_runs_end_with_the_same_digest(tmp_path, capsys, env, expected):
     for i in range(KILLS):
         workdir = tmp_path / str(i)
         (process,) = start(ONE, arguments(workdir), **env)
-        # Every second kill comes as soon as a save is seen under way, from a random epoch on.
+        # The first kill, and every second one, comes as soon as a save is seen, from a random epoch on.
         epoch = generator.randrange(EPOCHS)
         wait_for(process, lambda log=workdir / "metrics.jsonl", epoch=epoch: lines(log) > epoch)
         if i % 2:
-            wait_for(process, lambda workdir=workdir: saving(workdir))
-        else:
             time.sleep(generator.uniform(0.0, 0.2))
+        else:
+            wait_for(process, lambda workdir=workdir: saving(workdir))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         early += process.returncode == -signal.SIGKILL

@@ -109,11 +109,17 @@ def test_a_job_of_another_machine(tmp_path, monkeypatch, capfd, boot):
 
 @pytest.mark.slow
 def test_a_job_of_another_machine_that_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "SILENCE", 5.0)
+    monkeypatch.setattr(lock, "SILENCE", 600.0)  # longer than any test may take
     left_by(tmp_path, host="node7", boot="other")
-    threading.Timer(0.6, (tmp_path / ".lock").unlink).start()
+    ended = threading.Event()
+
+    def end():
+        ended.set()
+        (tmp_path / ".lock").unlink()
+
+    threading.Timer(0.6, end).start()
     with alone_in(tmp_path):
-        pass
+        assert ended.is_set()
 
 
 @pytest.mark.slow

@@ -142,6 +142,7 @@ def test_the_files_of_a_model_agree(name):
         if condition in conditions
     }
     assert {key: theirs[key] for key in figures} == figures
+    assert figures.keys() >= {"clean_acc"}
     assert theirs["dataset"] == card["data"]["name"] == name.partition("/")[0]
 
 
