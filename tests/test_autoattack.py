@@ -300,6 +300,7 @@ def test_what_is_found_is_kept():
             np.testing.assert_array_equal(progress.adversarial[i], [i, PLAN[i]])
         else:
             assert (progress.broken_in[i], progress.predictions[i]) == (autoattack.ROBUST, label)
+    assert all(image.base is None for image in progress.adversarial.values())  # none holds its batch
     assert set(progress.adversarial) == set(PLAN)
     assert progress.robust == len(LABELS) - len(PLAN) - len(WRONG_WHEN_CLEAN)
     assert (progress.round, progress.done) == (7, 0)

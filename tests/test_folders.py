@@ -4,8 +4,10 @@ import functools
 import gc
 import pickle
 import shutil
+import struct
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -155,6 +157,22 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, spoil, name):
     with pytest.raises(InputError, match=rf"cannot read image .*/{name} \(\w+.*\); repair it") as caught:
         images[np.array([0, 1])]
     assert "\n" not in str(caught.value)
+
+
+def test_sixteen_bits_a_channel_are_refused_in_colour_too(tmp_path):
+    """A PNG of one red pixel, written by hand: Pillow cannot."""
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(b"\0" + struct.pack(">HHH", 65535, 257, 0)),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    ]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(InputError, match=r"deep\.png .*more than 8 bits per channel"):
+        image_folder.ImageFiles((str(tmp_path / "deep.png"),), 1, 1)[0]
 
 
 def test_sixteen_bits_a_channel_are_refused_rather_than_clipped(tmp_path):

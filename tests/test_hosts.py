@@ -60,6 +60,42 @@ def test_alone_all_is_done_here():
     assert hosts.only_first(lambda: 8) == 8
 
 
+def test_processes_that_have_not_joined_are_refused(monkeypatch):
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
+    for begin in (lambda: hosts.start(""), hosts.stop_signals().__enter__):
+        with pytest.raises(
+            InputError, match=r"one of 4 processes that have not joined; add --coordinator=auto"
+        ):
+            begin()
+
+
+CACHE = """
+import os, jax, jax.numpy as jnp
+from robal_jax.devices import hosts
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+hosts.seen_by_all = lambda folder: False
+count = lambda: len(os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+found = []
+for alone in (False, True):
+    hosts._check_cache(alone=alone)
+    jax.jit(lambda x: jnp.sin(x) + alone)(1.0)
+    found.append(count())
+assert 0 < found[0] == found[1], found
+"""
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_not_shared_is_left_alone_on_gpus(tmp_path):
+    """Also if programs have been compiled before, as those are that look at the folder."""
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", CACHE]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (line for line in done.stderr.splitlines() if line.startswith("warning"))
+    assert "are kept for the first one only; name a folder that all hosts share" in first
+    assert "are not kept; name a folder" in second
+
+
 # ---------------------------------------------------------------- two processes
 
 SCRIPT = """

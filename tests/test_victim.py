@@ -123,6 +123,15 @@ def test_another_model_in_the_place_of_the_victim_s():
     np.testing.assert_array_equal(found[:, CLASSES:], np.tile(WEIGHT[:1], (COUNT, 1)))
 
 
+def test_images_that_are_given_are_not_read():
+    one = victim()
+    one.images = None
+    ids, given = np.arange(5), np.float32(RNG.uniform(size=(5, *SHAPE)))
+    found = one.compile(look, given=True)(ids, given, 10 * ids)
+    np.testing.assert_array_equal(found["images"], given)
+    np.testing.assert_array_equal(found["parts"][0], 10 * ids)
+
+
 def test_what_a_victim_shows_of_itself():
     shown = victim(batch_size=5)
     assert shown.size == 5 * len(jax.local_devices())

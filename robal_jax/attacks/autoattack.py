@@ -519,7 +519,7 @@ def run(
             for place in np.flatnonzero(predictions != labels[ids]):
                 progress.broken_in[ids[place]] = progress.round
                 progress.predictions[ids[place]] = predictions[place]
-                progress.adversarial[int(ids[place])] = images[place]
+                progress.adversarial[int(ids[place])] = images[place].copy()  # a view would keep the batch
             progress.done += len(ids)
             yield progress
         progress.round, progress.done = progress.round + 1, 0

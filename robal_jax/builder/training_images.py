@@ -1,6 +1,7 @@
 """The images of a training: those of the data set that are not held out, and generated ones beside them."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,8 +52,7 @@ def training_images(config: ConfigDict) -> TrainingImages:
     generated_per_batch(config)  # may refuse, and reading the data takes long
     whole, size = dataset(config), config.train.batch_size
     data, held = hold_out(config, whole)
-    # An epoch's order is kept, because every step of the epoch needs it.
-    order = functools.lru_cache(maxsize=2)(
+    order = _kept(
         functools.partial(
             epoch_order,
             config.train.sampler,
@@ -82,6 +82,17 @@ def training_images(config: ConfigDict) -> TrainingImages:
     return _with_generated(config, found) if generated_per_batch(config) else found
 
 
+def _kept(order: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """Keeps the order of the last two epochs: each step needs one, in any of the threads that read images."""
+    kept, lock = functools.lru_cache(maxsize=2)(order), threading.Lock()
+
+    def found(epoch: int) -> np.ndarray:
+        with lock:  # or several threads would make the same
+            return kept(epoch)
+
+    return found
+
+
 def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingImages:
     """Adds generated images to those of the data set; class counts are as if both were drawn uniformly."""
     size, count, data = config.train.batch_size, generated_per_batch(config), originals.data
@@ -102,7 +113,7 @@ def _with_generated(config: ConfigDict, originals: TrainingImages) -> TrainingIm
     return originals._replace(
         images=generated.joined(data.train_images, more.images),
         labels=np.concatenate([data.train_labels, more.labels]),
-        order=functools.lru_cache(maxsize=2)(order),
+        order=_kept(order),
         class_counts=counts,
         stored={**originals.stored, "generated_sha256": sha256, "class_counts": counts.tolist()},
         about={

@@ -144,7 +144,7 @@ def _read(path: str, resize: int, size: int) -> np.ndarray:
     """Reads one file as uint8 ``[size, size, 3]``, see :class:`ImageFiles`."""
     try:
         with Image.open(path, formats=_FORMATS) as file:
-            if file.mode[0] in "IF":
+            if file.mode[0] in "IF" or any(str(tile[3]).endswith(";16B") for tile in file.tile):
                 raise ValueError("more than 8 bits per channel")  # Pillow would clip them to 8, not scale
             # A palette with transparency has no direct way to RGB.
             image = (file.convert("RGBA") if file.mode == "P" else file).convert("RGB")

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 
 from robal_jax.errors import InputError, one_line
 
@@ -60,23 +61,46 @@ def start(coordinator: str, processes: str = "", process: str = "") -> None:
             f"JAX cannot start on {named} ({one_line(error)}); set JAX_PLATFORMS=cpu, or install "
             "the plugin of the accelerator"
         ) from error
-    if jax.process_count() > 1 and jax.default_backend() == "gpu":
-        _drop_cache_unless_shared()
+    check_joined()
+    if jax.process_count() > 1 and jax.default_backend() != "cpu":
+        _check_cache(alone=jax.default_backend() == "gpu")
 
 
-def _drop_cache_unless_shared() -> None:
-    """Turns the cache of compiled programs off if the processes do not all see the same folder.
+def check_joined() -> None:
+    """Refuses several processes that have not joined, as those of a TPU slice without ``--coordinator``.
 
-    XLA shares the choice of kernels for a GPU among all processes. One that finds a program in its own cache
-    takes no part in it, and all others would wait for it.
+    They compute together, but no notice of a preemption, and no news of a lost host, reaches them.
+
+    Raises:
+      InputError: they have not.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise InputError(
+            f"this is one of {jax.process_count()} processes that have not joined; add --coordinator=auto, "
+            "or call jax.distributed.initialize() before JAX is used"
+        )
+
+
+def _check_cache(*, alone: bool) -> None:
+    """Checks that all processes see the same folder with the cache of compiled programs.
+
+    JAX writes the cache in the first process only. On TPUs the others compile again. XLA shares the choice of
+    kernels for a GPU among all processes: one that finds a program in its own cache takes no part in it, and
+    all others would wait for it. So the cache is turned off there.
+
+    Args:
+      alone: whether a process must not have a cache alone.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if not seen_by_all(folder):
-        jax.config.update("jax_compilation_cache_dir", None)
+        if alone:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()  # which has begun with the first program
         if is_first() and folder:
+            kept = "are not kept" if alone else "are kept for the first one only"
             print(
-                f"warning: not all processes see {folder}, so compiled programs are not kept; name a folder "
-                "that all hosts share in JAX_COMPILATION_CACHE_DIR",
+                f"warning: not all processes see {folder}, so compiled programs {kept}; name a folder that "
+                "all hosts share in JAX_COMPILATION_CACHE_DIR",
                 file=sys.stderr,
             )
 
@@ -283,6 +307,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
+        check_joined()
         self.asked = False
         self._alone = jax.process_count() == 1
         mine = self._alone and threading.current_thread() is threading.main_thread()

@@ -25,7 +25,7 @@ def corrupted(
     victim: Victim, job: builder.Evaluation, kept: Unfinished, stop: hosts.Stop
 ) -> Predictions | None:
     """Returns the predicted classes of all images under all corruptions; None if stopped before the end."""
-    step, total = victim.compile(predicted), len(victim.labels)
+    step, total = victim.compile(predicted, given=True), len(victim.labels)
     found = {name: kept.arrays.get(name, np.empty((len(STRENGTHS), 0), np.int32)) for name in CORRUPTIONS}
     done = len(found[next(iter(found))][0])
     with hosts.only_first(lambda: Meter("corruptions", total, done)) as meter:
@@ -48,11 +48,11 @@ def corrupted(
 
 
 def predicted(
-    logits_fn: LogitsFn, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array, shown: chex.Array
+    logits_fn: LogitsFn, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array
 ) -> dict[str, chex.Array]:
-    """Returns the classes of images shown in place of these, and whether their logits are finite, ``[B]``."""
-    del keys, images, labels
-    logits = checks.logits_of(len(shown), logits_fn(shown))
+    """Returns the predicted classes, and whether the logits are finite, both ``[B]``."""
+    del keys, labels
+    logits = checks.logits_of(len(images), logits_fn(images))
     return {"pred": jnp.argmax(logits, -1).astype(jnp.int32), "finite": jnp.isfinite(logits).all(-1)}
 
 

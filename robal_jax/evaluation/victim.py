@@ -107,7 +107,7 @@ class Victim:
         return np.array(as_float(self.images[ids], self.pixel_max), np.float32)
 
     def compile(
-        self, work: Work, predict: Callable | None = None, size: int | None = None
+        self, work: Work, predict: Callable | None = None, size: int | None = None, *, given: bool = False
     ) -> Callable[..., chex.ArrayTree]:
         """Turns work on one batch into a function of image indices, compiled once for any number of images.
 
@@ -116,6 +116,8 @@ class Victim:
             arguments.
           predict: a function in place of the model, with the same arguments.
           size: images in each call, on all devices together; ``self.size`` if None.
+          given: whether the images are the first of the parts, in place of those of the test set, which are
+            then not read.
 
         Returns:
           ``(ids [m], *parts [m, ...], **shared) -> outputs [m, ...]``, NumPy arrays, any m > 0. The last
@@ -127,7 +129,8 @@ class Victim:
 
         def run(ids: np.ndarray, *parts: np.ndarray, **shared: np.ndarray) -> chex.ArrayTree:
             def on_devices(mine: np.ndarray, *more: np.ndarray) -> chex.ArrayTree:
-                examples = (self.ids[mine], self.images[mine], self.labels[mine], *more)
+                images, *others = more if given else (self.images[mine], *more)
+                examples = (self.ids[mine], images, self.labels[mine], *others)
                 return compiled(examples, (self._shared, shared))
 
             return parallel.in_batches(on_devices, (ids, *parts), size or self.size)
