@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robal_jax.reporting import page
+from robal_jax.reporting.names import ENSEMBLES
 from robal_jax.reporting.results import (
     CHOICE,
     EVERYTHING,
@@ -71,6 +72,11 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
         f"{len(flagged)} of {count} checks {'is' if len(flagged) == 1 else 'are'} flagged{remark}: "
         + "; ".join(lines)
     )
+
+
+def verdict_on(results: Results) -> tuple[str, str]:
+    """Returns :func:`audit_verdict` of an evaluation."""
+    return audit_verdict(results.audit, ensemble=results.headline_attack in ENSEMBLES)
 
 
 def _only_read_again(audit: Mapping[str, Any]) -> bool:

@@ -161,6 +161,12 @@ class Results:
         return next((name for name in list(self.groups)[-1:] if name != "medium"), "")
 
     @property
+    def flagged(self) -> list[str]:
+        """The titles of the audit's flagged checks; empty without an audit, too."""
+        verdicts = self.audit["verdicts"] if self.audit else []
+        return [verdict["title"] for verdict in verdicts if outcome_of(verdict) == FLAGGED]
+
+    @property
     def protocols(self) -> Mapping[str, Any]:
         """The groups of several protocols side by side, see :func:`metrics.summarize`; empty without them."""
         return self.summary.get("protocols", {})

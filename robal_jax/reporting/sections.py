@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robal_jax.reporting import page
-from robal_jax.reporting.audit import audit_verdict
+from robal_jax.reporting.audit import verdict_on
 from robal_jax.reporting.ensembles import FULL_SQUARE, ensemble_notes, full_square
 from robal_jax.reporting.headline import in_words, tail_notes
 from robal_jax.reporting.names import (
     BY_CLASS,
-    ENSEMBLES,
     display_name,
     folded,
     group_name,
@@ -103,7 +102,7 @@ def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> lis
     blocks = [
         page.lead(in_words(results)),
         *([page.paragraph(" · ".join(facts))] if facts else []),
-        page.banner(*audit_verdict(results.audit, ensemble=results.headline_attack in ENSEMBLES)),
+        page.banner(*verdict_on(results)),
         page.cards((name, *texts) for name, texts in values),
         page.section("Summary"),
         page.paragraph("Accuracy in percent of test images, with 95 % intervals."),

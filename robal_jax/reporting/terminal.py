@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robal_jax.devices.output import Tolerant
+from robal_jax.reporting.audit import verdict_on
 from robal_jax.reporting.certified import bounds_in_words
 from robal_jax.reporting.corruptions import mean_in_words
 from robal_jax.reporting.headline import in_words
@@ -42,6 +43,7 @@ def evaluation_table(results: Results, console: Console) -> None:
         table.add_row(display_name(name), with_interval(condition["accuracy"]), *cells)
     console.print(table)
     console.print(in_words(results), highlight=False, markup=False)
+    console.print(f"Audit: {verdict_on(results)[1]}.", highlight=False, markup=False)
     if results.certified:
         console.print(bounds_in_words(results), highlight=False, markup=False)
     if results.corruptions:
