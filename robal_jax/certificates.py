@@ -49,7 +49,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from robal_jax import checks
-from robal_jax.attacks.threat import LogitsFn, ThreatModel, like_images
+from robal_jax.attacks.threat import LogitsFn, ThreatModel, check_type, like_images
 from robal_jax.errors import InputError
 from robal_jax.intervals import Interval, evaluate, made_by, unknown
 from robal_jax.linear_bounds import least, tighten
@@ -178,6 +178,7 @@ def certified(
       >>> print(certified(logits_fn, images, labels, threat=threat))
       [ True False]
     """
+    check_type(threat)
     threat.check(images, labels)
     if threat.norm != "linf":
         raise InputError(f"bounds are for the norm linf, not {threat.norm}; use ThreatModel(epsilon)")

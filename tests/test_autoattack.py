@@ -714,6 +714,19 @@ def test_a_model_that_depends_on_its_batch_is_refused():
         robal_jax.autoattack(model, *arguments, threat=THREAT, version="apgd_ce")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_probabilities_are_refused(dtype):
+    def model(x):
+        return jax.nn.softmax(x.reshape(len(x), -1)[:, :4].astype(dtype))
+
+    images = jax.random.uniform(jax.random.key(0), (3, 2, 2, 1))
+    arguments = jax.random.key(0), images, jnp.zeros(3, int)
+    with pytest.raises(InputError, match=r"returns probabilities, .*; pass a model that returns logits, or"):
+        robal_jax.autoattack(model, *arguments, threat=THREAT, version="apgd_ce")
+    logs = lambda x: jnp.log(model(x).astype(float))  # noqa: E731
+    robal_jax.autoattack(logs, *arguments, threat=THREAT, version="apgd_ce", steps=2)
+
+
 def test_images_that_fill_up_a_batch_are_not_counted():
     def model(x):
         lead = x.reshape(-1) - 0.5

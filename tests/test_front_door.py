@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -256,8 +257,19 @@ def test_a_model_that_depends_on_its_batch_is_warned_of(digits):
     fast = {**SHORT, "version": "none", "audit": 0, "say": said.append}
     evaluate_model(model, images, labels, **fast)
     assert not [line for line in said if line.startswith("warning")]
-    evaluate_model(lambda x: model(x) - model(x).mean(0, keepdims=True), images, labels, **fast)
+    found = evaluate_model(lambda x: model(x) - model(x).mean(0, keepdims=True), images, labels, **fast)
     assert "warning: the logits of an image change with the images beside it" in "\n".join(said)
+    assert found.flagged == ["Optimisation at inference"]
+    *_, line = (line for line in said if line.startswith("Audit: "))
+    assert line.startswith("Audit: 1 of 1 checks is flagged: do not trust any robust accuracy")
+
+
+def test_ctrl_c_is_raised_after_what_was_found_is_saved(digits, tmp_path, monkeypatch):
+    images, labels = digits
+    interrupt(monkeypatch, len, how=lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(plain(images, labels), images, labels, folder=tmp_path, **SHORT)
+    assert (tmp_path / "unfinished" / "conditions.npz").is_file()
 
 
 def test_a_model_that_differs_only_off_the_clean_images_is_another_one(digits, tmp_path):

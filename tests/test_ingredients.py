@@ -643,6 +643,10 @@ def test_budgets_and_averages_of_the_user_s_own(section, name, message):
         (["objective.name=plain", "threat.ramp=0.5"], "objective 'plain' takes no attack, so that config.th"),
         (["class_statistics.name=predictions"], "'predictions' is read by no loss or objective"),
         (
+            ["loss.name=robal", "loss.scale=10.0", "loss.margin=0.1"],
+            "'robal' multiplies cosines by its scale, and config.head 'linear'",
+        ),
+        (
             ["train.sampler=balanced", "loss.name=logit_adjustment"],
             "'logit_adjustment' corrects for the class counts",
         ),

@@ -163,9 +163,9 @@ def autoattack(
       The adversarial images and the outcome of each attack.
 
     Raises:
-      InputError: the version is unknown, the model has too few classes for it, or its logits are not finite
-        or depend on the other images of a batch; or an attack of your own breaks its contract, or leaves the
-        threat model.
+      InputError: the version is unknown, the model has too few classes for it, or its outputs are not finite,
+        are probabilities, or depend on the other images of a batch; or an attack of your own breaks its
+        contract, or leaves the threat model.
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
     Source: Croce and Hein (ICML 2020).
@@ -227,6 +227,7 @@ def autoattack(
     clean = partial(attacked, None, arrays, keys[:size], y=labels[:size], number=np.int32(0))
     if not random and closure.depends_on_batch(lambda x: clean(x=x)[1], images[:size]):
         raise InputError(closure.DEPENDS)
+    _refuse_probabilities(np.asarray(clean(x=images[:size])[1]))
 
     true = np.asarray(labels)
     progress = begin(true, in_batches(None, np.arange(len(images)), 0)[1])
@@ -234,6 +235,16 @@ def autoattack(
         for _ in run(stage, partial(in_batches, stage), true, progress, size=size):
             pass
     return _found(images, ensemble, progress)
+
+
+def _refuse_probabilities(outputs: np.ndarray) -> None:
+    """Refuses a model whose outputs are probabilities: a softmax of these has next to no gradient."""
+    within = outputs.min() >= 0 and outputs.max() <= 1
+    if within and np.abs(outputs.sum(-1) - 1).max() < PROBABILITY:
+        raise InputError(
+            "the model returns probabilities, which hide its gradients; pass a model that returns logits, or "
+            "the logarithms of the probabilities"
+        )
 
 
 def _without_arrays(logits_fn: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
@@ -452,6 +463,9 @@ def with_threat(stage: Stage, threat: ThreatModel) -> Stage:
 
 
 CLEAN, ROBUST = 0, -1
+
+PROBABILITY = 0.01
+"""Largest distance from 1 of the sum of probabilities, also of those in bfloat16."""
 
 
 @dataclasses.dataclass

@@ -292,6 +292,12 @@ def departure(threat: ThreatModel, distance: chex.Array, outside: chex.Array, pi
     return ""
 
 
+def check_type(threat: ThreatModel) -> None:
+    """Refuses what is no threat model, such as a radius."""
+    if not isinstance(threat, ThreatModel):
+        raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
+
+
 def check_attack(
     threat: ThreatModel, images: chex.Array, labels: chex.Array, *, norms: tuple[str, ...] = COMMON_NORMS
 ) -> ThreatModel:
@@ -313,8 +319,7 @@ def check_attack(
       Traceback (most recent call last):
       ValueError: threat is a float; pass robal_jax.ThreatModel(epsilon, norm)
     """
-    if not isinstance(threat, ThreatModel):
-        raise ValueError(f"threat is a {type(threat).__name__}; pass robal_jax.ThreatModel(epsilon, norm)")
+    check_type(threat)
     if threat.norm not in norms:
         raise ValueError(f"the norm is {threat.norm}, which this attack does not know; {INSTEAD_IN_L1}")
     threat.check(images, labels)

@@ -162,6 +162,11 @@ def _idle(config: ConfigDict) -> list[str]:
             f"config.train.sampler {config.train.sampler!r} shows the classes in other shares; use "
             "'uniform', or a loss without class counts"
         )
+    if config.loss.name == "robal" and config.head.name == "linear":
+        found.append(
+            "config.loss 'robal' multiplies cosines by its scale, and config.head 'linear' gives logits of "
+            "any size; use the head 'cosine'"
+        )
     if config.class_statistics.name != "none" and not _reads_statistics(config):
         found.append(
             f"config.class_statistics {config.class_statistics.name!r} is read by no loss or objective, so "

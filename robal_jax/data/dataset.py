@@ -107,7 +107,7 @@ def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
         raise InputError(
             f"{what}: labels {labels.min()}..{labels.max()} found, but {num_classes} classes need labels "
-            f"0..{num_classes - 1}; check that the data match the data set's name"
+            f"0..{num_classes - 1}; number the classes from 0, or check that this is the right data set"
         )
     counts = np.bincount(labels, minlength=num_classes)
     if 0 in counts:

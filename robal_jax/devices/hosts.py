@@ -303,12 +303,13 @@ class Stop:
 
     Attributes:
       asked: whether the job was asked to stop.
+      interrupted: whether that was by Ctrl-C.
       handlers: the handlers before this one, by signal; the ``Stop`` of an enclosing loop is called as well.
     """
 
     def __init__(self) -> None:
         check_joined()
-        self.asked = False
+        self.asked = self.interrupted = False
         self._alone = jax.process_count() == 1
         mine = self._alone and threading.current_thread() is threading.main_thread()
         self.handlers = {
@@ -334,7 +335,7 @@ class Stop:
         """
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.interrupted = True, number == signal.SIGINT
         outer = self.handlers[signal.Signals(number)]
         if isinstance(outer, Stop):
             outer(number, frame)

@@ -112,12 +112,13 @@ def evaluate_model(
     Returns:
       The results, as ``results.json`` and ``examples.npz`` hold them: ``summary["conditions"]`` has the
       accuracies with their intervals, ``predictions`` the outcome of every image. None if the evaluation was
-      stopped by a signal; the same call with the same folder resumes it.
+      stopped by SIGTERM; the same call with the same folder resumes it.
 
     Raises:
       ValueError: images, labels or logits have a wrong shape, type or range; or JAX traces the call.
       InputError: no such ensemble, the folder cannot be used, or it has another evaluation; the model cannot
         be certified; or an attack of your own breaks its contract, or leaves the threat model.
+      KeyboardInterrupt: after Ctrl-C; what was found is saved in the folder, as after SIGTERM.
     """
     images, labels = _arrays(images, labels, threat)
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
@@ -150,7 +151,7 @@ def evaluate_model(
     )
     other = None if surrogate is None else _parted(surrogate, images, "surrogate", model.num_classes)
     identity = _identity(model.identity, other, images, _settings(job, audit, select))
-    about = {**_about(job, name, dataset, select, counted=class_counts is not None), "identity": identity}
+    about = {**_about(job, model, name, dataset, select, class_counts), "identity": identity}
     other_victim = other and as_victim(dataclasses.replace(job, predict=other[0]), other[1])
     return _attacked(Subject(job, model.weights, other_victim, identity, about), folder, say)
 
@@ -171,6 +172,8 @@ def _attacked(
             speak(f"warning: {error}")
         if not done:
             speak(f"stopped; the same call resumes from {folder}" if folder else "stopped; nothing is kept")
+            if stop.interrupted:
+                raise KeyboardInterrupt
         elif not folder:
             speak("no folder was given: the report is not kept")
         return hosts.by_first(partial(read_run, kept)) if done else None
@@ -241,6 +244,7 @@ class _Attackable(NamedTuple):
       weights: ``params`` and ``stats``, which both take.
       num_classes: of the logits.
       identity: what tells the model, and the approximation, from others.
+      depends: whether the logits of an image change with the images beside it.
     """
 
     predict: Callable[..., Any]
@@ -248,6 +252,7 @@ class _Attackable(NamedTuple):
     weights: dict[str, Any]
     num_classes: int
     identity: dict[str, Any]
+    depends: bool
 
 
 def _attackable(
@@ -256,7 +261,7 @@ def _attackable(
     """Gives a model the forms of an evaluation, and checks the approximation that goes with it, if any."""
     predict, weights, num_classes = _parted(logits_fn, images)
     alike = partial(jax.jit(predict), weights["params"], weights["stats"])
-    if closure.depends_on_batch(alike, images[:FINGERPRINT_IMAGES]):
+    if depends := closure.depends_on_batch(alike, images[:FINGERPRINT_IMAGES]):
         say(f"warning: {closure.DEPENDS}")
     identity: dict[str, Any] = {
         "model": _fingerprint(predict, weights, images),
@@ -264,7 +269,7 @@ def _attackable(
         "near": {"model": _fingerprint(predict, weights, _near(images))},
     }
     if surrogate_fn is None:
-        return _Attackable(predict, None, weights, num_classes, identity)
+        return _Attackable(predict, None, weights, num_classes, identity, depends)
     surrogate, its_weights, _ = _parted(surrogate_fn, images, "surrogate_fn", num_classes)
     identity["surrogate_fn"] = _gradient_fingerprint(surrogate, its_weights, images)
 
@@ -275,7 +280,7 @@ def _attackable(
         return bpda(partial(own, params, stats), partial(surrogate, params["surrogate_fn"], stats))(x)
 
     both = {"model": weights["params"], "surrogate_fn": its_weights["params"]}
-    return _Attackable(own, replaced, {"params": both, "stats": []}, num_classes, identity)
+    return _Attackable(own, replaced, {"params": both, "stats": []}, num_classes, identity, depends)
 
 
 def _ensemble(
@@ -356,7 +361,14 @@ def _identity(
     return {**model, "gradients": gradients, "near": near, "surrogate": look, "settings": settings}
 
 
-def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, counted: bool) -> dict[str, Any]:
+def _about(
+    job: builder.Evaluation,
+    model: _Attackable,
+    name: str,
+    dataset: str,
+    select: str,
+    class_counts: Sequence[int] | None,
+) -> dict[str, Any]:
     """Describes model, data and attack for the report."""
     counts, epsilon = job.test.class_counts, job.threat.epsilon
     by_class = isinstance(epsilon, tuple)
@@ -364,7 +376,7 @@ def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, cou
         "method": name,
         "dataset": dataset,
         "imbalance": f"{counts.max()} to {counts.min()} training images per class"
-        if counted
+        if class_counts is not None
         else "not given; the report counts the test images instead of the training images of a class",
         "class_names": list(job.test.class_names),
         "norm": NORMS[job.threat.norm],
@@ -374,6 +386,7 @@ def _about(job: builder.Evaluation, name: str, dataset: str, select: str, *, cou
         "evaluation_seed": job.seed,
         "autoattack": [stage.name for stage in job.ensemble],
         **stated(select),
+        **({"depends_on_batch": closure.CHANGES} if model.depends else {}),
     }
 
 

@@ -23,7 +23,7 @@ from robal_jax.evaluation.ensemble_checks import doubt_ensemble, stored_images
 from robal_jax.evaluation.evidence import LEVEL
 from robal_jax.evaluation.explanations import ROUNDING
 from robal_jax.evaluation.measurements import Sample, radius_unit
-from robal_jax.evaluation.outcomes import Curve, Verdict, selected_on_test
+from robal_jax.evaluation.outcomes import Curve, Verdict, depends_on_batch, selected_on_test
 from robal_jax.evaluation.steps import CONDITIONS, Judged, check, shown_step
 from robal_jax.evaluation.verdicts import give_verdicts
 from robal_jax.evaluation.victim import Victim
@@ -87,6 +87,8 @@ def store(
 
     verdicts, curves = _judge(job, found, sample, predictions, labels)
     verdicts += _store(victim, job, found, folder, meta.get("precision", "highest"))
+    if meta.get("depends_on_batch") and not sample.measured:  # otherwise the audit has looked
+        verdicts.append(depends_on_batch(meta["depends_on_batch"]))
     if meta.get("selected_on_test"):
         verdicts.append(selected_on_test(meta["selection"]))
 

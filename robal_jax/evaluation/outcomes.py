@@ -146,6 +146,16 @@ def broken_though_certified(broken: int, images: int) -> Verdict:
     return make_verdict("certified", FLAGGED, figures, conclusions, evidence)
 
 
+def depends_on_batch(remark: str) -> Verdict:
+    """Flags a model whose logits depend on the other images of a batch, if there is no audit to see it.
+
+    Args:
+      remark: what was seen.
+    """
+    conclusions = {FLAGGED: "the accuracies are those of these batches alone."}
+    return make_verdict("inference", FLAGGED, remark, conclusions, {})
+
+
 def selected_on_test(selection: str) -> Verdict:
     """Flags a checkpoint that was chosen on test images.
 

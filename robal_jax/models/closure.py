@@ -23,9 +23,10 @@ SMALL = 1024  # largest number of elements of an array that stays a constant of 
 
 BATCH_TOLERANCE = 0.01  # of the largest logit; the rounding of one image may depend on its place in a batch
 
+CHANGES = "The logits of an image change with the images beside it"
 DEPENDS = (
-    "the logits of an image change with the images beside it, so no accuracy means much; put batch norm into "
-    "inference mode, or apply the model to each image by itself"
+    f"{CHANGES.lower()}, so no accuracy means much; put batch norm into inference mode, or apply the model "
+    "to each image by itself"
 )
 
 

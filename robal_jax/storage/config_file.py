@@ -152,7 +152,9 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         why = broken_link(workdir) or f"it has no {CONFIG}"
         inside = sorted(str(file.parent) for file in workdir.glob(f"*/{CONFIG}"))
         what = (
-            f"name one of {', '.join(inside[:LISTED])}" if inside else "train first, or name another folder"
+            f"name one of {', '.join(inside[:LISTED])}"
+            if inside
+            else "train first, or name another folder; models of the zoo are for load_model and --model"
         )
         raise InputError(f"no run in {workdir}: {why}; {what}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
