@@ -426,7 +426,7 @@ def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> t
     With ``p = s / n``: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
 
     Args:
-      successes: ``s [...]``, ``0 <= s <= n``.
+      successes: ``s [...]``, whole numbers, ``0 <= s <= n``.
       total: ``n [...]``, at least 1.
       z: normal quantile; the default gives 95 %.
 
@@ -441,8 +441,10 @@ def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> t
       0.4902 0.9433
     """
     s, n = np.asarray(successes, np.float64), np.asarray(total, np.float64)
-    if not np.all((n >= 1) & (s >= 0) & (s <= n)):  # NaN is not
-        raise InputError("successes are not in 0..total, or total is below 1; pass counts of the same images")
+    if not np.all((n >= 1) & (s >= 0) & (s <= n) & (s == np.rint(s))):  # NaN is not
+        raise InputError(
+            "successes are not whole numbers in 0..total, or total is below 1; pass counts of the same images"
+        )
     p = s / n
     center = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -454,10 +456,11 @@ def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> t
 def macro_interval(hits: ArrayLike, totals: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Computes a 95 % interval of a mean of per-class ratios ``m = mean_k t_k / n_k``.
 
-    If ``t_k ~ Binomial(n_k, p_k)`` are independent, ``Var m = sum_k p_k (1 - p_k) / n_k / K^2``. Of all ``p``
-    with mean ``m <= 1/2``, ``p_k = max(0, (1 - l n_k) / 2)`` has the largest variance V, with the ``l`` that
-    gives this mean; above 1/2 it is one minus those. The interval is the exact one of Clopper and Pearson for
-    ``m n*`` of ``n* = m (1 - m) / V`` images. If all ``n_k`` are equal, ``n*`` is the number of all images.
+    If ``t_k ~ Binomial(n_k, p_k)`` are independent, ``Var m = sum_k p_k (1 - p_k) / n_k / K^2``. We
+    take ``V``, the largest variance that any ``p`` of mean ``m`` can have. For ``m <= 1/2`` it is that of
+    ``p_k = max(0, (1 - l n_k) / 2)``, with the ``l`` that gives this mean; above, that of ``1 - m``. The
+    interval is the exact one of Clopper and Pearson for ``m n*`` of ``n* = m (1 - m) / V`` images. If all
+    ``n_k`` are equal, ``n*`` is the number of all images.
 
     With the images of class ``k`` that are predicted as ``k`` for ``t_k``, ``m`` is the macro
 
@@ -473,7 +476,7 @@ def macro_interval(hits: ArrayLike, totals: ArrayLike) -> tuple[np.ndarray, np.n
     ``tests/test_metrics.py``.)
 
     Args:
-      hits: ``t [..., K]``, ``0 <= t <= n``.
+      hits: ``t [..., K]``, whole numbers, ``0 <= t <= n``.
       totals: ``n [..., K]``; 0 where a class has no image.
 
     Returns:
@@ -489,8 +492,10 @@ def macro_interval(hits: ArrayLike, totals: ArrayLike) -> tuple[np.ndarray, np.n
       0.7513 0.9987
     """
     t, n = np.broadcast_arrays(np.asarray(hits, np.float64), np.asarray(totals, np.float64))
-    if not t.ndim or not t.shape[-1] or not np.all((t >= 0) & (t <= n)):  # NaN is not
-        raise InputError("hits are not in 0..totals, per class [..., K]; pass counts of the same images")
+    if not t.ndim or not t.shape[-1] or not np.all((t >= 0) & (t <= n) & (t == np.rint(t))):  # NaN is not
+        raise InputError(
+            "hits are not whole numbers in 0..totals, per class [..., K]; pass counts of the same images"
+        )
     n = np.maximum(n, 1)
     mean = np.mean(t / n, axis=-1)
     size = _effective_size(mean, n)

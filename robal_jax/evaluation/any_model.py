@@ -75,8 +75,8 @@ def evaluate_model(
         'none', or a list such as 'apgd_ce,square' or ['apgd_ce', 'square']. In a list, 'module:function' or
         the function itself is an attack of your own, see :func:`robal_jax.autoattack`.
       step_size: of PGD, MIM and CW; epsilon / 4, of each class its own, if None.
-      class_counts: training images per class ``[K]``, which divide the classes into head, medium and tail.
-        Without them the report has no such groups.
+      class_counts: training images per class ``[K]`` in the order of the logits, which divide the classes
+        into head, medium and tail. Without them the report has no such groups.
       class_names: of the ``K`` classes; their numbers if None.
       groups: how the counts divide the classes: a list with commas of keys of ``metrics.GROUPS``, such as
         'thirds,last_80_percent'. The first leads; the report shows all of several side by side. Other groups
