@@ -251,6 +251,18 @@ def test_a_model_with_another_gradient_is_another_one(digits, tmp_path):
     assert evaluate_model(straight, images, labels, folder=tmp_path, **SHORT) is not None
 
 
+def test_images_that_are_far_too_dark_are_noted(digits):
+    images, labels = digits
+    said = []
+    fast = {**SHORT, "version": "none", "audit": 0, "say": said.append}
+    found = evaluate_model(plain(images, labels), images / 16, labels, **fast)
+    assert said[0].startswith(
+        "note: no image has a pixel above 0.0625, and the threat model allows pixels up"
+    )
+    assert repr(found).startswith("<model on images: clean ")
+    assert repr(found).endswith("; flagged: nothing>")
+
+
 def test_a_model_that_depends_on_its_batch_is_warned_of(digits):
     images, labels = digits
     model, said = plain(images, labels), []

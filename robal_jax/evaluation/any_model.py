@@ -120,7 +120,7 @@ def evaluate_model(
         be certified; or an attack of your own breaks its contract, or leaves the threat model.
       KeyboardInterrupt: after Ctrl-C; what was found is saved in the folder, as after SIGTERM.
     """
-    images, labels = _arrays(images, labels, threat)
+    images, labels = _arrays(images, labels, threat, hosts.speaker(say))
     length, batch_size, audit, seed = _numbers(threat, step_size, batch_size, audit, seed)
     _check_choices(images, threat, select, minimum_norm, corruptions)
     version = autoattack.version_name(version)
@@ -179,7 +179,9 @@ def _attacked(
         return hosts.by_first(partial(read_run, kept)) if done else None
 
 
-def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(
+    images: chex.Array, labels: chex.Array, threat: ThreatModel, say: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray]:
     """Checks images and labels, and copies them to the host; refuses a call that JAX traces."""
     if any(isinstance(array, jax.core.Tracer) for array in (images, labels, jnp.zeros(()))):
         raise ValueError(
@@ -189,6 +191,11 @@ def _arrays(images: chex.Array, labels: chex.Array, threat: ThreatModel) -> tupl
     images, labels = np.asarray(images), np.asarray(labels)
     check_attack(threat, images, labels)
     checks.channels_last(images)
+    if 0 < 2 * images.max() < threat.upper:
+        say(
+            f"note: no image has a pixel above {images.max():.3g}, and the threat model allows pixels up to "
+            f"{threat.upper:g}; if the images are scaled wrongly, so is every radius"
+        )
     return images, labels
 
 

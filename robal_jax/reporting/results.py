@@ -160,6 +160,11 @@ class Results:
         """The group of the classes with the fewest training images; '' if there is none but the middle."""
         return next((name for name in list(self.groups)[-1:] if name != "medium"), "")
 
+    def __repr__(self) -> str:
+        shares = {name: row["accuracy"]["value"] for name, row in self.conditions.items()}
+        shown = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+        return f"<{self.title}: {shown}; flagged: {', '.join(self.flagged) or 'nothing'}>"
+
     @property
     def flagged(self) -> list[str]:
         """The titles of the audit's flagged checks; empty without an audit, too."""
@@ -280,7 +285,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Outcomes:
     return outcomes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class EvaluatedRun(Results):
     """The results of an evaluation, with the outcome of every image.
 

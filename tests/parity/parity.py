@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from robal_jax import models, pytorch
 from robal_jax.attacks import ThreatModel
@@ -44,6 +45,15 @@ class Reference:
     def pytest_runtest_logreport(self, report):
         """Notes which tests ran in this process, whose tally this is."""
         self.ran.add(report.nodeid)
+
+    def skip_unless_all_ran(self, request):
+        """Skips a test that looks at what the others of its file compared, if these ran elsewhere."""
+        others = {item.nodeid for item in request.session.items if item.path == request.path}
+        others -= {request.node.nodeid}
+        if not others or others - self.ran:
+            pytest.skip(
+                "not all tests of this file ran in this process; pytest -m parity runs them all in one"
+            )
 
     def __call__(self, file, key):
         """An array that we read."""

@@ -148,8 +148,6 @@ GROUPS = ("label_smoothing", "kl", "bsl", "reat_rbl", "reat_tail", "taet_harl_lo
 
 
 def test_no_array_of_these_groups_is_forgotten(reference, request):
-    others = {item.nodeid for item in request.session.items if item.path == request.path}
-    if others - reference.ran - {request.node.nodeid}:
-        pytest.skip("other workers ran some tests of this file; pytest -m parity runs all in one process")
+    reference.skip_unless_all_ran(request)
     seen = reference.files[FILE]["compared"] | reference.files[FILE]["input"]
     assert {key for key in reference.load(FILE) if key.partition("/")[0] in GROUPS} <= seen
