@@ -225,9 +225,7 @@ def autoattack(
         jax.eval_shape(partial(attacked, stage), *first_batch)
 
     clean = partial(attacked, None, arrays, keys[:size], y=labels[:size], number=np.int32(0))
-    if not random and closure.depends_on_batch(lambda x: clean(x=x)[1], images[:size]):
-        raise InputError(closure.DEPENDS)
-    _refuse_probabilities(np.asarray(clean(x=images[:size])[1]))
+    _check_outputs(lambda x: clean(x=x)[1], images[:size])
 
     true = np.asarray(labels)
     progress = begin(true, in_batches(None, np.arange(len(images)), 0)[1])
@@ -237,14 +235,15 @@ def autoattack(
     return _found(images, ensemble, progress)
 
 
-def _refuse_probabilities(outputs: np.ndarray) -> None:
-    """Refuses a model whose outputs are probabilities: a softmax of these has next to no gradient."""
-    within = outputs.min() >= 0 and outputs.max() <= 1
-    if within and np.abs(outputs.sum(-1) - 1).max() < PROBABILITY:
+def _check_outputs(model: LogitsFn, images: chex.Array) -> None:
+    """Refuses a model that returns probabilities, or whose logits of an image depend on the batch."""
+    if closure.are_probabilities(np.asarray(model(images))):
         raise InputError(
             "the model returns probabilities, which hide its gradients; pass a model that returns logits, or "
             "the logarithms of the probabilities"
         )
+    if closure.depends_on_batch(model, images):
+        raise InputError(closure.DEPENDS)
 
 
 def _without_arrays(logits_fn: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
@@ -463,9 +462,6 @@ def with_threat(stage: Stage, threat: ThreatModel) -> Stage:
 
 
 CLEAN, ROBUST = 0, -1
-
-PROBABILITY = 0.01
-"""Largest distance from 1 of the sum of probabilities, also of those in bfloat16."""
 
 
 @dataclasses.dataclass

@@ -39,9 +39,6 @@ ALPHA_RANDOM, ALPHA_SQUARE = 1e-4, 0.002
 
 As in the reference implementation of AutoAttack."""
 
-ALPHA_PROBABILITY = 0.01
-"""Distance from 1 of the sums of probabilities. The reference has 1e-5, which those in bfloat16 exceed."""
-
 
 class Explanation(NamedTuple):
     """A check, in words.

@@ -34,7 +34,6 @@ from robal_jax.evaluation.evidence import (
     smallest_share,
 )
 from robal_jax.evaluation.explanations import (
-    ALPHA_PROBABILITY,
     ALPHA_RANDOM,
     FLAT,
     GAP,
@@ -64,6 +63,7 @@ from robal_jax.evaluation.outcomes import (
     percent,
     points,
 )
+from robal_jax.models.closure import are_probabilities
 from robal_jax.reporting.results import EVERYTHING, FLAGGED, NOT_RUN, NOTE, OWN_GRADIENT, PASSED
 
 
@@ -406,8 +406,8 @@ def _randomised(passes: list[np.ndarray], labels: np.ndarray) -> Verdict:
 
 
 def _probabilities(logits: np.ndarray) -> Verdict:
-    low, high, total = float(logits.min()), float(logits.max()), np.abs(logits.sum(-1) - 1).max()
-    red = bool(low > -ALPHA_PROBABILITY and high < 1 + ALPHA_PROBABILITY and total < ALPHA_PROBABILITY)
+    low, high = float(logits.min()), float(logits.max())
+    red = are_probabilities(logits)
     figures = f"The outputs are in [{low:.3g}, {high:.3g}]"
     conclusions = {
         PASSED: "they are logits.",

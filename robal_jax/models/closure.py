@@ -23,6 +23,8 @@ SMALL = 1024  # largest number of elements of an array that stays a constant of 
 
 BATCH_TOLERANCE = 0.01  # of the largest logit; the rounding of one image may depend on its place in a batch
 
+PROBABILITY = 0.01  # the sum of probabilities in bfloat16 may be so far from 1
+
 CHANGES = "The logits of an image change with the images beside it"
 DEPENDS = (
     f"{CHANGES.lower()}, so no accuracy means much; put batch norm into inference mode, or apply the model "
@@ -91,7 +93,19 @@ def depends_on_batch(model: Callable[[chex.Array], chex.Array], images: chex.Arr
       >>> depends_on_batch(model, images), depends_on_batch(lambda x: model(x - x.mean()), images)
       (False, True)
     """
-    among, alone = (np.asarray(model(x))[0] for x in (images, jnp.repeat(images[:1], len(images), 0)))
-    if not np.isfinite(among).all():  # that is another fault
+    batches = images, images, jnp.repeat(images[:1], len(images), 0)
+    among, again, alone = (np.asarray(model(x))[0] for x in batches)
+    if not np.array_equal(among, again):  # random, or not finite: other faults
         return False
     return not np.abs(among - alone).max() <= BATCH_TOLERANCE * np.abs(among).max()
+
+
+def are_probabilities(outputs: np.ndarray) -> bool:
+    """Returns whether outputs ``[B, K]`` are in [0, 1] and sum to 1, up to the rounding of bfloat16.
+
+    Example:
+      >>> are_probabilities(np.array([[0.25, 0.75]])), are_probabilities(np.array([[0.5, 0.75]]))
+      (True, False)
+    """
+    within = outputs.min() > -PROBABILITY and outputs.max() < 1 + PROBABILITY
+    return bool(within and np.abs(outputs.sum(-1) - 1).max() < PROBABILITY)
