@@ -268,7 +268,7 @@ def test_readme_has_the_figures_of_the_outcomes():
     rows = {
         cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (x.split("|") for x in table)
     }
-    assert {"AT", "RoBal-N", "LA", "AT-BSL, RandAugment"} <= set(rows)
+    assert {"AT", "RoBal-N", "LA", "AT-BSL, RandAugment", "RobustLT on AT-BSL, RandAugment"} <= set(rows)
     for label, cells in rows.items():
         conditions = runs[label].conditions
         found = [("clean", "accuracy"), *(("autoattack", x) for x in ("accuracy", *small_page.GROUPS))]
@@ -291,5 +291,11 @@ def test_readme_has_the_figures_of_the_outcomes():
     assert all(bsl("autoattack", group)["p_value"] >= 0.05 for group in ("all", *small_page.GROUPS))
     clean = bsl("clean", "all")
     assert clean["high"] < 0
-    figures = *points, *broken, 100 * to_la[0]["value"], 100 * clean["value"]
+    plugged = partial(difference, runs["RobustLT on AT-BSL, RandAugment"], runs["AT-BSL, RandAugment"])
+    assert all(plugged("autoattack", group)["p_value"] >= 0.05 for group in ("all", *small_page.GROUPS))
+    cleaner = plugged("clean", "all")
+    assert cleaner["low"] > 0
+    all_images = difference(runs["RoBal-N"], runs["AT"], "autoattack", "all")
+    assert all_images["low"] < 0 < all_images["high"]  # not clearly better overall
+    figures = *points, *broken, 100 * to_la[0]["value"], 100 * clean["value"], 100 * cleaner["value"]
     assert said == [round(abs(number)) for number in figures]
