@@ -426,7 +426,7 @@ def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> t
     With ``p = s / n``: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
 
     Args:
-      successes: ``s [...]``, whole numbers, ``0 <= s <= n``.
+      successes: ``s [...]``, ``0 <= s <= n``; no shares.
       total: ``n [...]``, at least 1.
       z: normal quantile; the default gives 95 %.
 
@@ -441,10 +441,8 @@ def wilson_interval(successes: ArrayLike, total: ArrayLike, z: float = Z95) -> t
       0.4902 0.9433
     """
     s, n = np.asarray(successes, np.float64), np.asarray(total, np.float64)
-    if not np.all((n >= 1) & (s >= 0) & (s <= n) & (s == np.rint(s))):  # NaN is not
-        raise InputError(
-            "successes are not whole numbers in 0..total, or total is below 1; pass counts of the same images"
-        )
+    if not np.all((n >= 1) & (s >= 0) & (s <= n)):  # NaN is not
+        raise InputError("successes are not in 0..total, or total is below 1; pass counts of the same images")
     p = s / n
     center = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))

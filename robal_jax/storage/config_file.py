@@ -63,14 +63,16 @@ LISTED = 8  # runs that a message lists
 
 NOT_TRAINED = (
     "method", "evaluation.", "data.path", "generated.path",
-    "train.checkpoint_epochs", "train.keep_checkpoints", "train.reading_threads",
-    "train.steps_per_dispatch", "train.layout",
+    "train.keep_checkpoints", "train.reading_threads", "train.steps_per_dispatch", "train.layout",
 )  # fmt: skip
 """Beginnings of the names of the fields that do not change what is trained.
 
-They are the name of the method, the evaluation, which checkpoints are kept, how devices are used and fed, and
-the places of the data. The data themselves are compared by their digest.
+They are the name of the method, the evaluation, how devices are used and fed, and the places of the data. The
+data themselves are compared by their digest.
 """
+
+SAVED = "train.checkpoint_epochs"
+"""A field that changes nothing that is trained either, but it is in the names that tables give to runs."""
 
 NOT_JUDGED = (
     "method", "evaluation.batch_size", "evaluation.examples", "evaluation.autoattack", "evaluation.audit.",
@@ -180,7 +182,7 @@ def run_around(path: pathlib.Path) -> pathlib.Path | None:
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
     """Lists what two configs would train differently, as lines ``field: this, there``."""
     changed = _changed(training_fields(config), training_fields(other))
-    return [f"{name}: {here!r} here, {there!r} there" for name, here, there in changed]
+    return [f"{name}: {here!r} here, {there!r} there" for name, here, there in changed if name != SAVED]
 
 
 def judged_differently(config: ConfigDict, other: ConfigDict) -> list[str]:
