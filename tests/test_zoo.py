@@ -335,6 +335,17 @@ def test_a_card_runs_no_code(files, tmp_path, field):
     assert not (tmp_path / "made").exists() and not (tmp_path / "run").exists()
 
 
+def test_code_in_a_card_runs_if_its_author_is_trusted(files):
+    card = json.loads(files.read_text())
+    assert card["config"]["head"]["name"] == "cosine"
+    card["config"]["head"]["name"] = "robal_jax.classifiers:CosineHead"  # the same, by its full name
+    files.write_text(json.dumps(card))
+    refused(r"config\.head\.name is 'robal_jax\.classifiers:CosineHead'", load_model, files)
+    model = load_model(files, trust_code=True)
+    model.check()
+    assert model.card["config"]["head"]["name"] == "robal_jax.classifiers:CosineHead"
+
+
 def test_a_folder_is_no_file_to_write(run, tmp_path):
     """Nothing is written if one of the three places is taken."""
     (tmp_path / "mine.robustbench.json").mkdir()
