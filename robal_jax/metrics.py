@@ -630,13 +630,21 @@ def mean_share(shares: ArrayLike) -> dict[str, float]:
     return _figure(np.mean(shares), *wilson_interval(np.sum(shares), np.size(shares)))
 
 
+FIGURES = (
+    "accuracy", "balanced_accuracy", "recall", "precision", "f_score", "natural_error", "boundary_error",
+    "robust_accuracy", "per_class", "confusion", "groups_of_ten", "strengths",
+)  # fmt: skip
+"""Names beside which :func:`summarize` and :func:`summarize_corruptions` put those of the groups."""
+
+
 def checked(
     labels: ArrayLike, class_counts: ArrayLike, groups: Mapping[str, ArrayLike] | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Returns labels ``[n]``, class counts ``[K]`` and groups as arrays.
 
     Raises:
-      InputError: another shape, type or range; or a class without a test image, or a group without a class.
+      InputError: another shape, type or range; or a class without a test image, or a group without a class or
+        with the name of a figure.
     """
     counts, labels = _counts(class_counts), _classes("labels", labels)
     named = class_groups(counts) if groups is None else {k: np.asarray(v) for k, v in groups.items()}
@@ -649,6 +657,8 @@ def checked(
             + "; add some"
         )
     for name, classes in named.items():
+        if name in FIGURES:
+            raise InputError(f"group {name!r} has the name of a figure; choose another")
         if not classes.size:
             raise InputError(f"group {name!r} has no class; give it one, or leave it out")
         _among(len(counts), f"classes of group {name!r}", classes)

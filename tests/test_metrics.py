@@ -599,6 +599,13 @@ def test_wrong_arguments_are_refused(wrong):
         function(*arguments)
 
 
+def test_no_group_replaces_a_figure():
+    with pytest.raises(InputError, match="group 'accuracy' has the name of a figure; choose another"):
+        metrics.summarize(Y, {"clean": Y}, [3, 2, 1], groups={"accuracy": [2]})
+    found = metrics.summarize(Y, {"clean": Y}, [3, 2, 1])["conditions"]["clean"]
+    assert set(found) - {"head", "medium", "tail"} <= set(metrics.FIGURES)
+
+
 @pytest.mark.parametrize(
     ("tail", "message"),
     [
