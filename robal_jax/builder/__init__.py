@@ -8,7 +8,7 @@
 - ``arguments``: arguments of these functions from the command line
 - ``contracts``: what a function must take and return, checked with the shapes of a training step
 - ``modules``: the same for backbones and heads
-- ``doubtful``: what a config that can be used hardly means
+- ``doubtful``: warnings of a config that is valid but was probably not meant
 - ``ranges``: which fields a config must have, and which values are allowed
 
 A section with a ``name`` selects a function: one of the library's tables (``LOSSES``, ``HEADS``, ...), or

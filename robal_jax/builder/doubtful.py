@@ -1,4 +1,4 @@
-"""What a config that can be used hardly means: lines that a job says before it begins."""
+"""Warnings of a config that is valid but was probably not meant, which a job prints before it begins."""
 
 import contextlib
 import inspect
