@@ -354,7 +354,7 @@ def run_and_checkpoint(values: Mapping[str, str]) -> tuple[pathlib.Path | None, 
         path = whole / place.parent.name / place.name
         raise InputError(f"--workdir={run} is a checkpoint; write --workdir={whole} --checkpoint={path}")
     if checkpoint is not None and run is None and around is None:
-        raise InputError(f"{checkpoint} is not inside of a run; name the run it is of with --workdir")
+        raise InputError(f"{checkpoint} is not inside a run; name its run with --workdir")
     if checkpoint is not None and run is not None and not checkpoint.exists():
         inside = (folder for folder in (run / CHECKPOINTS / checkpoint, run / checkpoint) if folder.is_dir())
         checkpoint = next(inside, checkpoint)

@@ -262,7 +262,7 @@ def focal_softmax(
 
 
 def soft_logit_margin(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """Excess of all wrong logits together over the true one, a smooth bound of the largest one's excess.
+    """Log-sum-exp of the wrong logits minus the true one, a smooth bound of their largest lead.
 
     ``l_b = log sum_{i != y_b} exp(z_bi) - z_b[y_b]``
 

@@ -259,10 +259,10 @@ def distilled(
 ) -> tuple[chex.Array, Outcome]:
     """Adversarial training that also follows a teacher: its predictions, and how they change with the image.
 
-    ``mean [l(z(x'), y) + kd * KL(p_T(x) || p(x')) + igdm * t / T * KL(q_T || q)]``,
-    ``q = softmax(z(x + d) - z(x - d))``, ``q_T`` the same of the teacher, ``d = x' - x``
+    ``mean [l(z(x'), y) + kd * KL(p_t(x) || p(x')) + igdm * epoch / epochs * KL(q_t || q)]``,
+    ``q = softmax(z(x + d) - z(x - d))``, ``d = x' - x``
 
-    ``t`` is the epoch of ``T = epochs``. The teacher has the student's architecture, and ``x - d`` may leave
+    ``p_t`` and ``q_t`` are those of the teacher. It has the student's architecture, and ``x - d`` may leave
     the range of pixels.
 
     Args:
@@ -273,8 +273,8 @@ def distilled(
       The loss, and the moments of the passes adv, and x - d with gradient matching.
 
     Source: long-tailed self-distillation (Cho et al., ICLR 2025) names balanced softmax, distillation and
-    gradient matching; the form of the latter is that of Lee et al. (arXiv:2312.03286). The paper's weights
-    could not be read, so 1 and 0 are our choice.
+    gradient matching, according to its reviews; the paper itself could not be read. The form of gradient
+    matching is that of Lee et al. (arXiv:2312.03286). The weights 1 and 0 are our choice.
     """
     adversarial = adversarial_images(attack, model, params, stats, batch)
     adv, moments = model.train(params, stats, adversarial)

@@ -332,7 +332,7 @@ def test_statements_say_what_was_measured():
     found, _ = judged(healthy())
     said = {name: verdict.statement for name, verdict in found.items()}
     assert (
-        "leaves an accuracy of 62.5 %, and by 1 on the margin, which knows no scale, which leaves 62.7 %"
+        "leaves an accuracy of 62.5 %, and by 1 with the margin as its loss, which leaves 62.7 %"
         in said["logit_scale"]
     )
     assert (

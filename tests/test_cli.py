@@ -518,7 +518,7 @@ def test_damaged_checkpoint(tmp_path):
         (lambda config: config | {"evaluation": 3}, "config.evaluation.head.name is missing"),
         (lambda config: config | {"attack.steps": 3}, r"cannot read .*config\.json .*dots in field names"),
         (lambda config: config | {"seed": 2.5}, "config.seed is 2.5; it must be an integer"),
-        (lambda config: config | {"head": {"name": 3}}, "config.head.name is 3; it must be a text"),
+        (lambda config: config | {"head": {"name": 3}}, "config.head.name is 3; it must be a string"),
         (
             lambda config: config | {"head": {"name": "cosine", "scale": "x"}},
             "scale is 'x'; it must be in 1e-06",

@@ -164,7 +164,7 @@ def test_other_weights_and_choices_of_a_checkpoint_are_not_averaged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("listed", "shown"), [("custom", "Own ensemble"), ("custom_own", "Ensemble with own attacks")]
+    ("listed", "shown"), [("custom", "Listed attacks"), ("custom_own", "Ensemble with own attacks")]
 )
 def test_ensembles_of_other_attacks_are_not_compared(tmp_path, listed, shown):
     def runs(name, *ensembles):
@@ -288,7 +288,7 @@ def test_audits_of_runs(tmp_path):
     overview = comparison.compare(read_runs(runs))[0]
     assert [row[:2] for row in overview.rows] == [
         ("A", "flagged: logit_scale"),
-        ("B", "clean (1 of 2 checks run)"),
+        ("B", "not flagged (1 of 2 checks run)"),
         ("C", "no audit"),
     ]
 

@@ -321,7 +321,7 @@ def test_a_checkpoint_outside_of_a_run_needs_the_run(stored, tmp_path):
     shutil.copytree(stored / "checkpoints" / "5", tmp_path / "best")
     for path in (tmp_path / "best", pathlib.Path("/"), tmp_path / "nothing"):
         refused(
-            r"is not inside of a run; name the run it is of with --workdir",
+            r"is not inside a run; name its run with --workdir",
             script("evaluate"),
             f"--checkpoint={path}",
         )

@@ -252,7 +252,9 @@ def test_autoattack_in_l1():
     assert distance.max() <= RADIUS + ROUNDING
     rounds = [(stage.name, stage.rounds) for stage in autoattack.stages("robal_aa", 10, threat=THREAT)]
     assert rounds == [("apgd_ce", 5), ("apgd_t", 5)]
-    with pytest.raises(InputError, match="the norm is l1, which fab_t, square do not know; use apgd, or"):
+    with pytest.raises(
+        InputError, match="the norm is l1, which is not supported by fab_t, square; use apgd, or"
+    ):
         run(version="standard")
     with pytest.raises(ValueError, match="steps is 1; it must be at least 2"):
         run(version="apgd_ce", steps=1)

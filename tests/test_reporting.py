@@ -141,8 +141,8 @@ def test_full_report_says_the_same_in_both_forms(tmp_path):
         cell for line in markdown.splitlines() if re.match(r"\| (?!-)", line) for cell in line.split(" | ")
     ]
     for text in (
-        "1 of 3 checks is flagged (1 not run): do not trust the fixed-step attacks (FGSM, PGD, MIM); "
-        "evaluate with AutoAttack",
+        "1 of 3 checks is flagged (1 not run): do not trust the fixed-step attacks on the "
+        "cross-entropy (FGSM, PGD, MIM); evaluate with AutoAttack",
         "There was no second model.",
         "magnified 5 times",
         "--workdir='a & b'",
@@ -397,23 +397,23 @@ SIXTY = "Of 200 test images 60.0 % [53.1, 66.5] are still classified correctly u
             {"pgd_20": [0.8] * 4, "autoattack": [0.6, 0.6, 0.6, 0.62], "union": [0.6] * 4},
             None,
             LINF,
-            f"{SIXTY} union (AutoAttack + fast) at L∞ 8/255; in the tail classes 60.0 % [46.2, "
+            f"{SIXTY} union (AutoAttack + PMA + APGD-MALT) at L∞ 8/255; in the tail classes 60.0 % [46.2, "
             "72.4], as in the head classes. AutoAttack alone leaves 60.5 % [53.6, 67.0]; PMA and APGD-MALT "
-            "take 0.5 points more. Compare only AutoAttack's with published figures.",
+            "lower it by 0.5 points. Compare only AutoAttack's with published figures.",
         ),
         (
             {"pgd_20": [0.8] * 4, "autoattack": [0.6, 0.6, 0.6, 0.62], "custom_own": [0.6] * 4},
             {"all": range(4)},
             LINF,
             f"{SIXTY} Ensemble with own attacks at L∞ 8/255. AutoAttack alone leaves 60.5 % [53.6, 67.0]; "
-            "the attacks after it take 0.5 points more. Compare only AutoAttack's with published figures.",
+            "the attacks after it lower it by 0.5 points. Compare only AutoAttack's with published figures.",
         ),
         (
             {"pgd_20": [0.8] * 4, "union_bpda": [0.6] * 4},
             None,
             {},
-            f"{SIXTY} union (AutoAttack + fast) + BPDA; in the tail classes 60.0 % [46.2, 72.4], as in the "
-            "head classes. This is no figure of AutoAttack; do not compare it with one.",
+            f"{SIXTY} union (AutoAttack + PMA + APGD-MALT) + BPDA; in the tail classes 60.0 % [46.2, 72.4], "
+            "as in the head classes. This is no figure of AutoAttack; do not compare it with one.",
         ),
         (
             {"pgd_20": [0.8] * 4, "autoattack_rand": [0.6] * 4},

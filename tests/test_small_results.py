@@ -123,7 +123,9 @@ def test_the_page_has_the_figures_of_the_outcomes(stored):
     assert "AT, seed 0" in lines["Natural and boundary error under AutoAttack"]
     assert "Difference to AT of the same seed under AutoAttack" not in lines  # no other run has it
     part = lines["AutoAttack with 10 iterations, the best checkpoint, and the audit"]
-    assert "| epoch 12 of 40 |" in part["AT, seed 0"] and "clean (1 of 1 checks run)" in part["AT, seed 0"]
+    assert (
+        "| epoch 12 of 40 |" in part["AT, seed 0"] and "not flagged (1 of 1 checks run)" in part["AT, seed 0"]
+    )
     assert "RoBal-N, seed 0" not in part  # it has none of these evaluations
 
 

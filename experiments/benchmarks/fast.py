@@ -242,7 +242,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {row['name']} | " + " | ".join(map(str, cells)) + " |")
     images = len(rows[0]["standard"][0])
-    lines += ["", f"{images} images per model. Less `standard` with the first key, in points:", ""]
+    lines += ["", f"{images} images per model. Minus `standard` with the first key, in points:", ""]
     for name, found in (("`fast`", excess["fast"]), ("`standard` with other keys", excess["standard"])):
         if found:
             above = f"above in {np.sum(np.greater(found, 0))} of {len(found)} runs"

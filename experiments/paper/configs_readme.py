@@ -41,9 +41,11 @@ def _after_the_paper() -> str:
     tables = (table.rows for table in TABLES.values() if table.follow_up)
     rows = {row.key: row for row in (*itertools.chain(*tables), *WITHOUT_TABLE)}
     by_config = sorted(rows.values(), key=lambda row: row.config)
-    named = [
-        (f"`{row.config}.py`: {row.label}", [e._asdict() for e in row.elsewhere], "") for row in by_config
-    ]
+    named, shown = [], set()
+    for row in by_config:  # two tables may have the same figures, with their data in other words
+        new = [each for each in row.elsewhere if (row.config, each._replace(data="")) not in shown]
+        shown |= {(row.config, each._replace(data="")) for each in row.elsewhere}
+        named.append((f"`{row.config}.py`: {row.label}", [each._asdict() for each in new], ""))
     return elsewhere_table("Config", named)
 
 
@@ -69,8 +71,9 @@ _README = """\
 
 Each method has a config file, which takes the data set as its argument: `configs/at.py:cifar10_lt`. Its
 docstring has the command. The figures are those of tables 1 and 2 of the RoBal paper, in percent:
-WideResNet-34-10, last epoch, CIFAR-10-LT IR 50 (10) and CIFAR-100-LT IR 10 (100). AA is APGD-CE and APGD-T
-together. `experiments/reproduce.py` makes the paper's tables with these configs.
+WideResNet-34-10, last epoch. Columns 10 are of CIFAR-10-LT with IR 50, columns 100 of CIFAR-100-LT with
+IR 10. AA is APGD-CE and APGD-T together. `experiments/reproduce.py` makes the paper's tables with these
+configs.
 
 {table}
 

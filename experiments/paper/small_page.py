@@ -98,7 +98,8 @@ def _claims(runs: Sequence[Run]) -> Iterator[str]:
         "tests are over images, not over trainings: read the answers as exploratory."
     )
     yield (
-        "Accuracies and errors: both models on the same images, exact McNemar test. Factors: the same test, "
+        "Accuracies and errors: RoBal less AT on the same images, exact McNemar test; a boundary error with "
+        "a plus speaks against the claim. Factors: the same test, "
         "on the images of the audit. Norms: rank test over the ten classes. 'Undecided' does not mean that "
         "there is no difference."
     )
@@ -161,9 +162,9 @@ def _further(runs: Sequence[Run]) -> Iterator[str]:
         f"On the same {_size(runs, 'autoattack')} test images. AutoAttack is 'standard': APGD-CE, APGD-T, "
         "FAB-T, Square. 'torchattacks' is the same as that package runs it: with 10 iterations, and with "
         "Square's schedule rescaled. It is an upper estimate. 'Best' is the checkpoint that the held-out "
-        "images choose; it stands under the pair beside the last. 'Clean': the audit saw no sign of masked "
-        "gradients. 'Too few images for 3': in three of its checks too few images are right when clean for "
-        "a gap to show."
+        "images choose; it stands under the pair beside the last. 'Not flagged': the audit saw no sign of "
+        "masked gradients. 'Too few images for 3': in three of its checks too few images are right when "
+        "clean for a gap to show."
     )
     header = ["Row", "AutoAttack", "torchattacks", "Pair, last", "Pair, best", "best is", "Audit"]
     body = []

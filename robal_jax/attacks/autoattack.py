@@ -426,7 +426,7 @@ def stages(
             )
     if in_l1 and (others := [name for name in names if name not in IN_L1 and not is_own(name)]):
         instead = INSTEAD_IN_L1 if num_classes > len(IN_L1) else f"use {few}"
-        raise InputError(f"the norm is l1, which {', '.join(others)} do not know; {instead}")
+        raise InputError(f"the norm is l1, which is not supported by {', '.join(others)}; {instead}")
     restarts = 5 if version == "plus" or (in_l1 and version != "rand") else 1
     targets = min(5 if in_l1 else 9, num_classes - 1)
     eot, full = 20 if version == "rand" else 0, SQUARES[1]

@@ -7,7 +7,7 @@ and its search returns to the best point found. The number of steps is the only 
     adversarial = apgd(logits_fn, key, images, labels, threat=ThreatModel(8 / 255), loss=dlr)
 
 Every image has its own step size, so its result does not depend on the images that share its batch. In
-L-infinity the iterates equal those of the reference implementation, which a test proves; in L2 the formulas
+L-infinity the iterates equal those of the reference implementation, which a test checks; in L2 the formulas
 are the same. L1 has a search of its own, ``sparse_autopgd``.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse

@@ -239,5 +239,7 @@ def ranked_class(logits: chex.Array, rank: chex.Numeric) -> chex.Array:
 
 def _largest(logits: chex.Array, count: int, name: str) -> tuple[chex.Array, ...]:
     if logits.shape[-1] < count:
-        raise ValueError(f"{name} needs at least {count} classes; the model has {logits.shape[-1]}")
+        raise ValueError(
+            f"{name} needs {count} classes, and the model has {logits.shape[-1]}; use negative_margin"
+        )
     return tuple(jnp.moveaxis(jax.lax.top_k(logits, count)[0], -1, 0))

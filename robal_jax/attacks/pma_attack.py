@@ -63,8 +63,8 @@ def pma(
     Raises:
       ValueError: an argument or the model's logits have a wrong shape, type or range.
 
-    Source: Xie et al. (2024), and its released code, which divides no logits, and makes its first step
-    against the attack.
+    Source: Xie et al. (2024), and its released code, which divides no logits, and whose first step
+    lowers the loss.
 
     Example:
       >>> logits_fn = lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([-1.0, 1.0]))  # class 1 is bright

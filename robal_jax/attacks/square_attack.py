@@ -278,7 +278,7 @@ def l2_moves(threat: ThreatModel, shape: tuple[int, ...], p_init: float) -> Move
     smaller = min(shape[:2])
     if smaller < 5:
         raise ValueError(
-            f"images have {shape[0]} x {shape[1]} pixels; the Square Attack in L2 needs at least 5 x 5"
+            f"images have {shape[0]} x {shape[1]} pixels; the Square Attack in L2 needs 5 x 5; leave it out"
         )
     # Odd, at least 3, and within the image.
     sides = np.clip([side + (side + 1) % 2 for side in _sides(shape, p_init)], 3, (smaller - 1) | 1)

@@ -38,7 +38,7 @@ NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
 """Norms by their names, with the names that a reader sees."""
 
 COMMON_NORMS = ("linf", "l2")
-"""Norms that all attacks know; AutoPGD knows the others, too."""
+"""Norms that all attacks support; AutoPGD supports the others, too."""
 
 # |(x + e) - x| may exceed e by the rounding of two operations on numbers up to 2: 2 * 2^-23 each.
 DISTANCE_TOLERANCE = 4 * 2.0**-23
@@ -321,7 +321,7 @@ def check_attack(
     """
     check_type(threat)
     if threat.norm not in norms:
-        raise ValueError(f"the norm is {threat.norm}, which this attack does not know; {INSTEAD_IN_L1}")
+        raise ValueError(f"the norm is {threat.norm}, which this attack does not support; {INSTEAD_IN_L1}")
     threat.check(images, labels)
     return threat.of(labels, jnp.result_type(images))
 

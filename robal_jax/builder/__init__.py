@@ -27,6 +27,8 @@ in its section::
     statistics  config.class_statistics          class_counts
     schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
+    average     config.average                   steps_per_epoch
+    augmentation config.train.augmentation       pixel_max
     budget      config.threat, .evaluation       class_counts, epsilon
 
 - ``class_counts``: training images per class ``[K]``, integers; with generated images those of the mixture,

@@ -90,7 +90,7 @@ def unlike(moments: Any, stats: Any) -> str:
         return f"{'no ' if name in want else ''}{name!r}"
     for name, moment in have.items():
         if not is_float(moment, want[name].shape):
-            return f"{name!r} as {described(moment)}, not floats {list(want[name].shape)},"
+            return f"{name!r} as {described(moment)}, not floats {list(want[name].shape)}"
     return ""
 
 
@@ -205,7 +205,7 @@ def check_objective(
         raise broken("objective", name, f"returns {described(found)}")
     loss, (moments, metrics, *_) = found
     if not is_float(loss, ()):
-        raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar,")
+        raise broken("objective", name, f"returns the loss as {described(loss)}, not as a float scalar")
     arguments = (*variables, batch, known)
     if not has_gradient(
         "objective", name, lambda *args: objective(model, *args)[0], (*axes, None), *arguments
@@ -215,19 +215,19 @@ def check_objective(
         )
     if not isinstance(moments, tuple | list):
         raise broken(
-            "objective", name, f"returns moments that are {described(moments)}, not a tuple of trees,"
+            "objective", name, f"returns moments that are {described(moments)}, not a tuple of trees"
         )
     for moment in moments:
         problem = unlike(moment, variables[1])
         if problem:
-            raise broken("objective", name, f"returns moments with {problem} unlike the running statistics")
+            raise broken("objective", name, f"returns moments with {problem}, unlike the running statistics")
     if not isinstance(metrics, dict) or not all(is_float(value, ()) for value in metrics.values()):
         shown = (
             {key: described(value) for key, value in metrics.items()}
             if isinstance(metrics, dict)
             else metrics
         )
-        raise broken("objective", name, f"returns metrics {shown}, not a dictionary of float scalars,")
+        raise broken("objective", name, f"returns metrics {shown}, not a dictionary of float scalars")
     taken = sorted(set(metrics) & set(RESERVED))
     if taken:
         raise InputError(
@@ -348,11 +348,11 @@ def check_class_statistics(name: str, statistics: Any, classes: int) -> None:
         before, after = jax.eval_shape(used, epoch, ends, *shapes)
     if not isinstance(before, dict):
         raise broken(
-            "class statistics", name, f"begins as {described(before)}, not as a dictionary of arrays,"
+            "class statistics", name, f"begins as {described(before)}, not as a dictionary of arrays"
         )
     problem = unlike(before, before)
     if problem:
-        raise broken("class statistics", name, f"begins with {problem} which a step cannot keep")
+        raise broken("class statistics", name, f"begins with {problem}, which a step cannot keep")
     problem = unlike(after, before)
     if problem:
         raise broken("class statistics", name, f"returns its arrays with {problem}")

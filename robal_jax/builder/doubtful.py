@@ -41,7 +41,7 @@ OF_PRIOR = ("logit_adjustment", "robal")
 
 
 def doubts(config: ConfigDict, begun: int | None = None) -> list[str]:
-    """Says what a config of a training hardly means, and what has no effect, in lines for a person.
+    """Says what in a training's config was probably not meant, and what has no effect, line by line.
 
     Args:
       config: a valid one.
@@ -51,7 +51,7 @@ def doubts(config: ConfigDict, begun: int | None = None) -> list[str]:
 
 
 def evaluation_doubts(config: ConfigDict) -> list[str]:
-    """Says what the section ``evaluation`` of a valid config hardly means, in lines for a person."""
+    """Says what in the section ``evaluation`` of a valid config was probably not meant, line by line."""
     settings = config.evaluation
     return _short_of(
         "evaluation.epsilon", settings.epsilon, "evaluation", EVALUATION_STEPS, settings.step_size
@@ -199,8 +199,8 @@ def doubts_of_other(config: ConfigDict, field: str, checkpoint: pathlib.Path) ->
     if theirs.get("data.name") == config.data.name and None not in (seed, other) and seed != other:
         found.append(
             f"{named} with config.data.seed {other}, and this run has {seed}: their images differ, and on "
-            "the digits that run has seen test images of this one, in another order of the classes; give it "
-            "the same"
+            "the digits that run has seen test images of this one, in another order of the classes; give "
+            "both the same"
         )
     if theirs.get("evaluation.weights") == "average":
         found.append(f"{named} that evaluates the average of its weights; its current weights are taken")

@@ -325,7 +325,7 @@ def part_to_evaluate(config: ConfigDict, test: TestSet) -> tuple[TestSet, np.nda
     """Returns the test images to evaluate, their numbers in the whole test set, and 'part' for the report.
 
     Raises:
-      InputError: there are not so many, or fewer than classes are asked for.
+      InputError: more images than there are, or fewer than classes.
     """
     size, everything, classes = config.evaluation.examples, len(test.labels), len(test.class_counts)
     if not size:

@@ -49,7 +49,7 @@ FACTOR: Rule = (
 
 SEED: Rule = ("in 0..2^32-1", lambda value: 0 <= value < 2**32)
 
-TEXT: Rule = ("a text", lambda value: isinstance(value, str))
+TEXT: Rule = ("a string", lambda value: isinstance(value, str))
 
 BOOLEAN: Rule = ("True or False", lambda value: isinstance(value, bool))
 

@@ -75,7 +75,7 @@ class Training:
       average: of the weights.
       budget: radii by class; None for one radius.
       class_statistics: what is gathered of the classes; None for nothing.
-      free_steps: that are the attack of the training; None for the objective's own.
+      free_steps: the attack, if each batch is shown several times; None for the objective's own attack.
       schedule: ``step -> learning rate``.
       seed: of everything random.
       settings: how the loop runs.
@@ -309,7 +309,7 @@ def objective_alone(config: ConfigDict) -> functools.partial:
 
 
 def _about(config: ConfigDict, data: Dataset, steps_per_epoch: int, total_steps: int) -> dict[str, str]:
-    """Describes a training in five lines."""
+    """Describes a training, one line per subject."""
     counts, attack, norm = data.class_counts, config.attack, config.threat.norm
     size = functools.partial(_size, in_255ths=norm == "linf")
     threat = f"{NORMS[norm]}, epsilon {size(config.threat.epsilon)}"

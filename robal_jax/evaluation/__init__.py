@@ -1,4 +1,4 @@
-"""Evaluation: attacks on every test image, an audit of the attacks, and the report.
+"""Evaluation: attacks on test images, an audit of the attacks, and the report.
 
 - ``steps``: the attacks on one batch, as pure functions
 - ``victim``: the model under attack and its images, on all devices

@@ -315,7 +315,7 @@ def _test_set(
     check_labels(labels, num_classes, "test set")
     names = class_names if class_names is not None and len(class_names) else range(num_classes)
     if isinstance(names, str | Mapping) or len(names) != num_classes:
-        raise InputError(f"class_names is {shown(class_names)}; pass a list of {num_classes} texts")
+        raise InputError(f"class_names is {shown(class_names)}; pass a list of {num_classes} strings")
     names = tuple(map(str, names))
     if class_counts is None:
         counts = np.bincount(labels, minlength=num_classes)

@@ -1,6 +1,6 @@
 """Statistics behind the audit's verdicts: exact tests of shares and gaps, and what a sample is able to show.
 
-An honest model must not be branded by chance. Every check of the audit tests at ``LEVEL``, or at a lower one
+An honest model must not be flagged by chance. Every check of the audit tests at ``LEVEL``, or at a lower one
 if there are more checks, so that the probability that any of them flags a model whose true shares and gaps
 are within the margins is at most ``FAMILY_LEVEL`` (Bonferroni). ``scipy`` is imported where it is needed,
 because that takes a second. The tests of shares and gaps are exact. That of a mean, which the check of the

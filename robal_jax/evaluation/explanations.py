@@ -69,7 +69,7 @@ EXPLANATIONS = {
     "logit_scale": Explanation(
         "Logit scale",
         FIXED_STEPS,
-        f"Flagged if PGD-20 on rescaled logits, or on the margin, which knows no scale, {_CLEARLY} "
+        f"Flagged if PGD-20 on rescaled logits, or with the margin as its loss, {_CLEARLY} "
         f"lowers the margin of the true class by {100 * SCALE_MARGIN:g} % more than at the model's "
         f"own scale and breaks more than {_points(GAP)} of the images in addition, and if the softmax is "
         f"flat (mean confidence below {100 * FLAT:.0f} % of the accuracy) or saturated (1 - mean confidence "
@@ -81,8 +81,9 @@ EXPLANATIONS = {
     "steps": Explanation(
         "More steps",
         FIXED_STEPS,
-        f"Flagged if a single step is {_CLEARLY} more than {_points(MARGIN)} stronger than 20. Noted if up "
-        f"to 1000 steps that keep what was found break more than {_points(GAP)} of the images in addition.",
+        f"Flagged if a single step is {_CLEARLY} more than {_points(MARGIN)} stronger than 20 "
+        f"steps. Noted if up to 1000 steps that keep what was found break more than {_points(GAP)} of the "
+        "images in addition.",
         "Flagged: the gradients lead away from adversarial images. Noted: 20 steps were too few; "
         "more steps can only break more images, so this alone is no sign of masking.",
         _ENSEMBLE,
@@ -121,8 +122,8 @@ EXPLANATIONS = {
         "No bound",
         FIXED_STEPS,
         f"Flagged if {_CLEARLY} more than {100 * NEARLY_ZERO:g} % of the images are right under 100 "
-        "steps of PGD within all images. Noted if more than that are in the sample.",
-        "Within all images there is one of another class, so an attack that works leaves nothing.",
+        f"steps of PGD without a bound. Noted if more than {100 * NEARLY_ZERO:g} % of the sample are.",
+        "Without a bound every image can become one of another class, so an attack that works leaves none.",
         _ENSEMBLE + " Look at the curve by radius: it should fall to zero.",
     ),
     "gradient_free": Explanation(
@@ -131,7 +132,7 @@ EXPLANATIONS = {
         f"Flagged if Square, which sees logits only, is {_CLEARLY} more than {_points(MARGIN)} "
         "stronger than all gradient attacks of the audit together. Noted if it is clearly stronger "
         "than PGD-20 alone.",
-        "Who knows the gradient cannot be worse off than who does not, unless the gradient is masked.",
+        "An attack that uses the gradient is not weaker than one without, unless the gradient is masked.",
         _ENSEMBLE + " If it is flagged, adapt the attack to the model as well (BPDA: surrogate_fn; EOT).",
     ),
     "square": Explanation(
@@ -155,7 +156,7 @@ EXPLANATIONS = {
         "Random output",
         EVERYTHING,
         f"Flagged if logits of the same images differ by more than {ALPHA_RANDOM:g} of their norm, or "
-        "if as much as one more image is right.",
+        "if the number of right images changes.",
         "Every attack counts a lucky draw as robustness, or as a success.",
         "Evaluate the mean over draws, with the ensemble 'rand', whose gradients are means too.",
     ),
@@ -171,7 +172,7 @@ EXPLANATIONS = {
         EVERYTHING,
         "Flagged if the model takes derivatives to compute its logits, or if the logits of an image "
         f"change with its batch by more than {ALPHA_RANDOM:g} of the largest, and by more than "
-        "between two equal batches.",
+        "twice as much as between two passes over the same batch.",
         "The model adapts to its input, and attacks on it need another kind of gradient.",
         "Attack the whole procedure, unrolled, and the model without it (Croce et al., 2022).",
     ),

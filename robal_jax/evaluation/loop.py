@@ -88,7 +88,7 @@ def evaluate(
     command: str = "",
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
-    """Evaluates a checkpoint on the whole test set and writes the report; resumes an interrupted evaluation.
+    """Evaluates a checkpoint on the test set, or a part of it, and writes the report; resumes if interrupted.
 
     Args:
       config: of the run, with the evaluation's settings.

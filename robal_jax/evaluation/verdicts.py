@@ -215,7 +215,7 @@ def _logit_scale(attacked: _Attacked, logits: np.ndarray, labels: np.ndarray, le
     named = {f"{s:g}": at for s, at in attacked.scales.items()} | {"margin": attacked.margin}
     own, others = named["1"], {name: at for name, at in named.items() if name != "1"}
     best = max(others, key=lambda name: float(np.sum(others[name].lowered)))
-    words = "on the margin, which knows no scale" if best == "margin" else f"at {best} times that scale"
+    words = "with the margin as its loss" if best == "margin" else f"at {best} times that scale"
     gap, further = gap_between(others[best].right, own.right), own.lowered * (1 + SCALE_MARGIN)
     softmax, confidence, accuracy = _softmax(logits, labels)
     clear = mean_p_value(others[best].lowered - further) * len(others) < level
@@ -300,8 +300,8 @@ def _gradients(found: Mapping[str, np.ndarray], level: float, doubts: str) -> li
     shown = smallest_share(images, VANISHING, level=level)
     red, neither = (share_p_value(each, images, VANISHING) < level for each in (count, without))
     figures = (
-        f"The gradient of the cross-entropy is exactly zero for {count} of {images} images, at the clean "
-        f"image, where PGD starts or one step later, and that of the margin for {without}"
+        "At the clean image, at the start of PGD or one step later, the gradient of the cross-entropy is "
+        f"exactly zero for {count} of {images} images, and that of the margin for {without}"
     )
     stays = "no attack that follows a gradient leaves its start." if neither else "PGD stays where it starts."
     conclusions = {PASSED: "PGD can leave every start.", NOTE: "PGD stays at some starts.", FLAGGED: stays}
@@ -428,8 +428,8 @@ def _inference(measured: Measured, passes: list[np.ndarray]) -> Verdict:
     by_itself = max(map(apart, passes[1:]))  # of a random model, whatever the batch
     changes = company > max(ALPHA_RANDOM, 2 * by_itself)
     figures = (
-        f"The model takes {calls} derivatives to compute its logits, and in other batches they change by "
-        f"{company:.1e} of the largest logit"
+        f"The model takes {calls} derivatives to compute its logits, and the logits change by "
+        f"{company:.1e} of the largest one in other batches"
     )
     conclusions = {
         PASSED: "it does not adapt at test time.",

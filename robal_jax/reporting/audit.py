@@ -63,7 +63,7 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
         lines.append("do not trust attacks with the model's own gradient; use the accuracy with BPDA")
     elif FIXED_STEPS in doubts:
         lines.append(
-            "do not trust the fixed-step attacks (FGSM, PGD, MIM); "
+            "do not trust the fixed-step attacks on the cross-entropy (FGSM, PGD, MIM); "
             + ("use the ensemble's accuracy" if ensemble else "evaluate with AutoAttack")
         )
     if CHOICE in doubts:
@@ -106,7 +106,7 @@ def audit_summary(audit: Mapping[str, Any] | None) -> str:
     Example:
       >>> verdicts = [{"title": "No bound", "outcome": "flagged"}, {"title": "Scale", "outcome": "note"}]
       >>> print(audit_summary({"verdicts": verdicts}), "/", audit_summary({"verdicts": verdicts[1:]}))
-      flagged: No bound / clean (1 of 1 checks run; noted: Scale)
+      flagged: No bound / not flagged (1 of 1 checks run; noted: Scale)
     """
     if audit is None:
         return "no audit"
@@ -123,7 +123,7 @@ def audit_summary(audit: Mapping[str, Any] | None) -> str:
         parts.append(f"noted: {', '.join(titles[NOTE])}")
     if TOO_FEW in titles:
         parts.append(f"too few images for {len(titles[TOO_FEW])}")
-    return f"clean ({'; '.join(parts)})"
+    return f"not flagged ({'; '.join(parts)})"
 
 
 def audit_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
@@ -137,8 +137,8 @@ def audit_section(results: Results, pictures: Mapping[str, page.Block]) -> list[
     )
     count = audit["examples"]
     sample = (
-        f" Checks that run attacks of their own use a sample of {count} test images, of which only "
-        "those count that are right when clean."
+        f" Checks that run attacks of their own use a sample of {count} test images; only those that "
+        "are right when clean count."
     )
     return [
         page.section("Audit"),

@@ -233,7 +233,9 @@ def _notes(runs: Sequence[EvaluatedRun], shared: Collection[str], tests: int) ->
             seeds = f"seed {missing[0]} and {reference} seed {next(iter(first))}"
             found.append(f"{row} has {seeds}: their difference includes that of the seeds.")
     if "worst" in shared and any(len(run.conditions) > len(shared) for run in runs):
-        found.append("Worst is that of the conditions that all runs have; the report of a run may say less.")
+        found.append(
+            "Worst is that of the conditions that all runs have; the report of a run may show a lower one."
+        )
     return [(sentence,) for sentence in found]
 
 

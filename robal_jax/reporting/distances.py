@@ -37,8 +37,8 @@ def distance_section(results: Results) -> list[page.Block]:
         ),
         by_class if len(classes) <= MANY_CLASSES else page.folded(f"All {len(classes)} classes", by_class),
         page.paragraph(
-            f"Robust accuracy under {attack} in percent: the share of images that are farther than the "
-            f"radius. An ensemble of attacks may leave fewer.{remark}"
+            f"Robust accuracy under {attack} in percent: the share of images whose closest "
+            f"adversarial image is farther than the radius. An ensemble of attacks may leave fewer.{remark}"
         ),
         page.table(("Radius", f"Robust accuracy under {attack}"), rows),
     ]

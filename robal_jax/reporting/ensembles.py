@@ -16,7 +16,7 @@ _TEXTS = {
     "torchattacks": (
         "has the four attacks of AutoAttack as the package torchattacks runs them: 10 iterations in place of "
         "100, and another schedule of Square. Its accuracy is an upper estimate of AutoAttack's. Compare it "
-        "with figures that were made by that package, and claim AutoAttack's."
+        "with figures that were made by that package; for claims, run AutoAttack."
     ),
     "autoattack_rand": (
         "is the version of AutoAttack for models that draw random numbers: APGD-CE and APGD-DLR, with "
@@ -24,7 +24,7 @@ _TEXTS = {
     ),
     "fast": (
         "is an ensemble for daily work, not AutoAttack: PMA, APGD towards the nearest classes and a short "
-        "Square. Its accuracy is an upper estimate, at a tenth of the passes; claim AutoAttack's."
+        "Square. Its accuracy is an upper estimate, at a tenth of the passes; for claims, run AutoAttack."
     ),
     "union": (
         "is AutoAttack, and then PMA and APGD-MALT as in fast on the images that are left, so its accuracy "
@@ -84,5 +84,5 @@ def _full_square(results: Results) -> str:
     needed = "" if ran else "not "
     return (
         "If that Square breaks an image that the gradient attacks left, a sign that gradients mislead, "
-        f"AutoAttack's follows, at half of its passes. On this model it was {needed}needed."
+        f"AutoAttack's own Square follows. On this model it was {needed}needed."
     )

@@ -58,16 +58,16 @@ def beside_autoattack(results: Results) -> str:
 
     This is 'union' or one with own attacks; both must be among the conditions.
 
-    'AutoAttack alone leaves 70.0 % [63.3, 75.9]; PMA and APGD-MALT take 0.5 points more. Compare only
-    AutoAttack's with published figures.'
+    'AutoAttack alone leaves 70.0 % [63.3, 75.9]; PMA and APGD-MALT lower it by 0.5 points. Compare
+    only AutoAttack's with published figures.'
     """
     whole = "union" if "union" in results.conditions else OWN
     later = "PMA and APGD-MALT" if whole == "union" else "the attacks after it"
     alone, both = (results.conditions[name]["accuracy"] for name in ("autoattack", whole))
     points = 100 * (alone["value"] - both["value"])
     return (
-        f"AutoAttack alone leaves {with_interval(alone, space=' % ')}; {later} take "
-        f"{points:.1f} points more. Compare only AutoAttack's with published figures."
+        f"AutoAttack alone leaves {with_interval(alone, space=' % ')}; {later} lower it "
+        f"by {points:.1f} points. Compare only AutoAttack's with published figures."
     )
 
 

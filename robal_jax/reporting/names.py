@@ -1,6 +1,6 @@
 """Names of conditions, and numbers, as people read them.
 
-A *condition* is the clean images or an attack on them. Two rooms say which exist:
+A *condition* is the clean images or an attack on them. Two places say which exist:
 ``evaluation.steps.CONDITIONS``, made for every model, and ``attacks.autoattack.CONDITIONS``, the outcomes of
 ensembles. 'worst' follows from all of them.
 """
@@ -38,8 +38,8 @@ _NAMES = {
     "autoattack_rand": "AutoAttack rand",
     "torchattacks": "torchattacks (10 iterations)",
     "fast": "fast (PMA + APGD-MALT + Square)",
-    "union": "union (AutoAttack + fast)",
-    "custom": "Own ensemble",
+    "union": "union (AutoAttack + PMA + APGD-MALT)",
+    "custom": "Listed attacks",
     OWN: "Ensemble with own attacks",
 }
 

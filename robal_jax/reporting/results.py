@@ -340,9 +340,7 @@ def results_folder(path: pathlib.Path) -> pathlib.Path:
     """
     if path.is_file():
         if not (path.parent / RESULTS).is_file():
-            raise InputError(
-                f"{path} is a file, not of an evaluation; name the folder of a run or of results"
-            )
+            raise InputError(f"{path} is not a file of an evaluation; name the folder of a run or of results")
         return path.parent
     if (path / RESULTS).exists():
         return path
