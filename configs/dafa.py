@@ -5,8 +5,9 @@ Lee et al. (ICLR 2024). Not a row of RoBal's tables, and of balanced data only; 
     python experiments/train.py --config=configs/dafa.py:cifar10_lt --workdir=runs/cifar10_lt/dafa
 
 On long-tailed data the weights also measure the sizes of the classes. For AT:
-``--config.objective.name=pgd_at``; the released AT makes a second step in each iteration, within the common
-radius, so that no class gets a larger ball: ``--config.attack.second_step=True``.
+``--config.objective.name=pgd_at --config.objective.batch_norm_order=released``; the released AT makes a
+second step in each iteration, within the common radius, so that no class gets a larger ball:
+``--config.attack.second_step=True``.
 """
 
 from configs import base

@@ -123,7 +123,7 @@ def ema(steps_per_epoch: int, decay: float = 0.995, warmup: float = 0.0, count_f
 def per_epoch(steps_per_epoch: int, decay: float = 0.88) -> Average:
     """Moving average over epochs of parameters *and* statistics: ``a <- decay a + (1 - decay) theta``.
 
-    The weights after the first epoch are copied. The released code of CFA (FAWA) leaves out the epochs whose
+    During the first epoch the average is a copy. The released code of CFA (FAWA) leaves out the epochs whose
     worst class is too weak on validation images; here every epoch counts.
 
     Args:
@@ -141,8 +141,8 @@ def per_epoch(steps_per_epoch: int, decay: float = 0.88) -> Average:
         average: dict[str, chex.ArrayTree], step: chex.Numeric, before: Weights, after: Weights
     ) -> dict[str, chex.ArrayTree]:
         del before
-        first = step <= steps_per_epoch
-        share = jnp.where(step % steps_per_epoch == 0, jnp.where(first, 1.0, 1 - decay), 0.0)
+        ends = step % steps_per_epoch == 0
+        share = jnp.where(step <= steps_per_epoch, 1.0, jnp.where(ends, 1 - decay, 0.0))
         return moved(average, after._asdict(), share)
 
     return Average(Weights._asdict, update)
@@ -175,6 +175,7 @@ def swa(steps_per_epoch: int, start: int = 0) -> Average:
         ended = epochs - start  # epochs that count, this one included
         share = jnp.where(offset == 0, 1 / jnp.maximum(ended, 1).astype(float), 0.0)
         averaged = moved(average["params"], before.params, share)
+        averaged = moved(averaged, after.params, jnp.where(ended <= 0, 1.0, 0.0))
         return {"params": averaged, "stats": average["stats"]}
 
     return Average(Weights._asdict, update, estimates=True)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks
+from robal_jax.class_statistics import ClassStatistics
 from robal_jax.errors import InputError
 
 
@@ -23,28 +24,24 @@ class Budget(NamedTuple):
     """Radii by class in training, and what is learned of the classes to choose them.
 
     Attributes:
-      init: makes the arrays that the state keeps of the classes; {} for none.
-      radii: ``(classes, epoch) -> [K]``, radius of each class in an epoch, counted from 1.
-      seen: ``(labels [B], logits [B, K]) -> sums`` over the adversarial images of a training step; None if
-        nothing is learned.
-      update: ``(classes, sums, epoch, ends) -> classes`` after each step; ``ends`` is whether the epoch does.
+      radii: ``(arrays, epoch) -> [K]``, radius of each class in an epoch, counted from 1; the arrays are
+        those of the statistics, {} without any.
+      statistics: what is learned; None for nothing.
     """
 
-    init: Callable[[], dict[str, chex.Array]]
     radii: Callable[[dict[str, chex.Array], chex.Numeric], chex.Array]
-    seen: Callable[[chex.Array, chex.Array], dict[str, chex.Array]] | None = None
-    update: Callable[..., dict[str, chex.Array]] = lambda classes, sums, epoch, ends: classes
+    statistics: ClassStatistics | None = None
 
 
 def fixed(of_class: np.ndarray) -> Budget:
     """Turns radii ``[K]`` into a budget that learns nothing."""
-    return Budget(lambda: {}, lambda classes, epoch: jnp.asarray(of_class, float))
+    return Budget(lambda arrays, epoch: jnp.asarray(of_class, float))
 
 
 def ramped(budget: Budget, *, epochs: int, beta: float) -> Budget:
     """Multiplies the radii of a budget by :func:`ramp`."""
     return budget._replace(
-        radii=lambda classes, epoch: budget.radii(classes, epoch) * ramp(epoch, epochs, beta)
+        radii=lambda arrays, epoch: budget.radii(arrays, epoch) * ramp(epoch, epochs, beta)
     )
 
 
@@ -305,7 +302,7 @@ def cfa(class_counts: np.ndarray, epsilon: float, lambda1: float = 0.5, start: i
         return {"right": jnp.where(ends, 0, right), "shown": jnp.where(ends, 0, shown), "radii": radii}
 
     first = {"radii": jnp.full_like(zeros, epsilon), "right": zeros, "shown": zeros}
-    return Budget(lambda: first, lambda classes, epoch: classes["radii"], seen, update)
+    return Budget(lambda arrays, epoch: arrays["radii"], ClassStatistics(lambda: first, seen, update))
 
 
 def dafa(class_counts: np.ndarray, epsilon: float, scale: float = 1.0, epoch: int = 70) -> Budget:
@@ -344,7 +341,7 @@ def dafa(class_counts: np.ndarray, epsilon: float, scale: float = 1.0, epoch: in
 
     zeros = jnp.zeros(size)
     first = {"radii": jnp.full_like(zeros, epsilon), "probabilities": jnp.zeros((size, size)), "shown": zeros}
-    return Budget(lambda: first, lambda classes, now: classes["radii"], seen, update)
+    return Budget(lambda arrays, now: arrays["radii"], ClassStatistics(lambda: first, seen, update))
 
 
 LEARNED: dict[str, Callable[..., Budget]] = {"cfa": cfa, "dafa": dafa}

@@ -165,7 +165,8 @@ def write_run(
     hosts.by_first(partial(_write_files, config, workdir, about))
     current = Weights({}, {}) if averaged else weights
     average = weights._asdict() if averaged else {}
-    state = TrainState(jnp.int32(0), *current, optimizer.init(current.params), average=average)
+    opt_state = optimizer.init(current.params) if current.params else {}  # of weights that train on
+    state = TrainState(jnp.int32(0), *current, opt_state, average=average)
     with checkpoints.Saver(workdir / CHECKPOINTS, 1) as saver:
         return saver.save(0, state)
 

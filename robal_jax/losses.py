@@ -33,7 +33,6 @@ from robal_jax import checks
 from robal_jax.class_terms import (
     effective_number_weights,
     ldam_margins,
-    log_prior,  # noqa: F401 - where it was before
     rebalanced_weights,
     robal_biases,
     robal_margins,

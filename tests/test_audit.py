@@ -971,6 +971,7 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
     ("threat", "expected"),
     [
         (ThreatModel(0.1), (0.25, 0.5, 2.0, 4.0, 8.0, 10.0)),
+        (ThreatModel(1e-4), (0.25, 0.5, *(2.0**power for power in range(1, 11)), 1e4)),
         (ThreatModel(1.0), (0.25, 0.5)),
         (ThreatModel(1.0, "l2"), (0.25, 0.5, 2.0, 4.0)),  # sixteen pixels
     ],

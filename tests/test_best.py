@@ -181,12 +181,32 @@ def test_a_training_that_is_not_finished_says_so(run, tmp_path, total, said):
         ({"weights": "average"}, "; chosen by the current weights at epsilon 0.1"),
         ({"epsilon": 0.05}, "; chosen by the current weights at epsilon 0.1"),
         ({"budget": "given"}, "; chosen by the current weights at epsilon 0.1, budget constant"),
+        (
+            {"budget": "given", "radii": [1.0]},
+            "; chosen by the current weights at epsilon 0.1, budget constant",
+        ),
     ],
 )
 def test_what_was_judged_is_said_if_another_thing_is_evaluated(run, evaluated, more):
     offer(run, (5, 0.512))
     found = how_chosen(run, run / "best" / "5", "best", JUDGED | evaluated)
     assert found["selection"].endswith(f"PGD-10 51.2 % as the mean of the classes{more})")
+
+
+@pytest.mark.parametrize(
+    ("known", "more"),
+    [
+        ({"radii": [0.1, 0.3]}, "; chosen by the current weights at epsilon 0.1, other radii by class)"),
+        ({"radii": [0.1, 0.2]}, "as the mean of the classes)"),
+        ({}, "as the mean of the classes)"),  # an older record
+    ],
+)
+def test_radii_that_were_given_are_compared(run, known, more):
+    offer(run, (5, 0.512))
+    path, given = run / "best" / "best.json", JUDGED | {"budget": "given"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judged": given | known}))
+    found = how_chosen(run, run / "best" / "5", "best", given | {"radii": [0.1, 0.2]})
+    assert found["selection"].endswith(more)
 
 
 def test_an_older_record_does_not_say_what_was_judged(run):

@@ -134,7 +134,7 @@ def test_runs_that_were_trained_in_different_ways_are_not_averaged(tmp_path):
     same = {
         "evaluation": {"examples": 9},
         "data": {"path": "y", "seed": 1},
-        "train": {"epochs": 2, "mixing": "none"},
+        "train": {"epochs": 2, "mixing": "none", "checkpoint_epochs": 5},
     }
     other = {**same, "train": {"epochs": 3}}
     runs = [save_run(tmp_path / "0", config=fields), save_run(tmp_path / "1", config=same, seed=1)]
@@ -349,7 +349,7 @@ def test_a_file_names_its_folder(tmp_path):
         with pytest.raises(InputError, match="a run is named twice"):
             read_runs([str(folders[0].parent), str(twice)])
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match=r"notes\.txt is a file, not of an evaluation; name the folder"):
+    with pytest.raises(InputError, match=r"notes\.txt is not a file of an evaluation; name the folder"):
         read_runs([str(tmp_path / "notes.txt")])
 
 

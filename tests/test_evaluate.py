@@ -443,6 +443,9 @@ def test_a_surrogate(copy):
     moved = {**weights, "params": jax.tree.map(lambda x: 0.9 * x, weights["params"])}
     with checkpoints.Saver(other / "checkpoints", 10) as saver:
         saver.save(99, moved)
+    config = json.loads((other / "config.json").read_text())
+    config["evaluation"]["autoattack"] = "apgd_ce,module_that_is_not_here:attack"  # its logits do not need it
+    (other / "config.json").write_text(json.dumps(config))
     folder, _ = run(copy, SHORT[0], "evaluation.audit.examples=20", f"evaluation.audit.surrogate={other}")
     verdicts = json.loads((folder / "results.json").read_text())["audit"]["verdicts"]
     transfer = {verdict["name"]: verdict for verdict in verdicts}["transfer"]

@@ -119,7 +119,7 @@ def test_products_outside_of_the_network_are_not_rounded():
     for function, products in (
         (jax.value_and_grad(lambda z: losses.harl(z, Y).sum()), 2),
         (jax.value_and_grad(lambda f: tail(f, Y)), 2),
-        (lambda z: budgets.dafa(COUNTS, 0.1).seen(Y, z), 1),
+        (lambda z: budgets.dafa(COUNTS, 0.1).statistics.seen(Y, z), 1),
     ):
         text = jax.jit(function).lower(jnp.asarray(Z)).as_text()
         assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == products

@@ -277,6 +277,10 @@ def test_the_figure_and_the_settings():
     assert axes.get_ylabel() == "Accuracy (% of held-out images)"
     labels = [line.get_label() for line in axes.get_lines()]
     assert labels[-1] == "Highest mean of the classes (epoch 10)"
+    assert labels[:5] == [
+        "Clean, all images", "Clean, tail classes", "PGD-10, all images", "PGD-10, mean of the classes",
+        "PGD-10, tail classes",
+    ]  # fmt: skip
     assert len(labels) == 6
     settings = "\n".join(block.markdown for block in sections.settings_section(results))
     assert "| Checkpoint chosen | last |" in settings

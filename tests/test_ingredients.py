@@ -125,6 +125,16 @@ def test_an_average_that_warms_up_is_a_copy():
         assert (kept["params"] == new.params).all() == (step < 5)
 
 
+def test_weights_are_copied_until_the_first_end_that_counts():
+    average = averages.swa(2, start=2)
+    weights = [Weights(jnp.array([float(i)]), {}) for i in range(9)]
+    kept, found = {"params": weights[0].params, "stats": {}}, []
+    for step in range(1, 9):
+        kept = average.update(kept, jnp.int32(step), weights[step - 1], weights[step])
+        found.append(float(kept["params"][0]))
+    assert found == [1, 2, 3, 4, 5, 6, 6, 6]
+
+
 def test_decay_rises_to_its_limit():
     decays = averages.ema_decay(jnp.arange(1, 3000), decay=0.995)
     assert (jnp.diff(decays) >= 0).all()
@@ -140,10 +150,11 @@ def test_averages_over_epochs_move_at_their_ends(name):
     kept, moved = average.init(weights[0]), []
     for step in range(1, 9):
         before, kept = kept, average.update(kept, jnp.int32(step), weights[step - 1], weights[step])
+        assert step > 2 or kept["params"] == weights[step].params
         if before["params"] != kept["params"]:
             moved.append(step)
-    # per_epoch: after the last step of an epoch; swa: with the first step of the next one.
-    assert moved == ([2, 4, 6, 8] if name == "per_epoch" else [3, 5, 7])
+    # Copies in the first epoch. Then per_epoch: with the last step of one; swa: with the first of the next.
+    assert moved == ([1, 2, 4, 6, 8] if name == "per_epoch" else [1, 2, 5, 7])
     if name == "swa":
         np.testing.assert_allclose(kept["params"], (2 + 4 + 6) / 3, rtol=1e-6)
     else:
@@ -299,11 +310,11 @@ def logits_for(predictions):
 
 def test_cfa_follows_the_last_epoch_from_its_start():
     budget = budgets.cfa(np.array([4, 4, 4]), 0.1, start=2)
-    classes, labels = budget.init(), jnp.array([0, 0, 1, 1])
+    classes, labels = budget.statistics.init(), jnp.array([0, 0, 1, 1])
     for epoch, predictions in ((1, [0, 0, 1, 0]), (2, [0, 1, 1, 1]), (3, [1, 1, 0, 0])):
         for ends in (False, True):  # two steps per epoch with the same outcome
-            seen = budget.seen(labels, logits_for(predictions))
-            classes = budget.update(classes, seen, epoch, jnp.bool_(ends))
+            seen = budget.statistics.seen(labels, logits_for(predictions))
+            classes = budget.statistics.update(classes, seen, epoch, jnp.bool_(ends))
             if not ends:
                 np.testing.assert_array_equal(classes["shown"], [2, 2, 0])
         expected = {1: [0.1, 0.1, 0.1], 2: [0.1, 0.15, 0.05], 3: [0.05, 0.05, 0.05]}[epoch]
@@ -314,11 +325,11 @@ def test_cfa_follows_the_last_epoch_from_its_start():
 @pytest.mark.slow
 def test_dafa_measures_one_epoch():
     budget = budgets.dafa(np.array([4, 4, 4]), 0.1, epoch=2)
-    classes, labels = budget.init(), jnp.array([0, 0, 1, 1])
+    classes, labels = budget.statistics.init(), jnp.array([0, 0, 1, 1])
     kept = []
     for epoch, predictions in ((1, [1, 1, 0, 0]), (2, [0, 1, 1, 1]), (3, [2, 2, 2, 2])):
-        seen = budget.seen(labels, logits_for(predictions))
-        classes = budget.update(classes, seen, epoch, jnp.bool_(True))
+        seen = budget.statistics.seen(labels, logits_for(predictions))
+        classes = budget.statistics.update(classes, seen, epoch, jnp.bool_(True))
         kept.append(np.asarray(budget.radii(classes, epoch + 1)))
     np.testing.assert_allclose(kept[0], 0.1, rtol=1e-6)
     probabilities = jax.nn.softmax(logits_for([0, 1, 1, 1]))

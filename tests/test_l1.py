@@ -274,12 +274,12 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_attacks_refuse_l1(name):
     keys, images, labels = batch()
-    with pytest.raises(ValueError, match="the norm is l1, which this attack does not know; use apgd, or"):
+    with pytest.raises(ValueError, match="the norm is l1, which this attack does not support; use apgd, or"):
         OTHERS[name](logits_fn, keys, images, labels, threat=THREAT)
 
 
 def test_the_evaluation_refuses_l1():
     _, images, labels = batch()
-    with pytest.raises(ValueError, match="the norm is l1, which this attack does not know; use apgd, or"):
+    with pytest.raises(ValueError, match="the norm is l1, which this attack does not support; use apgd, or"):
         robal_jax.evaluate_model(logits_fn, images, labels, threat=THREAT)
     assert labels.max() < CLASSES

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from robal_jax import attacks, losses
+from robal_jax import attacks, class_terms, losses
 
 B, K = 6, 5
 COUNTS = np.array([100, 40, 16, 6, 2])
@@ -534,7 +534,7 @@ def test_vectors_of_the_wrong_size_are_refused(keyword, values):
 )
 def test_wrong_class_counts_are_refused(counts, message):
     for function in (
-        losses.log_prior,
+        class_terms.log_prior,
         functools.partial(losses.effective_number_weights, beta=0.9),
         functools.partial(losses.temperatures, tau=1.0),
         losses.ldam_margins,

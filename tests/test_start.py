@@ -118,7 +118,7 @@ def test_a_start_on_data_of_another_seed_is_doubted(no_compilation, tmp_path, st
     (line,) = (line for line in said if "data.seed" in line)
     begins = "warning: config.train.start_from names a run with config.data.seed 0, and this run has 1: their"
     assert line.startswith(begins)
-    assert line.endswith("; give it the same")
+    assert line.endswith("; give both the same")
 
 
 def test_what_is_not_doubted_of_the_data_of_another_run(tmp_path):
@@ -154,6 +154,8 @@ def test_other_weights_than_that_run_evaluates_are_doubted(tmp_path):
     assert average.endswith("that evaluates the average of its weights; its current weights are taken")
     assert best.endswith(f"its last one is taken: to take the best, name it, {workdir}/best/STEP")
     assert len(builder.doubts_of_other(config, "start_from", workdir / "best" / "5")) == 2
+    (workdir / "import.json").write_text("{}")  # one that was imported has no other weights
+    assert builder.doubts_of_other(config, "start_from", last) == [_]
 
 
 def test_slow_work_is_announced(capsys):

@@ -425,6 +425,18 @@ def test_a_run_can_start_from_a_model(files, tmp_path, which):
             load_run(tmp_path / "run", weights="current")
 
 
+def test_averaged_weights_of_a_run_that_trains_a_part(files, tmp_path):
+    card = json.loads(files.read_text())
+    card["checkpoint"]["weights"] = card["config"]["evaluation"]["weights"] = "average"
+    card["config"]["average"] = {"name": "ema"}
+    card["config"]["optimizer"]["trainable"] = "classifier"
+    files.write_text(json.dumps(card))
+    zoo.make_run(files, tmp_path / "run")
+    np.testing.assert_array_equal(
+        load_run(tmp_path / "run").logits(model_images()), load_model(files).logits(model_images())
+    )
+
+
 @pytest.mark.slow
 def test_class_counts_of_a_mixture(files, tmp_path):
     """A model that was trained with generated images has their class counts for its prior."""
@@ -542,6 +554,10 @@ def test_the_card_for_robustbench_is_never_replaced_by_a_weaker_one(tmp_path, ch
     card = json.loads(files[1].read_text())
     assert ("new" in card["evaluations"], card["license"]) == (True, "MIT")
     _with_more_figures(files, {"new": new}, "Others", "MIT")
+    if replaced:  # what leads is replaced by a weaker one of the same name
+        smaller = dataclasses.replace(new, meta=new.meta | {"n": 50})
+        _with_more_figures(files, {"new": smaller}, "Others", "MIT")
+        assert "evaluated on all 50 test images" in json.loads(files[2].read_text())["footnote"]
     assert json.loads(files[2].read_text())["authors"] == "Others"
 
 

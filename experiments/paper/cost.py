@@ -33,9 +33,12 @@ def passes(config: Any) -> float:
         forward, backward = forward + 3, backward + 1
     order = objective.get("batch_norm_order", "released")
     forward += objective.name == "pgd_at" and "nat" in order.split(",")
+    forward += config.average.name == "swa"  # a pass for the statistics of the average
+    first_look = objective.name == "trades" and objective.get("attack_divergence", True)
+    forward -= objective.name == "trades" and not first_look
     if config.perturbation.name == "awp":
         # At the perturbed weights the images are known, so that TRADES' first look is left out.
-        forward, backward = 2 * forward - (objective.name == "trades"), 2 * backward
+        forward, backward = 2 * forward - first_look, 2 * backward
     forward += attack.batch_norm == "natural_first"
     forward += len(list(filter(None, train.logged_passes.split(","))))
     if attack.batch_norm.startswith("batch_update"):
@@ -49,7 +52,7 @@ def passes(config: Any) -> float:
 
 
 def seconds(workdirs: Iterable[pathlib.Path]) -> float | None:
-    """Returns the mean duration of runs by their own records, without compiling; None if there is none."""
+    """Returns the mean duration of runs by their own records, compiling included; None if there is none."""
     durations = []
     for workdir in workdirs:
         try:

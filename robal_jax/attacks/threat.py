@@ -301,7 +301,7 @@ def check_type(threat: ThreatModel) -> None:
 def check_attack(
     threat: ThreatModel, images: chex.Array, labels: chex.Array, *, norms: tuple[str, ...] = COMMON_NORMS
 ) -> ThreatModel:
-    """Refuses what is no threat model, a norm that the attack does not know, and what it may not attack.
+    """Refuses what is no threat model, a norm that the attack does not support, and what it may not attack.
 
     Args:
       threat: see :meth:`ThreatModel.check`.

@@ -315,47 +315,37 @@ def check_radii(name: str, radii: Any, norm: str, classes: int) -> None:
 
 def check_budget(name: str, budget: Any, classes: int) -> None:
     """Refuses a budget that learns, but does not give one radius per class or does not keep its arrays."""
-
-    def used(epoch: Any, ends: Any, labels: Any, logits: Any) -> Any:
-        arrays = budget.init()
-        sums = None if budget.seen is None else budget.seen(labels, logits)
-        after = arrays if sums is None else budget.update(arrays, sums, epoch, ends)
-        return budget.radii(arrays, epoch), arrays, after
-
+    statistics = budget.statistics
+    if statistics is not None:
+        check_class_statistics(name, statistics, classes, kind="budget")
     with calling("budget", name):
-        epoch, ends = _struct((), jnp.int32), _struct((), bool)
-        shapes = _struct((classes + 1,), jnp.int32), _struct((classes + 1, classes))
-        radii, before, after = jax.eval_shape(used, epoch, ends, *shapes)
+        arrays = statistics.init() if statistics is not None else {}
+        radii = jax.eval_shape(budget.radii, arrays, _struct((), jnp.int32))
     if not is_float(radii, (classes,)):
         raise broken("budget", name, f"returns radii as {described(radii)}")
-    problem = unlike(before, before) or unlike(after, before)
-    if problem:
-        raise broken("budget", name, f"returns its arrays with {problem}")
 
 
-def check_class_statistics(name: str, statistics: Any, classes: int) -> None:
-    """Refuses anything but class statistics that keep their arrays."""
+def check_class_statistics(name: str, statistics: Any, classes: int, kind: str = "class statistics") -> None:
+    """Refuses anything but class statistics that keep their arrays; ``kind`` says whose they are."""
     if not isinstance(statistics, ClassStatistics):
-        raise broken("class statistics", name, f"returns {described(statistics)}")
+        raise broken(kind, name, f"returns {described(statistics)}")
 
     def used(epoch: Any, ends: Any, labels: Any, logits: Any) -> Any:
         arrays = statistics.init()
         return arrays, statistics.update(arrays, statistics.seen(labels, logits), epoch, ends)
 
-    with calling("class statistics", name):
+    with calling(kind, name):
         epoch, ends = _struct((), jnp.int32), _struct((), bool)
         shapes = _struct((classes + 1,), jnp.int32), _struct((classes + 1, classes))
         before, after = jax.eval_shape(used, epoch, ends, *shapes)
     if not isinstance(before, dict):
-        raise broken(
-            "class statistics", name, f"begins as {described(before)}, not as a dictionary of arrays"
-        )
+        raise broken(kind, name, f"begins as {described(before)}, not as a dictionary of arrays")
     problem = unlike(before, before)
     if problem:
-        raise broken("class statistics", name, f"begins with {problem}, which a step cannot keep")
+        raise broken(kind, name, f"begins with {problem}, which a step cannot keep")
     problem = unlike(after, before)
     if problem:
-        raise broken("class statistics", name, f"returns its arrays with {problem}")
+        raise broken(kind, name, f"returns its arrays with {problem}")
 
 
 def check_average(name: str, average: Any, params: Any, stats: Any) -> None:

@@ -16,7 +16,7 @@ from robal_jax.builder.training_job import objective_alone, takes_attack
 from robal_jax.errors import InputError
 from robal_jax.perturbations import PERTURBATIONS
 from robal_jax.storage.config_file import flatten, read_config, run_around
-from robal_jax.storage.names import BEST
+from robal_jax.storage.names import BEST, IMPORT
 from robal_jax.storage.workdir import unfinished
 
 EVALUATION_STEPS = 20
@@ -202,9 +202,10 @@ def doubts_of_other(config: ConfigDict, field: str, checkpoint: pathlib.Path) ->
             "the digits that run has seen test images of this one, in another order of the classes; give "
             "both the same"
         )
-    if theirs.get("evaluation.weights") == "average":
+    trained = run is None or not (run / IMPORT).exists()  # what is imported has no other weights
+    if trained and theirs.get("evaluation.weights") == "average":
         found.append(f"{named} that evaluates the average of its weights; its current weights are taken")
-    if theirs.get("train.select", "last") != "last" and checkpoint.parent.name != BEST:
+    if trained and theirs.get("train.select", "last") != "last" and checkpoint.parent.name != BEST:
         found.append(
             f"{named} that evaluates its best checkpoint; its last one is taken: to take the best, name it, "
             f"{run}/{BEST}/STEP"

@@ -261,6 +261,7 @@ def evaluation_on(
             "weights": settings.weights,
             "epsilon": settings.epsilon,
             "budget": by_class.get("budget", "constant"),
+            **({"radii": by_class["class_epsilon"]} if settings.budget.name == "given" and by_class else {}),
         },
     )
 
@@ -395,10 +396,7 @@ def _check_same_variables(
 ) -> None:
     """Raises if the evaluation's head needs variables that the trained network lacks."""
     have, want = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-        }
+        {name: leaf.shape for name, leaf in contracts.names(variables).items()}
         for variables in (trained, evaluated)
     )
     if have != want:

@@ -18,10 +18,10 @@ from robal_jax.builder.parts import budget, class_statistics, gathered_arrays
 from robal_jax.errors import InputError
 from robal_jax.models.layers import BATCH_NORM_MOMENTUM
 
-READ_LABELS = ("mma",)
+OBJECTIVES_WITH_LABELS = ("mma",)
 """Objectives that take a loss and also read labels themselves: an image cannot have two."""
 
-READING_LABELS = ("beta_nat", "tail_weight")
+TERMS_WITH_LABELS = ("beta_nat", "tail_weight")
 """Weights of the objectives' terms that read labels themselves."""
 
 IN_STEP = ("class_statistics", "radius_factors", "teacher")
@@ -179,7 +179,9 @@ def _check_parts(config: ConfigDict, loss: functools.partial, function: functool
             f"config.attack.first_epoch is {config.attack.first_epoch}; set it to 1, or use 'batch'"
         )
     _check_radii(config, loss, function)
-    own_labels = config.objective.name in READ_LABELS or any(map(config.objective.get, READING_LABELS))
+    own_labels = config.objective.name in OBJECTIVES_WITH_LABELS or any(
+        map(config.objective.get, TERMS_WITH_LABELS)
+    )
     reads_labels = own_labels or not takes(function, "loss")
     if config.train.mixing != "none" and reads_labels:
         raise InputError(

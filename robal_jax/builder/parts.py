@@ -268,7 +268,7 @@ def gathered_arrays(budget: Budget | None, statistics: ClassStatistics | None) -
       InputError: both keep an array of the same name.
     """
     kept: dict[str, jax.Array] = {}
-    for each in (budget, statistics):
+    for each in (budget and budget.statistics, statistics):
         arrays = {} if each is None else each.init()
         for name in kept.keys() & arrays.keys():
             raise InputError(

@@ -203,8 +203,8 @@ def _check_own(
     """Checks parts together: those of the user's own, and what learns from the attack of an objective."""
     names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
     own = any(":" in name for name in (*names, config.perturbation.name, config.average.name))
-    learning = {"budget": budget, "class statistics": statistics}
-    learning = {kind: each for kind, each in learning.items() if each is not None and each.seen is not None}
+    learning = {"budget": budget and budget.statistics, "class statistics": statistics}
+    learning = {kind: each for kind, each in learning.items() if each is not None}
     logged = "adv" in config.train.logged_passes
     if not (own or learning or logged):
         return

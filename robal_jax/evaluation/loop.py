@@ -315,7 +315,7 @@ def _surrogate(
     if not job.surrogate:
         return None, {}, ""
     workdir = buckets.fetched(job.surrogate)
-    own = builder.with_part_of(read_config(workdir), config)
+    own = builder.without_ensemble(builder.with_part_of(read_config(workdir), config))
     other = builder.evaluation(own, class_counts_in_training(workdir))
     if digest_of_images(*other.test[:2]) != digest_of_images(*job.test[:2]):
         raise InputError(f"surrogate {workdir} has different test images; name a run on the same data")

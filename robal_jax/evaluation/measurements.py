@@ -215,7 +215,7 @@ def radius_factors(threat: ThreatModel, pixels: int) -> tuple[float, ...]:
       (0.25, 0.5, 2.0, 4.0, 8.0, 10.0)
     """
     last = without_bound(threat, pixels).epsilon / float(np.min(threat.epsilon))
-    doubled = (float(2**power) for power in (-2, -1, *range(1, 1 + LARGEST_FACTOR.bit_length())))
+    doubled = (float(2**power) for power in (-2, -1, *range(1, LARGEST_FACTOR.bit_length())))
     return (*(factor for factor in doubled if factor < last), *([last] if last > 1 else []))
 
 

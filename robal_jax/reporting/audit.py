@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robal_jax.reporting import page
-from robal_jax.reporting.names import ENSEMBLES
+from robal_jax.reporting.names import BPDA, ENSEMBLES
 from robal_jax.reporting.results import (
     CHOICE,
     EVERYTHING,
@@ -76,7 +76,9 @@ def audit_verdict(audit: Mapping[str, Any] | None, *, ensemble: bool = True) -> 
 
 def verdict_on(results: Results) -> tuple[str, str]:
     """Returns :func:`audit_verdict` of an evaluation."""
-    return audit_verdict(results.audit, ensemble=results.headline_attack in ENSEMBLES)
+    attack = results.headline_attack
+    ensemble = attack in ENSEMBLES and attack != "pgd_20" + BPDA
+    return audit_verdict(results.audit, ensemble=ensemble)
 
 
 def _only_read_again(audit: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from robal_jax.errors import InputError
 from robal_jax.reporting import page
-from robal_jax.reporting.names import BY_CLASS, display_name, folded, radius, with_interval
+from robal_jax.reporting.names import BY_CLASS, display_name, folded, group_name, radius, with_interval
 from robal_jax.reporting.results import MANY_CLASSES, Results
 from robal_jax.storage.config_file import evaluation_fields
 
@@ -33,7 +33,7 @@ def at_common_radius(folder: pathlib.Path, meta: Mapping[str, Any]) -> dict[str,
         return {}
     if "class_epsilon" in common.meta or _settled(common.meta) != _settled(meta):
         return {}
-    groups = ["accuracy", *(["tail"] if "tail" in common.groups else [])]
+    groups = ["accuracy", *filter(None, [common.rarest])]
     same = common.meta.get("autoattack") == meta.get("autoattack")
     rows = {name: row for name, row in common.conditions.items() if same or not name.startswith("custom")}
     figures = {group: {name: row[group] for name, row in rows.items()} for group in groups}
@@ -72,7 +72,8 @@ def _beside(results: Results) -> list[page.Block]:
     common = results.meta.get("common_epsilon")
     if common is None:
         return []
-    groups = {key: name for key, name in (("accuracy", "all"), ("tail", "tail")) if key in common}
+    names = {"accuracy": "all", results.rarest: group_name(results.rarest)}
+    groups = {key: name for key, name in names.items() if key in common}
     header = [f"{name.capitalize()}, {where}" for name in groups.values() for where in ("by class", "common")]
     rows = folded(
         (display_name(name), [with_interval(of) for key in groups for of in (row[key], common[key][name])])

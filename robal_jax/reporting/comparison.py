@@ -27,7 +27,7 @@ from robal_jax.reporting.names import (
     with_interval,
 )
 from robal_jax.reporting.results import EvaluatedRun
-from robal_jax.storage.config_file import NOT_TRAINED, without_neutral
+from robal_jax.storage.config_file import NOT_TRAINED, SAVED, without_neutral
 
 TITLE = "Comparison of runs"
 
@@ -363,7 +363,8 @@ def _mixed(runs: Sequence[EvaluatedRun]) -> dict[str, list[str]]:
         made = {
             f"config.{name}": value
             for name, value in fields.items()
-            if name not in _BY_SEED and (name.startswith(_JUDGED) or not name.startswith(NOT_TRAINED))
+            if name not in (*_BY_SEED, SAVED)
+            and (name.startswith(_JUDGED) or not name.startswith(NOT_TRAINED))
         }
         # 'named by hand: 20' -> 'named by hand'
         made["the choice of the checkpoint"] = re.split("[(:]", run.meta.get("selection", ""))[0].strip()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from robal_jax.reporting.figures import STYLES, accuracy_axis, percents, plain, title
-from robal_jax.reporting.names import radius, threat, training_name
+from robal_jax.reporting.names import group_name, radius, threat, training_name
 from robal_jax.reporting.results import Results
 
 PANELS = {
@@ -134,7 +134,7 @@ def training_figure(results: Results) -> Figure:
 
 
 def judged_figure(results: Results) -> Figure:
-    """Draws the accuracy on held-out or test images by epoch, clean and under PGD-10, in all and in the tail.
+    """Draws the accuracy on held-out or test images by epoch: clean and PGD-10, all and rare classes.
 
     The mean of the classes under PGD-10, by which the best checkpoint is chosen, has a mark where it is
     highest.
@@ -144,12 +144,13 @@ def judged_figure(results: Results) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     (clean, _), (attacked, marker), *_ = STYLES
+    rarest, rare = results.rarest, f"{group_name(results.rarest)} classes"
     lines = {
         "clean": (clean, "-", "Clean, all images"),
-        "clean_tail": (clean, ":", "Clean, tail classes"),
+        f"clean_{rarest}": (clean, ":", f"Clean, {rare}"),
         "pgd": (attacked, "-", "PGD-10, all images"),
         "pgd_balanced": (attacked, "--", "PGD-10, mean of the classes"),
-        "pgd_tail": (attacked, ":", "PGD-10, tail classes"),
+        f"pgd_{rarest}": (attacked, ":", f"PGD-10, {rare}"),
     }
     dot = "o" if len(epochs) == 1 else ""
     for name, (color, line, label) in lines.items():

@@ -261,9 +261,10 @@ def _trained(results: Results) -> str:
     curve = results.training
     accuracies = [name for name in curve if name.endswith("accuracy")]
     last = ", ".join(f"{training_name(name)} {100 * curve[name][-1]:.1f} %" for name in accuracies)
+    attacked = any(name.startswith(("adv_", "mixed_")) for name in accuracies)
     return (
         f"The {len(curve['epoch'])} epochs up to the checkpoint: means over the steps of each epoch, on "
-        "training images, augmented, and under the attack of the training."
+        f"augmented training images{', under the attack of the training' * attacked}."
         + (f" Last epoch: {last}." if last else "")
     )
 

@@ -35,7 +35,8 @@ class Record(NamedTuple):
       score: their accuracy under PGD-10, the mean of the classes, in [0, 1].
       figures: all accuracies, by the names of the metrics.
       sha256: of the checkpoint.
-      judged: what was judged: 'weights', 'epsilon' and 'budget'; empty in older records.
+      judged: what was judged: 'weights', 'epsilon', 'budget', and 'radii' of a budget that gives them one by
+        one; empty in older records.
     """
 
     step: int
@@ -57,10 +58,14 @@ class Record(NamedTuple):
             f"best on {self.images} images (epoch {self.epoch} of {self.epochs}, PGD-10 "
             f"{100 * self.score:.1f} % as the mean of the classes"
         )
-        if self.judged and self.judged != evaluated:
+        asked = {"radii": None, **evaluated}
+        judged = {"radii": asked["radii"], **self.judged}  # which older records do not have
+        if self.judged and judged != asked:
             text += f"; chosen by the {self.judged['weights']} weights at epsilon {self.judged['epsilon']:g}"
             if self.judged["budget"] != evaluated.get("budget", "constant"):
                 text += f", budget {self.judged['budget']}"
+            elif judged["radii"] != asked["radii"]:
+                text += ", other radii by class"
         return f"{text})"
 
 

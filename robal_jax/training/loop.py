@@ -121,7 +121,7 @@ def train(
     with hosts.stop_signals() as stop:
         with mirror.kept(workdir, say, stop.ask) as (folder, speak):
             path, sha256, total = _train(config, folder, stop, speak, track)
-        if stop:
+        if stop and path.name != str(total):
             say(f"stopped at step {path.name} of {total}; the same command resumes from there")
         say(f"checkpoint {buckets.shown(path)} sha256 {sha256}")
         return path

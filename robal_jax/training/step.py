@@ -143,11 +143,8 @@ def train_step(
 
 def _learners(extras: Extras) -> list[ClassStatistics]:
     """Returns what is gathered of the classes, for a budget or by itself."""
-    budget, found = extras.budget, extras.statistics
-    learners = [] if found is None else [found]
-    if budget is not None and budget.seen is not None:
-        learners.append(ClassStatistics(budget.init, budget.seen, budget.update))
-    return learners
+    of_budget = None if extras.budget is None else extras.budget.statistics
+    return [each for each in (extras.statistics, of_budget) if each is not None]
 
 
 def _radii(of_class: chex.Array, batch: objectives.Batch, partners: objectives.Partners | None) -> chex.Array:

@@ -133,19 +133,21 @@ def _with_more_figures(
     """Adds evaluations to the cards of a model; those of the same names are replaced.
 
     The card for RobustBench has one evaluation, which is replaced by one that ranks at least as high as all
-    in the card, see :func:`cards.rank`.
+    that the card keeps, see :func:`cards.rank`, or if the card no longer has it.
 
     Returns:
       The files that were written.
     """
     _, card_file, robustbench_file = files
     card, lead = read_card(card_file), cards.leading(list(results.values()))
-    ranks = [cards.rank(each, each["conditions"], card["config"]) for each in card["evaluations"].values()]
+    kept = {name: each for name, each in card["evaluations"].items() if name not in results}
+    ranks = [cards.rank(each, each["conditions"], card["config"]) for each in kept.values()]
     leads = cards.rank(lead.meta, lead.conditions, card["config"]) >= max(ranks, default=(False,))
+    leads |= next(iter(card["evaluations"]), "") in results  # the first is the one in RobustBench's card
     more = {name: cards.figures(each) for name, each in results.items()}
-    card["evaluations"] = cards.in_order(card["evaluations"] | more, card["config"])
+    card["evaluations"] = cards.in_order(more | kept, card["config"])
     card["license"], earlier = license, json_object(robustbench_file)
-    made = cards.robustbench(lead, card["network"]) if leads or not earlier else earlier
+    made = cards.robustbench(lead, card["network"], authors) if leads or not earlier else earlier
     made = made | {"authors": authors}
     texts = {card_file: json_text(card)}
     if made != earlier:
