@@ -297,7 +297,16 @@ def test_readme_has_the_figures_of_the_outcomes():
     assert all(plugged("autoattack", group)["p_value"] >= 0.05 for group in ("all", *small_page.GROUPS))
     cleaner = plugged("clean", "all")
     assert cleaner["low"] > 0
+    more = difference(runs["RoBal-N, EMA, budgets"], runs["RoBal-N"], "autoattack", "all")
+    assert more["high"] < 0
     all_images = difference(runs["RoBal-N"], runs["AT"], "autoattack", "all")
     assert all_images["low"] < 0 < all_images["high"]  # not clearly better overall
-    figures = *points, *broken, 100 * to_la[0]["value"], 100 * clean["value"], 100 * cleaner["value"]
+    figures = (
+        *points,
+        *broken,
+        100 * to_la[0]["value"],
+        100 * clean["value"],
+        100 * cleaner["value"],
+        100 * more["value"],
+    )
     assert said == [round(abs(number)) for number in figures]
