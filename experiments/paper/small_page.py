@@ -296,9 +296,8 @@ def page(runs: Sequence[Run]) -> str:
         return "No evaluation is stored yet.\n"
     parts = list(_missing(runs))
     by_evaluation: list[Callable[[Sequence[Run]], Iterator[str]]] = [
-        partial(part, evaluation=name, condition=condition)
-        for name, (condition, _) in ATTACKS.items()
-        if _with(name, runs)
+        partial(part, evaluation=name, condition=ATTACKS[name][0])
+        for name in sorted(ATTACKS, key=lambda name: -len(_with(name, runs)))  # that of most runs first
         for part in (_accuracies, _groups, _differences, _errors, _per_class)
     ]
     for part in (_claims, *by_evaluation, _further, _scales, _published, _costs):
