@@ -106,6 +106,28 @@ def test_projected_images_are_allowed():
         assert departure(ThreatModel(0.998 * epsilon, "l1"), *reach)
 
 
+def test_what_left_the_threat_model_is_named():
+    """Not an image that is farther, and allowed to be."""
+    reach = np.array([0.3, 0.45]), np.zeros(2)
+    assert departure(ThreatModel(np.array([0.1, 0.5])), *reach) == "distance 0.3"
+    assert departure(ThreatModel(0.1), np.array([0.3, np.nan]), np.zeros(2)) == "distance nan"
+
+
+def test_images_in_float32_and_logits_in_float64():
+    with jax.enable_x64(True):
+        weights = jnp.asarray(np.eye(4) - 0.5)
+        images, labels = jnp.full((3, 2, 2, 1), 0.5, jnp.float32), jnp.array([0, 1, 2])
+        found = attacks.apgd(
+            lambda x: x.reshape(len(x), 4) @ weights,
+            jax.random.key(0),
+            images,
+            labels,
+            threat=ThreatModel(1.0, "l1"),
+            steps=4,
+        )
+        assert found.dtype == images.dtype
+
+
 # ---------------------------------------------------------------- steps and starts
 
 

@@ -131,6 +131,25 @@ def test_a_holder_shows_life(tmp_path, monkeypatch):
         assert (tmp_path / ".lock").stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
+def test_a_holder_is_told_of_its_loss(tmp_path, monkeypatch):
+    """Such as one that was suspended, on a drive whose locks other machines do not see."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    told = []
+    with alone_in(tmp_path, on_loss=told.append):
+        left_by(tmp_path, host="elsewhere")
+        time.sleep(0.5)
+        assert told == [f"warning: another job took {tmp_path} over; this one stops"]
+    assert "elsewhere" in (tmp_path / ".lock").read_text()
+
+
+def test_of_two_that_begin_together_one_waits(tmp_path, monkeypatch):
+    """Without locks both may write; what stands in the file in the end decides."""
+    monkeypatch.setattr(lock, "_lock", lambda file: None)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: left_by(tmp_path, pid=os.getppid()))
+    assert f"(process {os.getppid()} on " in refused(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"host": 1}', "\0\0\0"])
 def test_a_damaged_file_is_no_obstacle(tmp_path, content):
     (tmp_path / ".lock").write_text(content)

@@ -4,7 +4,7 @@ Trains honest models (AT, TRADES, LA, HE, RoBal-N, RoBal-R: the shipped configs 
 and a small CNN on a part of CIFAR-10-LT), masks others (``masked.py``), audits all of them with
 ``evaluate_model`` without an ensemble, and writes a table in Markdown to --out. An honest model must not be
 flagged; a masked one must be, by the check that should see it. One line per finished model is kept in
-DIR/records.jsonl, so that the same command resumes. ``--tenth=1`` takes a tenth of the models.
+DIR/records.jsonl, so that the same command resumes. ``--tenth`` takes a tenth of the models.
 """
 
 import datetime
@@ -123,7 +123,9 @@ class Bench:
         """Returns a run, which is trained if it is not there."""
         folder = self.workdir / "models" / f"{data}-{method}-{seed}"
         if not (folder / "finished").exists():
-            training.train(self._config(data, method, seed), folder)
+            config = self._config(data, method, seed)
+            if training.train(config, folder).name != str(builder.training(config).total_steps):
+                sys.exit("stopped; the same command resumes")
             (folder / "finished").touch()
         return load_run(folder)
 
@@ -319,12 +321,12 @@ def main(arguments: list[str]) -> None:
     texts = {
         "workdir": "folder of trained models and records",
         "cifar": "CIFAR-10 as an .npz file; without it only the digits",
-        "tenth": "1 for a tenth of the models",
-        "only": "honest or masked: audits only these, so that two processes can share the work",
+        "tenth": "takes a tenth of the models",
+        "only": "honest or masked: only these; once the models are trained, two processes can share the work",
         "sample": "test images per model",
         "out": "file of the table",
     }
-    values = cli.parse(arguments, texts, __doc__)
+    values = cli.parse(arguments, texts, __doc__, switches=("tenth",))
     workdir = pathlib.Path(values["workdir"] or "runs/calibration")
     bench, path = Bench(workdir, values["cifar"]), workdir / "records.jsonl"
     workdir.mkdir(parents=True, exist_ok=True)

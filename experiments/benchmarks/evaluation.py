@@ -113,6 +113,7 @@ def fitted(name: str, tests: int) -> Network:
 
 def ours(network: Network, attack: str, settings: Settings, precision: str) -> Way:
     """Returns an attack as an evaluation runs it."""
+    import jax
     import jax.numpy as jnp
 
     from robal_jax import attacks, evaluation
@@ -129,7 +130,7 @@ def ours(network: Network, attack: str, settings: Settings, precision: str) -> W
         labels,
         pixel_max=LARGEST,
         seed=0,
-        batch_size=at_once(settings.batch, math.prod(network.images.shape[1:3]), "cpu"),
+        batch_size=at_once(settings.batch, math.prod(network.images.shape[1:3]), jax.default_backend()),
         layout="jit",
     )
     threat = ThreatModel(settings.epsilon)

@@ -1,7 +1,7 @@
 """From nothing to the first step: python experiments/benchmarks/startup.py [--networks=digits_cnn].
 
 Start-up: every line is a fresh process, 'cold' with an empty compilation cache and 'warm' with the cache of
-the cold one; beside PyTorch's eager step (two passes) and, with --compiled=yes, torch.compile's.
+the cold one; beside PyTorch's eager step (two passes) and, with --compiled, torch.compile's.
 
     import     from the start of the process until JAX and robal_jax.training, or PyTorch, are imported
     build      data, network, optimiser and the initial state, whose program is compiled here
@@ -177,11 +177,11 @@ def main(arguments: list[str]) -> None:
         "method": "robal_n or at; robal_n",
         "batch": "images, 64",
         "run_steps": "of the whole run, 50; 0 for none",
-        "compiled": "'yes' to include torch.compile",
+        "compiled": "includes torch.compile",
         "repeats": "processes of each, 3",
         "json": "file for the record",
     }
-    values = cli.parse(arguments, texts, __doc__)
+    values = cli.parse(arguments, texts, __doc__, switches=("compiled",))
     from experiments.benchmarks import measure
 
     networks = (values["networks"] or "digits_cnn,wrn_16_2,resnet18").split(",")

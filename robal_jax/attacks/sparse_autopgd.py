@@ -148,7 +148,8 @@ def sparse_search(
         number, (factor, first, check) = at
         x = next_images(state, images, threat.scaled(factor.astype(images.dtype)), first)
         draw_keys = None if keys is None else fold_in(keys, number)
-        seen = loss_gradient(logits_fn, loss, x, labels, draw_keys, eot=eot)
+        logits, value, gradient = loss_gradient(logits_fn, loss, x, labels, draw_keys, eot=eot)
+        seen = logits, value.astype(x.dtype), gradient
         begun, judged = begin(x, *seen, images, labels), judge(state, x, *seen, images, labels, check)
         state = jax.tree.map(lambda new, old: jnp.where(first, new, old), begun, judged)
         return state, observe(x, seen[0])

@@ -273,7 +273,7 @@ def distance_tolerance(threat: ThreatModel, pixels: int = 1) -> float:
 
 
 def departure(threat: ThreatModel, distance: chex.Array, outside: chex.Array, pixels: int = 1) -> str:
-    """Says how far the farthest image is from what a threat model allows; '' if all are allowed.
+    """Says how far the image is that is farthest from what a threat model allows; '' if all are allowed.
 
     Args:
       threat: with one radius, or one per image.
@@ -288,7 +288,7 @@ def departure(threat: ThreatModel, distance: chex.Array, outside: chex.Array, pi
     within = np.asarray(threat.epsilon) + distance_tolerance(threat, pixels)
     for field, found, largest in ("distance", distance, within), ("outside", outside, 0):
         if not (found <= largest).all():  # NaN is not
-            return f"{field} {found.max()}"
+            return f"{field} {found[np.argmax(found - largest)]}"  # NaN, if there is any
     return ""
 
 

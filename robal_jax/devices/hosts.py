@@ -341,6 +341,12 @@ class Stop:
             outer(number, frame)
 
 
+def lost(say: Callable[[str], None], stop: Stop, line: str) -> None:
+    """Says why a job has lost its folder, and asks it to stop."""
+    say(line)
+    stop.ask()
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Turns SIGTERM and the first Ctrl-C into a flag that loops read; restores the handlers afterwards."""

@@ -209,7 +209,7 @@ def attack_and_report(
     for line in metrics.absent_groups(job.protocols):
         say(line)
     about = {**job.about, **subject.about, "command": command}
-    with hosts.held_by_first(partial(alone_in, folder)):
+    with hosts.held_by_first(partial(alone_in, folder, on_loss=partial(hosts.lost, say, stop))):
         if hosts.by_first(lambda: belongs(folder, identity) and is_stored(job, folder, say)):
             say(f"{folder} has this evaluation; remove {folder / RESULTS} to repeat it")
             hosts.by_first(partial(regroup, job, about, subject.beside, folder, say))

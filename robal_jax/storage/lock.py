@@ -24,7 +24,7 @@ from robal_jax.errors import InputError
 from robal_jax.storage.files import reason
 from robal_jax.storage.names import LOCK
 
-BEAT, SILENCE = 20.0, 120.0  # seconds
+BEAT, SILENCE, SETTLED = 20.0, 120.0, 1.0  # seconds
 
 BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 SPACE = pathlib.Path("/proc/self/ns/pid")
@@ -72,7 +72,9 @@ def myself() -> Holder:
 
 
 @contextlib.contextmanager
-def alone_in(folder: pathlib.Path, patience: float = 0.0) -> Iterator[None]:
+def alone_in(
+    folder: pathlib.Path, patience: float = 0.0, on_loss: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """Keeps other jobs out of a folder, which is made if it is missing.
 
     If the last job there was on another machine and left its lock, waits for a sign of life of that job.
@@ -80,6 +82,8 @@ def alone_in(folder: pathlib.Path, patience: float = 0.0) -> Iterator[None]:
     Args:
       folder: the folder.
       patience: seconds to wait for another job to end.
+      on_loss: is called by a thread, with a line for people, when a job on another machine has taken the
+        folder over, because it saw no sign of life of this one.
 
     Raises:
       InputError: another process works there, or the folder cannot be written to.
@@ -87,13 +91,13 @@ def alone_in(folder: pathlib.Path, patience: float = 0.0) -> Iterator[None]:
     path, until = folder / LOCK, time.monotonic() + patience
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _acquired(path, until)
+        file, mine = _acquired(path, until)
     except OSError as error:
         raise InputError(
             f"cannot write to {folder} ({reason(error, folder)}); choose another folder"
         ) from error
-    ended, mine = threading.Event(), path.read_bytes()
-    beats = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
+    ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(path, mine, ended, on_loss), daemon=True)
     beats.start()
     try:
         yield
@@ -105,16 +109,18 @@ def alone_in(folder: pathlib.Path, patience: float = 0.0) -> Iterator[None]:
                 path.unlink()  # while the lock is held: whoever waits for this file looks for it again
 
 
-def _beat(path: pathlib.Path, mine: bytes, ended: threading.Event) -> None:
+def _beat(path: pathlib.Path, mine: bytes, ended: threading.Event, on_loss: Callable[[str], None]) -> None:
     """Touches a file until the job has ended, or another one has taken it over."""
     while not ended.wait(BEAT):
         with contextlib.suppress(OSError):
-            if path.read_bytes() == mine:
-                os.utime(path)
+            if path.read_bytes() != mine:
+                on_loss(f"warning: another job took {path.parent} over; this one stops")
+                return
+            os.utime(path)
 
 
-def _acquired(path: pathlib.Path, until: float) -> IO[str]:
-    """Returns the lock's file, locked, with this process as its holder; waits for others until a time.
+def _acquired(path: pathlib.Path, until: float) -> tuple[IO[str], bytes]:
+    """Returns the lock's file, locked, and what it says of its holder, this process; waits until a time.
 
     Raises:
       InputError: another process holds the lock, or the file is of another program.
@@ -133,12 +139,17 @@ def _acquired(path: pathlib.Path, until: float) -> IO[str]:
             if not _is_at(file, path):  # its holder has just removed it
                 continue
             _check_replaceable(file, path)
+            mine = json.dumps(myself()._asdict())
             file.seek(0)
             file.truncate()
-            json.dump(myself()._asdict(), file)
+            file.write(mine)
             file.flush()
+            if locked is None:  # two jobs that begin together may both come here
+                time.sleep(SETTLED)
+                if path.read_bytes() != mine.encode():
+                    continue
             stack.pop_all()
-            return file
+            return file, mine.encode()
 
 
 def _lock(file: IO[str]) -> bool | None:

@@ -238,6 +238,8 @@ class Lock:
             if holder and at_work(holder, self._bucket.url, self._sign):
                 raise InputError(refusal(self._bucket.url, holder))
             if found is not None:
+                if self._bucket.read(LOCK) != found:  # another job was faster
+                    continue
                 self._bucket.remove(LOCK)
             with contextlib.suppress(FileExistsError):
                 self._seen = _now()

@@ -150,7 +150,7 @@ def _train(
     if teacher:
         state = taught_state(state or _first_state(job), teacher, say)
     hosts.by_first(partial(make_workdir, workdir))
-    with hosts.held_by_first(partial(alone_in, workdir)):
+    with hosts.held_by_first(partial(alone_in, workdir, on_loss=partial(hosts.lost, say, stop))):
         kept = hosts.by_first(
             partial(
                 prepare_workdir, config, job.data_sha256, workdir, {**job.stored, **code}, job.total_steps
