@@ -454,9 +454,9 @@ def test_level_logits_give_finite_losses():
 def test_too_few_classes():
     logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
     assert attacks.dlr(logits, labels).shape == (2,)
-    with pytest.raises(ValueError, match=r"DLR needs at least 3 classes; the model has 2"):
+    with pytest.raises(ValueError, match=r"DLR needs 3 classes, and the model has 2; use negative_margin"):
         attacks.dlr(logits[:, :2], labels)
-    with pytest.raises(ValueError, match=r"targeted DLR needs at least 4 classes; the model has 3"):
+    with pytest.raises(ValueError, match=r"targeted DLR needs 4 classes, and the model has 3; use"):
         attacks.targeted_dlr(logits, labels, targets=labels)
 
 

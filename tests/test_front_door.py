@@ -353,7 +353,7 @@ def test_outcomes_of_the_ensemble_alone(digits):
         ({"images": np.full((40, 8, 8, 1), 2.0)}, ValueError, r"images have pixels in \[2, 2\]"),
         ({"images": np.full((40, 8, 8, 1), np.nan)}, ValueError, r"images have pixels in \[nan, nan\]"),
         ({"class_counts": [1, 2]}, InputError, r"class_counts is \[2\]; it must be \[10\]"),
-        ({"class_names": ["a"]}, InputError, r"class_names is \[\'a\'\]; pass a list of 10 texts"),
+        ({"class_names": ["a"]}, InputError, r"class_names is \[\'a\'\]; pass a list of 10 strings"),
         ({"version": "autoatack"}, InputError, "autoatack"),
         ({"minimum_norm": "cw"}, InputError, "unknown minimum-norm attack 'cw'; use '' or one of fmn, ddn"),
         ({"minimum_norm": "ddn"}, InputError, "'ddn' is for L2, and the norm is L-infinity; use fmn"),
@@ -380,7 +380,7 @@ def test_outcomes_of_the_ensemble_alone(digits):
         ({"class_counts": {0: 1}}, InputError, r"class_counts is \{0: 1\}; it must be \[10\]"),
         ({"class_counts": [*range(9), -5]}, InputError, "class_counts have the entry -5"),
         ({"class_counts": [1.5] * 10}, InputError, "class_counts have fractions"),
-        ({"class_names": "0123456789"}, InputError, "class_names is '0123456789'; pass a list of 10 texts"),
+        ({"class_names": "0123456789"}, InputError, "class_names is '0123456789'; pass a list of 10 strings"),
         ({"version": 3}, InputError, "unknown ensemble 3"),
         ({"logits_fn": None}, ValueError, "logits_fn is a NoneType; pass a function"),
         (

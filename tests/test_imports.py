@@ -23,7 +23,7 @@ LAYERS = (
     {"errors", "keys"},
     {"checks"},
     {"models", "arguments", "intervals", "own_functions"},
-    {"class_terms", "linear_bounds"},
+    {"class_terms", "class_statistics", "linear_bounds"},
     {"losses"},
     {
         "attacks",
@@ -35,7 +35,6 @@ LAYERS = (
         "averages",
         "budgets",
         "perturbations",
-        "class_statistics",
         "regularisers",
     },
     {"certificates", "distances", "objectives", "storage"},
