@@ -28,7 +28,7 @@ in its section::
     schedule    config.schedule                  epochs (every schedule needs it), steps_per_epoch
     optimizer   config.optimizer                 schedule
     average     config.average                   steps_per_epoch
-    augmentation config.train.augmentation       pixel_max
+    augment     config.train.augmentation        pixel_max
     budget      config.threat, .evaluation       class_counts, epsilon
 
 - ``class_counts``: training images per class ``[K]``, integers; with generated images those of the mixture,
