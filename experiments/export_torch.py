@@ -75,7 +75,9 @@ def main(arguments: list[str]) -> None:
     builder.validate(config)
     which = values["weights"] or config.evaluation.weights
     chosen = checkpoint or default_checkpoint(workdir, config.train.select)
-    arrays, path, sha256 = checkpoints.read_latest(chosen or workdir)
+    arrays, path, sha256 = checkpoints.read_latest(
+        chosen or workdir, on_damage=checkpoints.previous_instead(print)
+    )
     params, stats = averages.chosen(arrays, which).values()
     network = pytorch.architecture(pytorch.torch_shapes(params, stats))
     prefixes = bare_prefixes(config, network.name) if naming == "bare" else None

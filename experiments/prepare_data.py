@@ -6,6 +6,7 @@ No other command downloads data sets. Data that are already prepared are left as
 """
 
 import importlib.util
+import json
 import pathlib
 import socket
 import sys
@@ -50,6 +51,11 @@ def prepare(name: str, data_dir: str) -> str:
     """
     root = cifar.tfds_folder(data_dir)
     folder = cifar.find_tfds(name, data_dir)
+    if folder:
+        with cifar.reading_file(str(folder), f"delete it to prepare {name} again"):
+            kept = json.loads((folder / "dataset_info.json").read_text())["name"]
+        if kept != name:
+            raise InputError(f"{folder} holds {kept}, not {name}; choose another --data_dir")
     if folder and cifar.has_array_record(folder):
         return f"{name} is already prepared in {folder}"
     if folder:

@@ -212,6 +212,23 @@ def test_all_damaged(tmp_path):
         latest(tmp_path, tree(), [])
 
 
+def test_the_arrays_of_the_newest_whole_checkpoint(tmp_path):
+    """What an export and a run that starts from another one read."""
+    (_, whole), (path, newest) = save(tmp_path / "checkpoints", tree(1), tree(2))
+    said = []
+    read = partial(checkpoints.read_latest, tmp_path, on_damage=checkpoints.previous_instead(said.append))
+    assert (read().sha256, said) == (newest, [])
+    empty(path)
+    assert read().sha256 == whole
+    assert said[0].startswith(f"checkpoint {path} is damaged (")
+    assert said[0].endswith("); using the previous one")
+    with pytest.raises(InputError, match=r"checkpoint \S+/2 is damaged .*; name another"):
+        checkpoints.read_latest(tmp_path)
+    empty(tmp_path / "checkpoints" / "1")
+    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged; move the folder away"):
+        read()
+
+
 def test_half_written_checkpoints_are_not_seen(tmp_path):
     save(tmp_path, tree(1))
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()

@@ -157,9 +157,11 @@ def test_largest_batch_follows_from_two_sizes():
     gib, chip = 2**30, chips.CHIPS["v5e"]  # 16 GiB
     memory = estimates.Memory(arguments=2 * gib, in_place=gib, outputs=gib, temporaries=2 * gib)
     doubled = memory._replace(temporaries=3 * gib)
-    found = estimates.Estimate("train", 64, 1.0, memory, None, doubled=doubled)
+    found = estimates.Estimate("train", 64, 1.0, memory, None, larger=(128, doubled))
     assert estimates.largest_batch(found, chip) == 64 + 64 * (16 - 4)
-    assert estimates.largest_batch(found._replace(doubled=None), chip) is None
+    capped = found._replace(larger=(80, doubled))  # a test set of 80 images
+    assert estimates.largest_batch(capped, chip) == 64 + 16 * (16 - 4)
+    assert estimates.largest_batch(found._replace(larger=None), chip) is None
 
 
 COPY = Operation("copy", "", "", "", 1, 0, 1, 1, in_loop=False)
@@ -173,7 +175,7 @@ def test_a_program_must_fit_into_the_share_of_a_gpu_that_jax_takes():
     said = "107% of 63.7 GB (JAX's default share, 75% of 84.9 GB; XLA_PYTHON_CLIENT_MEM_FRACTION changes it)"
     assert described(values, chip).endswith(said)
     quarter, half = (memory._replace(temporaries=chip.memory // parts) for parts in (4, 2))
-    found = estimates.Estimate("train", 64, 1.0, quarter, cost, doubled=half)
+    found = estimates.Estimate("train", 64, 1.0, quarter, cost, larger=(128, half))
     assert estimates.largest_batch(found, chip) == 3 * 64
     assert chips.CHIPS["v5e"].available == chips.CHIPS["v5e"].memory
 
@@ -192,7 +194,8 @@ def test_twice_the_images_may_be_more_than_an_epoch_has(monkeypatch, size, known
         for count in (size, 2 * size)
     )
     (found,) = estimates.estimates(config, jax.devices()[:1], ["train"], doubled=twice)
-    assert (found.memory.total, found.doubled is not None) == (size, known)
+    assert found.memory.total == size
+    assert found.larger == ((2 * size, estimates.Memory(0, 0, 0, 2 * size)) if known else None)
     assert [each.batch_size for each in seen] == [size, 2 * size][: 1 + known]
     assert len({each.steps_per_dispatch for each in seen}) == 1
     text = described(estimates.as_values(found, None), None)

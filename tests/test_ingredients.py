@@ -1,5 +1,9 @@
 """What makes robust training strong, by itself and all at once: averages, AWP, budgets, mixing, modes."""
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import ingredients
@@ -8,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
 
 from robal_jax import (
     attack_modes,
@@ -186,6 +191,24 @@ def test_runs_show_the_weights_that_are_asked_for(everything):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(InputError, match="weights is 'best'; use current or average"):
         load_run(folder, weights="best")
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_the_weights_that_are_asked_for(everything):
+    folder, state = everything
+    for weights, name, part in (
+        ("average", "evaluation", state["average"]),
+        ("current", "evaluation-current", state),
+    ):
+        flags = f"--workdir={folder}", f"--weights={weights}", "--autoattack=none"
+        done = subprocess.run(
+            [sys.executable, "experiments/evaluate.py", *flags],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": "tests"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        norms = np.linalg.norm(part["params"]["classifier"]["weight"], axis=-1)
+        found = json.loads((folder / name / "results.json").read_text())["norms"]["weights"]
+        np.testing.assert_allclose(found, norms, rtol=1e-6)  # of float32; the two weights differ by more
 
 
 def test_a_checkpoint_without_an_average_says_so():

@@ -83,7 +83,12 @@ for layout in parallel.LAYOUTS:
     del traces[:]
     found = [np.asarray(attack(weight, keys, images, labels)) for _ in range(2)]
     gaps = [float(np.max(np.abs(a - b))) for a, b in ((expected, found[0]), found)]
-    print(json.dumps([len(jax.devices()), *gaps, len(traces) < 4]))
+    try:
+        attack(weight, keys[:7], images[:7], labels[:7])
+        said = "nothing"
+    except ValueError as error:
+        said = str(error).removeprefix(f"7 images for {len(jax.devices())} devices; pass a multiple of ")
+    print(json.dumps([len(jax.devices()), *gaps, len(traces) < 4, said]))
 """
 
 
@@ -176,8 +181,9 @@ def test_what_is_learned_of_the_classes_on_any_devices():
 def test_an_attack_by_itself():
     found = said(ATTACK)
     assert len(found) == len(parallel.LAYOUTS)
-    for devices, from_plain, from_again, traced_once in found:
+    for devices, from_plain, from_again, traced_once, refusal in found:
         assert devices == 4
+        assert refusal == "their number"
         assert from_plain < 1e-6  # float32 images
         assert from_again == 0
         assert traced_once

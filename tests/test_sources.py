@@ -490,6 +490,12 @@ def test_prepare_does_nothing_twice(script, tfds_dir):
     assert "already prepared in" in script.prepare("cifar10", str(tfds_dir))
 
 
+def test_prepare_names_a_folder_of_other_data(script, tfds_dir):
+    folder = next(tfds_dir.glob("cifar10/*"))
+    with pytest.raises(InputError, match=r"holds cifar10, not cifar100; choose another --data_dir"):
+        script.prepare("cifar100", str(folder))
+
+
 def test_prepare_does_not_add_to_another_format(script, tmp_path):
     folder = write_tfds(tmp_path)
     for file in folder.glob("*.array_record*"):

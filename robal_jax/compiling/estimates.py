@@ -52,7 +52,8 @@ class Estimate(NamedTuple):
       memory: None if the program does not fit.
       cost: None if the program does not fit.
       once: of what a dispatch of training steps does besides its steps; None for other programs.
-      doubled: memory with twice the images; None if it was not asked for, does not fit, or cannot be had.
+      larger: a larger number of images per device, and the memory with them: twice as many, or all if the
+        test set has fewer. None if it was not asked for, does not fit, or cannot be had.
       problem: why it does not fit, '' if it does.
       problem_doubled: why there is no program with twice the images, '' if there is or it was not asked for.
     """
@@ -63,7 +64,7 @@ class Estimate(NamedTuple):
     memory: Memory | None
     cost: Cost | None
     once: Cost | None = None
-    doubled: Memory | None = None
+    larger: tuple[int, Memory] | None = None
     problem: str = ""
     problem_doubled: str = ""
 
@@ -99,7 +100,9 @@ def estimates(
         if not names or name in names:
             estimate = _estimate(name, images, lower())
             if name in more and estimate.memory is not None:
-                estimate = estimate._replace(doubled=_estimate(name, 2 * images, more[name][1]()).memory)
+                larger, lower_larger = more[name]
+                memory = _estimate(name, larger, lower_larger()).memory if larger > images else None
+                estimate = estimate._replace(larger=(larger, memory) if memory else None)
             yield estimate._replace(problem_doubled=problem) if name == "train" else estimate
 
 
@@ -202,9 +205,10 @@ def largest_batch(estimate: Estimate, chip: Chip) -> int | None:
 
     None if the program was not compiled for two sizes of the batch, or if the larger one does not fit.
     """
-    if estimate.memory is None or estimate.doubled is None:
+    if estimate.memory is None or estimate.larger is None:
         return None
-    each = (estimate.doubled.total - estimate.memory.total) / estimate.images
+    images, memory = estimate.larger
+    each = (memory.total - estimate.memory.total) / (images - estimate.images)
     left = chip.available - estimate.memory.total
     return estimate.images + int(left / each) if each > 0 else None
 

@@ -324,14 +324,19 @@ def attack(
     Returns:
       ``(variables, keys [B], images [B, H, W, C], labels [B]) -> images``, for any ``B`` that is a multiple
       of the number of devices; compiled once per ``B``. With several processes, all pass the same arguments.
+      Raises a ValueError for any other ``B``.
     """
 
     def on_device(parts: tuple, variables: chex.ArrayTree) -> chex.Array:
         return inner_loop(partial(predict, variables), *parts)
 
-    everywhere = spread(on_device, layout, devices or devices_for(layout))
+    devices = devices or devices_for(layout)
+    everywhere = spread(on_device, layout, devices)
+    count = len(devices) * (jax.process_count() if layout == "pmap" else 1)
 
     def run(variables: Any, keys: chex.PRNGKey, images: chex.Array, labels: chex.Array) -> chex.Array:
+        if len(images) % count:
+            raise ValueError(f"{len(images)} images for {count} devices; pass a multiple of their number")
         mine = share(len(images))
         return everywhere((keys[mine], images[mine], labels[mine]), variables)
 

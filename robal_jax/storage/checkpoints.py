@@ -38,6 +38,9 @@ T = TypeVar("T")
 Part = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arrays of a checkpoint, nested dictionaries, to some of them."""
 
+OnDamage = Callable[[pathlib.Path, str], None]
+"""Receives the folder of a damaged checkpoint, and what is wrong with it."""
+
 TEMPORARY = ".orbax-checkpoint-tmp"  # in names of folders that are not finished, or half removed
 
 METADATA = "_CHECKPOINT_METADATA"  # a file of every checkpoint
@@ -150,14 +153,20 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     return tree, found
 
 
-def read_latest(folder: pathlib.Path) -> Found[dict[str, Any]]:
+def read_latest(folder: pathlib.Path, *, on_damage: OnDamage | None = None) -> Found[dict[str, Any]]:
     """:func:`read` of a run's newest checkpoint, or of the one checkpoint that the folder is, by any name.
 
+    Args:
+      folder: of a run or of a checkpoint.
+      on_damage: if given, damaged checkpoints of a run are skipped, see :func:`restore_latest`.
+
     Raises:
-      InputError: there is no checkpoint, or it is damaged.
+      InputError: there is no checkpoint, or it is damaged; with ``on_damage``: all are.
     """
-    found = steps(folder / CHECKPOINTS)
-    path = folder / CHECKPOINTS / str(found[-1]) if found else folder
+    run = steps(folder / CHECKPOINTS)
+    if on_damage and (found := _newest_whole(folder / CHECKPOINTS, read, on_damage)):
+        return found
+    path = folder / CHECKPOINTS / str(run[-1]) if run else folder
     if not path.is_dir():
         raise InputError(f"no run or checkpoint {folder}; train it first, or name another")
     try:
@@ -165,6 +174,11 @@ def read_latest(folder: pathlib.Path) -> Found[dict[str, Any]]:
         return Found(tree, path, sha256)
     except DamagedCheckpointError as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); name another") from error
+
+
+def previous_instead(say: Callable[[str], None]) -> OnDamage:
+    """Returns what says to the user which damaged checkpoint is skipped, and why."""
+    return lambda path, why: say(f"checkpoint {path} is damaged ({why}); using the previous one")
 
 
 def _check_is_checkpoint(path: pathlib.Path) -> None:
@@ -252,7 +266,7 @@ def restore_latest(
     folder: pathlib.Path,
     like: T,
     *,
-    on_damage: Callable[[pathlib.Path, str], None],
+    on_damage: OnDamage,
     part: Part | None = None,
 ) -> Found[T] | None:
     """Reads the newest undamaged checkpoint.
@@ -269,18 +283,23 @@ def restore_latest(
     Raises:
       InputError: all checkpoints are damaged, or the newest undamaged one is of a different model.
     """
+    return _newest_whole(folder, partial(restore, like=like, part=part), on_damage)
+
+
+def _newest_whole(
+    folder: pathlib.Path, read_one: Callable[[pathlib.Path], tuple[T, str]], on_damage: OnDamage
+) -> Found[T] | None:
+    """Reads the newest undamaged checkpoint of a folder; None if there is none at all."""
     found = steps(folder)
     for step in reversed(found):
         path = folder / str(step)
         try:
-            tree, sha256 = restore(path, like, part=part)
+            tree, sha256 = read_one(path)
             return Found(tree, path, sha256)
         except DamagedCheckpointError as error:
             on_damage(path, str(error))
     if found:
-        raise InputError(
-            f"every checkpoint in {folder} is damaged; move the folder away to start from step 0"
-        )
+        raise InputError(f"every checkpoint in {folder} is damaged; move the folder away and train again")
     return None
 
 

@@ -381,7 +381,7 @@ def restore_weights(
         found = checkpoints.restore_latest(
             workdir / CHECKPOINTS,
             like,
-            on_damage=lambda path, why: say(f"checkpoint {path} is damaged ({why}); using the previous one"),
+            on_damage=checkpoints.previous_instead(say),
             part=part,
         )
         if found is None:

@@ -144,7 +144,7 @@ def _train(
     hosts.check_agreement("the data", job.data_sha256 + str(job.stored))
     # Before anything is written, because this checkpoint may be missing or may not fit the model.
     like = jax.eval_shape(partial(initial_state, job))
-    others = {name: _weights_of(job, name, folder) for name in ("start_from", "teacher")}
+    others = {name: _weights_of(job, name, folder, say) for name in ("start_from", "teacher")}
     start, teacher = others.values()
     state = fine_tuned_state(job, start, say) if start else None
     if teacher:
@@ -210,7 +210,7 @@ def _first_state(job: builder.Training) -> TrainState:
 
 
 def _weights_of(
-    job: builder.Training, field: str, folder: pathlib.Path
+    job: builder.Training, field: str, folder: pathlib.Path, say: Callable[[str], None]
 ) -> checkpoints.Found[dict[str, Any]] | None:
     """Reads the checkpoint of another run that a field names; None if there is none, or this run has its own.
 
@@ -218,10 +218,12 @@ def _weights_of(
       job: the training.
       field: 'start_from' for the one that a new run fine-tunes, 'teacher' for the one that teaches it.
       folder: of this run's checkpoints.
+      say: receives messages for the user.
     """
     found, workdir = None, getattr(job.settings, field)
     if workdir and not checkpoints.steps(folder):
-        found = checkpoints.read_latest(buckets.fetched(workdir))
+        on_damage = checkpoints.previous_instead(say)
+        found = checkpoints.read_latest(buckets.fetched(workdir), on_damage=on_damage)
     hosts.check_agreement(f"config.train.{field}", found.sha256 if found else "none")
     return found
 

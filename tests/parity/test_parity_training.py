@@ -4,6 +4,7 @@ The steps are those of the configs: only the network is smaller, and the random 
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +72,13 @@ def class_counts(config):
 
 def batch_of(reference, recipe, mode, i):
     """The batch of step ``i``; in the place of keys the numbers that are drawn from them."""
-    assert "710+i" in str(reference("train_step", "input/noise_and_alpha_recipe"))
+    drawn = str(reference("train_step", "input/noise_and_alpha_recipe"))
+    seeds = {what: int(seed) + i for what, seed in re.findall(r"(\w+) = recipe\.\w+\((\d+)\+i", drawn)}
     x = nhwc(reference("train_step", f"input/x{i}"))
     shape = (BATCH, 3, 32, 32)
-    noise = {"uniform": recipe.uniform(710 + i, shape), "normal": recipe.normal(720 + i, shape)}
+    noise = {"uniform": recipe.uniform(seeds["rand"], shape), "normal": recipe.normal(seeds["randn"], shape)}
     keys = {name: nhwc(array) for name, array in noise.items()}
-    keys["alpha"] = jnp.asarray(recipe.uniform(730 + i, (BATCH, 1, 1, 1)).reshape(-1), float)
+    keys["alpha"] = jnp.asarray(recipe.uniform(seeds["alpha"], (BATCH, 1, 1, 1)).reshape(-1), float)
     return objectives.Batch(x, jnp.asarray(reference(FILE, f"input/y{i}")), keys, EPOCHS.get(mode, 1))
 
 
