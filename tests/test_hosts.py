@@ -185,3 +185,27 @@ def test_what_the_first_process_does_for_all(tmp_path):
     assert not set(ids[0]) & set(ids[1])
     assert [len(part) for part in ids] == [5 * 32, 5 * 32]
     assert len(set(ids[0]) | set(ids[1])) == 5 * 64
+
+
+TOLD_BY_SLURM = """
+import json, jax
+from robal_jax.devices import hosts
+hosts.start("auto")
+print(json.dumps([jax.process_index(), jax.process_count(), hosts.by_first(lambda: "told")]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_join_as_slurm_tells_them():
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    each = {"JAX_COORDINATOR_PORT": str(free_port()), "PYTHONPATH": str(ROOT), **slurm}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD_BY_SLURM],
+            cwd=ROOT, env=with_devices(1, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **each),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [json.loads(out.splitlines()[-1]) for out in finish(processes)]
+    assert said == [[0, 2, "told"], [1, 2, "told"]]
