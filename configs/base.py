@@ -36,7 +36,8 @@ def get_config(data: str) -> ConfigDict:
     config.data.profile = "exp"  # 'exp' or 'step'
     config.data.seed = 0  # of the subset; 0 is the paper's subset, for any training seed
     if data != "digits_lt":
-        config.data.path = ""  # a TFDS folder or an .npz file; '': TFDS's default folder
+        # CIFAR: a TFDS folder or an .npz file; '' for TFDS's default folder. Others: the folder of images.
+        config.data.path = ""
 
     # Images of a generator beside them: int(share * batch size) images of each batch, drawn with replacement;
     # Wang et al. (ICML 2023): 0.7. An epoch has as many batches as without. Losses and heads then know the
@@ -75,15 +76,16 @@ def get_config(data: str) -> ConfigDict:
     config.attack.noise = 1.0  # radius of a uniform start, in epsilons (N-FGSM: 2)
     config.attack.common_noise = False  # the start's radius is epsilon in all classes (RobustLT)
     config.attack.reach = 1.0  # radius that the steps may not leave, in epsilons (N-FGSM: 3, never reached)
-    # Batch norm in the attack: 'running' statistics, those of the attacked 'batch', or 'batch_update', which
-    # also moves the running ones in every step of the attack (AWP's and CFA's released code), or
-    # 'natural_first': running ones, which a training pass of the clean images moves before the attack (TAET's
-    # released code).
+    # Batch norm in the attack: 'running' statistics; those of the attacked 'batch'; 'batch_update': these,
+    # and every step of the attack moves the running ones (CFA's released code); 'batch_update_end': so does
+    # the attack's result (AWP's released code); 'natural_first': running ones, which a training pass of the
+    # clean images moves before the attack (TAET's released code).
     config.attack.batch_norm = "running"
-    # m: every batch is shown m times in a row, and one backward pass per step moves both the weights and the
-    # images' perturbation, by epsilon (Shafahi et al., NeurIPS 2019: m = 8). Of config.attack nothing else is
-    # read. Epochs and milestones count steps: so m changes no cost, and all images are seen epochs / m times.
-    # 0: an attack in every step
+    # m > 0: free adversarial training (Shafahi et al., NeurIPS 2019: m = 8), for objective 'pgd_at'. Every
+    # batch is shown m times in a row. One backward pass per step moves the weights, and moves the
+    # perturbation of the images by epsilon; no other field of config.attack is used. Epochs and milestones
+    # count steps, so m does not change the cost, but each image is drawn only epochs / m times. 0: an attack
+    # in every step
     config.attack.free_steps = 0
     # Epoch, counted from 1, in which the attack begins; before it, the images are shown as they are (TAET:
     # 41).

@@ -1,4 +1,4 @@
-r"""RobustLT on AWP: larger radii for rare classes, which rise over the epochs.
+r"""RobustLT on AT-AWP: larger radii for rare classes, which rise over the epochs.
 
 Zhang et al. (CVPR 2026). Not a row of RoBal's tables. WideResNet-28-10, CIFAR-10-LT IR 50, clean / PGD-20,
 second-hand: AWP 59.66 / 28.50, with RobustLT 65.22 / 29.11:

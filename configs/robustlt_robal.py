@@ -1,4 +1,4 @@
-r"""RobustLT on RoBal: larger radii for rare classes, which rise over the epochs.
+r"""RobustLT on RoBal-N: larger radii for rare classes, which rise over the epochs.
 
 Zhang et al. (CVPR 2026). Not a row of RoBal's tables. WideResNet-28-10, CIFAR-10-LT IR 50, clean / PGD-20 /
 AA with 10 iterations, second-hand: RoBal 72.73 / 32.29 / 28.92, with RobustLT 74.63 / 36.08 / 31.03:

@@ -10,7 +10,8 @@ from robal_jax.errors import InputError
 
 NEEDED = {
     "config": "a method of configs/README.md, or the path of a config file, and behind a colon the data set: "
-    "at:digits_lt (the default), configs/at.py:cifar10_lt; or cifar100_lt, tiny_imagenet_lt, imagenet_lt",
+    "at:digits_lt, configs/at.py:cifar10_lt; or cifar100_lt, tiny_imagenet_lt, imagenet_lt; digits_lt if "
+    "there is none",
     "workdir": "folder of the run, or its URL in a bucket, gs://… or s3://…",
 }
 TRACK = {"track": "wandb or trackio, which then receive the metrics too; wandb:NAME names the project"}

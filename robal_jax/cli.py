@@ -39,7 +39,8 @@ from robal_jax.storage.config_file import flatten, run_around
 from robal_jax.storage.names import BEST, CHECKPOINTS
 
 PROCESSES = {
-    "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice or under Slurm",
+    "coordinator": "with several processes: HOST:PORT of the first one; auto on a TPU slice, under Slurm, "
+    "Open MPI or Kubernetes",
     "processes": "with HOST:PORT: number of processes",
     "process": "with HOST:PORT: number of this process, from 0",
 }

@@ -72,8 +72,9 @@ _README = """\
 Each method has a config file, which takes the data set as its argument: `configs/at.py:cifar10_lt`. Its
 docstring has the command. The figures are those of tables 1 and 2 of the RoBal paper, in percent:
 WideResNet-34-10, last epoch. Columns 10 are of CIFAR-10-LT with IR 50, columns 100 of CIFAR-100-LT with
-IR 10. AA is APGD-CE and APGD-T together. `experiments/reproduce.py` makes the paper's tables with these
-configs.
+IR 10. IR, the imbalance ratio, is the number of training images of the largest class over that of the
+smallest. AA is what the paper calls so: APGD-CE and APGD-T together. `experiments/reproduce.py` makes the
+paper's tables with these configs.
 
 {table}
 
@@ -91,7 +92,7 @@ methods with one protocol, with `--table=followups` and `--table=augmentation`.
 
 This file is made from the rows in `experiments/paper`:
 
-    python -m experiments.paper.configs_readme
+    python -m experiments.paper.configs_readme > configs/README.md
 """
 
 

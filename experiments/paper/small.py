@@ -52,6 +52,12 @@ FURTHER = (
 )
 """On 1,000 test images: AutoAttack with the audit; with 10 iterations; the pair on the best checkpoint."""
 
+COMPARED = (
+    ("robal_n", "la"), ("robal_n", "at_bsl_ra"), ("robustlt_at_bsl_ra", "at_bsl_ra"),
+    ("robal_n_ema_budgets", "robal_n"), ("robal_r", "robal_n"),
+)  # fmt: skip
+"""Pairs of rows that are compared besides each with AT; not named before the runs."""
+
 SMALL = {
     "small": Table(
         "AT, RoBal and later methods under one protocol",

@@ -29,6 +29,7 @@ from experiments.paper.outcomes import (
     store_folders,
 )
 from experiments.paper.plan import row_config
+from experiments.paper.small import COMPARED
 from experiments.paper.table import aligned, elsewhere_table
 from robal_jax import cli
 from robal_jax.reporting.audit import audit_summary
@@ -140,19 +141,43 @@ def _differences(runs: Sequence[Run], evaluation: str, condition: str) -> Iterat
         "test, not corrected for their number. The intervals are over images; the spread over seeds is not "
         "in them."
     )
-    partners = {run.seed: run for run in runs if run.row.key == TABLE.rows[0].key}
+    at = {run.seed: run for run in _with(evaluation, runs) if run.row.key == TABLE.rows[0].key}
     header = ["Row", *(x for group in ("all", *GROUPS) for x in (group, "p"))]
-    body = []
-    for run in _with(evaluation, runs):
-        other = partners.get(run.seed)
-        if other in (None, run) or evaluation not in other.evaluations or run.balanced:
-            continue
-        cells = []
-        for group in ("all", *GROUPS):
-            figure = difference(run.evaluations[evaluation], other.evaluations[evaluation], condition, group)
-            cells += [_percent(figure, interval=True, sign="+"), printed_p(figure["p_value"]).lstrip("p= ")]
-        body.append([run.label, *cells])
+    body = [
+        [run.label, *_paired(run, at[run.seed], evaluation, condition, ("all", *GROUPS))]
+        for run in _with(evaluation, runs)
+        if run.seed in at and run != at[run.seed] and not run.balanced
+    ]
     yield aligned(header, body, left=1)
+
+
+def _paired(run: Run, other: Run, evaluation: str, condition: str, groups: Sequence[str]) -> Iterator[str]:
+    """Returns for each group of classes the difference of two runs with its interval, and its p-value."""
+    for group in groups:
+        figure = difference(run.evaluations[evaluation], other.evaluations[evaluation], condition, group)
+        yield _percent(figure, interval=True, sign="+")
+        yield printed_p(figure["p_value"]).lstrip("p= ")
+
+
+def _other_differences(runs: Sequence[Run], evaluation: str, condition: str) -> Iterator[str]:
+    yield f"## Differences between other rows, clean and under {_attack(condition)}"
+    yield (
+        "The same for pairs of rows that were chosen after the first figures were seen: the first row less "
+        "the second, both with seed 0. Clean is of all images; the other columns are under attack."
+    )
+    by_key = {run.row.key: run for run in _with(evaluation, runs) if run.seed == 0}
+    header = ["Row", "less", "clean", "p", *(x for group in ("all", *GROUPS) for x in (group, "p"))]
+    body = [
+        [
+            by_key[one].label,
+            by_key[other].label,
+            *_paired(by_key[one], by_key[other], evaluation, "clean", ("all",)),
+            *_paired(by_key[one], by_key[other], evaluation, condition, ("all", *GROUPS)),
+        ]
+        for one, other in COMPARED
+        if {one, other} <= set(by_key)
+    ]
+    yield aligned(header, body, left=2)
 
 
 def _further(runs: Sequence[Run]) -> Iterator[str]:
@@ -298,7 +323,7 @@ def page(runs: Sequence[Run]) -> str:
     by_evaluation: list[Callable[[Sequence[Run]], Iterator[str]]] = [
         partial(part, evaluation=name, condition=ATTACKS[name][0])
         for name in sorted(ATTACKS, key=lambda name: -len(_with(name, runs)))  # that of most runs first
-        for part in (_accuracies, _groups, _differences, _errors, _per_class)
+        for part in (_accuracies, _groups, _differences, _other_differences, _errors, _per_class)
     ]
     for part in (_claims, *by_evaluation, _further, _scales, _published, _costs):
         blocks = list(part(runs))

@@ -61,7 +61,7 @@ def load_cifar_lt(
       path: a TFDS data folder, or the version folder in it that holds ``dataset_info.json``; a file
         ``FILE.npz`` with arrays ``train_images``, ``test_images`` ``[N, 32, 32, 3]`` (uint8, or floats k/255)
         and ``train_labels``, ``test_labels`` ``[N]`` in the official order; '' for TFDS's default folder.
-      ratio: imbalance ratio n_min / n_max in (0, 1].
+      ratio: n_min / n_max, the inverse of IR, in (0, 1].
       profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
       seed: seed of the subset, 0 in the paper.
       n_max: train images of class 0; None for all (5000 or 500).

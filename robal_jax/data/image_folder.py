@@ -193,8 +193,8 @@ def load_image_folder(
       test: folder of the test split, if there is no list.
       train_list: list file of the train split; '' for none.
       test_list: list file of the test split; '' for none.
-      ratio: imbalance ratio n_min / n_max in (0, 1] of the subset of the train folder that is used; 1 for all
-        images, up to ``n_max``. With a list it must be 1.
+      ratio: n_min / n_max, the inverse of IR, in (0, 1], of the subset of the train folder that is used; 1
+        for all images, up to ``n_max``. With a list it must be 1.
       profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
       seed: seed of the subset.
       n_max: train images of class 0 in the subset; None for the size of the smallest class. A folder that is

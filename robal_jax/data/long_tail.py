@@ -29,7 +29,7 @@ def long_tailed_counts(n_max: int, num_classes: int, ratio: float, profile: str 
     Args:
       n_max: images of the head class, >= 1.
       num_classes: K >= 2.
-      ratio: imbalance ratio n_min / n_max in (0, 1]; papers quote its inverse, IR.
+      ratio: n_min / n_max, in (0, 1]; papers quote its inverse, the imbalance ratio IR.
       profile: 'exp' or 'step'.
 
     Returns:

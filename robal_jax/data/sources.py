@@ -17,7 +17,7 @@ def load_digits_lt(
     """Makes a long-tailed set of scikit-learn's handwritten digits: 8 x 8 x 1 images of 0..16, no download.
 
     Args:
-      ratio: imbalance ratio n_min / n_max in (0, 1].
+      ratio: n_min / n_max, the inverse of IR, in (0, 1].
       profile: 'exp' or 'step', see :func:`data.long_tailed_counts`.
       head: train images of class 0, 1..174 - test_per_class.
       test_per_class: test images per class, >= 1.

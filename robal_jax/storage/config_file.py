@@ -54,7 +54,7 @@ NEUTRAL: dict[str, Any] = {
     "train.images_per_class": 0,
     "train.logged_passes": "",
 }
-"""Fields added after 0.1.0, by full name, with the JSON value that means "as before the field existed".
+"""Fields that older configs lack, by full name, with the JSON value that means "as before the field existed".
 
 The value of a new section is the dictionary of its fields.
 """
