@@ -68,6 +68,10 @@ def request_of(values: dict[str, str], overrides: Sequence[str]) -> "Request":
     if not values["table"]:
         raise InputError(f"--table is missing; use one of {', '.join(TABLES)}")
     rows = rows_of(values["table"], data, keys)
+    if int(splits) > 1 and any(row.seeds for row in rows):
+        raise InputError(
+            f"rows of table {values['table']} have their own number of seeds; leave --splits out"
+        )
     return Request(
         table=values["table"],
         data=data,
@@ -233,6 +237,9 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None], stop: "Stop") -> l
         if is_done(job) or job.workdir in diverged:
             continue
         title = f"[{number}/{len(jobs)}] {name}: {'evaluate' if job.folder else 'train'}"
+        if job.surrogate in diverged:
+            print(f"{title}: left out, because it needs images of {diverged[job.surrogate]}, which diverged")
+            continue
         print(title, flush=True)
         started = time.monotonic()
         try:

@@ -235,6 +235,7 @@ def test_further_evaluations_of_every_run():
             other = "robal_n" if key == "at" else "at"
             needed.append(next(j.workdir for j in trainings(plan) if (j.key, j.seed) == (other, seed)))
             assert settings.audit.surrogate == str(needed[1])
+            assert job.surrogate == needed[1]
         assert {j.workdir for j in plan.jobs[:place] if j.folder is None} >= set(needed)
 
 
@@ -404,6 +405,10 @@ def test_a_table_has_no_more_seeds_than_its_rows():
     }
     assert reproduce.request_of(values, []).seeds == (0, 1)
     assert reproduce.request_of(values | {"rows": "la"}, []).seeds == (0,)
+    with pytest.raises(
+        InputError, match="rows of table small have their own number of seeds; leave --splits out"
+    ):
+        reproduce.request_of(values | {"splits": "2"}, [])
 
 
 def test_lines_of_a_table_are_aligned():
@@ -716,6 +721,19 @@ def test_the_others_go_on_when_a_run_diverges(monkeypatch):
     jobs, done = fake_jobs(monkeypatch, do)
     assert done_all(jobs) == ["at seed 0", "lws seed 0"]
     assert done == [("cos", False), ("cos", True)]
+
+
+def test_an_audit_without_its_surrogate_is_left_out(monkeypatch, capsys):
+    def do(job):
+        if job.key == "at" and not job.folder:
+            raise DivergedError("not finite")
+
+    jobs, done = fake_jobs(monkeypatch, do)
+    jobs[-1] = jobs[-1]._replace(surrogate=jobs[0].workdir)
+    jobs.append(Job("la", 0, None, pathlib.Path("d")))
+    assert done_all(jobs) == ["at seed 0", "lws seed 0"]
+    assert done == [("cos", False), ("la", False)]
+    assert "cos seed 0: evaluate: left out, because it needs images of at seed 0" in capsys.readouterr().out
 
 
 def test_a_stop_is_the_end(monkeypatch):

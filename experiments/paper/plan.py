@@ -33,7 +33,7 @@ class Request(NamedTuple):
       table: its name.
       data: the data set.
       seeds: of the runs of every row; with several splits a run is a pair (seed, split).
-      rows: those of ``published.rows_of``.
+      rows: those of ``catalogue.rows_of``.
       overrides: of every config, such as ``train.epochs=4``.
       out: folder of all runs and tables; it may be a URL, see ``storage.buckets``.
       configs: folder of the config files.
@@ -58,6 +58,7 @@ class Job(NamedTuple):
       workdir: of the run.
       start: folder of the run to fine-tune, or of the teacher, if any.
       folder: of the evaluation; None for a training.
+      surrogate: folder of the run whose images attack this one in the audit, if any.
     """
 
     key: str
@@ -66,6 +67,7 @@ class Job(NamedTuple):
     workdir: pathlib.Path
     start: pathlib.Path | None = None
     folder: pathlib.Path | None = None
+    surrogate: pathlib.Path | None = None
 
 
 class Plan(NamedTuple):
@@ -212,9 +214,17 @@ def make_plan(request: Request) -> Plan:
             jobs[workdir] = Job(key, seed, row_config(row, request, *more), workdir, start)
         return workdir, more
 
-    def evaluation(row: Row, seed: Run, workdir: pathlib.Path, folder: pathlib.Path, *more: str) -> None:
+    def evaluation(
+        row: Row,
+        seed: Run,
+        workdir: pathlib.Path,
+        folder: pathlib.Path,
+        *more: str,
+        surrogate: pathlib.Path | None = None,
+    ) -> None:
         if folder not in jobs:
-            jobs[folder] = Job(row.key, seed, row_config(row, request, *more), workdir, folder=folder)
+            config = row_config(row, request, *more)
+            jobs[folder] = Job(row.key, seed, config, workdir, folder=folder, surrogate=surrogate)
 
     for row in request.rows:
         settings = folders.setdefault(row.key, {setting: {} for setting in row.settings})
@@ -225,8 +235,9 @@ def make_plan(request: Request) -> Plan:
                 folder = _evaluation_folder(row, seed, request, *own)
                 further.setdefault(row.key, {}).setdefault(each.name, {})[seed] = folder
                 other = _transfers_from(each, row, table)
-                surrogate = shown(training(other, seed, other.key)[0]) if other else ""
-                evaluation(row, seed, workdir, folder, *more, *own, f"evaluation.audit.surrogate={surrogate}")
+                surrogate = training(other, seed, other.key)[0] if other else None
+                own += (f"evaluation.audit.surrogate={shown(surrogate) if surrogate else ''}",)
+                evaluation(row, seed, workdir, folder, *more, *own, surrogate=surrogate)
             for setting, by_seed in settings.items():
                 folder = by_seed[seed] = _evaluation_folder(row, seed, request, setting)
                 evaluation(row, seed, workdir, folder, *more, setting)
