@@ -277,7 +277,7 @@ def test_mutations_resume_after_a_line_that_was_cut_off(tmp_path, monkeypatch):
     mutations.run(drawn[:3], out, said.append)
     out.write_text(out.read_text()[:-5])
     mutations.run(drawn, out, said.append)
-    assert [(part, mutation) for part, mutation, _ in mutations.read(out)] == drawn[:2] + drawn[2:]
+    assert [(part, mutation) for part, mutation, _ in mutations.read(out)] == drawn
     assert len(said) == 3 + 8
     assert runs[:4] == [None, 66, None, 66]  # without a mutation; three times as long and a minute more
     assert "| all | 10 | 10 | 0 | 0 |" in mutations.table(mutations.read(out))

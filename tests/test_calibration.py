@@ -110,7 +110,7 @@ def test_the_table_counts_by_kind_and_check(tmp_path):
 def test_a_tenth_is_judged_rightly(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", "--tenth=1", "--sample=120", f"--out={tmp_path / 'table.md'}"]
     calibration.main(arguments)
-    records = calibration.read_records(tmp_path / "records.jsonl")
+    records = calibration.read_records(tmp_path / "records.jsonl", 120)
     assert [entry["name"] for entry in records] == [case.name for case in calibration.tenth(CASES)]
     for entry in records:
         flags = {name for name, outcome in entry["outcomes"].items() if outcome == "flagged"}
@@ -122,4 +122,6 @@ def test_a_tenth_is_judged_rightly(tmp_path, capsys):
     )
     capsys.readouterr()
     calibration.main(arguments)  # nothing is left to do
-    assert calibration.read_records(tmp_path / "records.jsonl") == records
+    assert calibration.read_records(tmp_path / "records.jsonl", 120) == records
+    assert calibration.read_records(tmp_path / "records.jsonl") == []
+    assert "on 120 test images" in (tmp_path / "table.md").read_text()

@@ -240,7 +240,7 @@ def test_a_teacher_that_fits_and_one_that_does_not(tmp_path):
         teacher.train.epochs = 1
         student.objective.igdm = 1.0
         student.train.update({"epochs": 1, "teacher": str(tmp_path / "teacher")})
-    with pytest.raises(InputError, match="teacher"):
+    with pytest.raises(InputError, match=r"^no run or checkpoint \S+/teacher; train it first"):
         training.train(student, tmp_path / "early", say=said.append)
     training.train(teacher, tmp_path / "teacher", say=said.append)
     path = training.train(student, tmp_path / "student", say=said.append)

@@ -254,7 +254,7 @@ def twelve_steps(layout, count):
 
 def gap(one, other):
     differences = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), one, other)
-    return max(jax.tree.leaves(differences))
+    return float(np.max(jax.tree.leaves(differences)))  # NaN if there is any
 
 one = twelve_steps("jit", 1)
 print(json.dumps({layout: gap(one, twelve_steps(layout, 4)) for layout in parallel.LAYOUTS}))

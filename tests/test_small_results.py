@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.paper import claims, outcomes, small_page
+from experiments.paper.plan import row_config
 from robal_jax import metrics
 from robal_jax.errors import InputError
 from robal_jax.reporting.comparison import difference
@@ -216,12 +217,22 @@ def test_single_evaluations_are_stored_by_name(stored, monkeypatch, tmp_path):
     results = tmp_path / "run" / "evaluation"
     results.mkdir(parents=True)
     (results / "results.json").write_text("{}")
-    monkeypatch.setattr(outcomes, "read_run", lambda path: evaluated(7, 2000, method="LA", path=path))
+    config, other = (
+        json.loads(row_config(row, outcomes.request_for(tmp_path)).to_json())
+        for row in outcomes.TABLE.rows
+        if row.key in ("la", "at_bsl_ra")
+    )
+    monkeypatch.setattr(
+        outcomes, "read_run", lambda path: evaluated(7, 2000, method="LA", path=path, config=config)
+    )
     assert outcomes.store_folders({"la-0/whole": tmp_path / "run"}, folder) == ["la-0"]
     assert [run.label for run in outcomes.read(folder)][2] == "LA"
     for place in "la-1/whole", "la-0/other", "la-0":
         with pytest.raises(InputError, match=f"there is no '{place}'; give a row, a seed and one of whole,"):
             outcomes.store_folders({place: tmp_path / "run"}, folder)
+    monkeypatch.setattr(outcomes, "read_run", lambda path: evaluated(7, 2000, method="LA", config=other))
+    with pytest.raises(InputError, match=r"'whole' is not of la-0 \(config\.\S+ is .* here, .* in the row\)"):
+        outcomes.store_folders({"la-0/whole": tmp_path / "run"}, folder)
 
 
 def test_a_published_model_is_not_replaced_by_another(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The zoo: models that ship, models from a run, models as runs, and what is refused (robal_jax.zoo)."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -303,9 +304,9 @@ def test_damaged_files(files):
     [
         ("{", "cannot read the card"),
         ("[]", "it has no name"),
-        ({"config": {}}, "config"),
+        ({"config": {}}, r"config\.method is missing; take its value"),
         ({"config": 3}, "its entry 'config' is 3"),
-        ({"config": {"evaluation": 3}}, "config"),
+        ({"config.evaluation": 3}, r"config\.evaluation\.\S+ is missing; take its value"),
         ({"data": {}}, "cannot read the card .*KeyError: 'images'"),
         ({"weights_sha256": None}, "its entry 'weights_sha256' is None"),
         ({"checkpoint": {}}, "its entry 'checkpoint' has no weights"),
@@ -316,8 +317,13 @@ def test_damaged_files(files):
     ],
 )
 def test_damaged_cards(files, change, message):
-    card = json.loads(files.read_text())
-    files.write_text(change if isinstance(change, str) else json.dumps(card | change))
+    text, card = change, json.loads(files.read_text())
+    if not isinstance(change, str):
+        ((name, value),) = change.items()
+        *sections, last = name.split(".")
+        functools.reduce(dict.__getitem__, sections, card)[last] = value
+        text = json.dumps(card)
+    files.write_text(text)
     refused(message, load_model, files)
 
 

@@ -43,7 +43,7 @@ TUNED = 0  # the only seed that was looked at while thresholds were chosen
 
 BASES = (("at", 0), ("at", 1), ("plain", 2))  # method and seed of the models that are masked
 
-SAMPLE = {"digits": 350, "cifar": 350}
+SAMPLE = 350  # test images per model
 
 TEMPERATURE, DISTILLATION_STEPS = 50.0, 400
 
@@ -139,20 +139,20 @@ class Bench:
                 config.model, config.data.n_max = ConfigDict({"name": "small_cnn"}), _CIFAR_IMAGES
         return cli.apply_overrides(config, overrides)
 
-    def sample(self, run: Any, data: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, run: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns test images of a run, floats in [0, 1], and their labels."""
         ids = np.sort(np.random.default_rng(0).permutation(len(run.test.labels))[:count])
         images = np.asarray(run.test.images[ids], np.float32)
         return images / np.float32(run.test.pixel_max), run.test.labels[ids]
 
 
-def audit(bench: Bench, case: Case, sample: int = 0) -> dict[str, Any]:
+def audit(bench: Bench, case: Case, sample: int = SAMPLE) -> dict[str, Any]:
     """Returns a record of a case: the outcome of every check, and accuracies."""
     begin, run = time.time(), bench.run(case.data, case.method, case.seed)
     model = case.mask(bench, case) if case.mask else run.logits_fn
     # The surrogate has seen the same images: of the same seed, by another method.
     other = bench.run(case.data, "at" if case.method != "at" else "robal_n", case.seed)
-    images, labels = bench.sample(run, case.data, sample or SAMPLE[case.data])
+    images, labels = bench.sample(run, sample)
     epsilon, step = run.config["evaluation"]["epsilon"], run.config["evaluation"]["step_size"]
     results = evaluate_model(
         model, images, labels, threat=ThreatModel(epsilon), step_size=step, version="none",
@@ -165,6 +165,7 @@ def audit(bench: Bench, case: Case, sample: int = 0) -> dict[str, Any]:
     return {
         **{key: value for key, value in case._asdict().items() if key != "mask"},
         "name": case.name,
+        "images": sample,
         "clean": accuracy["clean"],
         "pgd_20": accuracy["pgd_20"],
         "outcomes": {name: verdict["outcome"] for name, verdict in verdicts.items()},
@@ -220,7 +221,7 @@ def _distilled(bench: Bench, case: Case) -> LogitsFn:
 
 def page(records: list[dict[str, Any]], planned: int) -> str:
     """Returns the page of results, in Markdown."""
-    images = " or ".join(sorted({str(count) for count in SAMPLE.values()}))
+    images = " or ".join(str(count) for count in sorted({record.get("images", SAMPLE) for record in records}))
     return f"""# Calibration of the audit: {measure.device()}, {datetime.date.today().isoformat()}
 
 `python experiments/benchmarks/calibration.py --workdir=DIR --cifar=FILE.npz --out=FILE.md` trains honest
@@ -304,15 +305,19 @@ def _row(some: list[dict[str, Any]], name: str) -> str:
     )
 
 
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the finished models, each once; a line that a stop has cut is left out."""
+def read_records(path: pathlib.Path, sample: int = SAMPLE) -> list[dict[str, Any]]:
+    """Returns the models that were audited on ``sample`` images, each once.
+
+    A line that a stop has cut is left out.
+    """
     records: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        records[record["name"]] = record
+        if record.get("images", SAMPLE) == sample:
+            records[record["name"]] = record
     return list(records.values())
 
 
@@ -323,25 +328,26 @@ def main(arguments: list[str]) -> None:
         "cifar": "CIFAR-10 as an .npz file; without it only the digits",
         "tenth": "takes a tenth of the models",
         "only": "honest or masked: only these; once the models are trained, two processes can share the work",
-        "sample": "test images per model",
+        "sample": f"test images per model, {SAMPLE}",
         "out": "file of the table",
     }
     values = cli.parse(arguments, texts, __doc__, switches=("tenth",))
     workdir = pathlib.Path(values["workdir"] or "runs/calibration")
     bench, path = Bench(workdir, values["cifar"]), workdir / "records.jsonl"
+    sample = int(values["sample"] or SAMPLE)
     workdir.mkdir(parents=True, exist_ok=True)
     planned = list(cases(cifar=bool(values["cifar"])))
     planned = tenth(planned) if values["tenth"] else planned
     for case in planned:
-        done = {record["name"] for record in read_records(path)}  # by another process, too
+        done = {record["name"] for record in read_records(path, sample)}  # by another process, too
         if case.name not in done and values["only"] in ("", "honest" if case.honest else "masked"):
-            record = audit(bench, case, int(values["sample"] or 0))
+            record = audit(bench, case, sample)
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             flags, notes = (", ".join(_flags(record, outcome)) for outcome in (FLAGGED, NOTE))
             print(f"{case.name}: flagged [{flags}], noted [{notes}], {record['seconds']} s", flush=True)
     names = {case.name for case in planned}
-    found = [record for record in read_records(path) if record["name"] in names]
+    found = [record for record in read_records(path, sample) if record["name"] in names]
     text = page(found, len(planned))
     print(text)
     if values["out"]:

@@ -66,7 +66,7 @@ def networks(bench: calibration.Bench, images: dict[str, int], data: str) -> Ite
                 (
                     f"{name}{method} {seed}",
                     (run.params, run.stats),
-                    *bench.sample(run, "digits", images[kind]),
+                    *bench.sample(run, images[kind]),
                 )
                 for (method, seed), run in zip(models, runs, strict=True)
             ],

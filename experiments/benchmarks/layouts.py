@@ -129,7 +129,7 @@ def largest_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
     """Returns the largest difference over all arrays, which must have the same names."""
     if one.keys() != other.keys():
         raise ValueError("the runs have different arrays")
-    return max(float(np.max(np.abs(one[name] - other[name]))) for name in one)
+    return float(np.max([np.max(np.abs(one[name] - other[name])) for name in one]))  # NaN if there is any
 
 
 def differences(one: Trained, other: Trained) -> tuple[float, float, float]:

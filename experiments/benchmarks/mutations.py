@@ -1,6 +1,6 @@
 """Share of single mutations that the fast tests see: python experiments/benchmarks/mutations.py [--count=60].
 
-Draws mutations of the library's source by a seed, the same number in each of eight parts: another sign,
+Draws mutations of the library's source by a seed, in nine parts in turn: another sign,
 another comparison, another constant, an index off by one, `and` for `or`, a dropped `not`, `min` for `max`.
 Makes each of them alone in a copy of the repository and runs the fast tests that should see it. Every outcome
 is appended to a file, and the same command resumes there; a higher count keeps the mutations of a lower one.
@@ -41,6 +41,12 @@ PARTS = {  # files of the library: the test files that should see a mutation; th
         "attacks/autopgd.py": "autopgd",
         "attacks/autoattack.py": "autoattack",
         "attacks/margins.py": "attacks square",
+        "attacks/l1.py": "l1",
+        "attacks/sparse_autopgd.py": "l1",
+        "attacks/bpda_gradient.py": "bpda",
+        "attacks/free.py": "free_steps",
+        "attacks/malt.py": "fast",
+        "attacks/pma_attack.py": "fast",
         "attacks/*.py": "attacks",
     },
     "bounds": {
@@ -58,7 +64,9 @@ PARTS = {  # files of the library: the test files that should see a mutation; th
         "evaluation/evidence.py": "audit",
         "evaluation/additions.py": "corrupted certifying",
         "evaluation/certifying.py": "certifying",
-        "evaluation/corrupted.py": "corruptions",
+        "evaluation/corrupted.py": "corrupted",
+        "evaluation/optimality.py": "optimality",
+        "evaluation/own_attacks.py": "own_attacks",
         "evaluation/*.py": "evaluate victim unfinished front_door",
     },
     "checkpoints": {"storage/checkpoints.py": "checkpoints train"},

@@ -133,7 +133,7 @@ def theirs(network: str, method: str, batch: int, steps: int, variant: Any) -> C
 def main(arguments: list[str]) -> None:
     """Times everything and prints a table."""
     texts = {
-        "networks": f"some of {','.join(NETWORKS)}; the first three if not given",
+        "networks": f"some of {','.join(NETWORKS)}; digits_cnn,wrn_16_2,resnet18 if not given",
         "methods": "robal_n,at",
         "batch": "sizes, 16,64",
         "steps": "of a timed call, in one dispatch, 4; a training run makes 20",

@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> None:
     )
     with np.load(values["data"]) as data:
         images = data["test_images"][run.examples["ids"][chosen]]
-    x = torch.tensor(np.moveaxis(images, -1, 1).astype(np.float32) / 255).contiguous()
+    largest = zoo.read_card(values["model"])["data"]["pixel_max"]
+    x = torch.tensor(np.moveaxis(images, -1, 1).astype(np.float32) / largest).contiguous()
     y = torch.tensor(run.examples["labels"][chosen]).long()
     eps = run.meta["epsilon"]
     attacks = torch_ensemble(model, eps, steps=100, queries=5000)

@@ -52,7 +52,10 @@ def passes(config: Any) -> float:
 
 
 def seconds(workdirs: Iterable[pathlib.Path]) -> float | None:
-    """Returns the mean duration of runs by their own records, compiling included; None if there is none."""
+    """Returns the mean duration of the steps of runs by their own records; None if there is none.
+
+    Compiling is included; evaluations on held-out images and the saving of checkpoints are not.
+    """
     durations = []
     for workdir in workdirs:
         try:

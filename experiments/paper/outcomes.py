@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.paper.cost import seconds
 from experiments.paper.plan import Request, make_plan, row_config
@@ -17,6 +18,7 @@ from experiments.paper.small import SMALL
 from robal_jax import metrics, zoo
 from robal_jax.errors import InputError, one_line
 from robal_jax.reporting.results import EvaluatedRun, Results, read_run, results_folder
+from robal_jax.storage.config_file import evaluates_another_run
 from robal_jax.storage.files import replacing, write_whole
 from robal_jax.storage.names import RESULTS
 from robal_jax.zoo.cards import SETTINGS
@@ -49,7 +51,7 @@ class Run(NamedTuple):
       row: of the table.
       seed: of the training.
       evaluations: by name, with figures made from the stored outcomes.
-      seconds: that its training took; None if it is not known.
+      seconds: that the steps of its training took, see ``cost.seconds``; None if it is not known.
     """
 
     row: Row
@@ -136,8 +138,22 @@ def store_folders(folders: Mapping[str, pathlib.Path], stored: pathlib.Path) -> 
         runs.setdefault(name, {})[evaluation] = results_folder(folder)
     for name, found in runs.items():
         trained = seconds([folder.parent for folder in found.values()])
-        store(stored / name, {each: read_run(folder) for each, folder in found.items()}, trained)
+        evaluations = {each: read_run(folder) for each, folder in found.items()}
+        _check_trained_as(name, evaluations)
+        store(stored / name, evaluations, trained)
     return list(runs)
+
+
+def _check_trained_as(name: str, evaluations: Mapping[str, EvaluatedRun]) -> None:
+    """Raises if evaluations are of models that were trained otherwise than the row of a name says."""
+    row, seed = ROWS[name]
+    config = row_config(row, request_for(pathlib.Path("out")), f"seed={seed}")
+    for each, run in evaluations.items():
+        if differing := evaluates_another_run(ConfigDict(run.meta["config"]), config):
+            raise InputError(
+                f"the evaluation {each!r} is not of {name} ({differing[0].replace('the run', 'the row')}); "
+                "store it under the name of its row"
+            )
 
 
 def store(path: pathlib.Path, runs: Mapping[str, EvaluatedRun], training: float | None) -> None:

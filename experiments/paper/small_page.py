@@ -273,7 +273,8 @@ def _scales(runs: Sequence[Run]) -> Iterator[str]:
 def _costs(runs: Sequence[Run]) -> Iterator[str]:
     yield "## Cost"
     yield (
-        "Passes: forward and backward passes per training image. Times are on one core or two, beside other "
+        "Passes: forward and backward passes per training image. Steps: without the looks at held-out "
+        "images and the saving of checkpoints. Times are on one core or two, beside other "
         "work, so they compare nothing; —: not measured."
     )
     request, body = request_for(pathlib.Path("out")), []
@@ -288,7 +289,7 @@ def _costs(runs: Sequence[Run]) -> Iterator[str]:
         body.append(
             [run.label, f"{passes(row_config(run.row, request)):g}", cost, f"{evaluated:,.0f}", *facts]
         )
-    header = ["Row", "Passes", "Training, s", "Evaluations, s", "Evaluated", "Processor", "Checkpoint sha256"]
+    header = ["Row", "Passes", "Steps, s", "Evaluations, s", "Evaluated", "Processor", "Checkpoint sha256"]
     yield aligned(header, body, left=1)
 
 
