@@ -475,7 +475,7 @@ def lengths(
     vector(name, values, size, per)
     known = _range(values)
     if known and not (0 <= known[0] <= known[1] < np.inf and (zero or known[0] > 0)):  # NaN is not
-        wrong = known[1] if known[0] > 0 else known[0]
+        wrong = known[1] if known[0] > 0 or (zero and known[0] == 0) else known[0]
         raise InputError(
             f"{name} has the entry {wrong:g}; each must be finite and {'>= 0' if zero else '> 0'}"
         )

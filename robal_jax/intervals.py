@@ -173,8 +173,9 @@ def _conversion(equation: Any, x: Interval) -> _Found:
 
 def _sum(equation: Any, *inputs: Any) -> _Found:
     params, shape = equation.params, jnp.shape(_low(inputs[0]))
-    lengths = [shape[axis] for axis in params.get("axes", [params["axis"]] if "axis" in params else [])]
-    terms = math.prod(params.get("window_dimensions", lengths)) or len(inputs)
+    axes = params.get("axes", [params["axis"]] if "axis" in params else [])
+    lengths = params.get("window_dimensions", [shape[axis] for axis in axes])
+    terms = math.prod(lengths) if lengths else len(inputs)
     sizes = [evaluate(equation, *[jnp.abs(end(x)) for x in inputs]) for end in (_low, _high)]
     return *_widened(*_at_ends(equation, inputs), terms, *sizes), terms, True
 

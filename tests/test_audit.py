@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import multinomial
 
-from robal_jax import attacks, metrics
+from robal_jax import attacks, losses, metrics
 from robal_jax.attacks import ThreatModel, autoattack
 from robal_jax.attacks.threat import COMMON_NORMS
 from robal_jax.evaluation import ensemble_checks, evidence, findings, loop, measurements, verdicts
@@ -293,6 +293,13 @@ def test_a_fault_is_seen_by_its_own_check_alone(fault):
     assert found[name].statement != judged(healthy())[0][name].statement
 
 
+@pytest.mark.parametrize(("fault", "softmax"), [("large scale", "saturated"), ("small scale", "flat")])
+def test_a_scale_that_misleads_is_named(fault, softmax):
+    measured = healthy()
+    FAULTS[fault][2](measured)
+    assert f"the softmax is {softmax}, and" in judged(measured)[0]["logit_scale"].statement
+
+
 @pytest.mark.parametrize("fault", ["random", "batch"])
 def test_an_offset_of_all_logits_hides_nothing(fault):
     """And means nothing by itself."""
@@ -361,7 +368,7 @@ def test_images_that_are_wrong_when_clean_do_not_count():
     rng = np.random.RandomState(3)
     for name, arrays in other.items():
         for field, values in arrays.items():
-            if field in ("right", "margin", "size", "finite"):
+            if field in ("right", "margin", "least", "margin_least", "finite", "margin_finite"):
                 values[480:] = rng.uniform(0, 1, values[480:].shape) > 0.5 if values.dtype == bool else 0
         assert name
     assert judged(measured) == judged(other)
@@ -386,15 +393,21 @@ def test_too_few_images_prove_nothing(right):
 
 
 def random_arrays(seed):
-    """Measurements of any kind: shares from none to all, margins up and down, some of it not finite."""
+    """Measurements of any kind: shares from none to all, margins up and down, some of it not finite.
+
+    In every second one, only a fifth of the arrays are not those of a healthy model.
+    """
     rng, measured = np.random.RandomState(seed), healthy()
     images = rng.choice([1, 3, 20, 90, 600])
+    others = 1.0 if seed % 2 else 0.2
 
     def drawn(field, like):
         if like.dtype == bool:
             return rng.uniform(0, 1, like.shape) < rng.choice([0, 0.01, 0.5, 0.52, 0.99, 1])
-        if field in ("margin", "size"):
+        if field == "margin":
             return rng.normal(rng.choice([-1, 0, 1]), rng.choice([0, 0.1, 1]), like.shape)
+        if field in ("least", "margin_least"):
+            return np.where(rng.uniform(0, 1, like.shape) < rng.choice([0, 0, 0.005, 0.5]), 0.0, like)
         if field == "logits":
             logits = rng.normal(0, rng.choice([0, 1e-3, 1, 100]), like.shape).astype(np.float32)
             damaged = rng.uniform(0, 1, like.shape) < rng.choice([0, 0, 0.01])
@@ -403,7 +416,8 @@ def random_arrays(seed):
 
     for name, arrays in measured.items():
         for field, values in arrays.items():
-            arrays[field] = drawn(field, values[:images])
+            like = values[:images]
+            arrays[field] = drawn(field, like) if rng.uniform() < others else like
         if rng.uniform() < 0.5 and name.startswith("forward"):
             measured[name] = measured["forward_0"]
     return measured, LABELS[:images]
@@ -411,18 +425,35 @@ def random_arrays(seed):
 
 SENTENCES = {
     "is optimistic by": NOTE, "help less than": FLAGGED, "hides its own": FLAGGED, "are enough": PASSED,
-    "is enough": PASSED, "as they should": PASSED, "come from the logit scale": FLAGGED,
+    "is enough": PASSED, "as they should": PASSED, "come from that alone": FLAGGED,
     "does not help": PASSED, "stronger than 20": FLAGGED, "stays at some": NOTE, "stays where": FLAGGED,
+    "leaves its start": FLAGGED, "can leave every": PASSED,
     "too few images": TOO_FEW, "miss something": FLAGGED, "no clear difference": PASSED,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_a_sentence_never_contradicts_the_figures(seed):
+def random_verdicts(seed):
+    """Verdicts and curves of :func:`random_arrays`."""
     measured, labels = random_arrays(seed)
     clean = measured["forward_0"]["logits"].argmax(-1) == labels
     survived, by_square = (np.random.RandomState(seed).uniform(0, 1, (2, clean.sum())) < 0.5)[:2]
-    found, curves = verdicts.give_verdicts(measured, labels, survived, by_square, EPSILON)
+    return verdicts.give_verdicts(measured, labels, survived, by_square, EPSILON)
+
+
+def test_every_sentence_occurs():
+    """So that what is said of them below is said of something."""
+    found = [verdict for seed in range(60) for verdict in random_verdicts(seed)[0]]
+    for _, _, commit in FAULTS.values():
+        measured = healthy()
+        commit(measured)
+        found += judged(measured)[0].values()
+    said = {words: {v.outcome for v in found if words in v.statement} for words in SENTENCES}
+    assert said == {words: {outcome} for words, outcome in SENTENCES.items()}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_sentence_never_contradicts_the_figures(seed):
+    found, curves = random_verdicts(seed)
     json.dumps([[verdict._asdict() for verdict in found], drawn(curves)], allow_nan=False)
     for verdict in found:
         for words, outcome in SENTENCES.items():
@@ -826,6 +857,9 @@ def test_large_logits_are_no_robustness(measured):
     found = judged_model(measured["hidden"])
     assert set(flagged(found)) == {"logit_scale", "zero_gradients", "unbounded", "square"}
     assert {"gradient_free", "transfer"} <= set(having(found, NOTE))  # another scale explains what they found
+    # The gradient of the margin is there, so attacks that follow it can be trusted.
+    assert found["zero_gradients"].evidence["zero_of_margin"] == 0
+    assert found["zero_gradients"].doubts == FIXED_STEPS
     own, honest = (measured[name]["rescaled_1"]["right"].mean() for name in ("hidden", "honest"))
     assert own > honest + 0.3
     # 1000 times a hundredth is 10 times, but for rounding.
@@ -963,6 +997,16 @@ def test_gradients_are_looked_at_where_an_attack_meets_them():
     )
     assert (np.asarray(found["size"]) > 0).all() and not np.asarray(found["least"]).any()
     assert (size > 0).all()  # by the other pixels
+
+    grey = jnp.full_like(images, 0.5)
+    ascent = jnp.sign(jax.grad(lambda x: losses.cross_entropy(linear(x), labels).sum())(grey))
+
+    def blind_after_a_step(x):
+        """Blind to pixels at the edge of the ball, on the side to which the first step goes."""
+        return linear(jnp.where((x - grey) * ascent >= 0.0999, jax.lax.stop_gradient(x), x))
+
+    found = measurements.gradients(blind_after_a_step, keys, grey, labels, threat=threat, step_size=0.25)
+    assert (np.asarray(found["size"]) > 0).all() and not np.asarray(found["least"]).any()
     nowhere_clean = lambda x: linear(jnp.where(x == 0.5, x, jnp.sqrt(x - 0.5)))  # noqa: E731
     assert not look(nowhere_clean)[1].any()
 

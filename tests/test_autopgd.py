@@ -371,7 +371,8 @@ def test_noise_is_new_in_every_step():
         images, images, labels, keys=keys
     )
     assert len(np.unique(logits)) == logits.size
-    assert state.best_loss.max() > jax.vmap(losses.cross_entropy, (0, None))(logits, labels).min()
+    seen = jax.vmap(losses.cross_entropy, (0, None))(logits, labels)  # at the points of all steps
+    assert (state.best_loss >= seen.max(0) - 1e-5).all()  # of float32
     first = attacks.loss_gradient(only_noise, losses.cross_entropy, images, labels, keys, eot=1)[0]
     assert not np.intersect1d(first, logits).size
 

@@ -105,7 +105,11 @@ WRONG = {
     "NaN": (distances.robust_accuracy_curve, ([0.1, np.nan], [0.1]), "distances have the entry nan"),
     "a column": (distances.robust_accuracy_curve, ([[0.1]], [0.1]), r"shape of distances is \[1, 1\]"),
     "no radius": (distances.robust_accuracy_curve, ([0.1], []), r"shape of epsilons is \[0\]"),
-    "an infinite radius": (distances.robust_accuracy_curve, ([0.1], [np.inf]), "epsilons has the entry inf"),
+    "an infinite radius": (
+        distances.robust_accuracy_curve,
+        ([0.1], [0, np.inf]),
+        "epsilons has the entry inf",
+    ),
     "one label": (distances.median_distances, ([0], [0.1, 0.2], [3]), r"labels have shape \[1\].* \[2\]"),
     "an unknown class": (
         distances.median_distances,

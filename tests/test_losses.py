@@ -86,8 +86,8 @@ def numpy_binary_softmax(row, y):
     return -np.log(np.where(np.arange(len(row)) == y, p, 1 - p))
 
 
-def numpy_focal_softmax(row, y, gamma):
-    p = softmax(row)[y]
+def numpy_focal_softmax(row, y, gamma, weight=1.0):
+    p = softmax(row)[y] ** weight
     return 0.5 * (1 - p) ** gamma * -np.log(p)
 
 
@@ -140,10 +140,13 @@ def cases(counts):
             functools.partial(losses.focal, gamma=1.5, class_weights=column),
             each(lambda row, y: classes * column * numpy_binary(row, y, 1.5)),
         ),
-        "focal_softmax": (losses.focal_softmax, each(numpy_focal_softmax, gamma=2)),
+        "focal_softmax": (
+            functools.partial(losses.focal_softmax, gamma=1.5),
+            each(numpy_focal_softmax, gamma=1.5),
+        ),
         "focal_softmax_weighted": (
-            functools.partial(losses.focal_softmax, class_weights=np.full(classes, 2.0)),
-            each(lambda row, y: 0.5 * (1 - softmax(row)[y] ** 2) ** 2 * -2 * np.log(softmax(row)[y])),
+            functools.partial(losses.focal_softmax, class_weights=column),
+            each(lambda row, y: numpy_focal_softmax(row, y, gamma=2, weight=column[y])),
         ),
         "soft_margin": (losses.soft_logit_margin, each(numpy_soft_margin)),
         "boosted": (losses.boosted_cross_entropy, each(numpy_boosted)),
@@ -152,8 +155,8 @@ def cases(counts):
             each(lambda row, y: 0.5 * balance[y] * classes * numpy_binary(row, y, 1)),
         ),
         "balanced_sigmoid": (
-            bind(losses.class_balanced_sigmoid, beta=0.99),
-            each(lambda row, y: balance[y] * numpy_binary(row, y, 0)),
+            bind(losses.class_balanced_sigmoid, beta=0.99, alpha=0.7),
+            each(lambda row, y: 0.7 * balance[y] * numpy_binary(row, y, 0)),
         ),
         "balanced_softmax": (
             bind(losses.class_balanced_softmax, beta=0.99, alpha=2.0, class_weights=column),
@@ -402,15 +405,17 @@ def test_deferred_by_a_traced_epoch(margins, reweight):
             class_counts=COUNTS,
             epoch=epoch,
             start=3,
+            beta=0.99,
+            max_margin=0.4,
             margins=margins,
             reweight=reweight,
         )
 
     plain = losses.cross_entropy(logits, labels)
     values = numpy_margin_adjusted(
-        logits, labels, margins * numpy_ldam_margins(COUNTS, 0.5, 0.25), np.zeros(K), 1.0
+        logits, labels, margins * numpy_ldam_margins(COUNTS, 0.4, 0.25), np.zeros(K), 1.0
     )
-    weights = numpy_effective_number_weights(COUNTS, 0.9999)[labels] if reweight else np.ones(B)
+    weights = numpy_effective_number_weights(COUNTS, 0.99)[labels] if reweight else np.ones(B)
     for epoch in (1, 2):
         np.testing.assert_allclose(loss(epoch), plain, rtol=1e-6)
     for epoch in (3, 4):

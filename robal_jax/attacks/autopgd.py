@@ -116,8 +116,8 @@ def targeted_apgd(
       threat: allowed images.
       rank: 2 for the second highest logit, up to ``K``; may be traced, so that one compilation serves all
         targets.
-      steps: of the search, at least 1.
-      rho: see :func:`search`.
+      steps: of the search, at least 1; in L1 at least 2.
+      rho: see :func:`search`; not read in L1.
 
     Returns:
       See :func:`apgd`.
