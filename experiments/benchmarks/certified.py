@@ -19,9 +19,7 @@ import robal_jax
 from experiments.benchmarks import measure
 from robal_jax import attacks, certificates, cli
 from robal_jax.attacks import LogitsFn, ThreatModel
-from robal_jax.data.sources import SOURCES
 
-MODELS = ("digits_lt/at_small_cnn", "digits_lt/robal_n_small_cnn")
 RADII = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
@@ -49,15 +47,10 @@ def main(arguments: list[str]) -> None:
     """Prints the seconds of each method, and one line per model and radius."""
     examples = int(cli.parse(arguments, {"examples": "test images, 300"}, __doc__)["examples"] or 300)
     print(measure.device())
-    for name in MODELS:
+    for name in measure.DIGITS_MODELS:
         model = robal_jax.load_model(name)
-        config = model.card["config"]
-        fields = {key: value for key, value in config["data"].items() if key != "name"}
-        data = SOURCES[config["data"]["name"]](**fields)
-        ids = np.linspace(0, len(data.test_labels) - 1, examples).round().astype(int)
-        x = np.asarray(data.test_images[ids], np.float32) / np.float32(data.pixel_max)
-        y = np.asarray(data.test_labels)[ids]
-        radii = (*RADII, config["threat"]["epsilon"])
+        x, y = measure.digits_of(model, examples)
+        radii = (*RADII, model.card["config"]["threat"]["epsilon"])
 
         attack = partial(
             attacks.pgd, model.logits_fn, jax.random.key(0), x, y, loss=attacks.negative_margin, steps=40

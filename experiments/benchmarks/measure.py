@@ -20,10 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robal_jax.data import Dataset
+from robal_jax.data.sources import SOURCES
 from robal_jax.storage.workdir import processor
 
 # Leaves memory of a GPU to PyTorch and other processes; JAX reads it when it looks for its devices.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+DIGITS_MODELS = ("digits_lt/at_small_cnn", "digits_lt/robal_n_small_cnn")  # of the zoo
 
 LIBRARIES = ("jax", "jaxlib", "flax", "torch", "torchattacks", "foolbox")
 
@@ -39,6 +42,15 @@ class Times(NamedTuple):
         """Formats milliseconds as '812 (803-840)'; ``spec`` is that of each number."""
         median, low, high = (format(1e3 * seconds, spec or ".3g") for seconds in self)
         return f"{median} ({low}-{high})"
+
+
+def digits_of(model: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images, floats in [0, 1], and labels, spread evenly over a zoo model's test set."""
+    config = model.card["config"]
+    fields = {key: value for key, value in config["data"].items() if key != "name"}
+    data = SOURCES[config["data"]["name"]](**fields)
+    ids = np.linspace(0, len(data.test_labels) - 1, count).round().astype(int)
+    return np.asarray(data.test_images[ids], np.float32) / np.float32(data.pixel_max), data.test_labels[ids]
 
 
 def interleaved(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:

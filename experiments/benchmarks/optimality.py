@@ -9,15 +9,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import numpy as np
-
 from experiments.benchmarks import masked, measure
 from robal_jax import cli, evaluate_model, load_model
 from robal_jax.attacks import ThreatModel
-from robal_jax.data.sources import SOURCES
 from robal_jax.reporting.names import display_name
 
-MODELS = ("digits_lt/at_small_cnn", "digits_lt/robal_n_small_cnn")
 MASKS = ("logits x 100", "NaN-gradient branch", "quantised input", "rounding without gradient")
 
 
@@ -26,20 +22,16 @@ def main(arguments: list[str]) -> None:
     values = cli.parse(arguments, {"examples": "test images, 100 by default"}, __doc__)
     count = int(values["examples"] or 100)
     print(measure.device())
-    header = None
-    for name, mask in [(name, "") for name in MODELS] + [(MODELS[0], mask) for mask in MASKS]:
+    header, models = None, measure.DIGITS_MODELS
+    for name, mask in [(name, "") for name in models] + [(models[0], mask) for mask in MASKS]:
         model = load_model(name)
-        config = model.card["config"]
-        fields = {key: value for key, value in config["data"].items() if key != "name"}
-        data = SOURCES[config["data"]["name"]](**fields)
-        ids = np.linspace(0, len(data.test_labels) - 1, count).round().astype(int)
-        x = np.asarray(data.test_images[ids], np.float32) / np.float32(data.pixel_max)
+        x, y = measure.digits_of(model, count)
         function = masked.MASKS[mask][0](model.logits_fn) if mask else model.logits_fn
         found = evaluate_model(
             function,
             x,
-            np.asarray(data.test_labels)[ids],
-            threat=ThreatModel(config["threat"]["epsilon"]),
+            y,
+            threat=ThreatModel(model.card["config"]["threat"]["epsilon"]),
             audit=count,
             minimum_norm="fmn",
             optimality=True,
