@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import re
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +247,110 @@ def test_a_published_model_is_not_replaced_by_another(monkeypatch, tmp_path):
         InputError, match=r"at_resnet20.json is of another model \(checkpoint 348119c8ed00…, not"
     ):
         outcomes.publish_models(tmp_path, small_page.ZOO)
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    """A page, its outcomes and models in a folder; the page has the names of the runs that are stored."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, path in {"PAGE": "page.md", "STORED": "page", "ZOO": "zoo"}.items():
+        monkeypatch.setattr(small_page, name, folder / path)
+    monkeypatch.setattr(small_page, "page", lambda runs: f"{[run.label for run in runs]}\n")
+    return folder
+
+
+def finish(plan, evaluations, monkeypatch):
+    """Lays out finished evaluations, by row and seed and then by name; returns their folders likewise."""
+    folders, runs = {}, {}
+    for (key, seed), found in evaluations.items():
+        named = {"whole": plan.folders[key][""], **plan.further[key]}
+        folders[key, seed] = {name: named[name][seed] for name in found}
+        runs |= {folders[key, seed][name]: run for name, run in found.items()}
+    for folder in runs:
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+    monkeypatch.setattr(outcomes, "read_run", runs.__getitem__)
+    monkeypatch.setattr(outcomes.Results, "read", runs.__getitem__)
+    return folders
+
+
+@pytest.mark.slow
+def test_finished_evaluations_are_stored_and_models_of_seed_0_published(
+    stored, place, monkeypatch, capsys, tmp_path
+):
+    """A row whose main evaluations are finished with seed 1 only is stored, and not published."""
+    _, at = stored
+    card = outcomes.ROOT / "experiments/zoo/cifar10_lt/la_resnet20.json"
+    (place / "zoo").mkdir()
+    (place / "zoo" / card.name).write_bytes(card.read_bytes())  # of the model that LA's evaluations are of
+    (place / "page.md").write_text("By hand.\n")
+    # Fewer rows and a single plan: each takes a while.
+    monkeypatch.setattr(outcomes, "TABLE", outcomes.TABLE._replace(rows=outcomes.TABLE.rows[:3]))
+    monkeypatch.setattr(outcomes, "make_plan", cache(outcomes.make_plan))
+    plan = outcomes.make_plan(outcomes.request_for(tmp_path))
+    small_page.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[:2] == ["stored: nothing", "published: nothing"]
+
+    def main_of(**meta):
+        runs = {name: at[name] for name in ("whole", "autoattack")}
+        return {name: dataclasses.replace(run, meta={**run.meta, **meta}) for name, run in runs.items()}
+
+    sha256 = json.loads(card.read_text())["checkpoint"]["sha256"]
+    evaluations = {
+        ("at", 0): at,
+        ("robal_n", 0): {"whole": evaluated(4, 2000, method="RoBal-N")},
+        ("robal_n", 1): main_of(method="RoBal-N", seed=1),
+        ("la", 0): main_of(method="LA", checkpoint_sha256=sha256),
+    }
+    folders = finish(plan, evaluations, monkeypatch)
+    trained = {(job.key, job.seed): job.workdir for job in plan.jobs if job.folder is None}
+    trained["robal_n", 1].mkdir(parents=True)
+    (trained["robal_n", 1] / "config.json").write_text('{"train": {"batch_size": 64}}')
+    (trained["robal_n", 1] / "metrics.jsonl").write_text('{"step": 100, "images_per_second": 32.0}\n')
+    published = []
+    monkeypatch.setattr(outcomes.zoo, "publish", lambda *args, **stated: published.append((args, stated)))
+
+    small_page.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        "stored: at-0, robal_n-0, robal_n-1, la-0", "published: at_resnet20, la_resnet20",
+        str(place / "page.md"),
+    ]  # fmt: skip
+    found = {(run.row.key, run.seed): run for run in outcomes.read(place / "page")}
+    summaries = {
+        key: {name: run.summary for name, run in each.evaluations.items()} for key, each in found.items()
+    }
+    assert summaries == {
+        key: {name: run.summary for name, run in each.items()} for key, each in evaluations.items()
+    }
+    assert {key: run.seconds for key, run in found.items() if run.seconds} == {("robal_n", 1): 200}
+    labels = ["AT, seed 0", "RoBal-N, seed 0", "RoBal-N, seed 1", "LA"]
+    assert (place / "page.md").read_text() == f"By hand.\n{small_page.MARK}\n{labels}\n"
+    for key, (args, stated) in zip(("at", "la"), published, strict=True):
+        main = {name: folders[key, 0][name] for name in ("whole", "autoattack")}
+        assert args == (trained[key, 0], place / "zoo" / f"{key}_resnet20", main)
+        assert stated == {"authors": "The robal_jax authors", "license": "Apache-2.0"}
+
+
+def test_only_what_is_below_the_mark_is_written_again(stored, place, monkeypatch, capsys):
+    """A page without the mark gets it, and the next time what is below it is replaced."""
+    folder, _ = stored
+    page = place / "page.md"
+    monkeypatch.setattr(small_page, "STORED", folder)
+    page.write_text("By hand.\n\n")
+    for last in "N-FGSM, balanced training set", "RoBal-N, seed 0":
+        small_page.main([])
+        labels = [run.label for run in outcomes.read(folder)]
+        assert labels[-1] == last
+        assert page.read_text() == f"By hand.\n\n{small_page.MARK}\n{labels}\n"
+        assert capsys.readouterr().out == f"{page}\n"
+        (folder / "n_fgsm_balanced-0.json").unlink(missing_ok=True)
+
+    asked = []
+    monkeypatch.setattr(small_page, "store_folders", lambda *args: asked.append(args) or ["la-0"])
+    small_page.main(["la-0/best=one", "la-0/whole=two"])
+    assert asked == [({"la-0/best": Path("one"), "la-0/whole": Path("two")}, folder)]
+    assert capsys.readouterr().out == f"stored: la-0\n{page}\n"
 
 
 def test_a_page_of_one_row_has_no_empty_table(stored):

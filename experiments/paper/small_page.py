@@ -343,8 +343,8 @@ def main(arguments: Sequence[str]) -> None:
         print("published:", ", ".join(publish_models(out, ZOO)) or "nothing")
     if single:
         print("stored:", ", ".join(store_folders(single, STORED)))
-    text, mark, _ = PAGE.read_text().partition(MARK)
-    write_whole(PAGE, f"{text}{mark or MARK}\n{page(read(STORED))}".encode())
+    text = PAGE.read_text().partition(MARK)[0]
+    write_whole(PAGE, f"{text}{MARK}\n{page(read(STORED))}".encode())
     print(PAGE)
 
 
