@@ -225,24 +225,38 @@ def awp_step(epoch, parts=1, start=2):
     return one_step(state_of(optimizer), optimizer, extras, epoch, parts)
 
 
+def perturbed_step(state, direction_of):
+    """Perturbed weights of a state, and the gradient there, from the direction that a gradient gives."""
+    kernel, batch = state.params["kernel"], objectives.Batch(IMAGES, LABELS, KEYS, 2)
+    _, outcome = pgd_at(linear_model(), state.params, state.stats, batch)
+    known = objectives.Known(adversarial=outcome.attacked.images)
+
+    def gradient(kernel):
+        return jax.grad(lambda k: pgd_at(linear_model(), {"kernel": k}, state.stats, batch, known)[0])(kernel)
+
+    direction = direction_of(gradient(kernel))
+    perturbed = kernel + 0.05 * jnp.linalg.norm(kernel) * direction / jnp.linalg.norm(direction)
+    return perturbed, gradient(perturbed)
+
+
 @pytest.mark.slow
 def test_awp_is_the_step_at_perturbed_weights():
-    optimizer = optax.sgd(0.1)
-    state = state_of(optimizer)
-    kernel = state.params["kernel"]
-    batch = objectives.Batch(IMAGES, LABELS, KEYS, 2)
-    shown = []
-
-    def gradient(params, images):
-        known = objectives.Known(adversarial=images)
-        return jax.grad(lambda p: pgd_at(linear_model(), p, state.stats, batch, known)[0])(params)["kernel"]
-
-    _, outcome = pgd_at(linear_model(), state.params, state.stats, batch, attacked=shown)
-    first = gradient(state.params, outcome.attacked.images)
-    perturbed = kernel + 0.05 * jnp.linalg.norm(kernel) * first / jnp.linalg.norm(first)
-    second = gradient({"kernel": perturbed}, outcome.attacked.images)
-    expected = kernel - 0.1 * (second + 0.1 * perturbed)
+    state = state_of(optax.sgd(0.1))
+    perturbed, gradient = perturbed_step(state, lambda gradient: gradient)
+    expected = state.params["kernel"] - 0.1 * (gradient + 0.1 * perturbed)
     np.testing.assert_allclose(awp_step(2)[0].params["kernel"], expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_awp_along_a_step_of_the_optimiser_up_the_loss():
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
+    state, _ = one_step(state_of(optimizer), optimizer, training_step.NO_EXTRAS)
+    kernel, momentum = state.params["kernel"], optax.tree.get(state.opt_state, "trace")["kernel"]
+    extras = Extras(perturbations.awp(0.05, direction="optimizer"))
+    found, _ = one_step(state, optimizer, extras, 2)
+    perturbed, gradient = perturbed_step(state, lambda up: up - 0.1 * kernel - 0.9 * momentum)
+    expected = kernel - 0.1 * (0.9 * momentum + gradient + 0.1 * perturbed)
+    np.testing.assert_allclose(found.params["kernel"], expected, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -331,8 +345,9 @@ def logits_for(predictions):
     return 10.0 * jax.nn.one_hot(jnp.array(predictions), 3)
 
 
-def test_cfa_follows_the_last_epoch_from_its_start():
-    budget = budgets.cfa(np.array([4, 4, 4]), 0.1, start=2)
+@pytest.mark.parametrize(("given", "lambda1"), [({}, 0.5), ({"lambda1": 0.3}, 0.3)])
+def test_cfa_follows_the_last_epoch_from_its_start(given, lambda1):
+    budget = budgets.cfa(np.array([4, 4, 4]), 0.1, start=2, **given)
     classes, labels = budget.statistics.init(), jnp.array([0, 0, 1, 1])
     for epoch, predictions in ((1, [0, 0, 1, 0]), (2, [0, 1, 1, 1]), (3, [1, 1, 0, 0])):
         for ends in (False, True):  # two steps per epoch with the same outcome
@@ -340,14 +355,16 @@ def test_cfa_follows_the_last_epoch_from_its_start():
             classes = budget.statistics.update(classes, seen, epoch, jnp.bool_(ends))
             if not ends:
                 np.testing.assert_array_equal(classes["shown"], [2, 2, 0])
-        expected = {1: [0.1, 0.1, 0.1], 2: [0.1, 0.15, 0.05], 3: [0.05, 0.05, 0.05]}[epoch]
+        accuracies = {1: None, 2: np.array([0.5, 1.0, 0.0]), 3: np.zeros(3)}[epoch]
+        expected = np.full(3, 0.1) if accuracies is None else 0.1 * (lambda1 + accuracies)
         np.testing.assert_allclose(budget.radii(classes, epoch + 1), expected, rtol=1e-6)
         assert not classes["shown"].any()
 
 
 @pytest.mark.slow
-def test_dafa_measures_one_epoch():
-    budget = budgets.dafa(np.array([4, 4, 4]), 0.1, epoch=2)
+@pytest.mark.parametrize(("given", "scale"), [({}, 1.0), ({"scale": 1.5}, 1.5)])
+def test_dafa_measures_one_epoch(given, scale):
+    budget = budgets.dafa(np.array([4, 4, 4]), 0.1, epoch=2, **given)
     classes, labels = budget.statistics.init(), jnp.array([0, 0, 1, 1])
     kept = []
     for epoch, predictions in ((1, [1, 1, 0, 0]), (2, [0, 1, 1, 1]), (3, [2, 2, 2, 2])):
@@ -358,7 +375,8 @@ def test_dafa_measures_one_epoch():
     probabilities = jax.nn.softmax(logits_for([0, 1, 1, 1]))
     sums = jnp.zeros((3, 3)).at[labels].add(probabilities)
     weights = budgets.dafa_weights(budgets.dafa_similarity(sums, jnp.array([2, 2, 0])))
-    np.testing.assert_allclose(kept[1], 0.1 * weights, rtol=1e-6)
+    assert ((weights > 0.4) & (weights < 1.6)).all()  # so that none is 0 for either scale
+    np.testing.assert_allclose(kept[1], 0.1 * (1 + scale * (weights - 1)), rtol=1e-6)
     assert kept[1][0] > 0.1 > kept[1][1]
     np.testing.assert_array_equal(kept[2], kept[1])
 
@@ -402,6 +420,37 @@ def test_a_loss_of_two_labels_is_the_cross_entropy_to_the_soft_label():
 
 
 # ---------------------------------------------------------------- the attack of a training
+
+
+def test_a_second_step_of_each_step_has_its_own_threat_model():
+    """Logits of a linear model: images of class 1 become brighter, those of class 0 darker."""
+    images, labels = jnp.full((2, 1, 1, 1), 0.5), jnp.array([0, 1])
+    path = attacks.pgd_path(
+        lambda x: jnp.outer(x.reshape(-1) - 0.5, jnp.array([1.0, -1.0])), images, images, labels,
+        threat=THREAT, steps=(1, 2, 3), step_size=0.04,
+        second=(attacks.ThreatModel(jnp.array([0.105, 0.2])), 0.01),
+    )  # fmt: skip
+    # The third step is cut at 0.1, and the one after it ends at 0.105 for the first image.
+    expected = 0.5 + np.array([[-0.05, 0.05], [-0.1, 0.1], [-0.105, 0.11]])
+    np.testing.assert_allclose(path.reshape(3, 2), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "share"), [(None, 0.1), (0.25, 0.25)])
+def test_an_attack_after_a_natural_pass_sees_moved_statistics(momentum, share):
+    centred = linear_model()._replace(predict=lambda p, s, x: (x - s["mean"][None]) @ p["kernel"])
+    params, stats = {"kernel": jax.random.normal(jax.random.key(0), (4, 3))}, {"mean": jnp.full(4, 3.0)}
+    batch, attacked = objectives.Batch(IMAGES, LABELS, KEYS, 1), []
+    first = partial(attack_modes.natural_pass_first, centred, params, stats, batch, momentum=momentum)
+    _, outcome = first(objective=partial(pgd_at, attacked=attacked))
+    moved = (1 - share) * 3.0 + share * np.float64(IMAGES).mean(0)
+    expected = (np.float64(IMAGES) - moved) @ np.float64(params["kernel"])
+    np.testing.assert_allclose(attacked[0](IMAGES), expected, rtol=1e-5, atol=1e-5)  # of terms up to 5
+    (moments,) = outcome.attack_moments
+    np.testing.assert_array_equal(moments["mean"], IMAGES.mean(0))
+    # Weights are perturbed for images that an attack found before: there is no second natural pass.
+    found = partial(attack_modes.known, outcome.attacked.images)
+    again = partial(objectives.pgd_at, loss=losses.cross_entropy)
+    assert first(objective=again, attack=found)[1].attack_moments == ()
 
 
 def small(*changes):
@@ -474,26 +523,55 @@ def test_passes_of_the_attack_that_move_statistics(digits, mode, passes):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def no_loss(model, params, stats, batch):
+    return jnp.float32(0), objectives.Outcome((), {})
+
+
+def bent(params, stats, images):
+    """A training pass whose logits are not linear in the images."""
+    return jnp.sin(40 * images)[:, :3], {}
+
+
+def points_of_the_ball():
+    draw = partial(jax.random.uniform, shape=IMAGES.shape[1:], minval=-1.0, maxval=1.0)
+    return IMAGES + 0.1 * jax.vmap(draw)(fold_in(KEYS, ALIGNMENT))
+
+
 @pytest.mark.slow
 def test_gradients_of_a_linear_model_are_aligned():
     batch = objectives.Batch(IMAGES, LABELS, KEYS, 1)
     linear = linear_model()._replace(
         train=lambda p, s, x: (jnp.stack([x.sum(-1), -x.sum(-1), 0 * x[:, 0]], -1), {})
     )
-    bent = linear._replace(train=lambda p, s, x: (jnp.sin(40 * x)[:, :3], {}))
-
-    def plain(model, params, stats, batch):
-        return jnp.float32(0), objectives.Outcome((), {})
 
     def misalignment(model):
         value, outcome = attack_modes.aligned_gradients(
-            model, {}, {}, batch, objective=plain, weight=0.5, threat=THREAT
+            model, {}, {}, batch, objective=no_loss, weight=0.5, threat=THREAT
         )
         np.testing.assert_allclose(value, 0.5 * outcome.metrics["misalignment"], rtol=1e-6)
         return outcome.metrics["misalignment"]
 
     assert misalignment(linear) < 1e-6
-    assert misalignment(bent) > 0.1
+    assert misalignment(linear._replace(train=bent)) > 0.1
+
+
+@pytest.mark.slow
+def test_misalignment_is_the_mean_of_one_minus_the_cosine():
+    def gradient(images):
+        """Of the cross entropy of ``bent``; the last number of an image has none."""
+        x = np.float64(images)[:, :3]
+        p = np.exp(np.sin(40 * x)) / np.exp(np.sin(40 * x)).sum(1, keepdims=True)
+        return (p - np.eye(3)[np.array(LABELS)]) * 40 * np.cos(40 * x)
+
+    here, there = gradient(IMAGES), gradient(points_of_the_ball())
+    cosines = (here * there).sum(1) / (np.linalg.norm(here, axis=1) * np.linalg.norm(there, axis=1))
+    batch = objectives.Batch(IMAGES, LABELS, KEYS, 1)
+    value, outcome = attack_modes.aligned_gradients(
+        linear_model()._replace(train=bent), {}, {}, batch, objective=no_loss, weight=0.5, threat=THREAT
+    )
+    # Rounding of images in float32 moves the sine's argument by 1e-6.
+    np.testing.assert_allclose(outcome.metrics["misalignment"], np.mean(1 - cosines), rtol=1e-5)
+    np.testing.assert_allclose(value, 0.5 * np.mean(1 - cosines), rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -504,17 +582,13 @@ def test_alignment_looks_at_points_of_the_ball(norm):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
         return images[:, :3], {}
 
-    def plain(model, params, stats, batch):
-        return jnp.float32(0), objectives.Outcome((), {})
-
     model, batch = linear_model()._replace(train=train), objectives.Batch(IMAGES, LABELS, KEYS, 1)
-    attack_modes.aligned_gradients(model, {}, {}, batch, objective=plain, weight=0.5, threat=threat)
+    attack_modes.aligned_gradients(model, {}, {}, batch, objective=no_loss, weight=0.5, threat=threat)
     jax.effects_barrier()
     (there,) = (images for images in seen if (images != IMAGES).any())
     assert 0.05 < threat.distance(there, IMAGES).max() < 0.1 + 1e-6
     if norm == "linf":
-        draw = partial(jax.random.uniform, shape=IMAGES.shape[1:], minval=-1.0, maxval=1.0)
-        np.testing.assert_array_equal(there, IMAGES + 0.1 * jax.vmap(draw)(fold_in(KEYS, ALIGNMENT)))
+        np.testing.assert_array_equal(there, points_of_the_ball())
 
 
 @pytest.mark.slow

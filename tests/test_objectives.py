@@ -31,7 +31,10 @@ def logits_of(params, images, shift):
 
 
 def tiny_model(axis_name=None, shown=None):
-    """A linear model of images without their mean; what it is trained on is appended to ``shown``."""
+    """A linear model of images without their mean; what it is trained on is appended to ``shown``.
+
+    Its features are half its logits.
+    """
 
     def train(params, stats, images):
         del stats
@@ -40,12 +43,16 @@ def tiny_model(axis_name=None, shown=None):
         mean = images.mean() if axis_name is None else jax.lax.pmean(images.mean(), axis_name)
         return logits_of(params, images, mean), {"mean": mean}
 
+    def train_features(params, stats, images):
+        logits, moments = train(params, stats, images)
+        return logits, logits / 2, moments
+
     return models.Model(
         init=None,
         predict=lambda params, stats, images: logits_of(params, images, stats["mean"]),
         train=train,
         features=None,
-        train_features=None,
+        train_features=train_features,
     )
 
 
@@ -61,6 +68,10 @@ LABELS = jnp.asarray(RNG.randint(0, K, B), jnp.int32)
 KEYS = jax.random.split(jax.random.key(0), B)
 BATCH = objectives.Batch(IMAGES, LABELS, KEYS, jnp.int32(1))
 SHIFT = jnp.asarray(0.03 + 0.1 * RNG.randn(*IMAGES.shape), jnp.float32)
+TEACHER = {
+    "weight": jnp.asarray(RNG.randn(SIZE, K), jnp.float32),
+    "bias": jnp.asarray(RNG.randn(K), jnp.float32),
+}
 MARGINS = 0.1 * np.arange(K)
 margin_loss = partial(losses.margin_adjusted_cross_entropy, margins=MARGINS, biases=np.zeros(K), scale=2.0)
 
@@ -68,6 +79,10 @@ margin_loss = partial(losses.margin_adjusted_cross_entropy, margins=MARGINS, bia
 def fixed_attack(logits_fn, keys, images, labels, loss=None):
     del logits_fn, keys, labels, loss
     return images + SHIFT
+
+
+def teacher(images):
+    return logits_of(TEACHER, images, 0.5)
 
 
 def value(objective, params=PARAMS, batch=BATCH, model=MODEL, **keywords):
@@ -113,7 +128,8 @@ def soft_labels(confidence):
 
 # Of avmixup: weight of the natural image, and the image.
 ALPHA = np.float64(objectives.mixing_weights(KEYS, jnp.float32))
-X_MIXED = np.clip(ALPHA[:, None] * X + (1 - ALPHA[:, None]) * (X + 2.0 * (X_ADV - X)), 0, 1)
+X_MIXED = np.clip(ALPHA[:, None] * X + (1 - ALPHA[:, None]) * (X + 1.5 * (X_ADV - X)), 0, 1)
+X_OPPOSITE = 2 * X - X_ADV
 
 
 def boundary():
@@ -133,7 +149,8 @@ def boundary():
 ETA, X_NEAR = boundary()
 
 
-SHOWN = {"nat": X, "adv": X_ADV, "mixed": X_MIXED, "near": X_NEAR}
+SHOWN = {"nat": X, "adv": X_ADV, "mixed": X_MIXED, "near": X_NEAR, "opposite": X_OPPOSITE}
+BESIDE = {"near", "opposite"}  # passes without an accuracy
 REGULARISERS = {  # and their passes, as released
     "kl": (lambda z: kl(z["nat"], z["adv"]).mean(), "adv nat nat adv"),
     "alp": (lambda z: np.linalg.norm(softmax(z["adv"]) - softmax(z["nat"])) / B, "adv nat nat adv"),
@@ -184,6 +201,39 @@ def mma_value(z):
     return 0.4 * margin_ce(z["nat"]).mean() + 0.6 * near.mean()
 
 
+TEACHES = [linear({k: np.float64(a) for k, a in TEACHER.items()}, x, 0.5) for x in (X, X_ADV, X_OPPOSITE)]
+
+
+def distillation(z):
+    return kl(TEACHES[0], z["adv"]).mean()
+
+
+def gradient_matching(z):
+    return kl(TEACHES[1] - TEACHES[2], z["adv"] - z["opposite"]).mean()
+
+
+# The last of four classes has no image here. Class 0 is the tail; three classes would have none.
+COUNTS = np.array([2, 9, 5, 7])
+RARITY = np.sqrt(COUNTS.sum() / COUNTS)[Y]
+SAME = np.equal.outer(Y, Y)
+
+
+def tail(z):
+    """REAT's term; no gradient flows through ``p``."""
+    p, log_q = softmax(linear(W_B, X_ADV, X_ADV.mean()) / 2), np.log(softmax(z["adv"] / 2))
+    pairs = (p * np.log(p)).sum(1)[:, None] - p @ log_q.T
+    terms = np.where(SAME, -1, 1) * np.add.outer(RARITY, RARITY) * pairs
+    return terms[Y == 0].mean()
+
+
+RADIUS_FACTORS = np.linspace(0.5, 2.0, B)
+
+
+def trades_by_radius(z):
+    weight = 4.0 * RADIUS_FACTORS / (1 + 4.0 * RADIUS_FACTORS)
+    return ((1 - weight) * margin_ce(z["nat"]) + weight * kl(z["nat"], z["adv"])).mean()
+
+
 CASES = {
     "plain": Case(
         partial(objectives.plain, loss=margin_loss), lambda z: margin_ce(z["nat"]).mean(), "nat", {}
@@ -194,10 +244,40 @@ CASES = {
         "adv",
         {},
     ),
+    "pgd_at with a tail": Case(
+        partial(
+            objectives.pgd_at,
+            **{"attack": fixed_attack, "loss": margin_loss, "class_counts": COUNTS},
+            **{"tail_weight": 0.5, "tail_divergence": "pair"},
+        ),
+        lambda z: margin_ce(z["adv"]).mean() + 0.5 * tail(z),
+        "adv",
+        {"tail_features": tail},
+    ),
+    "distilled": Case(
+        partial(
+            objectives.distilled,
+            **{"attack": fixed_attack, "loss": margin_loss, "teacher": teacher},
+            **{"epochs": 4, "kd": 0.7, "igdm": 0.3},
+        ),
+        lambda z: margin_ce(z["adv"]).mean() + 0.7 * distillation(z) + 0.3 * 1 / 4 * gradient_matching(z),
+        "adv opposite",
+        {"distillation": distillation, "gradient_matching": gradient_matching},
+    ),
     **{f"regularised {name}": regularised(name, "released", REGULARISERS[name][1]) for name in REGULARISERS},
     **{f"regularised {name} once": regularised(name, "each_pass_once", "adv nat") for name in REGULARISERS},
     "trades": trades("released", "nat adv nat"),
     "trades once": trades("each_pass_once", "nat adv"),
+    "trades by radius": Case(
+        partial(
+            objectives.trades,
+            **{"attack": fixed_attack, "loss": margin_loss, "beta": 4.0},
+            **{"by_radius": True, "radius_factors": jnp.asarray(RADIUS_FACTORS, jnp.float32)},
+        ),
+        trades_by_radius,
+        "nat adv nat",
+        {"regulariser": REGULARISERS["kl"][0]},
+    ),
     "mart": Case(
         partial(objectives.mart, attack=fixed_attack, beta=3.0),
         lambda z: boosted_ce(z["adv"]).mean() + 3.0 * missed_kl(z),
@@ -205,8 +285,11 @@ CASES = {
         {"regulariser": missed_kl},
     ),
     "avmixup": Case(
-        partial(objectives.avmixup, attack=fixed_attack),
-        lambda z: ce(z["mixed"], soft_labels(ALPHA + 0.1 * (1 - ALPHA))).mean(),
+        partial(
+            objectives.avmixup,
+            **{"attack": fixed_attack, "gamma": 1.5, "nat_confidence": 0.9, "vertex_confidence": 0.2},
+        ),
+        lambda z: ce(z["mixed"], soft_labels(0.9 * ALPHA + 0.2 * (1 - ALPHA))).mean(),
         "mixed",
         {},
     ),
@@ -238,9 +321,10 @@ def test_the_batch_tells_cases_apart():
     wrong, beyond = ETA == 0, ETA > MAX_EPSILON
     assert {group.any() for group in (wrong, beyond, ~wrong & ~beyond)} == {True}
     np.testing.assert_array_equal(wrong, linear(W_B, X, 0.4).argmax(1) != Y)
-    for images in SHOWN.values():
-        assert images.min() >= 0
-        assert images.max() <= 1
+    for name in {*SHOWN} - {"opposite"}:
+        assert SHOWN[name].min() >= 0
+        assert SHOWN[name].max() <= 1
+    assert (Y == 0).any()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -252,7 +336,7 @@ def test_value_metrics_and_order_of_the_moments(name):
     close(found, case.expected(logits))
     passes = case.passes.split()
     close([moments["mean"] for moments in outcome.moments], [SHOWN[name].mean() for name in passes])
-    accuracies = {f"{name}_accuracy": (logits[name].argmax(1) == Y).mean() for name in {*passes} - {"near"}}
+    accuracies = {f"{name}_accuracy": (logits[name].argmax(1) == Y).mean() for name in {*passes} - BESIDE}
     expected = accuracies | {key: function(logits) for key, function in case.metrics.items()}
     assert set(outcome.metrics) == set(expected)
     for key, number in expected.items():
@@ -328,7 +412,9 @@ PGD = partial(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pgd_at", "regularised kl", "trades", "mart", "avmixup", "mma"])
+@pytest.mark.parametrize(
+    "name", ["pgd_at", "distilled", "regularised kl", "trades", "mart", "avmixup", "mma"]
+)
 def test_differentiable_with_a_real_attack(name):
     run = jax.jit(jax.value_and_grad(lambda p: value(CASES[name].objective, p, attack=PGD)[0]))
     loss, gradient = run(PARAMS)
@@ -395,9 +481,9 @@ def test_mixing_weights_belong_to_the_key_and_not_to_the_attack():
         (0.0, np.clip(X + 2.0 * (X_ADV - X), 0, 1), np.where(TRUE > 0, 0.1, 0.45)),
     ],
 )
-def test_ends_of_the_mixture(monkeypatch, alpha, images, targets):
+def test_ends_of_the_mixture_by_default(monkeypatch, alpha, images, targets):
     monkeypatch.setattr(objectives, "mixing_weights", lambda keys, dtype: jnp.full(len(keys), alpha, dtype))
-    found, _ = value(CASES["avmixup"].objective)
+    found, _ = value(partial(objectives.avmixup, attack=fixed_attack))
     np.testing.assert_allclose(found, ce(linear(W_B, images, images.mean()), targets).mean(), rtol=1e-5)
 
 
@@ -539,3 +625,4 @@ def test_regularisers_are_those_of_the_whole_batch_on_four_devices():
 def test_table_of_objectives():
     names = {"plain", "pgd_at", "distilled", "regularised", "trades", "mart", "avmixup", "mma"}
     assert {name: getattr(objectives, name) for name in names} == objectives.OBJECTIVES
+    assert {case.objective.func for case in CASES.values()} == set(objectives.OBJECTIVES.values())
