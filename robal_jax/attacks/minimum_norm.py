@@ -70,7 +70,8 @@ def fmn(
     In the paper the radius is this estimate alone while nothing is found. Where it falls short of the
     boundary by a rounding, as it may on a linear model, the search would then stay there for good. So it
     would where two logits tie, or differ by a rounding: the estimate is then 0, or too short to move an
-    image. There the radius grows by at least a thousandth of the distance to the image farthest away.
+    image. There the radius grows by at least a thousandth of the distance to the image farthest away. It is
+    never longer than this distance. Logits that are not finite count as no prediction, and shrink the radius.
 
     Args:
       logits_fn: the model; the logits of an image must not depend on other images, so batch norm uses its
@@ -145,7 +146,8 @@ def ddn(
     ``epsilon_t = (1 - gamma) epsilon_{t-1}`` if ``x_t`` is misclassified, else ``(1 + gamma) epsilon_{t-1}``.
     The direction of ``g`` is that of the gradient of the cross entropy, but ``g`` is the gradient of
     ``log sum_{i != y} exp z_i - z_y``, which does not vanish where the softmax saturates. Half a cosine takes
-    ``alpha_t`` to a hundredth of the step size. Pixels are not quantised.
+    ``alpha_t`` to a hundredth of the step size. Pixels are not quantised. The radius is never longer than the
+    distance to the image farthest away. Logits that are not finite count as no prediction, and shrink it.
 
     Args:
       logits_fn: the model; the logits of an image must not depend on other images, so batch norm uses its
