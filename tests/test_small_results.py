@@ -415,6 +415,11 @@ def test_readme_has_the_figures_of_the_outcomes():
     assert cleaner["low"] > 0
     more = difference(runs["RoBal-N, EMA, budgets"], runs["RoBal-N"], "autoattack", "all")
     assert more["high"] < 0
+    to_n = [
+        difference(runs["RoBal-R"], runs["RoBal-N"], *where)
+        for where in (("clean", "all"), ("autoattack", "tail"))
+    ]
+    assert all(figure["high"] < 0 for figure in to_n)
     all_images = difference(runs["RoBal-N"], runs["AT"], "autoattack", "all")
     assert all_images["low"] < 0 < all_images["high"]  # not clearly better overall
     figures = (
@@ -424,5 +429,6 @@ def test_readme_has_the_figures_of_the_outcomes():
         100 * clean["value"],
         100 * cleaner["value"],
         100 * more["value"],
+        *(100 * figure["value"] for figure in to_n),
     )
     assert said == [round(abs(number)) for number in figures]
