@@ -376,11 +376,14 @@ def test_no_place_of_a_machine_is_stored():
 
 def test_readme_has_the_figures_of_the_outcomes():
     """README's first table, and the sentence below it, follow from the stored outcomes, too."""
-    runs = {
-        run.row.label: run.evaluations["autoattack"]
-        for run in outcomes.read(small_page.STORED)
-        if run.seed == 0 and "autoattack" in run.evaluations
-    }
+    runs, whole = (
+        {
+            run.row.label: run.evaluations[name]
+            for run in outcomes.read(small_page.STORED)
+            if run.seed == 0 and name in run.evaluations
+        }
+        for name in ("autoattack", "whole")
+    )
     text = (outcomes.ROOT / "README.md").read_text()
     table = text.partition("| method | clean, all |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = {
@@ -393,7 +396,7 @@ def test_readme_has_the_figures_of_the_outcomes():
         assert cells == [with_interval(conditions[name][figure]) for name, figure in found], label
 
     sentence = " ".join(text.partition("Under attack RoBal-N")[2].partition("On scikit-learn")[0].split())
-    said = [int(number) for number in re.findall(r"(\d+) (?:points|%)", sentence)]
+    said = re.findall(r"(\d+(?:\.\d)?) (?:points|%)", sentence)
     points = [
         100 * difference(runs["RoBal-N"], runs["AT"], "autoattack", group)["value"]
         for group in ("tail", "head")
@@ -403,6 +406,8 @@ def test_readme_has_the_figures_of_the_outcomes():
     for label in ("RoBal-N", "AT"):
         figures = runs[label].conditions["autoattack"]
         broken.append(100 * figures["boundary_error"]["value"] / (1 - figures["natural_error"]["value"]))
+    on_all = [difference(whole["RoBal-N"], whole["AT"], "robal_aa", group) for group in ("all", "tail")]
+    assert all(figure["low"] > 0 for figure in on_all)
     to_la = [difference(runs["RoBal-N"], runs["LA"], "autoattack", group) for group in ("head", "tail")]
     assert to_la[0]["low"] > 0 and to_la[1]["low"] < 0 < to_la[1]["high"]
     bsl = partial(difference, runs["AT-BSL, RandAugment"], runs["RoBal-N"])
@@ -425,10 +430,13 @@ def test_readme_has_the_figures_of_the_outcomes():
     figures = (
         *points,
         *broken,
+        *(100 * figure["value"] for figure in on_all),
         100 * to_la[0]["value"],
         100 * clean["value"],
         100 * cleaner["value"],
         100 * more["value"],
         *(100 * figure["value"] for figure in to_n),
     )
-    assert said == [round(abs(number)) for number in figures]
+    assert len(said) == len(figures)
+    for number, figure in zip(said, figures, strict=True):
+        assert number == f"{abs(figure):.{len(number.partition('.')[2])}f}"
