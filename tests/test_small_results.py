@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
@@ -237,16 +238,20 @@ def test_single_evaluations_are_stored_by_name(stored, monkeypatch, tmp_path):
 
 
 def test_a_published_model_is_not_replaced_by_another(monkeypatch, tmp_path):
-    plan = outcomes.make_plan(outcomes.request_for(tmp_path))
-    for place in plan.folders["at"][""][0], plan.further["at"]["autoattack"][0]:
-        place.mkdir(parents=True)
-        (place / "results.json").write_text("{}")
+    """Then nothing is published: AT, which the zoo does not have, neither."""
+    plan, zoo = outcomes.make_plan(outcomes.request_for(tmp_path)), tmp_path / "zoo"
+    for key in "at", "la":
+        for place in plan.folders[key][""][0], plan.further[key]["autoattack"][0]:
+            place.mkdir(parents=True)
+            (place / "results.json").write_text("{}")
+    zoo.mkdir()
+    shutil.copy(small_page.ZOO / "la_resnet20.json", zoo)
     monkeypatch.setattr(outcomes.Results, "read", lambda folder: evaluated(0, 500))
-    monkeypatch.setattr(outcomes.zoo, "publish", lambda *_, **__: pytest.fail("replaced"))
+    monkeypatch.setattr(outcomes.zoo, "publish", lambda *_, **__: pytest.fail("published"))
     with pytest.raises(
-        InputError, match=r"at_resnet20.json is of another model \(checkpoint 348119c8ed00…, not"
+        InputError, match=r"la_resnet20.json is of another model \(checkpoint 991e548f341f…, not"
     ):
-        outcomes.publish_models(tmp_path, small_page.ZOO)
+        outcomes.publish_models(tmp_path, zoo)
 
 
 @pytest.fixture
@@ -290,7 +295,7 @@ def test_finished_evaluations_are_stored_and_models_of_seed_0_published(
     monkeypatch.setattr(outcomes, "make_plan", cache(outcomes.make_plan))
     plan = outcomes.make_plan(outcomes.request_for(tmp_path))
     small_page.main([str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[:2] == ["stored: nothing", "published: nothing"]
+    assert capsys.readouterr().out.splitlines()[:2] == ["published: nothing", "stored: nothing"]
 
     def main_of(**meta):
         runs = {name: at[name] for name in ("whole", "autoattack")}
@@ -313,7 +318,7 @@ def test_finished_evaluations_are_stored_and_models_of_seed_0_published(
 
     small_page.main([str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
-        "stored: at-0, robal_n-0, robal_n-1, la-0", "published: at_resnet20, la_resnet20",
+        "published: at_resnet20, la_resnet20", "stored: at-0, robal_n-0, robal_n-1, la-0",
         str(place / "page.md"),
     ]  # fmt: skip
     found = {(run.row.key, run.seed): run for run in outcomes.read(place / "page")}

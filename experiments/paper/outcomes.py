@@ -97,17 +97,21 @@ def collect(out: pathlib.Path, stored: pathlib.Path) -> list[str]:
 
 
 def publish_models(out: pathlib.Path, zoo_folder: pathlib.Path) -> list[str]:
-    """Publishes the runs of seed 0 whose main evaluations are finished; returns their names in the zoo."""
-    plan, published = make_plan(request_for(out)), []
+    """Publishes the runs of seed 0 whose main evaluations are finished; returns their names in the zoo.
+
+    Raises:
+      InputError: the zoo has another model of one of these names; then none is published.
+    """
+    plan, found = make_plan(request_for(out)), {}
     trained = {job.key: job.workdir for job in plan.jobs if job.folder is None and job.seed == 0}
     for row in TABLE.rows:
         folders = {WHOLE: plan.folders[row.key][""][0], "autoattack": plan.further[row.key]["autoattack"][0]}
         if all((folder / RESULTS).is_file() for folder in folders.values()):
-            name = f"{row.key}_resnet20"
-            _check_same_model(zoo_folder / f"{name}.json", Results.read(folders[WHOLE]))
-            zoo.publish(trained[row.key], zoo_folder / name, folders, **STATED)
-            published.append(name)
-    return published
+            _check_same_model(zoo_folder / f"{row.key}_resnet20.json", Results.read(folders[WHOLE]))
+            found[row.key] = folders
+    for key, folders in found.items():
+        zoo.publish(trained[key], zoo_folder / f"{key}_resnet20", folders, **STATED)
+    return [f"{key}_resnet20" for key in found]
 
 
 def _check_same_model(card_file: pathlib.Path, results: Results) -> None:

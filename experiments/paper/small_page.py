@@ -339,8 +339,8 @@ def main(arguments: Sequence[str]) -> None:
         place: pathlib.Path(folder) for place, _, folder in (x.partition("=") for x in arguments) if folder
     }
     for out in (pathlib.Path(argument) for argument in arguments if "=" not in argument):
-        print("stored:", ", ".join(collect(out, STORED)) or "nothing")
         print("published:", ", ".join(publish_models(out, ZOO)) or "nothing")
+        print("stored:", ", ".join(collect(out, STORED)) or "nothing")
     if single:
         print("stored:", ", ".join(store_folders(single, STORED)))
     text = PAGE.read_text().partition(MARK)[0]
