@@ -27,7 +27,7 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     if data in ("cifar10_lt", "cifar100_lt"):
         config.model = base.ConfigDict({"name": "wide_resnet", "depth": 28, "widen": 10})
         config.threat.epsilon = 0.031
-        config.attack.step_size = 0.007
+        config.attack.step_size = 0.007 / 0.031 * config.threat.get_oneway_ref("epsilon")
     if data == "digits_lt":
         config.threat.budget.epoch = 38
     if data == "imagenet_lt":

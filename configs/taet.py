@@ -27,5 +27,5 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
     config.attack.batch_norm = "natural_first"
     if data in ("cifar10_lt", "cifar100_lt"):
         config.threat.epsilon = 0.031
-        config.attack.step_size = 0.003
+        config.attack.step_size = 0.003 / 0.031 * config.threat.get_oneway_ref("epsilon")
     return base.longer(config, data, 100, 76, 91)

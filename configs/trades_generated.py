@@ -40,4 +40,6 @@ def get_config(data: str = "digits_lt") -> base.ConfigDict:
         config.train.batch_norm_momentum = 0.01
         config.train.batch_size = 512
         config.train.epochs = 400
+    if data == "cifar100_lt":  # as released; the network's own are CIFAR-10's
+        config.model.mean, config.model.std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     return config

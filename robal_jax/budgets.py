@@ -244,9 +244,10 @@ def dafa_weights(similarity: chex.Array, scale: chex.Numeric = 1.0) -> chex.Arra
     ``w_i = 1 + scale sum_{j != i} ([S_ii < S_jj] S_ij S_jj - [S_ii >= S_jj] S_ji S_ii)``
 
     They multiply radius, step size and cross entropy. Between two classes one gives what the other takes, so
-    their sum is ``K``; an exact tie of ``S_ii > 0`` is the exception, in which both give. A weight below 0
-    counts as 0: that of a class which most images of many others are taken for. A class of which no image
-    was seen has the weight 1; the released code fails there.
+    their sum is ``K``; an exact tie of ``S_ii > 0`` is the exception, in which both give. Then a weight below
+    0, that of a class which most images of many others are taken for, is set to 0, and the sum is larger: the
+    class is not attacked, and its cross entropy does not count. A class of which no image was seen has the
+    weight 1; the released code fails there.
 
     Args:
       similarity: ``S [K, K]``, see :func:`dafa_similarity`.

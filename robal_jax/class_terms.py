@@ -88,7 +88,7 @@ def rebalanced_weights(class_counts: chex.Array, predicted: chex.Array) -> chex.
     counts = _counts(class_counts)
     checks.vector("predicted", predicted, counts.size)
     # 1 - beta^a without the rounding of a beta close to 1; of a class of one image beta is 0, and 0^0 is 1.
-    unseen = -jnp.expm1(predicted * jnp.log1p(-1.0 / jnp.maximum(counts, 1.5)))
+    unseen = -jnp.expm1(predicted * jnp.log1p(-1.0 / jnp.where(counts > 1, counts, 2.0)))
     unseen = jnp.where(counts > 1, unseen, jnp.where(jnp.asarray(predicted) > 0, 1.0, 0.0))
     weights = 1.0 / (unseen * counts + 1e-5)
     return weights * (counts.size / weights.sum())

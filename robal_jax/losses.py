@@ -10,8 +10,9 @@ weight or average the values. A long-tail loss also takes the number of training
 The file has three parts: losses that need no statistics of the data; losses that use what follows from the
   class counts, see ``class_terms``; and what turns a loss into another one.
 
-``class_weights [K]`` act as in RoBal's released code. A softmax loss weights each example by its label and
-divides by the mean weight of the batch; a loss of ``K`` binary problems weights the problems.
+``class_weights [K]`` act as in RoBal's released code. A softmax loss weights each example by its label and,
+but for ``focal_softmax``, divides by the mean weight of the batch; a loss of ``K`` binary problems weights
+the problems.
 
 Every function raises ValueError for arguments of a wrong shape or type and, outside of ``jax.jit``, for
 labels that are not in ``0..K-1``, class counts below 1, and scales and temperatures outside of 1e-6..1e6. The

@@ -408,7 +408,8 @@ def groups_of_ten(values: ArrayLike) -> np.ndarray:
       values: one figure per class ``[K]``, ``K >= 10``.
 
     Returns:
-      float64 ``[10]``. RoBal's log prints the sums of the same groups, i.e. ``K / 10`` times these means.
+      float64 ``[10]``. RoBal's log prints the sums of the same groups: for ``K`` a
+      multiple of 10, ``K / 10`` times these means.
 
     Example:
       >>> print(groups_of_ten(np.arange(20)).tolist())
@@ -606,10 +607,11 @@ def share(hits: np.ndarray) -> dict[str, float]:
 
 
 def mean_share(shares: ArrayLike) -> dict[str, float]:
-    """Returns the mean of one share per image, with an interval that is, if anything, too wide.
+    """Returns the mean of one share per image, with an interval that is usually too wide.
 
-    The variance of a number in [0, 1] with mean ``m`` is at most ``m (1 - m)``, that of a number that is 0 or
-    1. So the Wilson interval of ``n m`` successes in ``n`` covers at least what it does for such numbers.
+    It is the Wilson interval of ``n m`` successes in ``n``. The variance of a number in [0, 1] with mean
+    ``m`` is at most ``m (1 - m)``, that of a number that is 0 or 1. The lowest coverage is about that for
+    such numbers.
 
     Args:
       shares: floats ``[n]`` in [0, 1], ``n >= 1``, such as how often each image is right.

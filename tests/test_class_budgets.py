@@ -277,12 +277,18 @@ CHANGES = {
 
 @pytest.mark.parametrize(("meta", "fields", "found"), CHANGES.values(), ids=CHANGES)
 def test_the_accuracy_at_the_common_radius_is_that_of_the_same_weights(tmp_path, meta, fields, found):
+    """It is looked for in all folders; the first, of another part of the test set, does not fit."""
     own = {"evaluation": FIELDS["evaluation"] | {"budget": {"name": "by_frequency", "alpha": 0.3}}}
-    assert at_common_radius(tmp_path, KNOWN | {"config": own}) == {}
+    folders = [tmp_path / name for name in ("missing", "part", "whole")]
+    assert at_common_radius(folders, KNOWN | {"config": own}) == {}
+    part = FIELDS["evaluation"] | {"examples": 20}
+    for folder in folders[1:]:
+        folder.mkdir()
+    fake_results(meta=META | KNOWN | {"config": {"evaluation": part}}).write(folders[1])
     results = fake_results(meta=META | KNOWN | meta | {"config": fields})
-    results.write(tmp_path)
-    beside = at_common_radius(tmp_path, KNOWN | {"config": own})
-    assert beside == ({"common_epsilon": common(results, str(tmp_path))} if found else {})
+    results.write(folders[2])
+    beside = at_common_radius(folders, KNOWN | {"config": own})
+    assert beside == ({"common_epsilon": common(results, str(folders[2]))} if found else {})
 
 
 # ---------------------------------------------------------------- whole evaluations
@@ -341,9 +347,10 @@ def test_a_run_at_radii_by_class_beside_the_common_radius(tmp_path):
         cli.apply_overrides(read_config(run), [f"--config.evaluation.{text}" for text in (*settings, *more)])
         for more in ([], ["budget.name=by_frequency"])
     )
-    loop.evaluate(config, run, say=lambda line: None)
-    loop.evaluate(by_class, run, folder=run / "own", say=lambda line: None)
-    one, own = read_run(run), read_run(run / "own")
+    one, own = (
+        read_run(loop.evaluate(each, run, folder=run / name, say=lambda line: None))
+        for each, name in ((config, "evaluation-20-images"), (by_class, "own"))
+    )
     beside = own.meta["common_epsilon"]
     assert beside["accuracy"]["pgd_20"] == one.conditions["pgd_20"]["accuracy"]
     assert own.conditions["clean"] == one.conditions["clean"]

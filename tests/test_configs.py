@@ -15,7 +15,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 
 from robal_jax import builder, cli, models, training
-from robal_jax.builder import call
+from robal_jax.builder import call, parts
 from robal_jax.data import Dataset, sources
 from robal_jax.devices import parallel
 from robal_jax.storage import config_file
@@ -306,6 +306,26 @@ def test_generated_warm_up_is_a_fortieth_of_the_epochs(data):
     changed = cli.apply_overrides(config, ["--config.train.epochs=20"])
     assert changed.average.warmup == 0.5
     assert cli.apply_overrides(config, ["--config.average.warmup=1.5"]).average.warmup == 1.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("data", slow_but_for_digits([*DATA, *IMAGENETS]))
+def test_step_sizes_follow_epsilon(method, data):
+    config = cli.load_config(f"configs/{method}.py:{data}")
+    sizes = [config[section].step_size for section in ("attack", "evaluation")]
+    cli.apply_overrides(config, [f"--config.threat.epsilon={config.threat.epsilon / 2}"])
+    halved = [config[section].step_size for section in ("attack", "evaluation")]
+    assert halved == pytest.approx([size / 2 for size in sizes])
+
+
+@pytest.mark.parametrize("data", ["cifar10_lt", "cifar100_lt"])
+def test_generated_images_are_standardised_as_released(data):
+    """By the mean and deviation of their own data set, from the released code."""
+    released = {
+        "cifar10_lt": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)},
+        "cifar100_lt": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    }
+    assert parts.standardisation(cli.load_config(f"configs/trades_generated.py:{data}")) == released[data]
 
 
 @pytest.mark.parametrize(("method", "start", "factor"), [("fgsm", "clean", 1.0), ("fast", "uniform", 1.25)])

@@ -59,7 +59,10 @@ def test_harl_of_a_solved_batch_has_a_gradient_without_nan():
 
 
 @pytest.mark.parametrize("predicted", [[9, 4, 0, 3, 1], [0, 0, 0, 0, 1], [100, 40, 16, 6, 2]])
-@pytest.mark.parametrize("counts", [COUNTS, [5, 4, 3, 2, 1]], ids=["counts", "a class of one image"])
+@pytest.mark.parametrize(
+    "counts", [COUNTS, [5, 4, 3, 2, 1], [9.5, 4, 2.2, 1.2, 1]],
+    ids=["counts", "a class of one image", "with generated images"],
+)  # fmt: skip
 def test_rebalanced(counts, predicted):
     counts, predicted = np.array(counts), np.array(predicted, float)
     weights = numpy_rebalanced_weights(counts, predicted)

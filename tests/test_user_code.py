@@ -260,9 +260,9 @@ def test_the_code_of_a_config(modules, monkeypatch):
         "schedule": {"name": "not_there:rate"},
     }
     config = base.ConfigDict(names)
-    assert list(code_of(config, "training")["code_sha256"]) == ["own_loss", "test_user_code"]
+    assert list(code_of(config, "training")["code_sha256"]) == ["own_loss", "own_network", "test_user_code"]
     assert list(code_of(config, "evaluation")["code_sha256"]) == ["own_network", "test_user_code"]
-    assert code_of(config, "model") == {}
+    assert list(code_of(config, "model")["code_sha256"]) == ["own_network"]  # the head of its evaluation
     assert code_of(at.get_config("digits_lt"), "evaluation") == {}
 
 

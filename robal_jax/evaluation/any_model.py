@@ -87,8 +87,9 @@ def evaluate_model(
         differentiable one, images to logits. PGD-20, on the cross-entropy and on the margin, and each attack
         of the ensemble that follows a gradient then run again, with the true model's logits and this
         gradient (BPDA, see :func:`~robal_jax.attacks.bpda`), attacks of your own and the minimum-norm attack,
-        too. What they break counts, and the audit says whether the model's own gradient misled. It has
-        nothing to do with ``surrogate``, which is another model.
+        too. What they break counts, but for the minimum-norm attack, whose distances are reported beside.
+        The audit says whether the model's own gradient misled. It has nothing to do with ``surrogate``,
+        which is another model.
       minimum_norm: 'fmn' or 'ddn' for the distances of the closest adversarial images; '' for none.
       audit: test images in the audit's sample; 0 for no audit.
       corruptions: whether to report the accuracy on corrupted images, too: 15 corruptions at 5 strengths,

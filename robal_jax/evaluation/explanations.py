@@ -121,8 +121,9 @@ EXPLANATIONS = {
     "unbounded": Explanation(
         "No bound",
         FIXED_STEPS,
-        f"Flagged if {_CLEARLY} more than {100 * NEARLY_ZERO:g} % of the images are right under 100 "
-        f"steps of PGD without a bound. Noted if more than {100 * NEARLY_ZERO:g} % of the sample are.",
+        f"Flagged if {_CLEARLY} more than {100 * NEARLY_ZERO:g} % of the images that are right when clean "
+        f"are right under 100 steps of PGD without a bound. Noted if more than {100 * NEARLY_ZERO:g} % of "
+        "those in the sample are.",
         "Without a bound every image can become one of another class, so an attack that works leaves none.",
         _ENSEMBLE + " Look at the curve by radius: it should fall to zero.",
     ),

@@ -6,7 +6,7 @@ then the report, then the table on the terminal. A report is made of the stored 
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -152,7 +152,7 @@ def _distances(
 def regroup(
     job: builder.Evaluation,
     about: Mapping[str, Any],
-    beside: pathlib.Path | None,
+    beside: Sequence[pathlib.Path],
     folder: pathlib.Path,
     say: Callable[[str], None],
 ) -> None:
@@ -161,7 +161,7 @@ def regroup(
     Args:
       job: what was evaluated, and the groups.
       about: values of :class:`Results` ``.meta``, of which those are taken that no attack depends on.
-      beside: folder of the evaluation at a common radius; None for none.
+      beside: folders, of which one may have the evaluation at a common radius.
       folder: of the results; its report is removed if they change.
       say: receives messages for the user, line by line.
     """
@@ -182,7 +182,7 @@ def regroup(
     say(f"{changed}; no attack is run again")
     meta = {name: value for name, value in run.meta.items() if name != "common_epsilon"}
     meta |= names | {name: about[name] for name in ("config", "imbalance", "command") if about.get(name)}
-    meta |= {} if beside is None else at_common_radius(beside, meta)
+    meta |= at_common_radius(beside, meta)
     remove_report(folder)
     lengths = _distances(job, run.examples["labels"], run.examples, predictions)
     Results(meta, summary, run.audit, run.norms, lengths).write(folder)

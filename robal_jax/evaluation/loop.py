@@ -20,7 +20,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -147,7 +147,8 @@ def evaluate(
             **of_surrogate,
             **code,
         }
-        beside = workdir / EVALUATION if isinstance(job.threat.epsilon, tuple) else None
+        by_class = isinstance(job.threat.epsilon, tuple)
+        beside = sorted(workdir.glob(f"{EVALUATION}*")) if by_class else ()
         subject = Subject(job, weights, surrogate, identity, about, beside)
         done = attack_and_report(subject, place, command, stop, speak)
     if not done:
@@ -164,7 +165,7 @@ class Subject(NamedTuple):
       surrogate: another model, for the audit's attack by transfer; None for none.
       identity: JSON values that tell this evaluation from others, beside the test set.
       about: what the report says in addition to ``job.about``.
-      beside: folder of the evaluation at a common radius, if this one has radii by class.
+      beside: if it has radii by class: folders, of which one may have the evaluation at a common radius.
     """
 
     job: builder.Evaluation
@@ -172,7 +173,7 @@ class Subject(NamedTuple):
     surrogate: Victim | None
     identity: Mapping[str, Any]
     about: Mapping[str, Any]
-    beside: pathlib.Path | None = None
+    beside: Sequence[pathlib.Path] = ()
 
 
 def attack_and_report(
@@ -258,7 +259,7 @@ def _attack_and_store(
         "command": command,
         "stages": autoattack.robust_after(job.ensemble, found),
     }
-    if subject.beside is not None:
+    if subject.beside:
         meta |= hosts.by_first(partial(at_common_radius, subject.beside, meta))
     if job.minimum_norm:
         outcomes[job.minimum_norm] = {"distance": lengths}

@@ -169,7 +169,10 @@ DeepMindWideResNet = partial(
     mean=CIFAR10_MEAN,
     std=CIFAR10_STD,
 )
-"""WideResNet as DeepMind and RobustBench train it on CIFAR-10: SiLU, standardised images, 'SAME' padding."""
+"""WideResNet as DeepMind and RobustBench train it on CIFAR-10: SiLU, 'SAME' padding, standardised images.
+
+For another data set set ``mean`` and ``std``.
+"""
 
 
 class PreActResNet18(nn.Module):

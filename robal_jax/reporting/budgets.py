@@ -1,7 +1,8 @@
 """Radii that differ by class: what a report says of them, and the accuracy at the common radius beside it."""
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from robal_jax.errors import InputError
@@ -17,22 +18,26 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
-def at_common_radius(folder: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+def at_common_radius(folders: Iterable[pathlib.Path], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the accuracies of the same weights at the common radius, as ``meta`` holds them.
 
     Args:
-      folder: of an evaluation, if there is one.
+      folders: of evaluations of the run, finished or not; the first that fits is taken.
       meta: of the evaluation at radii by class.
 
     Returns:
       'common_epsilon'; {} if there is no such evaluation.
     """
-    try:
-        common = Results.read(folder)
-    except InputError:
-        return {}
-    if "class_epsilon" in common.meta or _settled(common.meta) != _settled(meta):
-        return {}
+    for folder in folders:
+        with contextlib.suppress(InputError):  # it is not finished, or not an evaluation
+            common = Results.read(folder)
+            if "class_epsilon" not in common.meta and _settled(common.meta) == _settled(meta):
+                return _as_common(common, folder, meta)
+    return {}
+
+
+def _as_common(common: Results, folder: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the accuracies of an evaluation, of all images and of the rarest group, as 'common_epsilon'."""
     groups = ["accuracy", *filter(None, [common.rarest])]
     same = common.meta.get("autoattack") == meta.get("autoattack")
     rows = {name: row for name, row in common.conditions.items() if same or not name.startswith("custom")}

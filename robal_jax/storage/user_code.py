@@ -18,9 +18,11 @@ CODE = "code_sha256"
 RESUMED = "resumed_code_sha256"  # of the last resume with changed code
 
 
+_MODEL = ("data.", "model.", "head.", "evaluation.head.")
+
 PARTS: dict[str, Callable[[str], bool]] = {
-    "training": lambda field: not field.startswith("evaluation."),
-    "model": lambda field: field.startswith(("data.", "model.", "head.")),
+    "training": lambda field: not field.startswith("evaluation.") or field.startswith(_MODEL),
+    "model": lambda field: field.startswith(_MODEL),
     "evaluation": lambda field: True,
 }
 """Fields that matter to a training, to what its model computes, and to an evaluation of given weights."""
