@@ -83,9 +83,9 @@ def get_config(data: str) -> ConfigDict:
     config.attack.batch_norm = "running"
     # m > 0: free adversarial training (Shafahi et al., NeurIPS 2019: m = 8), for objective 'pgd_at'. Every
     # batch is shown m times in a row. One backward pass per step moves the weights, and moves the
-    # perturbation of the images by epsilon; no other field of config.attack is used. Epochs and milestones
-    # count steps, so m does not change the cost, but each image is drawn only epochs / m times. 0: an attack
-    # in every step
+    # perturbation of the images by epsilon; the other fields of config.attack are not used, and those that
+    # need passes of their own must be neutral. Epochs and milestones count steps, so m does not change the
+    # cost, but each image is drawn only epochs / m times. 0: an attack in every step
     config.attack.free_steps = 0
     # Epoch, counted from 1, in which the attack begins; before it, the images are shown as they are (TAET:
     # 41).

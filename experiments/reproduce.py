@@ -238,7 +238,9 @@ def do_all(jobs: "Sequence[Job]", log: Callable[[str], None], stop: "Stop") -> l
             continue
         title = f"[{number}/{len(jobs)}] {name}: {'evaluate' if job.folder else 'train'}"
         if job.surrogate in diverged:
-            print(f"{title}: left out, because it needs images of {diverged[job.surrogate]}, which diverged")
+            line = f"{title}: left out, because it needs images of {diverged[job.surrogate]}, which diverged"
+            print(line)
+            log(line)
             continue
         print(title, flush=True)
         started = time.monotonic()

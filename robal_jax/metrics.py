@@ -610,8 +610,8 @@ def mean_share(shares: ArrayLike) -> dict[str, float]:
     """Returns the mean of one share per image, with an interval that is usually too wide.
 
     It is the Wilson interval of ``n m`` successes in ``n``. The variance of a number in [0, 1] with mean
-    ``m`` is at most ``m (1 - m)``, that of a number that is 0 or 1. The lowest coverage is about that for
-    such numbers.
+    ``m`` is at most ``m (1 - m)``, that of a number that is 0 or 1. Its coverage is at worst about that of
+    the Wilson interval for numbers that are 0 or 1.
 
     Args:
       shares: floats ``[n]`` in [0, 1], ``n >= 1``, such as how often each image is right.

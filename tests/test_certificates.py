@@ -82,15 +82,24 @@ def test_certified_boxes_have_no_misclassified_point(float64):
         assert np.mean(np.asarray(found)) == shares[method][-1]
 
 
-def lines_of(function, low, high):
-    """Lines of a function of one operation."""
+def made(function, low, high):
+    """The interval of a function of one operation, and that of its argument."""
     program, x = jax.make_jaxpr(function)(low), Interval(low, high)
     (equation,) = program.eqns
-    node = made_by(
-        equation,
-        [x if value in program.jaxpr.invars else low.dtype.type(value.val) for value in equation.invars],
-    )
+    inputs = [x if value in program.jaxpr.invars else low.dtype.type(value.val) for value in equation.invars]
+    return made_by(equation, inputs), x
+
+
+def lines_of(function, low, high):
+    """Lines of a function of one operation."""
+    node, x = made(function, low, high)
     return LINES[node.name](node, x), node
+
+
+def test_a_sum_of_two_rounds_as_a_sum_of_two_terms():
+    low = np.zeros((2, 3), np.float32)
+    assert made(lambda x: x + x, low, low)[0].terms == 2
+    assert made(lambda x: x.sum(), low, low)[0].terms == 6
 
 
 OPERATIONS = {

@@ -221,7 +221,7 @@ def test_the_arrays_of_the_newest_whole_checkpoint(tmp_path):
     empty(path)
     assert read().sha256 == whole
     assert said[0].startswith(f"checkpoint {path} is damaged (")
-    assert said[0].endswith("); using the previous one")
+    assert said[0].endswith("); passing it over")
     with pytest.raises(InputError, match=r"checkpoint \S+/2 is damaged .*; name another"):
         checkpoints.read_latest(tmp_path)
     empty(tmp_path / "checkpoints" / "1")

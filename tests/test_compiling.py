@@ -203,6 +203,22 @@ def test_twice_the_images_may_be_more_than_an_epoch_has(monkeypatch, size, known
     assert (said in text) != known
 
 
+def test_twice_the_images_of_an_evaluation_are_what_it_would_take(monkeypatch):
+    """A CPU takes at most 512 digits at once."""
+
+    def estimate(name, images, lowered):
+        return estimates.Estimate(name, images, 1.0, estimates.Memory(0, 0, 0, images), Cost({}, [COPY], 0))
+
+    monkeypatch.setattr(estimates, "_estimate", estimate)
+    monkeypatch.setattr(programs, "evaluation_step", lambda job, name, devices: None)
+    config, twice = (
+        cli.apply_overrides(cli.load_config("at:digits_lt"), [f"--config.evaluation.batch_size={count}"])
+        for count in (500, 1000)
+    )
+    (found,) = estimates.estimates(config, jax.devices()[:1], ["conditions"], doubled=twice)
+    assert (found.images, found.larger[0]) == (500, 512)
+
+
 def test_settings_for_a_target():
     environment = {"XLA_FLAGS": "--a=b", "JAX_PLATFORMS": "cuda"}
     chips.prepare("h100:8", environment)

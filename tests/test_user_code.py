@@ -140,7 +140,7 @@ def test_a_resume_warns_of_changed_code(run, modules, monkeypatch):
     assert resumed(run, monkeypatch) == []  # because the run is finished
     shutil.rmtree(run / "checkpoints" / "6")
     loss = f"own_loss (sha256 {here}… here, {there}… there)"
-    end = f"has changed since the run {run} was started; the steps from here on use the new code"
+    end = f"has changed since the run {run} was started; what follows uses the new code"
     assert resumed(run, monkeypatch) == [f"warning: the code of {loss} {end}"]
     here, there = change(modules, "own_network")
     network = f"own_network (sha256 {here}… here, {there}… there)"

@@ -219,13 +219,12 @@ def _distilled(bench: Bench, case: Case) -> LogitsFn:
     return partial(run.predict, student, run.stats)
 
 
-def page(records: list[dict[str, Any]], planned: int) -> str:
-    """Returns the page of results, in Markdown."""
-    images = " or ".join(str(count) for count in sorted({record.get("images", SAMPLE) for record in records}))
+def page(records: list[dict[str, Any]], planned: int, sample: int = SAMPLE) -> str:
+    """Returns the page of results, in Markdown, of models that were audited on at most ``sample`` images."""
     return f"""# Calibration of the audit: {measure.device()}, {datetime.date.today().isoformat()}
 
 `python experiments/benchmarks/calibration.py --workdir=DIR --cifar=FILE.npz --out=FILE.md` trains honest
-models, masks others in ways that make no model robust, and audits each on {images} test images, with a
+models, masks others in ways that make no model robust, and audits each on {sample} test images, with a
 surrogate of another method and without an ensemble. An honest model must not be flagged (a note is no flag);
 a masked one must be, by the check that should see it. While thresholds were chosen, only seed {TUNED} was
 looked at, except for the bounds on the confidence (flat, saturated): they were set after a weakly trained AT
@@ -348,7 +347,7 @@ def main(arguments: list[str]) -> None:
             print(f"{case.name}: flagged [{flags}], noted [{notes}], {record['seconds']} s", flush=True)
     names = {case.name for case in planned}
     found = [record for record in read_records(path, sample) if record["name"] in names]
-    text = page(found, len(planned))
+    text = page(found, len(planned), sample)
     print(text)
     if values["out"]:
         pathlib.Path(values["out"]).write_text(text)

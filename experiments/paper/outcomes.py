@@ -18,7 +18,7 @@ from experiments.paper.small import SMALL
 from robal_jax import metrics, zoo
 from robal_jax.errors import InputError, one_line
 from robal_jax.reporting.results import EvaluatedRun, Results, read_run, results_folder
-from robal_jax.storage.config_file import evaluates_another_run
+from robal_jax.storage.config_file import differences
 from robal_jax.storage.files import replacing, write_whole
 from robal_jax.storage.names import RESULTS
 from robal_jax.zoo.cards import SETTINGS
@@ -153,10 +153,11 @@ def _check_trained_as(name: str, evaluations: Mapping[str, EvaluatedRun]) -> Non
     row, seed = ROWS[name]
     config = row_config(row, request_for(pathlib.Path("out")), f"seed={seed}")
     for each, run in evaluations.items():
-        if differing := evaluates_another_run(ConfigDict(run.meta["config"]), config):
+        differing = differences(ConfigDict(run.meta["config"]), config)
+        if differing := [line for line in differing if not line.startswith("train.select")]:
             raise InputError(
-                f"the evaluation {each!r} is not of {name} ({differing[0].replace('the run', 'the row')}); "
-                "store it under the name of its row"
+                f"the evaluation {each!r} is not of {name} (config.{differing[0]}, in the row); store it "
+                "under the name of its row"
             )
 
 

@@ -293,7 +293,7 @@ def _follow_up_blocks(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
 
 _ELSEWHERE = {
     "network": "Network", "data": "Data", "checkpoint": "Checkpoint", "source": "Source", "epsilon": "ε",
-    "attack": "AutoAttack", "clean": "Clean", "pgd": "PGD-20", "aa": "Under it",
+    "attack": "AutoAttack is", "clean": "Clean", "pgd": "PGD-20", "aa": "AutoAttack",
 }  # fmt: skip
 
 

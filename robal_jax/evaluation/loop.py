@@ -148,7 +148,7 @@ def evaluate(
             **code,
         }
         by_class = isinstance(job.threat.epsilon, tuple)
-        beside = sorted(workdir.glob(f"{EVALUATION}*")) if by_class else ()
+        beside = hosts.by_first(lambda: sorted(workdir.glob(f"{EVALUATION}*"))) if by_class else ()
         subject = Subject(job, weights, surrogate, identity, about, beside)
         done = attack_and_report(subject, place, command, stop, speak)
     if not done:

@@ -178,7 +178,7 @@ def read_latest(folder: pathlib.Path, *, on_damage: OnDamage | None = None) -> F
 
 def previous_instead(say: Callable[[str], None]) -> OnDamage:
     """Returns what says to the user which damaged checkpoint is skipped, and why."""
-    return lambda path, why: say(f"checkpoint {path} is damaged ({why}); using the previous one")
+    return lambda path, why: say(f"checkpoint {path} is damaged ({why}); passing it over")
 
 
 def _check_is_checkpoint(path: pathlib.Path) -> None:

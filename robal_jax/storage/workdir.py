@@ -253,7 +253,8 @@ def check_same_model(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise InputError(
             f"an evaluation cannot change the run {workdir} ({'; '.join(changed)}); set only fields of "
             "config.evaluation (evaluation.epsilon for another radius, evaluation.head for another head), "
-            "config.data.path, config.train.select and config.train.layout, or train another run"
+            "config.method, the paths of the data, config.train.select and config.train.layout, or train "
+            "another run"
         )
 
 

@@ -166,7 +166,7 @@ def _train(
         doubts = [] if found else builder.doubts(config, begun)
         left = state is None or int(state.step) < job.total_steps
         if left and (changed := changed_code(code, workdir, "started")):
-            doubts.append(f"{changed}; the steps from here on use the new code")
+            doubts.append(f"{changed}; what follows uses the new code")
         for name, other in others.items():
             doubts += builder.doubts_of_other(config, name, other.path) if other else []
         for doubt in doubts:

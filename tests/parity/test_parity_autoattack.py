@@ -5,9 +5,9 @@ some images. If ours is one more run of the same attack, then of the images on w
 stands alone, it is ours in one of ``n + 1``, whatever the images are: a binomial test, which needs no
 tolerance. It is made of the images that one run alone leaves right, and of those that one alone breaks.
 
-With three runs of the reference and 200 images, the test fails if ours stands alone on five images (2.5
-points of robust accuracy) or more, whatever the others do; it cannot see a smaller fault. The other files of
-this folder compare each attack step by step.
+Where runs of the reference differ, the test never sees a fault of four images or fewer, and a larger one
+only if the others stand alone on few: with three runs, 5 of 5 images fail and 5 of 6 pass. Where they all
+agree, three of the 200 images fail. The other files of this folder compare each attack step by step.
 """
 
 import functools
