@@ -1,8 +1,8 @@
 """Statistics of the classes that a training gathers in one epoch and uses in the next.
 
 They are arrays in the state of the training: sums over the images of all devices, saved in every
-  checkpoint. A loss, the loss of the attack or an objective that has a parameter ``class_statistics``
-  receives them in each step, as they are before it.
+checkpoint. A loss, the loss of the attack or an objective that has a parameter ``class_statistics``
+receives them in each step, as they are before it.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
-"""What several test files share: fake evaluations, the text of a page, damage to checkpoints."""
+"""What several test files share: refusals, fake evaluations, the text of a page, damage to checkpoints."""
 
 import html.parser
+import importlib
 import os
 import shutil
 import signal
@@ -8,8 +9,10 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 from robal_jax import metrics
+from robal_jax.errors import InputError
 from robal_jax.evaluation.victim import Victim
 from robal_jax.reporting.results import (
     EVERYTHING,
@@ -21,6 +24,25 @@ from robal_jax.reporting.results import (
     Results,
 )
 from robal_jax.storage.progress import Meter
+
+# ---------------------------------------------------------------- refusals and scripts
+
+
+def refused(message, function, *arguments, **keywords):
+    """Calls a function that must refuse with one short line that matches; returns the line."""
+    with pytest.raises(InputError, match=message) as raised:
+        function(*arguments, **keywords)
+    text = str(raised.value)
+    assert len(text.splitlines()) == 1
+    assert len(text) < 1000
+    return text
+
+
+def script(name):
+    """The ``main`` of a script, which takes its arguments one by one."""
+    module = importlib.import_module(f"experiments.{name}")
+    return lambda *arguments: module.main(list(arguments))
+
 
 # ---------------------------------------------------------------- interruptions
 

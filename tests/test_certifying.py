@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import interrupt
-from sklearn import datasets
+from nearest_mean import X, Y, nearest_mean
 
 from robal_jax import ThreatModel, certified, evaluate_model, metrics
 from robal_jax.errors import InputError
@@ -17,16 +17,8 @@ from robal_jax.evaluation import certifying, loop
 from robal_jax.evaluation.certifying import FACTORS
 from robal_jax.reporting.results import read_run
 
-DIGITS = datasets.load_digits()
-X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
-MEANS = np.stack([X[Y == digit].mean(0).ravel() for digit in range(10)])  # noqa: SIM300
 IMAGES, LABELS = X[:40], Y[:40]
 THREAT, COUNTS = ThreatModel(0.2), tuple(range(20, 10, -1))
-
-
-def nearest_mean(images):
-    """The class whose mean image is nearest: an affine network, whose bounds are exact."""
-    return images.reshape(len(images), 64) @ jnp.asarray(2 * MEANS.T) - jnp.asarray((MEANS**2).sum(1))[None]
 
 
 def evaluate(folder, **options):

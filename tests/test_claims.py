@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import refused
 
 from experiments import compare, export_torch, reproduce
 from robal_jax import evaluate_model, training
@@ -33,12 +34,6 @@ def content(folder):
 
 def check_evaluation(folder):
     claims.check_evaluation(folder, report.FILES)
-
-
-def refused(message, function, *arguments):
-    with pytest.raises(InputError, match=message) as raised:
-        function(*arguments)
-    assert len(str(raised.value).splitlines()) == 1
 
 
 # ---------------------------------------------------------------- folders of other jobs

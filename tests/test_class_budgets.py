@@ -16,7 +16,6 @@ from conftest import ROOT
 from helpers import META, curve, fake_results
 
 import robal_jax
-from experiments import evaluate as script
 from robal_jax import ThreatModel, builder, cli, evaluation
 from robal_jax.errors import InputError
 from robal_jax.evaluation import loop, measurements, steps
@@ -106,24 +105,6 @@ def test_balanced_counts_have_no_radii_by_frequency():
         config.data.ratio = 1.0
     with pytest.raises(InputError, match=r"all classes have 104 training images.*use the budget 'constant'"):
         builder.evaluation(config)
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        (["--budget=by_frequency"], "evaluation-by_frequency"),
-        (["--config.evaluation.budget.name=constant"], "evaluation"),
-        (["--budget=by_frequency", "--examples=20"], "evaluation-by_frequency-20-images"),
-        (["--budget=by_frequency", "--folder=mine"], "mine"),
-    ],
-)
-def test_the_folder_names_it(monkeypatch, flags, name):
-    seen = []
-    monkeypatch.setattr(
-        evaluation, "evaluate", lambda config, workdir, **given: seen.append(given["folder"].name)
-    )
-    script.main([f"--workdir={pathlib.Path(__file__).with_name('stored_run')}", *flags])
-    assert seen == [name]
 
 
 # ---------------------------------------------------------------- attacks and audit

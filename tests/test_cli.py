@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import refused
 from ml_collections import ConfigDict
 
 from experiments import evaluate as evaluate_script
@@ -38,14 +39,6 @@ def no_training(monkeypatch):
     """What is not refused would train for minutes."""
     monkeypatch.setattr(training_loop, "compiled_chunk", lambda *_: pytest.fail("the input was accepted"))
     monkeypatch.setattr(evaluation_loop, "conditions", lambda *_: pytest.fail("the input was accepted"))
-
-
-def refused(message, function, *arguments, **keywords):
-    """Calls a function that must refuse with one line that matches."""
-    with pytest.raises(InputError, match=message) as raised:
-        function(*arguments, **keywords)
-    assert len(str(raised.value).splitlines()) == 1
-    return str(raised.value)
 
 
 def start(workdir, *overrides, spec=DIGITS, change=None):

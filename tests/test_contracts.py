@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +30,7 @@ def config(section=None, name=None, **options):
 
 
 def refused(message, *arguments, **options):
-    with pytest.raises(InputError, match=message) as raised:
-        builder.training(config(*arguments, **options))
-    assert len(str(raised.value).splitlines()) == 1
-    return str(raised.value)
+    return helpers.refused(message, lambda: builder.training(config(*arguments, **options)))
 
 
 # ---------------------------------------------------------------- losses

@@ -3,11 +3,10 @@
 import functools
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_nothing_twice, fake_results, interrupt
-from sklearn import datasets
+from nearest_mean import X, Y, nearest_mean
 
 from robal_jax import ThreatModel, evaluate_model, metrics
 from robal_jax.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
@@ -18,15 +17,7 @@ from robal_jax.reporting.corruptions import corruption_section, mean_in_words
 from robal_jax.reporting.names import with_interval
 from robal_jax.reporting.results import Results
 
-DIGITS = datasets.load_digits()
-X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
-MEANS = np.stack([X[Y == digit].mean(0).ravel() for digit in range(10)])  # noqa: SIM300
 IMAGES, LABELS = X[:20], Y[:20]
-
-
-def nearest_mean(images):
-    """The class whose mean image is nearest."""
-    return images.reshape(len(images), 64) @ jnp.asarray(2 * MEANS.T) - jnp.asarray((MEANS**2).sum(1))[None]
 
 
 def evaluate(folder, **options):

@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 
+import helpers
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,9 +83,7 @@ def lines_of(root, split):
 
 
 def refused(message, root, **arguments):
-    with pytest.raises(InputError, match=message) as caught:
-        load(str(root), **arguments)
-    assert "\n" not in str(caught.value)
+    helpers.refused(message, load, str(root), **arguments)
 
 
 # ---------------------------------------------------------------- ImageFiles

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as legacy
 import pytest
+from helpers import refused, script
 from orbax.checkpoint import v1 as ocp
 
 from robal_jax import builder, cli, evaluation, training
@@ -28,21 +28,6 @@ STORED = pathlib.Path(__file__).with_name("stored_run")
 @pytest.fixture
 def stored(tmp_path):
     return shutil.copytree(STORED, tmp_path / "run")
-
-
-def refused(message, function, *arguments, **keywords):
-    """Calls a function that must refuse with one short line that matches."""
-    with pytest.raises(InputError, match=message) as raised:
-        function(*arguments, **keywords)
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 1000
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main(list(arguments))
 
 
 # ---------------------------------------------------------------- parts of a run in its place

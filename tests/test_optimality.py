@@ -3,11 +3,10 @@
 import shutil
 import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import META, interrupt
-from sklearn import datasets
+from nearest_mean import MEANS, X, Y, nearest_mean
 
 from robal_jax import ThreatModel, evaluate_model, metrics
 from robal_jax.errors import InputError
@@ -17,16 +16,8 @@ from robal_jax.reporting import page
 from robal_jax.reporting.optimality import optimality_section
 from robal_jax.reporting.results import EvaluatedRun
 
-DIGITS = datasets.load_digits()
-X, Y = (DIGITS.images[..., None] / 16).astype(np.float32), DIGITS.target
-MEANS = np.stack([X[Y == digit].mean(0).ravel() for digit in range(10)])  # noqa: SIM300
 IMAGES, LABELS = X[:40], Y[:40]
 EPSILON, SAMPLE = 0.2, 24
-
-
-def nearest_mean(images):
-    """The class whose mean image is nearest: an affine network."""
-    return images.reshape(len(images), 64) @ jnp.asarray(2 * MEANS.T) - jnp.asarray((MEANS**2).sum(1))[None]
 
 
 def evaluate(folder, **options):

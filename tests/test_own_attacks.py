@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, with_devices
-from helpers import assert_nothing_twice, interrupt
+from helpers import assert_nothing_twice, interrupt, refused
 
 import robal_jax
 from robal_jax import ThreatModel, builder, cli
 from robal_jax.attacks import autoattack
-from robal_jax.errors import InputError
 from robal_jax.evaluation import findings, loop, measurements
 from robal_jax.evaluation.own_attacks import check_own_attacks
 from robal_jax.evaluation.steps import CONDITIONS, with_bpda
@@ -221,12 +220,6 @@ WRONG_NAMES = {
     "test_own_attacks:informed_bpda": "two attacks in .* have the same name, or one ends in '_bpda'; rename",
     "apgd_ce,test_own_attacks:drawn,test_own_attacks:drawn": "unknown ensemble .*no repeats",
 }
-
-
-def refused(message, call, *arguments, **settings):
-    with pytest.raises(InputError, match=message) as raised:
-        call(*arguments, **settings)
-    assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("version", WRONG_NAMES)

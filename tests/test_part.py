@@ -172,6 +172,10 @@ def test_a_surrogate_without_a_place_of_its_data_reads_those_of_the_evaluation(o
         (["--examples=0"], "evaluation"),
         (["--examples=20", "--config=tau_norm:digits_lt"], "evaluation-tau_norm-20-images"),
         (["--examples=20", "--folder=mine"], "mine"),
+        (["--budget=by_frequency"], "evaluation-by_frequency"),
+        (["--config.evaluation.budget.name=constant"], "evaluation"),
+        (["--budget=by_frequency", "--examples=20"], "evaluation-by_frequency-20-images"),
+        (["--budget=by_frequency", "--folder=mine"], "mine"),
     ],
 )
 def test_the_folder_names_it(monkeypatch, flags, name):

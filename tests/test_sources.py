@@ -1,6 +1,5 @@
 """Digits, CIFAR from .npz files and CIFAR prepared by TFDS (robal_jax.sources, prepare_data.py)."""
 
-import importlib.util
 import inspect
 import io
 import json
@@ -10,10 +9,12 @@ import socket
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import prepare_data as script
 from robal_jax.data import cifar, sources
 from robal_jax.errors import InputError
 
@@ -114,11 +115,9 @@ def same(one, other):
 
 
 def refused(message, **arguments):
-    """Loads CIFAR-10-LT, expects one line that matches and is short enough to be read."""
-    with pytest.raises(InputError, match=message) as caught:
-        cifar.load_cifar_lt("cifar10", **(LT | arguments))
-    assert "\n" not in str(caught.value)
-    assert "InputError" not in str(caught.value)  # a message of ours must not be quoted in another
+    """Loads CIFAR-10-LT, which must be refused."""
+    text = helpers.refused(message, cifar.load_cifar_lt, "cifar10", **(LT | arguments))
+    assert "InputError" not in text  # a message of ours must not be quoted in another
 
 
 # ---------------------------------------------------------------- digits
@@ -458,17 +457,8 @@ def test_real_cifar10_lt_is_the_released_subset(golden, variable):
 # ---------------------------------------------------------------- experiments/prepare_data.py
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module; its flags can be defined only once."""
-    spec = importlib.util.spec_from_file_location("prepare_data", REPO / "experiments" / "prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def direct_network(monkeypatch, script):
+def direct_network(monkeypatch):
     """TensorFlow seems installed, no proxy is set, and the connections asked for are listed."""
     asked = []
 
@@ -486,17 +476,17 @@ def direct_network(monkeypatch, script):
     return asked
 
 
-def test_prepare_does_nothing_twice(script, tfds_dir):
+def test_prepare_does_nothing_twice(tfds_dir):
     assert "already prepared in" in script.prepare("cifar10", str(tfds_dir))
 
 
-def test_prepare_names_a_folder_of_other_data(script, tfds_dir):
+def test_prepare_names_a_folder_of_other_data(tfds_dir):
     folder = next(tfds_dir.glob("cifar10/*"))
     with pytest.raises(InputError, match=r"holds cifar10, not cifar100; choose another --data_dir"):
         script.prepare("cifar100", str(folder))
 
 
-def test_prepare_does_not_add_to_another_format(script, tmp_path):
+def test_prepare_does_not_add_to_another_format(tmp_path):
     folder = write_tfds(tmp_path)
     for file in folder.glob("*.array_record*"):
         file.unlink()
@@ -506,13 +496,13 @@ def test_prepare_does_not_add_to_another_format(script, tmp_path):
         script.prepare("cifar10", str(tmp_path))
 
 
-def test_prepare_without_tensorflow(script, tmp_path, monkeypatch):
+def test_prepare_without_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs TensorFlow.* pip install 'robal_jax\[data\]'"):
         script.prepare("cifar10", str(tmp_path))
 
 
-def test_prepare_without_network_says_so_at_once(script, tmp_path, monkeypatch, direct_network):
+def test_prepare_without_network_says_so_at_once(tmp_path, monkeypatch, direct_network):
     def unreachable(address, timeout):
         raise OSError("Network is unreachable")
 
@@ -523,7 +513,7 @@ def test_prepare_without_network_says_so_at_once(script, tmp_path, monkeypatch, 
     script.check_host()  # behind a proxy nothing is tried
 
 
-def test_prepare_downloads_with_tfds(script, tmp_path, monkeypatch, direct_network):
+def test_prepare_downloads_with_tfds(tmp_path, monkeypatch, direct_network):
     import tensorflow_datasets as tfds
 
     built = []

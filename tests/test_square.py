@@ -259,8 +259,8 @@ def test_sides_of_the_queries(queries, rescaled):
         """All of the start is -, all squares are +."""
         return jnp.where(number == 0, 0.0, 0.9) * jnp.ones((1, count))
 
-    attacks.square(
-        logits_fn, jax.random.split(jax.random.key(0), 1), image, jnp.array([0]),
+    square_attack.square_search(
+        logits_fn, jax.random.key(0), image, jnp.array([0]),
         threat=THREATS["linf"], queries=queries, rescaled=rescaled, draw=draw,
     )  # fmt: skip
     jax.effects_barrier()

@@ -3,7 +3,6 @@
 It is made twice: in NumPy (``nchw``), and of PyTorch's own modules where PyTorch is installed.
 """
 
-import importlib.util
 import json
 import pathlib
 
@@ -12,6 +11,7 @@ import jax
 import nchw
 import numpy as np
 import pytest
+from helpers import script
 
 from robal_jax import builder, classifiers, cli, models, pytorch
 from robal_jax.errors import InputError
@@ -200,13 +200,6 @@ def test_pytorchs_modules_compute_the_same(name):
 @pytest.fixture
 def safetensors():
     return pytest.importorskip("safetensors.numpy")
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main(list(arguments))
 
 
 def small_run(folder, method):

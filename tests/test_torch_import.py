@@ -6,7 +6,6 @@ skipped where it is missing. The released code's own numbers are test_parity's b
 
 import collections
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from helpers import refused, script
 
 from robal_jax import (
     builder,
@@ -59,14 +59,6 @@ NETWORKS = {
     ),
     "deepmind_cosine": (models.Network(models.DeepMindWideResNet(16, 2), classifiers.CosineHead(3)), None),
 }
-
-
-def refused(message, function, *arguments, **keywords):
-    """Calls a function that must refuse with one line that matches."""
-    with pytest.raises(InputError, match=message) as raised:
-        function(*arguments, **keywords)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def shapes(network):
@@ -572,13 +564,6 @@ def test_pt_files(tmp_path):
 
 
 # ---------------------------------------------------------------- the scripts
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main(list(arguments))
 
 
 def write_network(folder, name, num_classes=10, **changes):

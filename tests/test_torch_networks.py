@@ -4,12 +4,12 @@ Weights are made up. The tests with modules are skipped without PyTorch; ``test_
 networks in NumPy.
 """
 
-import importlib.util
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+from helpers import script
 
 from robal_jax import builder, classifiers, models, pytorch
 from robal_jax.errors import InputError
@@ -150,13 +150,6 @@ def check_logits(twins, name, pixels):
 
 
 # ---------------------------------------------------------------- import and export
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main(list(arguments))
 
 
 CONFIG = """

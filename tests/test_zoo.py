@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 from conftest import ROOT
-from helpers import META, fake_results, fake_summary, verdict
+from helpers import META, fake_results, fake_summary, refused, verdict
 
 import robal_jax
 from experiments import evaluate, publish
@@ -36,12 +36,6 @@ MODELS = [
     pytest.param(name, marks=() if name.startswith("digits_lt/") else pytest.mark.slow) for name in NAMES
 ]
 """Those with larger networks take some seconds to compile."""
-
-
-def refused(message, function, *arguments):
-    with pytest.raises(InputError, match=message) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
 
 
 def card_of(name, ending="json"):

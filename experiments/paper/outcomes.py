@@ -105,13 +105,14 @@ def publish_models(out: pathlib.Path, zoo_folder: pathlib.Path) -> list[str]:
     plan, found = make_plan(request_for(out)), {}
     trained = {job.key: job.workdir for job in plan.jobs if job.folder is None and job.seed == 0}
     for row in TABLE.rows:
+        name = f"{row.key}_resnet20"
         folders = {WHOLE: plan.folders[row.key][""][0], "autoattack": plan.further[row.key]["autoattack"][0]}
         if all((folder / RESULTS).is_file() for folder in folders.values()):
-            _check_same_model(zoo_folder / f"{row.key}_resnet20.json", Results.read(folders[WHOLE]))
-            found[row.key] = folders
-    for key, folders in found.items():
-        zoo.publish(trained[key], zoo_folder / f"{key}_resnet20", folders, **STATED)
-    return [f"{key}_resnet20" for key in found]
+            _check_same_model(zoo_folder / f"{name}.json", Results.read(folders[WHOLE]))
+            found[name] = trained[row.key], folders
+    for name, (workdir, folders) in found.items():
+        zoo.publish(workdir, zoo_folder / name, folders, **STATED)
+    return list(found)
 
 
 def _check_same_model(card_file: pathlib.Path, results: Results) -> None:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robal_jax import checks
-from robal_jax.attacks.rounds import ATTACKS, Settings, is_own, own_round, require_allowed
+from robal_jax.attacks.rounds import ATTACKS, Settings, is_own, own_round, require_allowed, run_round
 from robal_jax.attacks.threat import (
     INSTEAD_IN_L1,
     NORMS,
@@ -437,8 +437,8 @@ def stages(
         asked = QUERIES.get(part, 5000) if queries is None else queries
         checks.at_least(1, steps=length, queries=asked)
         settings = Settings(threat, length, asked, eot, part in _RESCALED, targets)
-        attack = own_round(name) if is_own(name) else ATTACKS["square" if name == full else name]
-        return partial(attack, settings=settings)
+        of_round = own_round(name) if is_own(name) else ATTACKS["square" if name == full else name]
+        return partial(run_round, of_round, settings=settings)
 
     def stage(name: str, count: int, first: int) -> Stage:
         if name != full:

@@ -184,24 +184,6 @@ def probabilities(logits: chex.Array, labels: chex.Array) -> tuple[chex.Array, c
     return _of_class(scores, labels), jnp.max(of_wrong_classes(scores, labels), axis=-1)
 
 
-def of_class(logits: chex.Array, classes: chex.Array) -> chex.Array:
-    """The logit of one class per image, ``z_bc``.
-
-    Args:
-      logits: ``z [B, K]``.
-      classes: ``c [B]``.
-
-    Returns:
-      ``[B]``.
-
-    Example:
-      >>> print(of_class(jnp.array([[3.0, 1.0], [2.0, 5.0]]), jnp.array([0, 1])))
-      [3. 5.]
-    """
-    checks.logits_and_labels(logits, classes, "classes")
-    return _of_class(logits, classes)
-
-
 def _of_class(logits: chex.Array, classes: chex.Array) -> chex.Array:
     is_class = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
     return jnp.max(jnp.where(is_class, logits, -jnp.inf), axis=-1)

@@ -19,7 +19,14 @@ from robal_jax.attacks.malt import malt_apgd
 from robal_jax.attacks.margins import dlr
 from robal_jax.attacks.pma_attack import pma
 from robal_jax.attacks.square_attack import square
-from robal_jax.attacks.threat import LogitsFn, RandomLogitsFn, ThreatModel, like_images, starting_points
+from robal_jax.attacks.threat import (
+    Attack,
+    LogitsFn,
+    RandomLogitsFn,
+    ThreatModel,
+    like_images,
+    starting_points,
+)
 from robal_jax.errors import InputError
 from robal_jax.own_functions import broken, calling, described, imported, signature_of
 
@@ -45,7 +52,12 @@ class Settings:
     targets: int
 
 
-def _apgd(
+AttackOfRound = Callable[[Settings, chex.Array], Attack]
+"""``(settings, number of the round) -> attack``."""
+
+
+def run_round(
+    attack_of_round: AttackOfRound,
     logits_fn: LogitsFn | RandomLogitsFn,
     keys: chex.PRNGKey,
     images: chex.Array,
@@ -53,99 +65,49 @@ def _apgd(
     number: chex.Array,
     *,
     settings: Settings,
-    loss: losses.Loss,
 ) -> chex.Array:
-    del number  # restarts differ in their keys
-    threat, steps, eot = settings.threat, settings.steps, settings.eot
-    return autopgd.apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, loss=loss, eot=eot)
+    """Runs one round of an attack; with the first argument and the settings bound, it is that of a stage."""
+    return attack_of_round(settings, number)(logits_fn, keys, images, labels)
 
 
-def _apgd_t(
+def _fab_within(
     logits_fn: LogitsFn,
     keys: chex.PRNGKey,
     images: chex.Array,
     labels: chex.Array,
-    number: chex.Array,
     *,
-    settings: Settings,
-) -> chex.Array:
-    threat, steps = settings.threat, settings.steps
-    return autopgd.targeted_apgd(logits_fn, keys, images, labels, threat=threat, rank=number + 2, steps=steps)
-
-
-def _fab(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
+    threat: ThreatModel,
+    steps: int,
     number: chex.Array,
-    *,
-    settings: Settings,
     targeted: bool,
 ) -> chex.Array:
-    threat, rank, start = settings.threat.of(labels, images.dtype), None, images
+    threat, rank, start = threat.of(labels, images.dtype), None, images
     if targeted:
         rank = number + 2
     else:  # the first run starts at the image, each restart at a random point
         start = jnp.where(number > 0, starting_points(fab_start, keys, images, threat), images)
-    found = fab(logits_fn, keys, images, labels, threat=threat, rank=rank, n_iter=settings.steps, start=start)
+    found = fab(logits_fn, keys, images, labels, threat=threat, rank=rank, n_iter=steps, start=start)
     # FAB finds the nearest misclassified image, which may lie outside the ball.
     near = threat.distance(found, images) <= threat.epsilon
     return jnp.where(like_images(near, images), found, images)
 
 
-def _square(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: Settings,
-) -> chex.Array:
-    del number
-    threat, queries, rescaled = settings.threat, settings.queries, settings.rescaled
-    return square(logits_fn, keys, images, labels, threat=threat, queries=queries, rescaled=rescaled)
+def _iterated(attack: Attack, settings: Settings, **of_round: Any) -> Attack:
+    return partial(attack, threat=settings.threat, steps=settings.steps, **of_round)
 
 
-def _pma(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: Settings,
-) -> chex.Array:
-    threat, steps = settings.threat, settings.steps
-    return pma(logits_fn, keys, images, labels, threat=threat, steps=steps, raised=number % 2 == 1)
-
-
-def _apgd_malt(
-    logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
-    images: chex.Array,
-    labels: chex.Array,
-    number: chex.Array,
-    *,
-    settings: Settings,
-) -> chex.Array:
-    threat, steps = settings.threat, settings.steps
-    towards: dict[str, Any] = {"rank": number + 1, "candidates": settings.targets}
-    return malt_apgd(logits_fn, keys, images, labels, threat=threat, steps=steps, **towards)
-
-
-ATTACKS: dict[str, Callable[..., chex.Array]] = {
-    "apgd_ce": partial(_apgd, loss=losses.cross_entropy),
-    "apgd_dlr": partial(_apgd, loss=dlr),
-    "apgd_t": _apgd_t,
-    "fab": partial(_fab, targeted=False),
-    "fab_t": partial(_fab, targeted=True),
-    "square": _square,
-    "pma": _pma,
-    "apgd_malt": _apgd_malt,
+# Restarts of APGD-CE, APGD-DLR and Square differ in their keys alone.
+ATTACKS: dict[str, AttackOfRound] = {
+    "apgd_ce": lambda s, _: _iterated(autopgd.apgd, s, loss=losses.cross_entropy, eot=s.eot),
+    "apgd_dlr": lambda s, _: _iterated(autopgd.apgd, s, loss=dlr, eot=s.eot),
+    "apgd_t": lambda s, number: _iterated(autopgd.targeted_apgd, s, rank=number + 2),
+    "fab": lambda s, number: _iterated(_fab_within, s, number=number, targeted=False),
+    "fab_t": lambda s, number: _iterated(_fab_within, s, number=number, targeted=True),
+    "square": lambda s, _: partial(square, threat=s.threat, queries=s.queries, rescaled=s.rescaled),
+    "pma": lambda s, number: _iterated(pma, s, raised=number % 2 == 1),
+    "apgd_malt": lambda s, number: _iterated(malt_apgd, s, rank=number + 1, candidates=s.targets),
 }
-"""Attacks by name: ``(logits_fn, keys [B], images, labels, number of the round, *, settings) -> images``."""
+"""Attacks by name."""
 
 
 def is_own(name: str) -> bool:
@@ -153,7 +115,7 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
-def own_round(name: str) -> Callable[..., chex.Array]:
+def own_round(name: str) -> AttackOfRound:
     """The one round of an attack of the user's own, in the form of ``ATTACKS``.
 
     Args:
@@ -176,18 +138,16 @@ def own_round(name: str) -> Callable[..., chex.Array]:
         keys: chex.PRNGKey,
         images: chex.Array,
         labels: chex.Array,
-        number: chex.Array,
         *,
-        settings: Settings,
+        threat: ThreatModel,
     ) -> chex.Array:
-        del number
         with calling("attack", name):
-            found = function(logits_fn, keys, images, labels, threat=settings.threat.of(labels, images.dtype))
+            found = function(logits_fn, keys, images, labels, threat=threat.of(labels, images.dtype))
         if [getattr(found, key, None) for key in ("shape", "dtype")] != [images.shape, images.dtype]:
             raise broken("attack", name, f"returns {described(found)} for images {described(images)}")
         return found
 
-    return attack
+    return lambda settings, _: partial(attack, threat=settings.threat)
 
 
 def require_allowed(name: str, departure: str) -> None:

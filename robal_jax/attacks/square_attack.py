@@ -14,7 +14,7 @@ AutoAttack (Croce and Hein, ICML 2020) runs it with.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,7 +54,6 @@ def square(
     queries: int = 5000,
     p_init: float = 0.8,
     rescaled: bool = False,
-    draw: Draw = uniform_draw,
 ) -> chex.Array:
     """The Square Attack: random search for a small margin, from the logits alone.
 
@@ -67,7 +66,6 @@ def square(
       queries: largest number of queries per image, at least 1, after the one for its start.
       p_init: share of the image that the first squares cover, in (0, 1].
       rescaled: squares shrink as many times, but over ``queries`` instead of 10,000; AutoAttack's do not.
-      draw: source of the uniforms, a hook for tests: they replay the draws of another implementation.
 
     Returns:
       The best images found ``[B, H, W, C]``, misclassified or not; no gradient flows back. An image that is
@@ -86,19 +84,8 @@ def square(
       >>> print(jnp.array_str(found.reshape(-1), precision=2), logits_fn(found).argmax(-1))
       [0.55 0.3 ] [1 0]
     """
-    threat = check_attack(threat, images, labels)
-    keys = image_keys(key, images)
-    return square_search(
-        logits_fn,
-        keys,
-        images,
-        labels,
-        threat=threat,
-        queries=queries,
-        p_init=p_init,
-        rescaled=rescaled,
-        draw=draw,
-    ).best
+    settings: dict[str, Any] = {"queries": queries, "p_init": p_init, "rescaled": rescaled}
+    return square_search(logits_fn, key, images, labels, threat=threat, **settings).best
 
 
 class Search(NamedTuple):
@@ -121,7 +108,7 @@ class Search(NamedTuple):
 
 def square_search(
     logits_fn: LogitsFn,
-    keys: chex.PRNGKey,
+    key: chex.PRNGKey,
     images: chex.Array,
     labels: chex.Array,
     *,
@@ -143,14 +130,14 @@ def square_search(
 
     Args:
       logits_fn: see :func:`square`.
-      keys: one per image ``[B]``.
+      key: see :func:`square`.
       images: ``x [B, H, W, C]`` within the threat model's bounds.
       labels: ``y [B]``.
       threat: allowed images.
       queries: see :func:`square`.
       p_init: see :func:`square`.
       rescaled: see :func:`square`.
-      draw: see :func:`square`.
+      draw: source of the uniforms, a hook for tests: they replay the draws of another implementation.
 
     Returns:
       The last state; no gradient flows back.
@@ -162,6 +149,7 @@ def square_search(
     The released code draws one square for a whole batch; here each image has its own.
     """
     threat = check_attack(threat, images, labels)
+    keys = image_keys(key, images)
     checks.channels_last(images)
     checks.at_least(1, queries=queries)
     if not 0 < p_init <= 1:

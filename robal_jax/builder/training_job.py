@@ -149,23 +149,19 @@ def training(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         sync_batch_norm=train.sync_batch_norm,
         images=images,
     )
-    minimised = objective(config, source.class_counts, parallel.AXIS)
-    perturb, radii = perturbation(config), budget(config, source.class_counts)
-    mean, statistics = average(config, steps_per_epoch), class_statistics(config, source.class_counts)
-    _check_own(config, network, minimised, optimise, images, perturb, radii, mean, statistics)
     total_steps = min(total_steps, train.max_steps or total_steps)
-    return Training(
+    job = Training(
         data=data,
         images=source.images,
         labels=source.labels,
         stored=source.stored,
         model=network,
-        objective=minimised,
+        objective=objective(config, source.class_counts, parallel.AXIS),
         optimizer=optimise,
-        average=mean,
-        perturbation=perturb,
-        budget=radii,
-        class_statistics=statistics,
+        average=average(config, steps_per_epoch),
+        perturbation=perturbation(config),
+        budget=budget(config, source.class_counts),
+        class_statistics=class_statistics(config, source.class_counts),
         free_steps=free_steps(config),
         schedule=schedule,
         seed=config.seed,
@@ -179,6 +175,8 @@ def training(config: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
         judged=_judged(config, source) if train.evaluate_epochs else None,
         judged_on="test" if train.select == "best_on_test" else "held-out",
     )
+    _check_own(config, job, images)
+    return job
 
 
 def _judged(config: ConfigDict, source: TrainingImages) -> Evaluation:
@@ -189,38 +187,28 @@ def _judged(config: ConfigDict, source: TrainingImages) -> Evaluation:
     return evaluation_on(config, held.test, held.ids, source.class_counts)
 
 
-def _check_own(
-    config: ConfigDict,
-    network: models.Model,
-    minimised: objectives.Objective,
-    optimise: optax.GradientTransformation,
-    images: jax.ShapeDtypeStruct,
-    perturbation: Perturbation | None,
-    budget: Budget | None,
-    average: Average,
-    statistics: ClassStatistics | None,
-) -> None:
+def _check_own(config: ConfigDict, job: Training, images: jax.ShapeDtypeStruct) -> None:
     """Checks parts together: those of the user's own, and what learns from the attack of an objective."""
     names = config.objective.name, config.optimizer.name, config.model.name, config.head.name
     own = any(":" in name for name in (*names, config.perturbation.name, config.average.name))
-    learning = {"budget": budget and budget.statistics, "class statistics": statistics}
+    learning = {"budget": job.budget and job.budget.statistics, "class statistics": job.class_statistics}
     learning = {kind: each for kind, each in learning.items() if each is not None}
     logged = "adv" in config.train.logged_passes
     if not (own or learning or logged):
         return
-    variables = jax.eval_shape(network.init, jax.random.key(0), images.update(shape=images.shape[1:]))
-    known = _known(config, variables, gathered_arrays(budget, statistics))
+    variables = jax.eval_shape(job.model.init, jax.random.key(0), images.update(shape=images.shape[1:]))
+    known = _known(config, variables, gathered_arrays(job.budget, job.class_statistics))
     if own:
-        _check_functions(config, names, network, minimised, optimise, images, variables, known)
-    if perturbation is not None:
-        contracts.check_perturbation(config.perturbation.name, perturbation, variables[0])
+        _check_functions(config, job, names, images, variables, known)
+    if job.perturbation is not None:
+        contracts.check_perturbation(config.perturbation.name, job.perturbation, variables[0])
     if own:
-        contracts.check_average(config.average.name, average, *variables)
+        contracts.check_average(config.average.name, job.average, *variables)
     if learning or logged:
         used = {"budget": config.threat.budget.name, "class statistics": config.class_statistics.name}
         learners = [f"{kind} {used[kind]!r}" for kind in learning]
         contracts.check_attacks_shown(
-            names[0], minimised, network, variables, images, known, learners=learners, logged=logged
+            names[0], job.objective, job.model, variables, images, known, learners=learners, logged=logged
         )
 
 
@@ -232,10 +220,8 @@ def _known(config: ConfigDict, variables: Any, gathered: dict[str, Any]) -> obje
 
 def _check_functions(
     config: ConfigDict,
+    job: Training,
     names: tuple[str, ...],
-    network: models.Model,
-    minimised: objectives.Objective,
-    optimise: optax.GradientTransformation,
     images: jax.ShapeDtypeStruct,
     variables: Any,
     known: objectives.Known,
@@ -243,7 +229,7 @@ def _check_functions(
     """Checks functions of the user's own together: the network under attack, the objective, the optimizer."""
 
     def logits(images: Any, params: Any, stats: Any) -> Any:
-        return network.predict(params, stats, images)
+        return job.model.predict(params, stats, images)
 
     if takes_attack(config) and not contracts.has_gradient(
         "model", names[2], logits, (0, None, None), images, *variables
@@ -252,8 +238,8 @@ def _check_functions(
             f"model {names[2]!r} with head {names[3]!r} has a gradient of 0 with respect to the images, so "
             f"that no attack of the training moves them; {contracts.DIFFERENTIABLE}"
         )
-    contracts.check_objective(names[0], minimised, network, variables, images, known)
-    contracts.check_optimizer(names[1], optimise, variables[0])
+    contracts.check_objective(names[0], job.objective, job.model, variables, images, known)
+    contracts.check_optimizer(names[1], job.optimizer, variables[0])
 
 
 def _images_of_a_step(config: ConfigDict, data: Dataset, devices: int) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,7 @@ from PIL import Image
 from robal_jax.data import inspection
 from robal_jax.data.dataset import Dataset, Images, check_dataset, check_labels
 from robal_jax.data.long_tail import long_tailed_counts, long_tailed_indices
-from robal_jax.errors import InputError, user_path
+from robal_jax.errors import InputError, one_line, user_path
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -128,7 +128,7 @@ class ImageFiles:
 
 
 def _unreadable(path: str, error: Exception) -> InputError:
-    return InputError(f"cannot read image {path} ({error!r}); repair it, or remove it from the data")
+    return InputError(f"cannot read image {path} ({one_line(error)}); repair it, or remove it from the data")
 
 
 def _error_of(path: str, resize: int, size: int) -> InputError | None:
@@ -344,7 +344,7 @@ def _listed(root: str, list_file: str) -> Split:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the list {file} ({error!r}); {expected}") from error
+        raise InputError(f"cannot read the list {file} ({one_line(error)}); {expected}") from error
     entries = []
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"\s*(\S.*?)\s+(\d{1,9})\s*", line)

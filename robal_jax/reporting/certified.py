@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robal_jax.reporting import page
-from robal_jax.reporting.names import group_name, printed, radius, threat, with_interval
+from robal_jax.reporting.names import group_columns, part_of_radius, threat, with_interval
 from robal_jax.reporting.results import Results
 
 
@@ -13,7 +13,7 @@ def certified_section(results: Results) -> list[page.Block]:
     found = results.certified
     if not found:
         return []
-    columns = {"accuracy": "All classes", **{name: group_name(name).capitalize() for name in results.groups}}
+    columns = group_columns(results.groups)
     return [
         page.section("Certified"),
         page.paragraph(
@@ -81,10 +81,9 @@ def _between(results: Results, columns: Mapping[str, str]) -> page.Block:
 
 def _by_radius(results: Results, columns: Mapping[str, str]) -> page.Block:
     """Returns a row per part of the radius."""
-    by_class = "class_epsilon" in results.meta
     rows = (
         (
-            f"{printed(factor)} times its own" if by_class else radius(factor * results.meta["epsilon"]),
+            part_of_radius(factor, results.meta),
             *(with_interval(row[key]) for key in columns),
         )
         for factor, row in zip(results.certified["factors"], results.certified["by_factor"], strict=True)

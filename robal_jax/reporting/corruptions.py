@@ -1,7 +1,14 @@
 """Accuracies on corrupted images, beside those on clean and on attacked ones."""
 
 from robal_jax.reporting import page
-from robal_jax.reporting.names import corruption_name, display_name, group_name, percent, with_interval
+from robal_jax.reporting.names import (
+    corruption_name,
+    display_name,
+    group_columns,
+    group_name,
+    percent,
+    with_interval,
+)
 from robal_jax.reporting.results import MANY_CLASSES, Results
 
 CORRUPTED = "Corrupted, mean"
@@ -56,7 +63,7 @@ def _kinds(results: Results) -> str:
 
 def _beside(results: Results) -> page.Block:
     """Returns the accuracies on clean, corrupted and attacked images, of all classes and by group."""
-    columns = {"accuracy": "All classes", **{name: group_name(name).capitalize() for name in results.groups}}
+    columns = group_columns(results.groups)
     attack = results.headline_attack
     rows = {
         "Clean": results.conditions["clean"],
@@ -80,7 +87,7 @@ def _by_corruption(results: Results) -> page.Block:
         )
         for name, row in kinds.items()
     )
-    header = ("Corruption", "All classes", *(group_name(group).capitalize() for group in groups))
+    header = ("Corruption", *group_columns(groups).values())
     return page.table((*header, *(f"Strength {number}" for number in strengths)), rows)
 
 

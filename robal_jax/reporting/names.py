@@ -130,6 +130,11 @@ def group_name(group: str) -> str:
     return _GROUPS.get(group, group.replace("_", " "))
 
 
+def group_columns(groups: Iterable[str]) -> dict[str, str]:
+    """Headings of the figures of all classes, and of each group."""
+    return {"accuracy": "All classes", **{name: group_name(name).capitalize() for name in groups}}
+
+
 def shortened(name: str, length: int = 18) -> str:
     """Returns a name of at most ``length`` characters: 'African hunting dog' -> 'African hunting d…'."""
     name = " ".join(name.split())
@@ -145,6 +150,13 @@ def radius(epsilon: float) -> str:
     """
     text, pixels = f"{epsilon:.6g}", 255 * epsilon
     return f"{pixels:.0f}/255" if len(text) > len("0.125") and abs(pixels - round(pixels)) < 1e-3 else text
+
+
+def part_of_radius(factor: float, meta: Mapping[str, Any]) -> str:
+    """A part of the radius of an evaluation, which may differ by class."""
+    if "class_epsilon" in meta:
+        return f"{printed(factor)} times its own"
+    return radius(factor * meta["epsilon"])
 
 
 def threat(meta: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """How the attacks of an ensemble compare at radii up to the threat model's, as evidence for the audit."""
 
 from robal_jax.reporting import page
-from robal_jax.reporting.names import display_name, printed, radius, threat
+from robal_jax.reporting.names import display_name, part_of_radius, threat
 from robal_jax.reporting.results import Results
 
 SHOWN = (0.25, 0.5, 0.75, 1.0)
@@ -24,11 +24,7 @@ def optimality_section(results: Results) -> list[page.Block]:
         )
         for name, row in attacks.items()
     ]
-    by_class = "class_epsilon" in results.meta
-    radii = [
-        f"{printed(factor)} times its own" if by_class else radius(factor * results.meta["epsilon"])
-        for factor in SHOWN
-    ]
+    radii = [part_of_radius(factor, results.meta) for factor in SHOWN]
     once = "A minimum-norm attack ran once, and its distances are rounded up to these radii. "
     return [
         page.section("Optimality of the attacks"),

@@ -12,6 +12,7 @@ from robal_jax.reporting.names import (
     BY_CLASS,
     display_name,
     folded,
+    group_columns,
     group_name,
     interval,
     percent,
@@ -83,11 +84,7 @@ _META_OF_ATTACKS = ("main_attack", "autoattack")  # whose values are names of at
 def summary_section(results: Results, pictures: Mapping[str, page.Block]) -> list[page.Block]:
     """Returns the page's header, then the headline with its intervals."""
     meta, conditions = results.meta, {name: results.conditions[name] for name in results.headline}
-    shown = {
-        "accuracy": "All classes",
-        **{name: group_name(name).capitalize() for name in results.groups},
-        "balanced_accuracy": "Balanced accuracy",
-    }
+    shown = {**group_columns(results.groups), "balanced_accuracy": "Balanced accuracy"}
     facts = [
         *(f"{words} {printed(meta[key])}" for key, words in _FACTS.items() if key in meta),
         *([f"threat model {threat(meta)}"] if threat(meta) else []),

@@ -352,7 +352,7 @@ def _set_aside(workdir: pathlib.Path, say: Callable[[str], None], path: pathlib.
     target = workdir / DAMAGED / f"{path.name}-{time.strftime('%Y%m%dT%H%M%S')}"
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
-    say(f"checkpoint {path} is damaged ({why}); moved to {target}, using the previous one")
+    say(f"checkpoint {path} is damaged ({why}); moved to {target}, passing it over")
 
 
 def restore_weights(

@@ -36,7 +36,7 @@ from robal_jax.storage.workdir import (
     versions,
 )
 from robal_jax.training.judging import watch
-from robal_jax.training.state import TrainState, fine_tuned_state, initial_state, taught_state
+from robal_jax.training.state import TrainState, fine_tuned_state, first_state, initial_state, taught_state
 from robal_jax.training.step import Examples, compiled_chunk
 
 LONG_DISPATCH = 10.0  # seconds; a longer dispatch is warned about
@@ -148,7 +148,7 @@ def _train(
     start, teacher = others.values()
     state = fine_tuned_state(job, start, say) if start else None
     if teacher:
-        state = taught_state(state or _first_state(job), teacher, say)
+        state = taught_state(state or first_state(job), teacher, say)
     hosts.by_first(partial(make_workdir, workdir))
     with hosts.held_by_first(partial(alone_in, workdir, on_loss=partial(hosts.lost, say, stop))):
         kept = hosts.by_first(
@@ -172,7 +172,7 @@ def _train(
         for doubt in doubts:
             say(f"warning: {doubt}")
         if state is None:
-            state = _first_state(job)
+            state = first_state(job)
         if left:
             hosts.by_first(partial(record_resume, code, workdir))
         path, sha256 = _run(job, workdir, state, found and (found.path, found.sha256), stop, say, track)
@@ -202,11 +202,6 @@ def check_spread(job: builder.Training, devices: int) -> None:
             f"config.train.batch_size is {batch_size}; it must be a multiple of the number of devices, "
             f"{devices}" + (f", times config.train.accumulation_steps, {parts}" if parts > 1 else "")
         )
-
-
-def _first_state(job: builder.Training) -> TrainState:
-    """Makes :func:`initial_state` on the host."""
-    return jax.device_get(jax.jit(partial(initial_state, job))())
 
 
 def _weights_of(

@@ -59,6 +59,11 @@ def initial_state(job: builder.Training) -> TrainState:
     return _before_step_0(job, params, stats)
 
 
+def first_state(job: builder.Training) -> TrainState:
+    """Makes :func:`initial_state` on the host."""
+    return jax.device_get(jax.jit(partial(initial_state, job))())
+
+
 def _before_step_0(job: builder.Training, params: chex.ArrayTree, stats: chex.ArrayTree) -> TrainState:
     """Makes the state before step 0 from given weights."""
     size = (job.settings.batch_size, *job.data.test_images.shape[1:])
@@ -84,7 +89,7 @@ def fine_tuned_state(
     Raises:
       InputError: the checkpoint has arrays that the model lacks.
     """
-    state = jax.device_get(jax.jit(partial(initial_state, job))())
+    state = first_state(job)
     ours, theirs = _flat(state.params, state.stats), _of_checkpoint(start)
     _check_fits("config.train.start_from", start, ours, theirs)
     kept = sorted(set(ours) - set(theirs))
