@@ -49,7 +49,7 @@ def table(what: str, times: dict[str, measure.Times], images: int) -> list[dict[
     )
     rows = []
     for name, seconds in times.items():
-        each = measure.Times(*(1e3 * value / images for value in seconds))
+        each = seconds.per(images / 1e3)
         ratio = seconds.median / times[BASE].median
         print(f"| {name} | {images / seconds.median:,.0f} | {each:.3g} | {ratio:.2f} |", flush=True)
         rows.append({"what": what, "way": name, "images": images, **seconds._asdict(), "of_base": ratio})

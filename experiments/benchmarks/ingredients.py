@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     print("| step of AT | ms (least-most) | of the step without |\n|---|---|---|")
     rows: list[dict[str, Any]] = []
     for name, seconds in times.items():
-        each = measure.Times(*(value / steps for value in seconds))
+        each = seconds.per(steps)
         ratio = seconds.median / times[PLAIN].median
         print(f"| {name} | {each:.4g} | {ratio:.3f} |", flush=True)
         rows.append({"way": name, "network": network, "batch": batch, **each._asdict(), "ratio": ratio})

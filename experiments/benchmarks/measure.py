@@ -43,6 +43,10 @@ class Times(NamedTuple):
         median, low, high = (format(1e3 * seconds, spec or ".3g") for seconds in self)
         return f"{median} ({low}-{high})"
 
+    def per(self, count: float) -> "Times":
+        """Returns the times of one of ``count`` equal parts."""
+        return Times(*(seconds / count for seconds in self))
+
 
 def digits_of(model: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images, floats in [0, 1], and labels, spread evenly over a zoo model's test set."""

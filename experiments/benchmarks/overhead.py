@@ -74,7 +74,7 @@ def overhead(network: str, method: str, batch: int, steps: int, repeats: int) ->
         times = measure.interleaved(ways, repeats)
     rows = []
     for name, seconds in times.items():
-        each = measure.Times(*(value / steps for value in seconds))
+        each = seconds.per(steps)
         share = waiting_share(seconds.median, times[str(steps)].median)
         print(
             f"{network} batch {batch:3d}  {name:>4s} steps per dispatch  {each:.3g} ms per step  {share:6.1%}"

@@ -66,15 +66,11 @@ def whole_chunk(job: Any) -> Any:
     """Returns the job's first chunk of steps, ``(state, data, key) -> (state, sums)``, not yet compiled."""
     import jax
 
-    from robal_jax import (
-        training,
-    )
+    from robal_jax import training
     from robal_jax.devices import parallel
 
-    chunk, where = (
-        training.compiled_chunk(job, parallel.devices_for(job.settings.layout)),
-        training.positions(job),
-    )
+    chunk = training.compiled_chunk(job, parallel.devices_for(job.settings.layout))
+    where = training.positions(job)
     rows, count = next(training.chunks(job, 0))
     return jax.jit(lambda state, data, key: chunk(state, data, rows, count, key, where), donate_argnums=0)
 
@@ -83,9 +79,7 @@ def inputs(job: Any) -> tuple[Any, Any, Any]:
     """Returns the arguments of :func:`whole_chunk`, on the devices."""
     import jax
 
-    from robal_jax import (
-        training,
-    )
+    from robal_jax import training
     from robal_jax.devices import parallel
     from robal_jax.training import initial_state
 

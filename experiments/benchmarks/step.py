@@ -177,7 +177,7 @@ def report(
     best = min(peers.values()) if peers else None
     rows = []
     for name, seconds in times.items():
-        each = measure.Times(*(value / steps for value in seconds))
+        each = seconds.per(steps)
         row: dict[str, Any] = {
             "network": network,
             "method": method,
