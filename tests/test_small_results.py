@@ -424,6 +424,8 @@ def test_readme_has_the_figures_of_the_outcomes():
     assert all(plugged("autoattack", group)["p_value"] >= 0.05 for group in ("all", *small_page.GROUPS))
     cleaner = plugged("clean", "all")
     assert cleaner["low"] > 0
+    to_at = [difference(runs["TRADES"], runs["AT"], "autoattack", group) for group in ("all", "tail")]
+    assert all(figure["high"] < 0 for figure in to_at)
     more = difference(runs["RoBal-N, EMA, budgets"], runs["RoBal-N"], "autoattack", "all")
     assert more["high"] < 0
     to_n = [
@@ -441,6 +443,7 @@ def test_readme_has_the_figures_of_the_outcomes():
         100 * to_la[0]["value"],
         100 * clean["value"],
         100 * cleaner["value"],
+        *(100 * figure["value"] for figure in to_at),
         100 * more["value"],
         *(100 * figure["value"] for figure in to_n),
     )
